@@ -1,0 +1,1 @@
+ALTER TABLE job_starts DROP COLUMN message_id;

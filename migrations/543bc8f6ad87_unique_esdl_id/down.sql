@@ -1,0 +1,1 @@
+ALTER TABLE esdl_time_series_info DROP CONSTRAINT esdl_time_series_info_esdl_id_key;

@@ -1,0 +1,1 @@
+DROP TABLE esdl_time_series_info;

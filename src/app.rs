@@ -1,0 +1,245 @@
+//! The service as a whole: what is started, in which order, and how it stops.
+
+use std::convert::Infallible;
+use std::fs;
+use std::process;
+use std::sync::atomic::AtomicI64;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
+use jiff::Timestamp;
+use log::{error, info, warn};
+use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::Signals;
+use uuid::Uuid;
+
+use crate::celery;
+use crate::config::Config;
+use crate::health::{Health, Part};
+use crate::http;
+use crate::session::{self, Service};
+use crate::store::migrate::{self, REVISIONS};
+use crate::store::{Store, StoreError};
+use crate::workflow::Catalogue;
+
+/// Between a stop signal and the end of the process, whatever is still going on then. Docker kills
+/// after ten seconds.
+const EXIT_DEADLINE: Duration = Duration::from_millis(4800);
+/// Between attempts to connect, doubled each time and jittered.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LAST_PAUSE: Duration = Duration::from_secs(15);
+/// A session that lasted this long was a good one: the next attempt does not wait.
+const GOOD_SESSION: Duration = Duration::from_secs(60);
+/// How often Postgres is looked at for `/health/ready`.
+const PROBE_PERIOD: Duration = Duration::from_secs(5);
+
+/// Reads the workflow definitions.
+///
+/// # Errors
+/// The file cannot be read, or all that is wrong with what is in it.
+pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
+    let text = fs::read_to_string(path)
+        .with_context(|| format!("workflow definitions {}", path.display()))?;
+    Catalogue::parse(&text).with_context(|| format!("workflow definitions {}", path.display()))
+}
+
+/// Runs the service until SIGTERM, SIGINT or SIGQUIT.
+///
+/// # Errors
+/// Something that only somebody else can put right: the workflow definitions, the HTTP address,
+/// the database's revision.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let catalogue = read_catalogue(&config.workflow_config_path)?;
+    let server = config.http_bind.map(http::listen).transpose()?;
+    // One for each handler, one for the probe, one to spare.
+    let connections = u32::try_from(config.handler_threads)? + 2;
+    let service = Service {
+        store: Store::new(&config.postgres, connections),
+        catalogue,
+        health: Health::starting(Timestamp::now()),
+        celery_sender: celery::Sender {
+            origin: format!(
+                "gen{}@{}",
+                process::id(),
+                gethostname::gethostname().to_string_lossy()
+            ),
+            reply_to: Uuid::new_v4(),
+        },
+        revoke_clock: AtomicI64::new(1),
+        config,
+    };
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT])?;
+    let signals_handle = signals.handle();
+    let (stop, stopped) = bounded::<Infallible>(0);
+    let (finished, all_finished) = bounded::<Infallible>(0);
+    let (signal, signalled) = unbounded();
+
+    thread::scope(|scope| {
+        let named = |name: &str| thread::Builder::new().name(name.to_owned());
+        named("signals").spawn_scoped(scope, move || {
+            for number in signals.forever() {
+                // Its receiver lives as long as signals can come.
+                let _ = signal.send(number);
+            }
+        })?;
+        named("stop").spawn_scoped(scope, || {
+            // Moved here so that the end of this thread is the end of the service's life.
+            let stop = stop;
+            wait_for_end(&signalled, &all_finished, stop);
+        })?;
+        if let Some(server) = &server {
+            named("http").spawn_scoped(scope, || http::serve(server, &service.health))?;
+        }
+
+        let outcome = prepare_database(&service, &stopped).and_then(|()| {
+            named("probe").spawn_scoped(scope, || probe(&service, &stopped))?;
+            run_sessions(&service, &stopped);
+            Ok(())
+        });
+        drop(finished);
+        signals_handle.close();
+        if let Some(server) = &server {
+            server.unblock();
+        }
+        outcome
+    })?;
+    info!("stopped");
+    Ok(())
+}
+
+/// Ends the service on the first signal, and the process on the second or when the service takes
+/// too long. Returns, dropping `stop`, when the service has ended.
+fn wait_for_end(
+    signalled: &Receiver<i32>,
+    all_finished: &Receiver<Infallible>,
+    stop: crossbeam_channel::Sender<Infallible>,
+) {
+    select! {
+        recv(signalled) -> number => info!("stopping on signal {}", number.unwrap_or_default()),
+        recv(all_finished) -> _ => return,
+    }
+    drop(stop);
+    select! {
+        recv(all_finished) -> _ => {}
+        recv(signalled) -> number => {
+            warn!("a second signal: exiting at once");
+            process::exit(128 + number.unwrap_or_default());
+        }
+        default(EXIT_DEADLINE) => {
+            warn!("exiting with work in hand, which goes back to the queues");
+            process::exit(0);
+        }
+    }
+}
+
+/// Waits for Postgres and brings its tables to this program's revision.
+fn prepare_database(service: &Service, stopped: &Receiver<Infallible>) -> anyhow::Result<()> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let error = match service.store.connection() {
+            Ok(mut connection) => match migrate::upgrade(connection.client(), None) {
+                Ok(applied) => {
+                    for revision in applied {
+                        info!(
+                            "database: applied revision {}_{}",
+                            revision.id, revision.slug
+                        );
+                    }
+                    let now = Timestamp::now();
+                    service.health.report(Part::Postgres, None, now);
+                    service.health.report(Part::Revisions, None, now);
+                    return Ok(());
+                }
+                Err(error) if goes_away(&error) => error,
+                Err(error) => return Err(error.context(service.config.postgres.to_string())),
+            },
+            Err(StoreError::Transient(error)) => error,
+            Err(refused @ StoreError::Refused(_)) => return Err(refused.into()),
+        };
+        let fault = format!("{}: {error:#}", service.config.postgres);
+        warn!("waiting for Postgres at {fault}");
+        service
+            .health
+            .report(Part::Postgres, Some(fault), Timestamp::now());
+        if !wait(&mut pause, stopped) {
+            return Ok(());
+        }
+    }
+}
+
+/// Whether a failed upgrade may work later: Postgres went away or somebody holds a lock.
+fn goes_away(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<postgres::Error>())
+        .is_some_and(|error| match error.code() {
+            // Connection, transaction rollback, resources, lock not available, intervention.
+            Some(code) => ["08", "40", "53", "55", "57"].contains(&&code.code()[..2]),
+            None => true,
+        })
+}
+
+/// One session after the other, until `stopped` is disconnected.
+fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        if let Err(crossbeam_channel::TryRecvError::Disconnected) = stopped.try_recv() {
+            return;
+        }
+        let started = Instant::now();
+        let Err(failure) = session::run(service, stopped) else {
+            return;
+        };
+        service
+            .health
+            .report(Part::Broker, Some(format!("{failure:#}")), Timestamp::now());
+        if started.elapsed() > GOOD_SESSION {
+            pause = FIRST_PAUSE;
+        }
+        error!("the session with RabbitMQ has ended, a new one follows: {failure:?}");
+        if !wait(&mut pause, stopped) {
+            return;
+        }
+    }
+}
+
+/// Waits for about `pause`, which becomes longer for the next time. False when the service stops.
+fn wait(pause: &mut Duration, stopped: &Receiver<Infallible>) -> bool {
+    let jittered = pause.mul_f64(0.5 + fastrand::f64());
+    *pause = (*pause * 2).min(LAST_PAUSE);
+    matches!(
+        stopped.recv_timeout(jittered),
+        Err(RecvTimeoutError::Timeout)
+    )
+}
+
+/// Looks at Postgres from time to time, for an idle service too is to know that it is gone.
+fn probe(service: &Service, stopped: &Receiver<Infallible>) {
+    loop {
+        let (postgres, revisions) = match service.store.connection() {
+            Ok(mut connection) => match migrate::current(connection.client()) {
+                Ok(applied) if applied == REVISIONS.len() => (None, None),
+                Ok(_) => (
+                    None,
+                    Some("the tables are not at this program's revision".to_owned()),
+                ),
+                Err(error) => (None, Some(format!("{error:#}"))),
+            },
+            Err(error) => {
+                let fault = format!("{}: {:#}", service.config.postgres, anyhow!(error));
+                (
+                    Some(fault),
+                    Some("not known while Postgres does not answer".to_owned()),
+                )
+            }
+        };
+        let now = Timestamp::now();
+        service.health.report(Part::Postgres, postgres, now);
+        service.health.report(Part::Revisions, revisions, now);
+        if let Err(RecvTimeoutError::Disconnected) = stopped.recv_timeout(PROBE_PERIOD) {
+            return;
+        }
+    }
+}

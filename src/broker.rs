@@ -1,0 +1,699 @@
+//! RabbitMQ: the only file that names amiquip.
+//!
+//! amiquip blocks without end when the broker stops reading (an alarm) or answering, and what
+//! frees it is the socket being shut down under it. So a [`Link`] keeps a second handle of its
+//! socket as a kill switch, for whoever watches over the calls.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::mem;
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use amiquip::{
+    AmqpProperties, AmqpValue, Auth, Channel, Confirm, Connection, ConnectionBlockedNotification,
+    ConnectionOptions, ConnectionTuning, ConsumerMessage, ConsumerOptions, Delivery,
+    ExchangeDeclareOptions, ExchangeType, FieldTable, Publish, QueueDeclareOptions, Return,
+};
+use anyhow::{Context, anyhow, bail};
+use crossbeam_channel::{Receiver, RecvTimeoutError, never, select};
+use serde_json::{Map, Number, Value};
+use thiserror::Error;
+
+use crate::config::{self, CONNECT_TIMEOUT};
+use crate::wire::{
+    CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, Outgoing, PIDBOX_EXCHANGE,
+    SUBMISSIONS_QUEUE, TASK_QUEUE_MAX_PRIORITY,
+};
+
+/// Seconds between heartbeats; a silent network is noticed after twice as long.
+const HEARTBEAT_SECONDS: u16 = 10;
+/// How long the broker may take over anything it is asked; a blocked one takes for ever.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+/// AMQP's PRECONDITION_FAILED: a message above the size limit, a queue with other arguments.
+const PRECONDITION_FAILED: u16 = 406;
+
+/// One connection to a vhost.
+pub struct Link {
+    /// `<name> (<user>@<host>:<port>/<vhost>)`, for messages.
+    name: String,
+    /// Opening a channel needs the connection for itself.
+    connection: Mutex<Connection>,
+    kill_switch: TcpStream,
+    blocked: Receiver<ConnectionBlockedNotification>,
+}
+
+impl Link {
+    /// Connects; `purpose` names the link in messages and in RabbitMQ's management page.
+    ///
+    /// # Errors
+    /// The host does not resolve or answer within [`CONNECT_TIMEOUT`], or refuses the user or the
+    /// vhost.
+    pub fn open(config: &config::RabbitMq, purpose: &str) -> anyhow::Result<Link> {
+        let name = format!("{purpose} ({config})");
+        let (connection, kill_switch, blocked) =
+            open(config, purpose).with_context(|| format!("connecting to RabbitMQ for {name}"))?;
+        Ok(Link {
+            name,
+            connection: Mutex::new(connection),
+            kill_switch,
+            blocked,
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Ends the connection at once and frees every call that is blocked on it.
+    pub fn kill(&self) {
+        // It fails when the connection is gone already, which is as good.
+        let _ = self.kill_switch.shutdown(Shutdown::Both);
+    }
+
+    /// Why the broker blocks this connection, if the latest word is that it does; None when there
+    /// is no news.
+    pub fn blocked_news(&self) -> Option<Option<String>> {
+        self.blocked.try_iter().last().map(|news| match news {
+            ConnectionBlockedNotification::Blocked(reason) => Some(reason),
+            ConnectionBlockedNotification::Unblocked => None,
+        })
+    }
+
+    /// Closes the connection in good order.
+    ///
+    /// # Errors
+    /// What ended the connection, if it was ended before.
+    pub fn close(self) -> anyhow::Result<()> {
+        let connection = self
+            .connection
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        connection.close().context(self.name)
+    }
+
+    fn channel(&self) -> Result<Channel, amiquip::Error> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .open_channel(None)
+    }
+
+    /// Declares what clients rely on.
+    ///
+    /// # Errors
+    /// Somebody declared one of them otherwise, or the connection is lost.
+    pub fn declare_for_clients(&self) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        let options = ExchangeDeclareOptions::default();
+        channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options)?;
+        for queue in [SUBMISSIONS_QUEUE, CANCELS_QUEUE] {
+            channel.queue_declare(queue, durable(FieldTable::new()))?;
+            channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new())?;
+        }
+        channel.queue_declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new()))?;
+        channel.close().context("declaring the queues of clients")
+    }
+
+    /// Declares what workers send their events to.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_for_workers(&self, queues: &[&str]) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        for queue in queues.iter().chain([&DEAD_LETTERS_QUEUE]) {
+            channel.queue_declare(*queue, durable(FieldTable::new()))?;
+        }
+        channel.close().context("declaring the queues of workers")
+    }
+
+    /// Declares the exchange through which workers hear revokes.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_pidbox(&self) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        let options = ExchangeDeclareOptions::default();
+        channel.exchange_declare(ExchangeType::Fanout, PIDBOX_EXCHANGE, options)?;
+        channel
+            .close()
+            .context("declaring Celery's exchange for remote control")
+    }
+
+    fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
+        // On a channel of its own, since a refusal closes it.
+        let declare = || {
+            let channel = self.channel()?;
+            let priority = AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY);
+            let arguments = FieldTable::from([("x-max-priority".to_owned(), priority)]);
+            channel.queue_declare(queue, durable(arguments))?;
+            channel.close()
+        };
+        declare().map_err(|error: amiquip::Error| match refusal(&error) {
+            Some(message) => PublishError::Refused(format!(
+                "the task queue {queue:?} exists, but not as durable with x-max-priority = \
+                 {TASK_QUEUE_MAX_PRIORITY}: {message}"
+            )),
+            None => self.lost(error, "declaring a task queue"),
+        })
+    }
+
+    /// Declares a client's own queue: durable, bound to the exchange under its own name, and gone
+    /// when unused for `expires`.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_client_queue(&self, queue: &str, expires: Duration) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        let expires = i64::try_from(expires.as_millis()).unwrap_or(i64::MAX);
+        let arguments =
+            FieldTable::from([("x-expires".to_owned(), AmqpValue::LongLongInt(expires))]);
+        channel.queue_declare(queue, durable(arguments))?;
+        channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new())?;
+        channel.close().context("declaring a client's queue")
+    }
+
+    /// Deletes a queue that this program declared.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn delete_queue(&self, queue: &str) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        channel.queue_delete(queue, Default::default())?;
+        channel.close().context("deleting a queue")
+    }
+
+    fn lost(&self, error: amiquip::Error, during: &str) -> PublishError {
+        PublishError::Lost(anyhow!(error).context(format!("{}: {during}", self.name)))
+    }
+}
+
+fn open(
+    config: &config::RabbitMq,
+    purpose: &str,
+) -> anyhow::Result<(
+    Connection,
+    TcpStream,
+    Receiver<ConnectionBlockedNotification>,
+)> {
+    let addresses = (config.host.as_str(), config.port).to_socket_addrs()?;
+    let mut last_error = anyhow!("{} has no address", config.host);
+    for address in addresses {
+        let stream = match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+            Ok(stream) => stream,
+            Err(error) => {
+                last_error = anyhow!(error).context(address);
+                continue;
+            }
+        };
+        // amiquip never sets it, and without it a confirm takes 44 ms.
+        stream.set_nodelay(true)?;
+        let kill_switch = stream.try_clone()?;
+        let options = ConnectionOptions::default()
+            .auth(Auth::Plain {
+                username: config.username.clone(),
+                password: config.password.reveal().to_owned(),
+            })
+            .virtual_host(config.vhost.as_str())
+            .heartbeat(HEARTBEAT_SECONDS)
+            .connection_timeout(Some(CONNECT_TIMEOUT))
+            .information(Some(format!("omotes-orchestrator {purpose}")));
+        let stream = mio::net::TcpStream::from_stream(stream)?;
+        let mut connection =
+            Connection::insecure_open_stream(stream, options, ConnectionTuning::default())?;
+        let blocked = connection.listen_for_connection_blocked()?;
+        return Ok((connection, kill_switch, blocked));
+    }
+    Err(last_error)
+}
+
+fn durable(arguments: FieldTable) -> QueueDeclareOptions {
+    QueueDeclareOptions {
+        durable: true,
+        arguments,
+        ..QueueDeclareOptions::default()
+    }
+}
+
+/// What the broker said when it closed the channel because of what it was asked.
+fn refusal(error: &amiquip::Error) -> Option<&str> {
+    match error {
+        amiquip::Error::ServerClosedChannel { code, message, .. }
+            if *code == PRECONDITION_FAILED =>
+        {
+            Some(message)
+        }
+        _ => None,
+    }
+}
+
+/// The queue that a consumer reads.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    Named(&'a str),
+    /// A queue of this connection alone, bound to a key of an exchange.
+    Private {
+        exchange: &'a str,
+        key: &'a str,
+    },
+}
+
+/// A message as it was delivered.
+#[derive(Debug)]
+pub struct Received {
+    /// Identifies the delivery to its consumer.
+    pub tag: u64,
+    pub body: Vec<u8>,
+    pub redelivered: bool,
+    properties: AmqpProperties,
+}
+
+impl Received {
+    pub fn message_id(&self) -> Option<&str> {
+        self.properties.message_id().as_deref()
+    }
+
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.properties.correlation_id().as_deref()
+    }
+
+    /// The message's properties as JSON, those that are set.
+    pub fn properties(&self) -> Map<String, Value> {
+        let own = &self.properties;
+        let text = |text: &Option<String>| text.clone().map(Value::String);
+        [
+            ("content_type", text(own.content_type())),
+            ("content_encoding", text(own.content_encoding())),
+            ("headers", own.headers().as_ref().map(table_to_json)),
+            ("delivery_mode", own.delivery_mode().map(Value::from)),
+            ("priority", own.priority().map(Value::from)),
+            ("correlation_id", text(own.correlation_id())),
+            ("reply_to", text(own.reply_to())),
+            ("expiration", text(own.expiration())),
+            ("message_id", text(own.message_id())),
+            ("timestamp", own.timestamp().map(Value::from)),
+            ("type", text(own.type_())),
+            ("user_id", text(own.user_id())),
+            ("app_id", text(own.app_id())),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect()
+    }
+}
+
+/// Consumes `source` until `stop` is disconnected: each message goes to `hand_over`, and is
+/// acknowledged when its tag comes in through `done`. Afterwards nothing more is handed over, and
+/// the function returns once all senders of `done` are gone; what was not acknowledged goes back
+/// to the queue.
+///
+/// # Errors
+/// The queue or the connection is gone.
+pub fn consume(
+    link: &Link,
+    source: Source<'_>,
+    prefetch: u16,
+    stop: &Receiver<Infallible>,
+    done: &Receiver<u64>,
+    mut hand_over: impl FnMut(Received),
+) -> anyhow::Result<()> {
+    let channel = link.channel()?;
+    channel.qos(0, prefetch, false)?;
+    let queue = match source {
+        Source::Named(queue) => queue.to_owned(),
+        Source::Private { exchange, key } => {
+            let options = QueueDeclareOptions {
+                exclusive: true,
+                ..QueueDeclareOptions::default()
+            };
+            let queue = channel.queue_declare("", options)?.name().to_owned();
+            channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
+            queue
+        }
+    };
+    let consumer = channel.basic_consume(queue.as_str(), ConsumerOptions::default())?;
+    // Kept beyond the consumer: a delivery for a consumer without receiver ends the connection.
+    let all_messages = consumer.receiver().clone();
+    let mut messages = all_messages.clone();
+    let mut stop = stop.clone();
+    let mut stopping = false;
+    // A delivery is the only means to acknowledge; it waits here without its body.
+    let mut in_hand: HashMap<u64, Delivery> = HashMap::new();
+    loop {
+        select! {
+            recv(messages) -> message => match message {
+                // Handed out too late: it goes back to the queue when the channel closes.
+                Ok(ConsumerMessage::Delivery(_)) if stopping => {}
+                Ok(ConsumerMessage::Delivery(mut delivery)) => {
+                    let received = Received {
+                        tag: delivery.delivery_tag(),
+                        body: mem::take(&mut delivery.body),
+                        redelivered: delivery.redelivered,
+                        properties: mem::take(&mut delivery.properties),
+                    };
+                    in_hand.insert(received.tag, delivery);
+                    hand_over(received);
+                }
+                Ok(ConsumerMessage::ClientCancelled) => messages = never(),
+                Ok(ConsumerMessage::ServerCancelled) => {
+                    bail!("{}: the queue {queue} was deleted", link.name)
+                }
+                Ok(
+                    ConsumerMessage::ServerClosedChannel(error)
+                    | ConsumerMessage::ServerClosedConnection(error),
+                ) => return Err(anyhow!(error).context(format!("{}: queue {queue}", link.name))),
+                Ok(ConsumerMessage::ClientClosedChannel | ConsumerMessage::ClientClosedConnection)
+                | Err(_) => bail!("{}: the connection is lost", link.name),
+            },
+            recv(done) -> tag => match tag {
+                Ok(tag) => {
+                    for tag in [tag].into_iter().chain(done.try_iter()) {
+                        if let Some(delivery) = in_hand.remove(&tag) {
+                            delivery.ack(&channel)?;
+                        }
+                    }
+                }
+                Err(_) => break,
+            },
+            recv(stop) -> _ => {
+                stop = never();
+                stopping = true;
+                consumer.cancel()?;
+            }
+        }
+    }
+    drop(consumer);
+    drop(all_messages);
+    channel.close().with_context(|| link.name.clone())
+}
+
+/// Since when a thread has been waiting for the broker, for a watchdog: amiquip's calls have no
+/// deadline.
+#[derive(Debug, Default)]
+pub struct Busy(AtomicU64);
+
+impl Busy {
+    /// How long the current wait has lasted; `epoch` is what [`Publisher`] was given.
+    pub fn for_how_long(&self, epoch: Instant) -> Option<Duration> {
+        let since = self.0.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(epoch.elapsed().saturating_sub(Duration::from_millis(since)))
+    }
+
+    fn touch(&self, epoch: Instant) {
+        let millis = u64::try_from(epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.0.store(millis + 1, Ordering::Relaxed);
+    }
+
+    fn idle(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+}
+
+/// What became of a message that the broker confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivered {
+    Yes,
+    /// It was mandatory, and no queue is bound to its key.
+    Unroutable,
+}
+
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// The broker does not take one of the messages for what it is. Which of the others arrived
+    /// is open. The publisher can be used again.
+    #[error("{0}")]
+    Refused(String),
+    /// The connection is of no more use.
+    #[error(transparent)]
+    Lost(anyhow::Error),
+}
+
+/// Publishes with confirms, on a channel of its own.
+pub struct Publisher<'l> {
+    link: &'l Link,
+    busy: &'l Busy,
+    epoch: Instant,
+    /// None after a refusal, which closes the channel.
+    open: Option<OpenChannel>,
+    /// By the tag that the broker counts, the message's place in the batch and its id.
+    pending: BTreeMap<u64, usize>,
+    ids: Vec<Option<String>>,
+}
+
+struct OpenChannel {
+    channel: Channel,
+    confirms: Receiver<Confirm>,
+    returns: Receiver<Return>,
+    published: u64,
+}
+
+impl<'l> Publisher<'l> {
+    /// `busy` tells the watchdog since when, counted from `epoch`, a call has been waiting.
+    pub fn new(link: &'l Link, busy: &'l Busy, epoch: Instant) -> Publisher<'l> {
+        Publisher {
+            link,
+            busy,
+            epoch,
+            open: None,
+            pending: BTreeMap::new(),
+            ids: Vec::new(),
+        }
+    }
+
+    /// Declares a task queue as the workers do.
+    ///
+    /// # Errors
+    /// [`PublishError::Refused`] when somebody declared it with other arguments.
+    pub fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
+        self.busy.touch(self.epoch);
+        let declared = self.link.declare_task_queue(queue);
+        self.busy.idle();
+        declared
+    }
+
+    /// Publishes these messages and waits for the broker's confirms: what became of each.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn publish(&mut self, messages: &[Outgoing]) -> Result<Vec<Delivered>, PublishError> {
+        self.send(messages)?;
+        self.confirm()
+    }
+
+    /// Sends these messages without waiting; [`Publisher::confirm`] must follow.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn send(&mut self, messages: &[Outgoing]) -> Result<(), PublishError> {
+        self.pending.clear();
+        self.ids.clear();
+        if messages.is_empty() {
+            return Ok(());
+        }
+        self.busy.touch(self.epoch);
+        let sent = self.send_all(messages);
+        self.busy.idle();
+        sent.map_err(|error| self.fail(Some(error)))
+    }
+
+    fn send_all(&mut self, messages: &[Outgoing]) -> Result<(), amiquip::Error> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => none.insert(OpenChannel::new(self.link)?),
+        };
+        for (place, message) in messages.iter().enumerate() {
+            let publish = Publish {
+                body: &message.body,
+                routing_key: message.routing_key.clone(),
+                mandatory: message.mandatory,
+                immediate: false,
+                properties: properties(message),
+            };
+            open.channel.basic_publish(message.exchange, publish)?;
+            open.published += 1;
+            self.pending.insert(open.published, place);
+            self.ids.push(return_id(message).cloned());
+            self.busy.touch(self.epoch);
+        }
+        Ok(())
+    }
+
+    /// Waits for the confirms of the messages sent: what became of each.
+    ///
+    /// # Errors
+    /// As [`PublishError`]; also when none comes for [`DEADLINE`].
+    pub fn confirm(&mut self) -> Result<Vec<Delivered>, PublishError> {
+        let mut outcome = vec![Delivered::Yes; self.ids.len()];
+        let Some(open) = &self.open else {
+            return Ok(outcome);
+        };
+        while !self.pending.is_empty() {
+            match open.confirms.recv_timeout(DEADLINE) {
+                Ok(Confirm::Ack(ack)) => {
+                    if ack.multiple {
+                        self.pending = self.pending.split_off(&(ack.delivery_tag + 1));
+                    } else {
+                        self.pending.remove(&ack.delivery_tag);
+                    }
+                }
+                Ok(Confirm::Nack(_)) => {
+                    return Err(PublishError::Lost(anyhow!(
+                        "{}: the broker answered a message with basic.nack: a queue is full or \
+                         failed",
+                        self.link.name
+                    )));
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(PublishError::Lost(anyhow!(
+                        "{}: no confirm within {DEADLINE:?}",
+                        self.link.name
+                    )));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(self.fail(None)),
+            }
+        }
+        // A message that comes back does so before its confirm.
+        for returned in open.returns.try_iter() {
+            let properties = &returned.properties;
+            let id = properties
+                .message_id()
+                .as_ref()
+                .or(properties.correlation_id().as_ref());
+            for (place, own) in self.ids.iter().enumerate() {
+                if own.is_some() && own.as_ref() == id {
+                    outcome[place] = Delivered::Unroutable;
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Finds out why the channel is gone, and gives it up.
+    fn fail(&mut self, error: Option<amiquip::Error>) -> PublishError {
+        let closed = self.open.take().map(|open| {
+            self.busy.touch(self.epoch);
+            let closed = open.channel.close();
+            self.busy.idle();
+            closed
+        });
+        // The broker's reason is told once, to whichever call comes first.
+        let error = match (error, closed) {
+            (Some(error), _) if refusal(&error).is_some() => error,
+            (_, Some(Err(closed))) if refusal(&closed).is_some() => closed,
+            (Some(error), _) | (None, Some(Err(error))) => error,
+            (None, Some(Ok(())) | None) => amiquip::Error::ClientClosedChannel,
+        };
+        match refusal(&error) {
+            Some(message) => PublishError::Refused(format!("the broker refuses it: {message}")),
+            None => self.link.lost(error, "publishing"),
+        }
+    }
+}
+
+impl OpenChannel {
+    fn new(link: &Link) -> Result<OpenChannel, amiquip::Error> {
+        let channel = link.channel()?;
+        let confirms = channel.listen_for_publisher_confirms()?;
+        let returns = channel.listen_for_returns()?;
+        channel.enable_publisher_confirms()?;
+        Ok(OpenChannel {
+            channel,
+            confirms,
+            returns,
+            published: 0,
+        })
+    }
+}
+
+/// By what a message is recognised when it comes back.
+fn return_id(message: &Outgoing) -> Option<&String> {
+    message
+        .message_id
+        .as_ref()
+        .or(message.correlation_id.as_ref())
+}
+
+fn properties(message: &Outgoing) -> AmqpProperties {
+    let mut properties = AmqpProperties::default()
+        .with_delivery_mode(2)
+        .with_priority(message.priority)
+        .with_headers(json_to_table(&message.headers));
+    if let Some(id) = &message.message_id {
+        properties = properties.with_message_id(id.clone());
+    }
+    if let Some(content_type) = message.content_type {
+        properties = properties.with_content_type(content_type.to_owned());
+    }
+    if let Some(encoding) = message.content_encoding {
+        properties = properties.with_content_encoding(encoding.to_owned());
+    }
+    if let Some(id) = &message.correlation_id {
+        properties = properties.with_correlation_id(id.clone());
+    }
+    if let Some(queue) = &message.reply_to {
+        properties = properties.with_reply_to(queue.clone());
+    }
+    properties
+}
+
+fn json_to_table(object: &Map<String, Value>) -> FieldTable {
+    object
+        .iter()
+        .map(|(key, value)| (key.clone(), json_to_amqp(value)))
+        .collect()
+}
+
+fn json_to_amqp(value: &Value) -> AmqpValue {
+    match value {
+        Value::Null => AmqpValue::Void,
+        Value::Bool(value) => AmqpValue::Boolean(*value),
+        // As Celery's library does: the smaller integer where it fits.
+        Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(number), _) => {
+                i32::try_from(number).map_or(AmqpValue::LongLongInt(number), AmqpValue::LongInt)
+            }
+            (None, Some(number)) => AmqpValue::Double(number),
+            (None, None) => AmqpValue::Void,
+        },
+        Value::String(text) => AmqpValue::LongString(text.clone()),
+        Value::Array(items) => AmqpValue::FieldArray(items.iter().map(json_to_amqp).collect()),
+        Value::Object(object) => AmqpValue::FieldTable(json_to_table(object)),
+    }
+}
+
+fn table_to_json(table: &FieldTable) -> Value {
+    table
+        .iter()
+        .map(|(key, value)| (key.clone(), amqp_to_json(value)))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+fn amqp_to_json(value: &AmqpValue) -> Value {
+    match value {
+        AmqpValue::Boolean(value) => (*value).into(),
+        AmqpValue::ShortShortInt(number) => (*number).into(),
+        AmqpValue::ShortShortUInt(number) => (*number).into(),
+        AmqpValue::ShortInt(number) => (*number).into(),
+        AmqpValue::ShortUInt(number) => (*number).into(),
+        AmqpValue::LongInt(number) => (*number).into(),
+        AmqpValue::LongUInt(number) => (*number).into(),
+        AmqpValue::LongLongInt(number) => (*number).into(),
+        AmqpValue::Float(number) => double(f64::from(*number)),
+        AmqpValue::Double(number) => double(*number),
+        AmqpValue::DecimalValue(decimal) => format!("{decimal:?}").into(),
+        AmqpValue::LongString(text) => text.as_str().into(),
+        AmqpValue::FieldArray(items) => items.iter().map(amqp_to_json).collect::<Vec<_>>().into(),
+        AmqpValue::Timestamp(seconds) => (*seconds).into(),
+        AmqpValue::FieldTable(table) => table_to_json(table),
+        AmqpValue::ByteArray(bytes) => String::from_utf8_lossy(bytes).into(),
+        AmqpValue::Void => Value::Null,
+    }
+}
+
+/// JSON has no NaN and no infinity; their names have to do.
+fn double(number: f64) -> Value {
+    Number::from_f64(number).map_or_else(|| number.to_string().into(), Value::Number)
+}

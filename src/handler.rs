@@ -1,0 +1,662 @@
+//! The way of a message once it is here: decode, lock, load, decide, publish, write, commit,
+//! acknowledge; a batch at a time, in one Postgres transaction each.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use anyhow::{anyhow, bail};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select_biased};
+use jiff::Timestamp;
+use log::{debug, error, info, log, warn};
+use uuid::Uuid;
+
+use crate::broker::{Delivered, PublishError, Publisher, Received};
+use crate::celery;
+use crate::health::{Health, Part};
+use crate::job::{self, Command, Event, Outcome, Publication, State, TimeSeries};
+use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
+use crate::wire::{self, Inbox, Outgoing, Request};
+use crate::workflow::Catalogue;
+
+/// A batch ends at whichever comes first.
+const MAX_BATCH_MESSAGES: usize = 200;
+const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// Waits between attempts while Postgres does not work.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(5);
+
+/// A message on its way.
+pub struct Work {
+    pub inbox: Inbox,
+    pub received: Received,
+}
+
+/// What all handler threads share.
+pub struct Setting<'s> {
+    pub store: &'s Store,
+    pub catalogue: &'s Catalogue,
+    pub health: &'s Health,
+    pub celery_sender: &'s celery::Sender,
+    /// Lamport clock of the revokes, rising for the process's lifetime.
+    pub revoke_clock: &'s AtomicI64,
+    pub delivery_limit: usize,
+    /// The queue behind each inbox.
+    pub queue_names: &'s HashMap<Inbox, String>,
+}
+
+/// The channels that one handler thread publishes on.
+pub struct Publishers<'s> {
+    pub sdk: Publisher<'s>,
+    pub celery: Publisher<'s>,
+    /// To the vhost of the workers' events, for its dead letters.
+    pub task: Publisher<'s>,
+}
+
+/// One handler thread's part of the session.
+pub struct Handler<'s> {
+    setting: &'s Setting<'s>,
+    publishers: Publishers<'s>,
+    /// Where a message's tag goes when it is done with.
+    done: HashMap<Inbox, Sender<u64>>,
+    connection: Option<Connection>,
+    /// Task queues known to exist.
+    declared: HashSet<String>,
+}
+
+/// A message of a batch with what it asks for.
+struct Item {
+    work: Work,
+    job: Option<(Uuid, Command)>,
+    list_workflows: bool,
+    /// Why the message itself is put aside.
+    dead_letter: Option<String>,
+}
+
+/// Why a batch did not go through.
+enum Trouble {
+    /// Postgres does not work; the same batch may go through later.
+    Database(anyhow::Error),
+    /// Something in the batch is refused.
+    Refused { reason: String, by: Refuser },
+    /// The session is at its end.
+    Session(anyhow::Error),
+    /// The service is stopping, and the batch was not done.
+    Stopped,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refuser {
+    Broker,
+    Database,
+}
+
+impl From<StoreError> for Trouble {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Transient(error) => Trouble::Database(error),
+            StoreError::Refused(reason) => Trouble::Refused {
+                reason,
+                by: Refuser::Database,
+            },
+        }
+    }
+}
+
+impl From<PublishError> for Trouble {
+    fn from(error: PublishError) -> Self {
+        match error {
+            PublishError::Lost(error) => Trouble::Session(error),
+            PublishError::Refused(reason) => Trouble::Refused {
+                reason,
+                by: Refuser::Broker,
+            },
+        }
+    }
+}
+
+impl<'s> Handler<'s> {
+    pub fn new(
+        setting: &'s Setting<'s>,
+        publishers: Publishers<'s>,
+        done: HashMap<Inbox, Sender<u64>>,
+    ) -> Handler<'s> {
+        Handler {
+            setting,
+            publishers,
+            done,
+            connection: None,
+            declared: HashSet::new(),
+        }
+    }
+
+    /// Handles what comes in, until `stop` is disconnected; what is then still waiting goes back
+    /// to the broker.
+    ///
+    /// # Errors
+    /// The session is at its end.
+    pub fn run(
+        mut self,
+        incoming: &Receiver<Work>,
+        stop: &Receiver<Infallible>,
+    ) -> anyhow::Result<()> {
+        loop {
+            let first = select_biased! {
+                recv(stop) -> _ => return Ok(()),
+                recv(incoming) -> work => match work {
+                    Ok(work) => work,
+                    Err(_) => return Ok(()),
+                },
+            };
+            let mut bytes = first.received.body.len();
+            let mut batch = vec![Item::new(first)];
+            while batch.len() < MAX_BATCH_MESSAGES && bytes < MAX_BATCH_BYTES {
+                let Ok(work) = incoming.try_recv() else { break };
+                bytes += work.received.body.len();
+                batch.push(Item::new(work));
+            }
+            match self.handle(&batch, stop) {
+                Ok(()) => {}
+                Err(Trouble::Refused { reason, by }) => {
+                    self.handle_one_by_one(batch, &reason, by, stop)?;
+                    continue;
+                }
+                Err(trouble) => return trouble.end(),
+            }
+            batch.iter().for_each(|item| self.acknowledge(item));
+        }
+    }
+
+    /// The way out when something in a batch is refused: each message on its own, so that the
+    /// faultless ones go through and the culprit is known.
+    fn handle_one_by_one(
+        &mut self,
+        batch: Vec<Item>,
+        reason: &str,
+        by: Refuser,
+        stop: &Receiver<Infallible>,
+    ) -> anyhow::Result<()> {
+        let alone = batch.len() == 1;
+        for mut item in batch {
+            let outcome = if alone {
+                Err(Trouble::Refused {
+                    reason: reason.to_owned(),
+                    by,
+                })
+            } else {
+                self.handle(std::slice::from_ref(&item), stop)
+            };
+            match outcome {
+                Ok(()) => {}
+                Err(Trouble::Refused { reason, by }) => {
+                    item.give_up(reason, by);
+                    match self.handle(std::slice::from_ref(&item), stop) {
+                        Ok(()) => {}
+                        Err(Trouble::Refused { reason, .. }) => error!(
+                            "{}: the message of {} bytes cannot even be put aside and is dropped: \
+                             {reason}",
+                            item.label(),
+                            item.work.received.body.len()
+                        ),
+                        Err(trouble) => return trouble.end(),
+                    }
+                }
+                Err(trouble) => return trouble.end(),
+            }
+            self.acknowledge(&item);
+        }
+        Ok(())
+    }
+
+    /// Takes a batch through, with as many attempts as Postgres needs.
+    fn handle(&mut self, batch: &[Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
+        let mut pause = FIRST_RETRY;
+        loop {
+            let trouble = match self.attempt(batch) {
+                Err(Trouble::Database(error)) => error,
+                done => return done,
+            };
+            let news = Some(format!("{trouble:#}"));
+            let health = self.setting.health;
+            if health.report(Part::Postgres, news, Timestamp::now()) {
+                warn!("messages wait for Postgres: {trouble:?}");
+            } else {
+                debug!("messages still wait for Postgres: {trouble:#}");
+            }
+            match stop.recv_timeout(pause.mul_f64(0.5 + fastrand::f64())) {
+                Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LAST_RETRY),
+                Err(RecvTimeoutError::Disconnected) => return Err(Trouble::Stopped),
+                Ok(never) => match never {},
+            }
+        }
+    }
+
+    fn attempt(&mut self, batch: &[Item]) -> Result<(), Trouble> {
+        let mut aside = Outbox::default();
+        for item in batch {
+            self.put_aside(item, &mut aside);
+        }
+        if batch.iter().all(|item| item.job.is_none()) {
+            return self.publish(&aside);
+        }
+        // Dropped on any error, and then looked over by the pool.
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.setting.store.connection()?,
+        };
+        self.transact(batch, aside, &mut connection)?;
+        self.connection = Some(connection);
+        self.setting
+            .health
+            .report(Part::Postgres, None, Timestamp::now());
+        Ok(())
+    }
+
+    /// What a message causes beside its job.
+    fn put_aside(&self, item: &Item, outbox: &mut Outbox) {
+        let setting = self.setting;
+        if item.list_workflows {
+            debug!("a client asks for the workflows");
+            let announcement = setting.catalogue.announcement();
+            outbox.sdk.push(wire::available_workflows(announcement));
+        }
+        if let Some(reason) = &item.dead_letter {
+            let Work { inbox, received } = &item.work;
+            let queue = &setting.queue_names[inbox];
+            warn!(
+                "{}: put into {}: {reason}",
+                item.label(),
+                wire::DEAD_LETTERS_QUEUE
+            );
+            let letter = wire::dead_letter(
+                queue,
+                reason,
+                Timestamp::now(),
+                received.properties(),
+                received.body.clone(),
+            );
+            match inbox {
+                Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => {
+                    outbox.sdk.push(letter);
+                }
+                Inbox::Progress | Inbox::Results => outbox.task.push(letter),
+            }
+        }
+    }
+
+    fn transact(
+        &mut self,
+        batch: &[Item],
+        mut outbox: Outbox,
+        connection: &mut Connection,
+    ) -> Result<(), Trouble> {
+        let setting = self.setting;
+        let known_workflow = |name: &str| setting.catalogue.contains(name);
+        let jobs = || batch.iter().filter_map(|item| item.job.as_ref());
+        let ids: Vec<Uuid> = jobs()
+            .map(|(id, _)| *id)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
+
+        let mut transaction = connection.transaction()?;
+        transaction.lock(&ids)?;
+        let (before, now) = transaction.load(&ids)?;
+
+        let mut after: HashMap<Uuid, State> = HashMap::new();
+        let mut series = SeriesChanges::default();
+        let mut events = Vec::new();
+        for (id, command) in jobs() {
+            let state = after
+                .get(id)
+                .or_else(|| before.get(id))
+                .unwrap_or(&State::Unknown);
+            let context = job::Context {
+                now,
+                new_task_id: Uuid::new_v4(),
+                known_workflow: &known_workflow,
+                delivery_limit: setting.delivery_limit,
+            };
+            let decision = job::decide(*id, state, command, &context);
+            for publication in decision.publications {
+                self.write_out(publication, now, &mut outbox);
+            }
+            if let Some(change) = decision.time_series {
+                note_series(*id, change, &mut series);
+            }
+            let reference = match decision.next.as_ref().unwrap_or(state).reference() {
+                "" => command.reference(),
+                reference => reference,
+            };
+            events.push((*id, reference.to_owned(), decision.event, command));
+            if let Some(next) = decision.next {
+                after.insert(*id, next);
+            }
+        }
+
+        self.publish(&outbox)?;
+
+        let transitions: Vec<_> = after
+            .iter()
+            .map(|(id, after)| Transition {
+                job_id: *id,
+                before: before.get(id).unwrap_or(&State::Unknown),
+                after,
+            })
+            .collect();
+        transaction.write(&transitions)?;
+        transaction.write_series(&series, now)?;
+        transaction.commit()?;
+        for (id, reference, event, command) in events {
+            log_event(id, &reference, &event, command);
+        }
+        Ok(())
+    }
+
+    fn write_out(&self, publication: Publication<'_>, now: Timestamp, outbox: &mut Outbox) {
+        match publication {
+            Publication::Task {
+                job_id,
+                task_id,
+                submission,
+            } => {
+                let sender = self.setting.celery_sender;
+                outbox.tasks_for.insert(submission.workflow_type.clone());
+                outbox
+                    .celery
+                    .push(celery::task(sender, job_id, task_id, submission));
+            }
+            Publication::Revoke { task_id } => {
+                let clock = self.setting.revoke_clock.fetch_add(1, Ordering::Relaxed);
+                outbox.celery.push(celery::revoke(&task_id, clock, now));
+            }
+            Publication::Status { job_id, status } => {
+                outbox.sdk.push(wire::status_update(job_id, status));
+            }
+            Publication::Progress {
+                job_id,
+                fraction,
+                message,
+            } => outbox
+                .sdk
+                .push(wire::progress_update(job_id, fraction, message)),
+            Publication::Result {
+                job_id,
+                result_type,
+                output_esdl,
+                logs,
+                esdl_messages,
+            } => outbox.sdk.push(wire::job_result(
+                job_id,
+                result_type,
+                output_esdl,
+                &logs,
+                esdl_messages,
+            )),
+        }
+    }
+
+    /// Publishes it all and waits for the confirms, of all connections at once.
+    fn publish(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+        for queue in &outbox.tasks_for {
+            self.declare(queue)?;
+        }
+        let Publishers { sdk, celery, task } = &mut self.publishers;
+        celery.send(&outbox.celery)?;
+        sdk.send(&outbox.sdk)?;
+        task.send(&outbox.task)?;
+        let lost_tasks = unroutable(&outbox.celery, &celery.confirm()?);
+        let lost_results = unroutable(&outbox.sdk, &sdk.confirm()?);
+        task.confirm()?;
+        if !lost_tasks.is_empty() {
+            self.publish_tasks_again(&lost_tasks)?;
+        }
+        if !lost_results.is_empty() {
+            self.publish_by_queue_name(&lost_results)?;
+        }
+        Ok(())
+    }
+
+    fn declare(&mut self, queue: &str) -> Result<(), Trouble> {
+        if !self.declared.contains(queue) {
+            self.publishers.celery.declare_task_queue(queue)?;
+            self.declared.insert(queue.to_owned());
+        }
+        Ok(())
+    }
+
+    /// A task comes back when somebody has deleted its queue since it was declared.
+    fn publish_tasks_again(&mut self, tasks: &[Outgoing]) -> Result<(), Trouble> {
+        for task in tasks {
+            warn!(
+                "the task queue {:?} was deleted; it is declared again",
+                task.routing_key
+            );
+            self.declared.remove(&task.routing_key);
+            self.declare(&task.routing_key)?;
+        }
+        let outcome = self.publishers.celery.publish(tasks)?;
+        match unroutable(tasks, &outcome).first() {
+            None => Ok(()),
+            Some(task) => Err(Trouble::Session(anyhow!(
+                "the task queue {:?} was deleted again right after it was declared",
+                task.routing_key
+            ))),
+        }
+    }
+
+    /// A broker restart takes the bindings of clients that are offline, while their queues stay:
+    /// these can still be reached through the default exchange.
+    fn publish_by_queue_name(&mut self, results: &[Outgoing]) -> Result<(), Trouble> {
+        let results: Vec<_> = results
+            .iter()
+            .map(|result| Outgoing {
+                exchange: "",
+                ..result.clone()
+            })
+            .collect();
+        let outcome = self.publishers.sdk.publish(&results)?;
+        for result in unroutable(&results, &outcome) {
+            info!("nobody is waiting any more in {}", result.routing_key);
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&self, item: &Item) {
+        let Work { inbox, received } = &item.work;
+        if let Some(done) = self.done.get(inbox) {
+            // The consumer is gone when the session is; then the broker delivers again.
+            let _ = done.send(received.tag);
+        }
+    }
+}
+
+/// What a batch publishes, by connection.
+#[derive(Default)]
+struct Outbox {
+    sdk: Vec<Outgoing>,
+    celery: Vec<Outgoing>,
+    task: Vec<Outgoing>,
+    /// The queues of the tasks among them.
+    tasks_for: BTreeSet<String>,
+}
+
+fn unroutable(messages: &[Outgoing], outcome: &[Delivered]) -> Vec<Outgoing> {
+    messages
+        .iter()
+        .zip(outcome)
+        .filter(|(_, delivered)| match delivered {
+            Delivered::Yes => false,
+            Delivered::Unroutable => true,
+        })
+        .map(|(message, _)| message.clone())
+        .collect()
+}
+
+fn note_series(job_id: Uuid, change: TimeSeries<'_>, changes: &mut SeriesChanges) {
+    match change {
+        TimeSeries::Keep { esdl_id, reference } => changes.keep.push(Series {
+            esdl_id,
+            job_id,
+            reference: reference.into_owned(),
+        }),
+        TimeSeries::RetireLate { esdl_id, reference } => changes.retire_late.push(Series {
+            esdl_id,
+            job_id,
+            reference: reference.into_owned(),
+        }),
+        TimeSeries::Retire => changes.retire.push(job_id),
+    }
+}
+
+impl Item {
+    fn new(work: Work) -> Item {
+        let received = &work.received;
+        let decoded = wire::decode(
+            work.inbox,
+            &received.body,
+            received.message_id(),
+            received.redelivered,
+        );
+        let (job, list_workflows, dead_letter) = match decoded {
+            Ok(Request::Job { id, command }) => (Some((id, command)), false, None),
+            Ok(Request::ListWorkflows) => (None, true, None),
+            Err(undecodable) => (
+                undecodable.instead.map(|instead| *instead),
+                false,
+                Some(undecodable.reason),
+            ),
+        };
+        Item {
+            work,
+            job,
+            list_workflows,
+            dead_letter,
+        }
+    }
+
+    /// Turns a message that is refused into what can still be done about it.
+    fn give_up(&mut self, reason: String, by: Refuser) {
+        error!("{}: {reason}", self.label());
+        let instead = self.job.take().and_then(|(id, command)| {
+            let reason = format!("The orchestrator could not handle this job: {reason}.");
+            Some((id, command.instead(reason)?))
+        });
+        // What the broker refuses is most often too big for any of its queues.
+        if by == Refuser::Database || instead.is_none() {
+            self.dead_letter = Some(reason);
+        }
+        self.job = instead;
+    }
+
+    fn label(&self) -> String {
+        let Work { inbox, received } = &self.work;
+        let message = received.message_id().unwrap_or("without id");
+        match &self.job {
+            Some((id, command)) => format!(
+                "{}{}, message {} from {}",
+                job_label(*id),
+                reference_label(command.reference()),
+                message.escape_debug(),
+                inbox.name()
+            ),
+            None => format!("message {} from {}", message.escape_debug(), inbox.name()),
+        }
+    }
+}
+
+impl Trouble {
+    /// What is left to do about trouble that no retry helps against.
+    fn end(self) -> anyhow::Result<()> {
+        match self {
+            Trouble::Stopped => Ok(()),
+            Trouble::Session(error) | Trouble::Database(error) => Err(error),
+            Trouble::Refused { reason, .. } => bail!(reason),
+        }
+    }
+}
+
+fn job_label(id: Uuid) -> String {
+    format!("job {id}")
+}
+
+/// The client's reference as a log line shows it: on one line, whatever the client put into it.
+fn reference_label(reference: &str) -> String {
+    match reference {
+        "" => String::new(),
+        reference => format!(" ({:.100})", reference.escape_debug().to_string()),
+    }
+}
+
+/// One line for each event an operator cares about; what a job does besides is for DEBUG.
+fn log_event(id: Uuid, reference: &str, event: &Event, command: &Command) {
+    let label = format!("{}{}", job_label(id), reference_label(reference));
+    match (event, command) {
+        (Event::Submitted { task_id }, Command::Submit(submission)) => info!(
+            "{label}: submitted to {} as task {task_id}",
+            submission.workflow_type
+        ),
+        (Event::Submitted { task_id }, _) => info!("{label}: submitted as task {task_id}"),
+        (Event::Started { starts: 1 }, _) => info!("{label}: running"),
+        (Event::Started { starts }, _) => warn!("{label}: running, started {starts} times"),
+        (
+            Event::Progressed,
+            Command::Progress {
+                fraction, message, ..
+            },
+        ) => {
+            debug!(
+                "{label}: {:.0} % {:.200}",
+                fraction * 100.0,
+                message.escape_debug().to_string()
+            );
+        }
+        (Event::Progressed, _) => debug!("{label}: progress"),
+        (Event::Ended(outcome), command) => {
+            let level = match outcome {
+                Outcome::Succeeded | Outcome::Cancelled => log::Level::Info,
+                Outcome::Failed | Outcome::CrashLoop | Outcome::Rejected => log::Level::Warn,
+            };
+            let why = match command {
+                Command::Refuse { reason, .. } | Command::Fail { reason, .. } => {
+                    format!(": {:.300}", reason.escape_debug().to_string())
+                }
+                Command::Submit(submission) => {
+                    format!(
+                        ": workflow {:.100}",
+                        submission.workflow_type.escape_debug().to_string()
+                    )
+                }
+                Command::Cancel
+                | Command::Start { .. }
+                | Command::Progress { .. }
+                | Command::Result { .. } => String::new(),
+            };
+            log!(level, "{label}: {}{why}", outcome_text(*outcome));
+        }
+        (Event::CancelNoted, _) => info!("{label}: cancelled before it was submitted, or long ago"),
+        (Event::Revoked(why), command) => {
+            let task = command
+                .task_id()
+                .unwrap_or_default()
+                .escape_debug()
+                .to_string();
+            warn!("{label}: task {task:.100} is revoked: {why}");
+        }
+        (Event::Ignored(why), Command::Progress { .. }) => {
+            debug!("{label}: progress is ignored: {why}");
+        }
+        (Event::Ignored(why), command) => info!("{label}: {} is ignored: {why}", command.name()),
+    }
+}
+
+fn outcome_text(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Succeeded => "succeeded",
+        Outcome::Failed => "failed at its worker",
+        Outcome::Cancelled => "cancelled",
+        Outcome::CrashLoop => "ended, for its workers died too often",
+        Outcome::Rejected => "refused",
+    }
+}

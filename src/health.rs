@@ -1,0 +1,122 @@
+//! What works and what does not, for `/health/ready`.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+/// What the service needs to be ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The session with its connections to RabbitMQ.
+    Broker,
+    /// Whether RabbitMQ takes messages: an alarm blocks its publishers.
+    Publishing,
+    Postgres,
+    /// Whether the tables are at this program's revision.
+    Revisions,
+}
+
+impl Part {
+    const ALL: [Part; 4] = [
+        Part::Broker,
+        Part::Publishing,
+        Part::Postgres,
+        Part::Revisions,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Part::Broker => "broker",
+            Part::Publishing => "publishing",
+            Part::Postgres => "postgres",
+            Part::Revisions => "revisions",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Condition {
+    /// Why the part does not work.
+    fault: Option<String>,
+    since: Timestamp,
+}
+
+/// The condition of every part, shared between the threads that find it out.
+#[derive(Debug)]
+pub struct Health(Mutex<[Condition; 4]>);
+
+impl Health {
+    /// Before anything is known nothing is ready.
+    pub fn starting(now: Timestamp) -> Health {
+        Health(Mutex::new(Part::ALL.map(|_| Condition {
+            fault: Some("starting".to_owned()),
+            since: now,
+        })))
+    }
+
+    /// Notes that `part` works (None) or why it does not. Returns whether that changes anything
+    /// but the wording.
+    pub fn report(&self, part: Part, fault: Option<String>, now: Timestamp) -> bool {
+        let condition = &mut self.lock()[part as usize];
+        let changed = condition.fault.is_some() != fault.is_some();
+        if changed {
+            condition.since = now;
+        }
+        condition.fault = fault;
+        changed
+    }
+
+    /// Whether everything works, and the answer of `/health/ready`.
+    pub fn ready(&self) -> (bool, Value) {
+        let conditions = self.lock();
+        let parts = Part::ALL
+            .iter()
+            .zip(conditions.iter())
+            .map(|(part, condition)| {
+                let ok = condition.fault.is_none();
+                let since = condition.since.to_string();
+                let mut value = json!({"ok": ok, "since": since});
+                if let Some(why) = &condition.fault {
+                    value["why"] = why.as_str().into();
+                }
+                (part.name().to_owned(), value)
+            })
+            .collect::<serde_json::Map<_, _>>();
+        let ready = conditions.iter().all(|condition| condition.fault.is_none());
+        (ready, json!({"ready": ready, "parts": parts}))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [Condition; 4]> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_is_when_every_part_works() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let health = Health::starting(at(0));
+        for part in Part::ALL {
+            assert!(!health.ready().0);
+            assert!(health.report(part, None, at(1)));
+        }
+        assert!(health.ready().0);
+        assert!(!health.report(Part::Broker, None, at(2)));
+        assert!(health.report(Part::Postgres, Some("down".to_owned()), at(3)));
+        assert!(!health.report(Part::Postgres, Some("still down".to_owned()), at(4)));
+        let (ready, answer) = health.ready();
+        assert!(!ready);
+        assert_eq!(
+            answer["parts"]["postgres"],
+            json!({"ok": false, "why": "still down", "since": "1970-01-01T00:00:03Z"})
+        );
+        assert_eq!(
+            answer["parts"]["broker"],
+            json!({"ok": true, "since": "1970-01-01T00:00:01Z"})
+        );
+    }
+}

@@ -1,0 +1,826 @@
+//! What happens to a job: [`decide`], a pure and total function from a job's [`State`] and a
+//! [`Command`] to a [`Decision`]. It knows no broker, database, clock or random source.
+//!
+//! ```text
+//!              Submit                 Start                  Result
+//!  Unknown ────────────> Submitted ────────────> Running ────────────> Ended
+//!     │                    │   ▲                   │  │                 ▲ ▲
+//!     │                    │   │ Submit            │  └─ Cancel, too many │
+//!     │                    │ Registered            │     starts, Fail ───┘ │
+//!     │                    │ (only left by the     └───────────────────────┘
+//!     │                    │  Python service)
+//!     └──── Cancel, Refuse, unknown workflow ────────────────────────────> Ended
+//! ```
+
+use std::borrow::Cow;
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use crate::esdl;
+use crate::wire::EsdlMessage;
+
+/// Logs of the result of a job that crashed its workers; clients compare this text.
+pub const CRASH_LOOP_LOGS: &str =
+    "Job cannot be processed due to being retried the maximum number of times.";
+
+/// What the database knows of a job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum State {
+    /// Neither a row nor a history: never seen, or forgotten after the history's retention.
+    Unknown,
+    Live(Job),
+    Ended(Ended),
+}
+
+/// A job that has not ended: its row in `job` and those in `job_starts`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    pub workflow_type: String,
+    /// Empty when the client gave none.
+    pub reference: String,
+    pub status: JobStatus,
+    /// The job's current Celery task; no other task's events count.
+    pub task_id: Option<String>,
+    pub registered_at: Timestamp,
+    pub submitted_at: Option<Timestamp>,
+    /// When a worker first started the job.
+    pub running_at: Option<Timestamp>,
+    /// How long the job may run, in milliseconds.
+    pub timeout_ms: Option<i64>,
+    /// Oldest first.
+    pub starts: Vec<Start>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobStatus {
+    /// Known but without a task. Only the Python service leaves rows like this, when it is
+    /// killed between its two writes; the broker then delivers the submission again.
+    Registered,
+    Submitted,
+    Running,
+}
+
+/// One time that a worker began the job's task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Start {
+    pub at: Timestamp,
+    /// AMQP message id of the worker's START, which tells a redelivery from a second start.
+    /// None in rows of the Python service.
+    pub message_id: Option<String>,
+}
+
+/// A job that has ended: its row in `job_history`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ended {
+    pub outcome: Outcome,
+    pub workflow_type: Option<String>,
+    pub reference: Option<String>,
+    pub task_id: Option<String>,
+    /// None when a cancel was all that ever came for this job.
+    pub registered_at: Option<Timestamp>,
+    pub submitted_at: Option<Timestamp>,
+    pub running_at: Option<Timestamp>,
+    pub finished_at: Timestamp,
+    pub starts: i32,
+    /// Size of the output ESDL and the logs together.
+    pub result_bytes: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The worker delivered an output ESDL.
+    Succeeded,
+    /// The worker reported an error.
+    Failed,
+    Cancelled,
+    /// Its workers died more often than the delivery limit allows.
+    CrashLoop,
+    /// The submission could not be run, or an event of the job could not be handled.
+    Rejected,
+}
+
+impl Outcome {
+    /// Whether the job's own task ended it, so that nothing is left to revoke.
+    fn by_its_task(self) -> bool {
+        match self {
+            Outcome::Succeeded | Outcome::Failed => true,
+            Outcome::Cancelled | Outcome::CrashLoop | Outcome::Rejected => false,
+        }
+    }
+}
+
+/// What somebody asks or reports about one job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    Submit(Submission),
+    /// A submission that cannot be run; its client is told why.
+    Refuse {
+        reason: String,
+        workflow_type: String,
+        reference: Option<String>,
+    },
+    Cancel,
+    /// A worker has begun a task.
+    Start {
+        task_id: String,
+        message_id: Option<String>,
+        redelivered: bool,
+    },
+    Progress {
+        task_id: String,
+        /// From 0.0 to 1.0.
+        fraction: f64,
+        message: String,
+    },
+    Result {
+        task_id: String,
+        succeeded: bool,
+        output_esdl: Option<String>,
+        logs: String,
+        esdl_messages: Vec<EsdlMessage>,
+    },
+    /// An event of the job that cannot be handled, and without which it would never end.
+    Fail {
+        reason: String,
+        /// The task it came from, where that can be read.
+        task_id: Option<String>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Submission {
+    pub workflow_type: String,
+    pub esdl: String,
+    pub params: Map<String, Value>,
+    pub reference: Option<String>,
+    pub priority: Priority,
+    pub timeout_ms: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Priority {
+    Low,
+    #[default]
+    Medium,
+    High,
+}
+
+/// What a decision needs to know beside the job.
+pub struct Context<'a> {
+    pub now: Timestamp,
+    /// For the task, if one is published: fresh for each attempt, since the same task twice
+    /// would look like a crash loop.
+    pub new_task_id: Uuid,
+    pub known_workflow: &'a dyn Fn(&str) -> bool,
+    /// Starts allowed per job; the next one ends it.
+    pub delivery_limit: usize,
+}
+
+/// What to do about a command.
+#[derive(Debug, PartialEq)]
+pub struct Decision<'a> {
+    /// The job's new state; None leaves its rows alone.
+    pub next: Option<State>,
+    /// In the order in which they are to be sent.
+    pub publications: Vec<Publication<'a>>,
+    pub time_series: Option<TimeSeries<'a>>,
+    pub event: Event,
+}
+
+/// A message to send.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Publication<'a> {
+    /// To the queue of the job's workflow.
+    Task {
+        job_id: Uuid,
+        task_id: Uuid,
+        submission: &'a Submission,
+    },
+    /// To all Celery workers: end this task.
+    Revoke {
+        task_id: Cow<'a, str>,
+    },
+    Status {
+        job_id: Uuid,
+        status: ClientStatus,
+    },
+    Progress {
+        job_id: Uuid,
+        fraction: f64,
+        message: &'a str,
+    },
+    Result {
+        job_id: Uuid,
+        result_type: ResultType,
+        output_esdl: Option<&'a str>,
+        logs: Cow<'a, str>,
+        esdl_messages: &'a [EsdlMessage],
+    },
+}
+
+/// The statuses that clients are sent. FINISHED is not among them: omotes-rest empties the result
+/// when it comes. Neither is REGISTERED, which resets the client's row and adds nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientStatus {
+    Enqueued,
+    Running,
+    Cancelled,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResultType {
+    Succeeded,
+    Error,
+    Cancelled,
+}
+
+/// What becomes of the database that a job's output ESDL refers to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TimeSeries<'a> {
+    /// A job succeeded: guard its series, also when a scan had marked them meanwhile.
+    Keep {
+        esdl_id: String,
+        reference: Cow<'a, str>,
+    },
+    /// The job was deleted, but its task still delivered: these series are nobody's.
+    RetireLate {
+        esdl_id: String,
+        reference: Cow<'a, str>,
+    },
+    /// The job was deleted: whatever it left is to go.
+    Retire,
+}
+
+/// What became of a command, for the log.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Submitted {
+        task_id: Uuid,
+    },
+    Started {
+        starts: usize,
+    },
+    Progressed,
+    Ended(Outcome),
+    /// A cancel before the submission it belongs to.
+    CancelNoted,
+    Revoked(&'static str),
+    Ignored(&'static str),
+}
+
+/// What to do about `command` for the job `job_id`, which is in `state`. Every pair has an answer;
+/// "ignored, because" is one of them.
+pub fn decide<'a>(
+    job_id: Uuid,
+    state: &State,
+    command: &'a Command,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    match command {
+        Command::Submit(submission) => submit(job_id, state, submission, context),
+        Command::Refuse {
+            reason,
+            workflow_type,
+            reference,
+        } => refuse(
+            job_id,
+            state,
+            Cow::Borrowed(reason),
+            workflow_type,
+            reference,
+            context,
+        ),
+        Command::Cancel => cancel(job_id, state, context),
+        Command::Start {
+            task_id,
+            message_id,
+            redelivered,
+        } => match own_task(state, task_id) {
+            Own::Current(job) => start(job_id, job, message_id, *redelivered, context),
+            Own::Done => Decision::ignored("the job has ended with this task's result"),
+            Own::Stray(why) => revoke(task_id, why),
+        },
+        Command::Progress {
+            task_id,
+            fraction,
+            message,
+        } => match own_task(state, task_id) {
+            Own::Current(_) if !fraction.is_finite() => {
+                Decision::ignored("its progress is not a finite number")
+            }
+            Own::Current(_) => Decision {
+                next: None,
+                publications: vec![Publication::Progress {
+                    job_id,
+                    fraction: *fraction,
+                    message,
+                }],
+                time_series: None,
+                event: Event::Progressed,
+            },
+            Own::Done => Decision::ignored("the job has ended with this task's result"),
+            Own::Stray(why) => revoke(task_id, why),
+        },
+        Command::Result {
+            task_id,
+            succeeded,
+            output_esdl,
+            logs,
+            esdl_messages,
+        } => {
+            let output_esdl = output_esdl.as_deref();
+            match own_task(state, task_id) {
+                Own::Current(job) => {
+                    let (result_type, outcome) = match succeeded {
+                        true => (ResultType::Succeeded, Outcome::Succeeded),
+                        false => (ResultType::Error, Outcome::Failed),
+                    };
+                    let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
+                    Decision {
+                        next: Some(State::Ended(job.ended(outcome, result_bytes, context.now))),
+                        publications: vec![Publication::Result {
+                            job_id,
+                            result_type,
+                            output_esdl,
+                            logs: Cow::Borrowed(logs),
+                            esdl_messages,
+                        }],
+                        time_series: esdl_id(*succeeded, output_esdl).map(|esdl_id| {
+                            TimeSeries::Keep {
+                                esdl_id,
+                                reference: Cow::Owned(job.reference.clone()),
+                            }
+                        }),
+                        event: Event::Ended(outcome),
+                    }
+                }
+                Own::Done => Decision::ignored("the job has ended"),
+                Own::Stray(why) => Decision {
+                    time_series: late_series(state, task_id, *succeeded, output_esdl),
+                    ..Decision::ignored(why)
+                },
+            }
+        }
+        Command::Fail { reason, task_id } => match state {
+            State::Live(job) if task_id.is_none() || *task_id == job.task_id => Decision {
+                next: Some(State::Ended(job.ended(
+                    Outcome::Rejected,
+                    reason.len(),
+                    context.now,
+                ))),
+                publications: job
+                    .revocation()
+                    .into_iter()
+                    .chain([error_result(job_id, Cow::Borrowed(reason))])
+                    .collect(),
+                time_series: None,
+                event: Event::Ended(Outcome::Rejected),
+            },
+            State::Live(_) => Decision::ignored("it is not from the job's current task"),
+            State::Unknown => Decision::ignored("the job is unknown"),
+            State::Ended(_) => Decision::ignored("the job has ended"),
+        },
+    }
+}
+
+fn submit<'a>(
+    job_id: Uuid,
+    state: &State,
+    submission: &'a Submission,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    if !(context.known_workflow)(&submission.workflow_type) {
+        let reason = format!(
+            "Workflow type {} is unknown by orchestrator at the time this submission was received.",
+            submission.workflow_type
+        );
+        return refuse(
+            job_id,
+            state,
+            Cow::Owned(reason),
+            &submission.workflow_type,
+            &submission.reference,
+            context,
+        );
+    }
+    match submission_expected(state) {
+        Expected::Yes { registered_at } => Decision {
+            next: Some(State::Live(Job {
+                workflow_type: submission.workflow_type.clone(),
+                reference: submission.reference.clone().unwrap_or_default(),
+                status: JobStatus::Submitted,
+                task_id: Some(context.new_task_id.to_string()),
+                registered_at: registered_at.unwrap_or(context.now),
+                submitted_at: Some(context.now),
+                running_at: None,
+                timeout_ms: submission.timeout_ms.map(i64::from),
+                starts: Vec::new(),
+            })),
+            publications: vec![
+                Publication::Task {
+                    job_id,
+                    task_id: context.new_task_id,
+                    submission,
+                },
+                Publication::Status {
+                    job_id,
+                    status: ClientStatus::Enqueued,
+                },
+            ],
+            time_series: None,
+            event: Event::Submitted {
+                task_id: context.new_task_id,
+            },
+        },
+        Expected::Cancelled => cancelled_before_submission(
+            job_id,
+            &submission.workflow_type,
+            &submission.reference,
+            context,
+        ),
+        Expected::No(why) => Decision::ignored(why),
+    }
+}
+
+fn refuse<'a>(
+    job_id: Uuid,
+    state: &State,
+    reason: Cow<'a, str>,
+    workflow_type: &str,
+    reference: &Option<String>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    match submission_expected(state) {
+        Expected::Yes { registered_at } => Decision {
+            next: Some(State::Ended(Ended {
+                registered_at: registered_at.or(Some(context.now)),
+                result_bytes: to_i64(reason.len()),
+                ..Ended::without_task(Outcome::Rejected, workflow_type, reference, context.now)
+            })),
+            publications: vec![error_result(job_id, reason)],
+            time_series: None,
+            event: Event::Ended(Outcome::Rejected),
+        },
+        Expected::Cancelled => {
+            cancelled_before_submission(job_id, workflow_type, reference, context)
+        }
+        Expected::No(why) => Decision::ignored(why),
+    }
+}
+
+/// Whether a submission is news for a job in this state.
+enum Expected {
+    Yes {
+        registered_at: Option<Timestamp>,
+    },
+    /// The cancel of this submission came first.
+    Cancelled,
+    No(&'static str),
+}
+
+fn submission_expected(state: &State) -> Expected {
+    match state {
+        State::Unknown => Expected::Yes {
+            registered_at: None,
+        },
+        State::Live(job) => match job.status {
+            JobStatus::Registered => Expected::Yes {
+                registered_at: Some(job.registered_at),
+            },
+            JobStatus::Submitted | JobStatus::Running => {
+                Expected::No("the job was submitted already")
+            }
+        },
+        State::Ended(ended) if ended.registered_at.is_none() => Expected::Cancelled,
+        State::Ended(_) => Expected::No("the job has ended already"),
+    }
+}
+
+fn cancelled_before_submission<'a>(
+    job_id: Uuid,
+    workflow_type: &str,
+    reference: &Option<String>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    Decision {
+        next: Some(State::Ended(Ended {
+            registered_at: Some(context.now),
+            ..Ended::without_task(Outcome::Cancelled, workflow_type, reference, context.now)
+        })),
+        publications: cancellation(job_id).into(),
+        time_series: None,
+        event: Event::Ended(Outcome::Cancelled),
+    }
+}
+
+fn cancel<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a> {
+    match state {
+        State::Unknown => Decision {
+            next: Some(State::Ended(Ended {
+                outcome: Outcome::Cancelled,
+                workflow_type: None,
+                reference: None,
+                task_id: None,
+                registered_at: None,
+                submitted_at: None,
+                running_at: None,
+                finished_at: context.now,
+                starts: 0,
+                result_bytes: 0,
+            })),
+            publications: Vec::new(),
+            time_series: Some(TimeSeries::Retire),
+            event: Event::CancelNoted,
+        },
+        State::Live(job) => Decision {
+            next: Some(State::Ended(job.ended(Outcome::Cancelled, 0, context.now))),
+            publications: job
+                .revocation()
+                .into_iter()
+                .chain(cancellation(job_id))
+                .collect(),
+            time_series: Some(TimeSeries::Retire),
+            event: Event::Ended(Outcome::Cancelled),
+        },
+        // Deleting a finished job is how a client gives up the series that it left.
+        State::Ended(_) => Decision {
+            time_series: Some(TimeSeries::Retire),
+            ..Decision::ignored("the job has ended already")
+        },
+    }
+}
+
+fn start<'a>(
+    job_id: Uuid,
+    job: &Job,
+    message_id: &Option<String>,
+    redelivered: bool,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let counted = match message_id {
+        Some(_) => job
+            .starts
+            .iter()
+            .any(|start| start.message_id == *message_id),
+        // Without an id the broker's flag is all there is to go by.
+        None => redelivered && !job.starts.is_empty(),
+    };
+    if counted {
+        return Decision::ignored("this start was counted already");
+    }
+    if job.starts.len() >= context.delivery_limit {
+        return Decision {
+            next: Some(State::Ended(job.ended(
+                Outcome::CrashLoop,
+                CRASH_LOOP_LOGS.len(),
+                context.now,
+            ))),
+            publications: job
+                .revocation()
+                .into_iter()
+                .chain([error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))])
+                .collect(),
+            time_series: None,
+            event: Event::Ended(Outcome::CrashLoop),
+        };
+    }
+    let mut job = job.clone();
+    job.status = JobStatus::Running;
+    job.running_at = job.running_at.or(Some(context.now));
+    // The rows' key is their time, and a batch has one time for all its messages.
+    let at = job.starts.last().map_or(context.now, |last| {
+        context.now.max(last.at + SignedDuration::from_micros(1))
+    });
+    job.starts.push(Start {
+        at,
+        message_id: message_id.clone(),
+    });
+    let starts = job.starts.len();
+    Decision {
+        next: Some(State::Live(job)),
+        publications: vec![Publication::Status {
+            job_id,
+            status: ClientStatus::Running,
+        }],
+        time_series: None,
+        event: Event::Started { starts },
+    }
+}
+
+/// How a task relates to the job that its event names.
+enum Own<'s> {
+    Current(&'s Job),
+    /// It is the task whose result ended the job.
+    Done,
+    /// Nobody waits for it.
+    Stray(&'static str),
+}
+
+fn own_task<'s>(state: &'s State, task_id: &str) -> Own<'s> {
+    match state {
+        State::Unknown => Own::Stray("the job is unknown"),
+        State::Live(job) if job.task_id.as_deref() == Some(task_id) => Own::Current(job),
+        State::Live(_) => Own::Stray("it is not the job's current task"),
+        State::Ended(ended)
+            if ended.outcome.by_its_task() && ended.task_id.as_deref() == Some(task_id) =>
+        {
+            Own::Done
+        }
+        State::Ended(_) => Own::Stray("the job has ended"),
+    }
+}
+
+fn revoke<'a>(task_id: &'a str, why: &'static str) -> Decision<'a> {
+    Decision {
+        next: None,
+        publications: vec![Publication::Revoke {
+            task_id: Cow::Borrowed(task_id),
+        }],
+        time_series: None,
+        event: Event::Revoked(why),
+    }
+}
+
+/// The series of a task that delivered although its job had been deleted.
+fn late_series<'a>(
+    state: &State,
+    task_id: &str,
+    succeeded: bool,
+    output_esdl: Option<&str>,
+) -> Option<TimeSeries<'a>> {
+    match state {
+        State::Ended(ended) if ended.task_id.as_deref() == Some(task_id) => {
+            esdl_id(succeeded, output_esdl).map(|esdl_id| TimeSeries::RetireLate {
+                esdl_id,
+                reference: Cow::Owned(ended.reference.clone().unwrap_or_default()),
+            })
+        }
+        State::Unknown | State::Live(_) | State::Ended(_) => None,
+    }
+}
+
+fn esdl_id(succeeded: bool, output_esdl: Option<&str>) -> Option<String> {
+    output_esdl
+        .filter(|_| succeeded)
+        .and_then(esdl::energy_system_id)
+}
+
+fn error_result(job_id: Uuid, logs: Cow<'_, str>) -> Publication<'_> {
+    Publication::Result {
+        job_id,
+        result_type: ResultType::Error,
+        output_esdl: None,
+        logs,
+        esdl_messages: &[],
+    }
+}
+
+fn cancellation<'a>(job_id: Uuid) -> [Publication<'a>; 2] {
+    [
+        Publication::Status {
+            job_id,
+            status: ClientStatus::Cancelled,
+        },
+        Publication::Result {
+            job_id,
+            result_type: ResultType::Cancelled,
+            output_esdl: None,
+            logs: Cow::Borrowed(""),
+            esdl_messages: &[],
+        },
+    ]
+}
+
+fn to_i64(size: usize) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+impl Decision<'_> {
+    fn ignored(why: &'static str) -> Self {
+        Decision {
+            next: None,
+            publications: Vec::new(),
+            time_series: None,
+            event: Event::Ignored(why),
+        }
+    }
+}
+
+impl Job {
+    fn ended(&self, outcome: Outcome, result_bytes: usize, now: Timestamp) -> Ended {
+        Ended {
+            outcome,
+            workflow_type: Some(self.workflow_type.clone()),
+            reference: Some(self.reference.clone()),
+            task_id: self.task_id.clone(),
+            registered_at: Some(self.registered_at),
+            submitted_at: self.submitted_at,
+            running_at: self.running_at,
+            finished_at: now,
+            starts: i32::try_from(self.starts.len()).unwrap_or(i32::MAX),
+            result_bytes: to_i64(result_bytes),
+        }
+    }
+
+    fn revocation<'a>(&self) -> Option<Publication<'a>> {
+        self.task_id.clone().map(|task_id| Publication::Revoke {
+            task_id: Cow::Owned(task_id),
+        })
+    }
+}
+
+impl Ended {
+    fn without_task(
+        outcome: Outcome,
+        workflow_type: &str,
+        reference: &Option<String>,
+        now: Timestamp,
+    ) -> Ended {
+        Ended {
+            outcome,
+            workflow_type: Some(workflow_type.to_owned()),
+            reference: Some(reference.clone().unwrap_or_default()),
+            task_id: None,
+            registered_at: None,
+            submitted_at: None,
+            running_at: None,
+            finished_at: now,
+            starts: 0,
+            result_bytes: 0,
+        }
+    }
+}
+
+impl State {
+    /// The client's own name for the job, empty when it gave none.
+    pub fn reference(&self) -> &str {
+        match self {
+            State::Unknown => "",
+            State::Live(job) => &job.reference,
+            State::Ended(ended) => ended.reference.as_deref().unwrap_or_default(),
+        }
+    }
+}
+
+impl Command {
+    /// What it is, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Submit(_) | Command::Refuse { .. } => "a submission",
+            Command::Cancel => "a cancel",
+            Command::Start { .. } => "a start",
+            Command::Progress { .. } => "progress",
+            Command::Result { .. } | Command::Fail { .. } => "a result",
+        }
+    }
+
+    /// The client's own name for the job, where the command carries one.
+    pub fn reference(&self) -> &str {
+        match self {
+            Command::Submit(submission) => submission.reference.as_deref().unwrap_or_default(),
+            Command::Refuse { reference, .. } => reference.as_deref().unwrap_or_default(),
+            Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Result { .. }
+            | Command::Fail { .. } => "",
+        }
+    }
+
+    /// The Celery task it comes from.
+    pub fn task_id(&self) -> Option<&str> {
+        match self {
+            Command::Start { task_id, .. }
+            | Command::Progress { task_id, .. }
+            | Command::Result { task_id, .. } => Some(task_id),
+            Command::Fail { task_id, .. } => task_id.as_deref(),
+            Command::Submit(_) | Command::Refuse { .. } | Command::Cancel => None,
+        }
+    }
+
+    /// What to do instead when the broker or the database refuses what this command causes.
+    /// None where the job can go on without it.
+    pub fn instead(&self, reason: String) -> Option<Command> {
+        match self {
+            Command::Submit(submission) => Some(Command::Refuse {
+                reason,
+                workflow_type: submission.workflow_type.replace('\0', ""),
+                reference: submission
+                    .reference
+                    .as_ref()
+                    .map(|reference| reference.replace('\0', "")),
+            }),
+            Command::Result { task_id, .. } => Some(Command::Fail {
+                reason,
+                task_id: Some(task_id.clone()),
+            }),
+            Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Fail { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! The OMOTES job orchestrator: what stands between SDK clients and Celery workers.
+//!
+//! `main → app → session → handler → {store, broker} → the pure files`. The pure ones are [`job`],
+//! [`workflow`], [`wire`], [`celery`] and [`esdl`]: they know no broker, database, clock or
+//! environment.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+
+pub mod app;
+pub mod broker;
+pub mod celery;
+pub mod client;
+pub mod config;
+pub mod esdl;
+pub mod handler;
+pub mod health;
+pub mod http;
+pub mod job;
+pub mod session;
+pub mod store;
+pub mod wire;
+pub mod workflow;

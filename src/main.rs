@@ -1,0 +1,329 @@
+//! The command line.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what a command says goes to standard output, why it failed to standard error"
+)]
+
+use std::backtrace::Backtrace;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use std::{fs, panic, thread};
+
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use crossbeam_channel::unbounded;
+use jiff::{SignedDuration, Timestamp};
+use log::LevelFilter;
+use omotes_orchestrator::client::{self, Order};
+use omotes_orchestrator::config::Config;
+use omotes_orchestrator::store::Store;
+use omotes_orchestrator::store::migrate::{self, REVISIONS, Revision};
+use omotes_orchestrator::wire::job_result::ResultType;
+use omotes_orchestrator::wire::job_submission::JobPriority;
+use omotes_orchestrator::wire::workflow_parameter::ParameterType;
+use omotes_orchestrator::{app, http};
+use serde_json::{Map, Value};
+use signal_hook::consts::SIGINT;
+use signal_hook::iterator::Signals;
+
+/// Exit code of a job that was cancelled; as a shell reports Ctrl-C.
+const EXIT_CANCELLED: u8 = 130;
+
+/// The OMOTES job orchestrator, between SDK clients and Celery workers.
+///
+/// Configured by environment variables and an `.env` file in the working directory; the README
+/// lists them. Without a command it runs the service.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the service (the default).
+    Run,
+    /// Ask the running service whether it is ready; exits with 0 if it is.
+    Healthcheck,
+    /// Look at or change the revision of the database's tables.
+    #[command(subcommand)]
+    Db(Db),
+    /// The workflow definitions.
+    #[command(subcommand)]
+    Workflows(Workflows),
+    /// Submit a job and follow it to its end.
+    ///
+    /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
+    /// was cancelled.
+    Submit(Submit),
+}
+
+#[derive(Subcommand)]
+enum Db {
+    /// Apply revisions, by default all of them.
+    Upgrade { revision: Option<String> },
+    /// Undo the revisions after the given one; `base` undoes all.
+    Downgrade { revision: String },
+    /// Show the revision that the database is at.
+    Current,
+    /// List all revisions.
+    History,
+    /// Make a folder for a new revision in `migrations/`, on top of the last one.
+    Revision { message: String },
+}
+
+#[derive(Subcommand)]
+enum Workflows {
+    /// Check a definition file and print what clients would see.
+    Check { file: PathBuf },
+}
+
+#[derive(Args)]
+struct Submit {
+    /// File with the input ESDL.
+    esdl: PathBuf,
+    /// Name of the workflow.
+    #[arg(long)]
+    workflow: String,
+    /// A parameter of the workflow: JSON where it parses as such, a text otherwise.
+    #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_param)]
+    params: Vec<(String, Value)>,
+    /// Your name for the job.
+    #[arg(long)]
+    reference: Option<String>,
+    #[arg(long, value_enum, default_value_t = Priority::Medium)]
+    priority: Priority,
+    /// How long the job may run: `90s`, `10m`, `1h30m`.
+    #[arg(long, value_parser = parse_duration)]
+    timeout: Option<Duration>,
+    /// File for the output ESDL, which is printed otherwise.
+    #[arg(long)]
+    output: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Priority {
+    Low,
+    Medium,
+    High,
+}
+
+fn parse_param(text: &str) -> Result<(String, Value), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+    Ok((key.to_owned(), value))
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let duration: SignedDuration = text
+        .parse()
+        .map_err(|error: jiff::Error| error.to_string())?;
+    duration
+        .try_into()
+        .map_err(|error: jiff::Error| error.to_string())
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command.unwrap_or(Command::Run)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("omotes-orchestrator: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match dotenvy::from_path(".env") {
+        Ok(()) => {}
+        Err(error) if error.not_found() => {}
+        Err(error) => return Err(anyhow!(error).context(".env")),
+    }
+    let config = || Config::from_environment().context("configuration");
+    match command {
+        Command::Run => {
+            let config = config()?;
+            start_logger(config.log_level);
+            if let Err(error) = app::run(config) {
+                // With the cause chain, and a stack trace where RUST_BACKTRACE asks for one.
+                log::error!("{error:?}");
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Healthcheck => match config()?.http_bind {
+            Some(address) => http::check(address)?,
+            None => bail!("HTTP_BIND is empty, so nobody can be asked"),
+        },
+        Command::Db(Db::History) => {
+            for revision in REVISIONS {
+                println!("{}", describe(revision));
+            }
+        }
+        Command::Db(Db::Revision { message }) => {
+            let folder = new_revision(Path::new("migrations"), &message)?;
+            println!("{}", folder.display());
+        }
+        Command::Db(command) => database(&config()?, &command)?,
+        Command::Workflows(Workflows::Check { file }) => {
+            show_workflows(&app::read_catalogue(&file)?);
+        }
+        Command::Submit(submit) => return follow(&config()?, submit),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `<time> <level> <thread> <message>`, on standard error.
+fn start_logger(level: LevelFilter) {
+    env_logger::Builder::new()
+        // What other crates have to say below a warning is of no use to an operator.
+        .filter_level(level.min(LevelFilter::Warn))
+        .filter_module("omotes_orchestrator", level)
+        .format(|out, record| {
+            let style = out.default_level_style(record.level());
+            let thread = thread::current();
+            writeln!(
+                out,
+                "{:.3} {style}{:<5}{style:#} {} {}",
+                Timestamp::now(),
+                record.level(),
+                thread.name().unwrap_or("-"),
+                record.args()
+            )
+        })
+        .init();
+    panic::set_hook(Box::new(|panic| {
+        log::error!("{panic}\n{}", Backtrace::force_capture());
+    }));
+}
+
+fn database(config: &Config, command: &Db) -> anyhow::Result<()> {
+    let store = Store::new(&config.postgres, 1);
+    let mut connection = store
+        .connection()
+        .with_context(|| config.postgres.to_string())?;
+    let client = connection.client();
+    match command {
+        Db::Upgrade { revision } => {
+            let applied = migrate::upgrade(client, revision.as_deref())?;
+            report_revisions("applied", applied);
+        }
+        Db::Downgrade { revision } => {
+            let undone = migrate::downgrade(client, revision)?;
+            report_revisions("undone", undone);
+        }
+        Db::Current => match migrate::current(client)?.checked_sub(1) {
+            Some(last) if last + 1 == REVISIONS.len() => {
+                println!("{} (head)", describe(&REVISIONS[last]));
+            }
+            Some(last) => println!("{}", describe(&REVISIONS[last])),
+            None => println!("base"),
+        },
+        Db::History | Db::Revision { .. } => unreachable!("they need no database"),
+    }
+    Ok(())
+}
+
+fn describe(revision: &Revision) -> String {
+    format!("{} {}", revision.id, revision.slug.replace('_', " "))
+}
+
+fn report_revisions(what: &str, revisions: &[Revision]) {
+    for revision in revisions {
+        println!("{what} {}", describe(revision));
+    }
+    if revisions.is_empty() {
+        println!("nothing to do");
+    }
+}
+
+/// Makes the folder of a revision that builds on the last one.
+fn new_revision(migrations: &Path, message: &str) -> anyhow::Result<PathBuf> {
+    if !migrations.is_dir() {
+        bail!("there is no migrations/ here: run this where the sources are");
+    }
+    let head = REVISIONS.last().map_or("nothing", |revision| revision.id);
+    let id = &uuid::Uuid::new_v4().simple().to_string()[..12];
+    let slug = message
+        .to_lowercase()
+        .split(|character: char| !character.is_ascii_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .collect::<Vec<_>>()
+        .join("_");
+    if slug.is_empty() {
+        bail!("the message {message:?} has no letter or digit to name the folder with");
+    }
+    let folder = migrations.join(format!("{id}_{slug}"));
+    fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
+    fs::write(folder.join("up.sql"), format!("-- Revises: {head}\n"))?;
+    fs::write(folder.join("down.sql"), "")?;
+    Ok(folder)
+}
+
+fn show_workflows(catalogue: &omotes_orchestrator::workflow::Catalogue) {
+    for workflow in &catalogue.announcement().workflows {
+        println!("{}: {}", workflow.type_name, workflow.type_description);
+        for parameter in &workflow.parameters {
+            let kind = match &parameter.parameter_type {
+                Some(ParameterType::StringParameter(one)) => format!("string {one:?}"),
+                Some(ParameterType::BooleanParameter(one)) => format!("boolean {one:?}"),
+                Some(ParameterType::IntegerParameter(one)) => format!("integer {one:?}"),
+                Some(ParameterType::FloatParameter(one)) => format!("float {one:?}"),
+                Some(ParameterType::DatetimeParameter(one)) => format!("datetime {one:?}"),
+                Some(ParameterType::DurationParameter(one)) => format!("duration {one:?}"),
+                None => "of no type".to_owned(),
+            };
+            println!("  {}: {kind}", parameter.key_name);
+            for constraint in &parameter.constraints {
+                println!(
+                    "    {} {}",
+                    constraint.relation().as_str_name().to_lowercase(),
+                    constraint.other_key_name
+                );
+            }
+        }
+    }
+}
+
+fn follow(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
+    let esdl =
+        fs::read_to_string(&submit.esdl).with_context(|| submit.esdl.display().to_string())?;
+    let order = Order {
+        esdl,
+        workflow: submit.workflow,
+        params: submit.params.into_iter().collect::<Map<_, _>>(),
+        reference: submit.reference,
+        priority: match submit.priority {
+            Priority::Low => JobPriority::Low,
+            Priority::Medium => JobPriority::Medium,
+            Priority::High => JobPriority::High,
+        },
+        timeout: submit.timeout,
+        output: submit.output,
+    };
+    let (interrupt, interrupts) = unbounded();
+    let mut signals = Signals::new([SIGINT])?;
+    let handle = signals.handle();
+    let result = thread::scope(|scope| {
+        thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn_scoped(scope, move || {
+                for signal in signals.forever() {
+                    // Its receiver lives as long as signals can come.
+                    let _ = interrupt.send(signal);
+                }
+            })?;
+        let result = client::submit(&config.sdk_rabbitmq, &order, &interrupts);
+        handle.close();
+        result
+    })?;
+    Ok(match result {
+        ResultType::Succeeded => ExitCode::SUCCESS,
+        ResultType::Timeout | ResultType::Error => ExitCode::FAILURE,
+        ResultType::Cancelled => ExitCode::from(EXIT_CANCELLED),
+    })
+}

@@ -1,0 +1,401 @@
+//! One generation of broker connections with the threads that live on them. It ends as a whole:
+//! when a connection is lost, when a thread fails, or when the service stops. Nothing of it lives
+//! on in memory; what was not acknowledged goes back to the queues.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicI64;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use crossbeam_channel::{Receiver, Sender, after, bounded, never, select, tick, unbounded};
+use jiff::Timestamp;
+use log::{info, warn};
+
+use crate::broker::{self, Busy, DEADLINE, Link, PublishError, Publisher, Source};
+use crate::celery;
+use crate::config::Config;
+use crate::handler::{Handler, Publishers, Setting, Work};
+use crate::health::{Health, Part};
+use crate::store::Store;
+use crate::wire::{self, Inbox};
+use crate::workflow::Catalogue;
+
+/// How long the threads may take to finish what is in hand when the service stops.
+const STOP_DEADLINE: Duration = Duration::from_secs(4);
+/// How often the watchdog looks.
+const WATCH_PERIOD: Duration = Duration::from_secs(1);
+
+/// What outlives a session.
+pub struct Service {
+    pub config: Config,
+    pub store: Store,
+    pub catalogue: Catalogue,
+    pub health: Health,
+    pub celery_sender: celery::Sender,
+    pub revoke_clock: AtomicI64,
+}
+
+/// How many messages a consumer has in hand at most. RabbitMQ keeps the rest.
+fn prefetch(inbox: Inbox) -> u16 {
+    match inbox {
+        Inbox::Submissions | Inbox::Results => 200,
+        Inbox::Progress => 400,
+        Inbox::Cancels => 100,
+        Inbox::WorkflowRequests => 20,
+    }
+}
+
+/// A blocked publisher must not take the consumers down, hence the two directions of each vhost.
+struct Links {
+    sdk_in: Link,
+    sdk_out: Link,
+    task_in: Link,
+    celery_out: Link,
+    /// For dead letters of the workers' events, where their vhost is not the Celery tasks'.
+    task_out: Option<Link>,
+}
+
+impl Links {
+    fn open(config: &Config) -> anyhow::Result<Links> {
+        let Config {
+            sdk_rabbitmq,
+            task_rabbitmq,
+            celery_rabbitmq,
+            ..
+        } = config;
+        Ok(Links {
+            sdk_in: Link::open(sdk_rabbitmq, "SDK, consuming")?,
+            sdk_out: Link::open(sdk_rabbitmq, "SDK, publishing")?,
+            task_in: Link::open(task_rabbitmq, "TASK, consuming")?,
+            celery_out: Link::open(celery_rabbitmq, "CELERY, publishing")?,
+            task_out: (task_rabbitmq != celery_rabbitmq)
+                .then(|| Link::open(task_rabbitmq, "TASK, publishing"))
+                .transpose()?,
+        })
+    }
+
+    fn task_out(&self) -> &Link {
+        self.task_out.as_ref().unwrap_or(&self.celery_out)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Link> {
+        [&self.sdk_in, &self.sdk_out, &self.task_in, &self.celery_out]
+            .into_iter()
+            .chain(&self.task_out)
+    }
+
+    fn publishing(&self) -> impl Iterator<Item = &Link> {
+        [&self.sdk_out, &self.celery_out]
+            .into_iter()
+            .chain(&self.task_out)
+    }
+
+    fn kill(&self) {
+        self.all().for_each(Link::kill);
+    }
+
+    /// Closes all connections and returns what had ended those that were ended before.
+    fn close(self) -> Vec<String> {
+        let Links {
+            sdk_in,
+            sdk_out,
+            task_in,
+            celery_out,
+            task_out,
+        } = self;
+        [sdk_in, task_in, sdk_out, celery_out]
+            .into_iter()
+            .chain(task_out)
+            .filter_map(|link| link.close().err())
+            .map(|error| format!("{error:#}"))
+            .collect()
+    }
+}
+
+/// Runs one session until `stop` is disconnected.
+///
+/// # Errors
+/// What ended the session before.
+pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
+    let links = Links::open(&service.config)?;
+    let outcome = prepare(service, &links).and_then(|()| work(service, &links, stop));
+    if outcome.is_err() {
+        // A connection that is lost in silence or blocked would keep its close waiting.
+        links.kill();
+    }
+    let causes = links.close();
+    outcome.map_err(|error| match causes.is_empty() {
+        true => error,
+        false => error.context(format!("connections: {}", causes.join("; "))),
+    })
+}
+
+/// Declares what the orchestrator and others rely on, and tells all clients the workflows.
+fn prepare(service: &Service, links: &Links) -> anyhow::Result<()> {
+    let config = &service.config;
+    links.sdk_in.declare_for_clients()?;
+    links
+        .task_in
+        .declare_for_workers(&[&config.task_result_queue, &config.task_progress_queue])?;
+    links.celery_out.declare_pidbox()?;
+    let announcement = wire::available_workflows(service.catalogue.announcement());
+    let busy = Busy::default();
+    Publisher::new(&links.sdk_out, &busy, Instant::now())
+        .publish(&[announcement])
+        .map_err(|error| match error {
+            PublishError::Refused(reason) => anyhow!(reason),
+            PublishError::Lost(error) => error,
+        })
+        .context("telling clients the workflows")?;
+    Ok(())
+}
+
+/// How a thread of the session ended.
+struct Report {
+    thread: String,
+    outcome: anyhow::Result<()>,
+}
+
+fn work(service: &Service, links: &Links, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
+    let config = &service.config;
+    let queue_names = HashMap::from([
+        (Inbox::Submissions, wire::SUBMISSIONS_QUEUE.to_owned()),
+        (Inbox::Cancels, wire::CANCELS_QUEUE.to_owned()),
+        (
+            Inbox::WorkflowRequests,
+            wire::WORKFLOW_REQUESTS_KEY.to_owned(),
+        ),
+        (Inbox::Progress, config.task_progress_queue.clone()),
+        (Inbox::Results, config.task_result_queue.clone()),
+    ]);
+    let setting = Setting {
+        store: &service.store,
+        catalogue: &service.catalogue,
+        health: &service.health,
+        celery_sender: &service.celery_sender,
+        revoke_clock: &service.revoke_clock,
+        delivery_limit: config.delivery_limit,
+        queue_names: &queue_names,
+    };
+    let epoch = Instant::now();
+    let busy: Vec<[Busy; 3]> = (0..config.handler_threads)
+        .map(|_| Default::default())
+        .collect();
+    let (report, reports) = unbounded();
+    let (session_stop, session_stopped) = bounded::<Infallible>(0);
+    // Never full: the broker hands out no more than this before something is acknowledged. So a
+    // handler that is held up does not hold up the consumers.
+    let in_hand = Inbox::ALL
+        .iter()
+        .map(|inbox| usize::from(prefetch(*inbox)))
+        .sum();
+
+    thread::scope(|scope| {
+        let mut done_senders = HashMap::new();
+        let mut done_receivers = HashMap::new();
+        for inbox in Inbox::ALL {
+            let (sender, receiver) = unbounded();
+            done_senders.insert(inbox, sender);
+            done_receivers.insert(inbox, receiver);
+        }
+        let mut handler_inputs = Vec::new();
+        let mut threads = 0;
+        for (number, busy) in busy.iter().enumerate() {
+            let (input, incoming) = bounded::<Work>(in_hand);
+            handler_inputs.push(input);
+            let [sdk, celery, task] = busy;
+            let publishers = Publishers {
+                sdk: Publisher::new(&links.sdk_out, sdk, epoch),
+                celery: Publisher::new(&links.celery_out, celery, epoch),
+                task: Publisher::new(links.task_out(), task, epoch),
+            };
+            let handler = Handler::new(&setting, publishers, done_senders.clone());
+            let stopped = session_stopped.clone();
+            let name = format!("handler-{}", number + 1);
+            spawn(scope, name, &report, move || {
+                handler.run(&incoming, &stopped)
+            })?;
+            threads += 1;
+        }
+        // From here on only handlers hold them: a consumer knows by their end that no more comes.
+        drop(done_senders);
+        for (inbox, done) in done_receivers {
+            let (link, source) = match inbox {
+                Inbox::Submissions | Inbox::Cancels => {
+                    (&links.sdk_in, Source::Named(&queue_names[&inbox]))
+                }
+                Inbox::WorkflowRequests => (
+                    &links.sdk_in,
+                    Source::Private {
+                        exchange: wire::OMOTES_EXCHANGE,
+                        key: &queue_names[&inbox],
+                    },
+                ),
+                Inbox::Progress | Inbox::Results => {
+                    (&links.task_in, Source::Named(&queue_names[&inbox]))
+                }
+            };
+            let inputs = handler_inputs.clone();
+            let stopped = session_stopped.clone();
+            let name = format!("consume-{}", inbox.name());
+            spawn(scope, name, &report, move || {
+                broker::consume(link, source, prefetch(inbox), &stopped, &done, |received| {
+                    // One job's messages all go to one handler, which keeps their order.
+                    let handler = wire::job_id(&received.body)
+                        .map_or(0, |id| id.as_u128() % inputs.len() as u128);
+                    // A handler that is gone leaves it to the next session.
+                    let _ = inputs[handler as usize].send(Work { inbox, received });
+                })
+            })?;
+            threads += 1;
+        }
+        drop(handler_inputs);
+        drop(report);
+        info!(
+            "connected; {} workflows",
+            service.catalogue.announcement().workflows.len()
+        );
+        service.health.report(Part::Broker, None, Timestamp::now());
+        service
+            .health
+            .report(Part::Publishing, None, Timestamp::now());
+        let watch = Watch {
+            service,
+            links,
+            busy: &busy,
+            epoch,
+            running: threads,
+            session_stop: Some(session_stop),
+            cause: None,
+        };
+        watch.run(stop, &reports)
+    })
+}
+
+/// Starts a thread whose end, also by a panic, is reported.
+fn spawn<'scope, 'env>(
+    scope: &'scope thread::Scope<'scope, 'env>,
+    name: String,
+    report: &Sender<Report>,
+    body: impl FnOnce() -> anyhow::Result<()> + Send + 'scope,
+) -> anyhow::Result<()> {
+    let report = report.clone();
+    let thread = name.clone();
+    thread::Builder::new()
+        .name(name)
+        .spawn_scoped(scope, move || {
+            // The panic hook has logged where it came from.
+            let outcome = catch_unwind(AssertUnwindSafe(body))
+                .unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(&*panic))));
+            // The watching thread is there until all threads have reported.
+            let _ = report.send(Report { thread, outcome });
+        })
+        .context("starting a thread")?;
+    Ok(())
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("without a text")
+}
+
+/// Watches over the session's threads until all have ended, and sees to it that they do: when the
+/// service stops, when one of them fails, when a call to the broker takes too long.
+struct Watch<'s> {
+    service: &'s Service,
+    links: &'s Links,
+    busy: &'s [[Busy; 3]],
+    epoch: Instant,
+    /// Threads that have not reported yet.
+    running: usize,
+    /// Dropped to stop the threads.
+    session_stop: Option<Sender<Infallible>>,
+    /// What ended the session.
+    cause: Option<anyhow::Error>,
+}
+
+impl Watch<'_> {
+    fn run(
+        mut self,
+        stop: &Receiver<Infallible>,
+        reports: &Receiver<Report>,
+    ) -> anyhow::Result<()> {
+        let ticks = tick(WATCH_PERIOD);
+        let mut stop = stop.clone();
+        let mut deadline = never();
+        while self.running > 0 {
+            select! {
+                recv(reports) -> report => match report {
+                    Ok(report) => self.ended(report),
+                    Err(_) => break,
+                },
+                recv(stop) -> _ => {
+                    stop = never();
+                    deadline = after(STOP_DEADLINE);
+                    self.session_stop = None;
+                }
+                recv(deadline) -> _ => {
+                    warn!("not all threads are done after {STOP_DEADLINE:?}; what they have in hand goes back to the queues");
+                    self.links.kill();
+                }
+                recv(ticks) -> _ => self.look(),
+            }
+        }
+        self.cause.map_or(Ok(()), Err)
+    }
+
+    fn ended(&mut self, report: Report) {
+        self.running -= 1;
+        let Report { thread, outcome } = report;
+        match outcome {
+            Err(error) => self.fail(error.context(format!("thread {thread}"))),
+            Ok(()) if self.session_stop.is_some() => {
+                self.fail(anyhow!("thread {thread} ended without being asked to"));
+            }
+            Ok(()) => {}
+        }
+    }
+
+    /// Ends the session; the first cause is the one that counts.
+    fn fail(&mut self, error: anyhow::Error) {
+        self.session_stop = None;
+        self.links.kill();
+        if self.cause.is_none() {
+            self.cause = Some(error);
+        }
+    }
+
+    fn look(&mut self) {
+        let overdue = self
+            .busy
+            .iter()
+            .flatten()
+            .filter_map(|busy| busy.for_how_long(self.epoch))
+            .max()
+            .filter(|wait| *wait > DEADLINE);
+        if let Some(wait) = overdue {
+            self.fail(anyhow!("RabbitMQ has not taken a message for {wait:.0?}"));
+        }
+        for link in self.links.publishing() {
+            let Some(news) = link.blocked_news() else {
+                continue;
+            };
+            let fault =
+                news.map(|reason| format!("{}: blocked by RabbitMQ: {reason}", link.name()));
+            match &fault {
+                Some(fault) => warn!("{fault}"),
+                None => info!("{}: no longer blocked by RabbitMQ", link.name()),
+            }
+            self.service
+                .health
+                .report(Part::Publishing, fault, Timestamp::now());
+        }
+    }
+}

@@ -1,0 +1,624 @@
+//! Postgres: the only file that holds SQL beside `migrations/` and [`migrate`].
+//!
+//! Each statement works on a whole batch of jobs. A handler locks the jobs of its batch, loads
+//! their states, and writes back what [`crate::job::decide`] made of them, all in one transaction.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use jiff::Timestamp;
+use postgres::types::ToSql;
+use postgres::{Client, NoTls, Row, Statement};
+use r2d2_postgres::PostgresConnectionManager;
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::config;
+use crate::job::{Ended, Job, JobStatus, Outcome, Start, State};
+
+pub mod migrate;
+
+/// What went wrong with the database, by what can be done about it.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// It may work the next time, on a new connection.
+    #[error(transparent)]
+    Transient(anyhow::Error),
+    /// Postgres refuses the content, and will the next time: a NUL in a text, a value out of range.
+    #[error("Postgres refuses the content: {0}")]
+    Refused(String),
+}
+
+impl From<postgres::Error> for StoreError {
+    fn from(error: postgres::Error) -> Self {
+        match error.as_db_error() {
+            // 22: data exception; 54: program limit exceeded, such as a text too long to index.
+            Some(refusal) if ["22", "54"].contains(&&refusal.code().code()[..2]) => {
+                StoreError::Refused(refusal.message().to_owned())
+            }
+            // A plain error says no more than "db error"; what the server said is in its source.
+            Some(_) | None => StoreError::Transient(anyhow!(error).context("Postgres")),
+        }
+    }
+}
+
+/// Connections to the database.
+#[derive(Clone)]
+pub struct Store {
+    pool: r2d2::Pool<PostgresConnectionManager<NoTls>>,
+}
+
+impl Store {
+    /// At most `connections` connections, none of which is opened before it is needed.
+    pub fn new(config: &config::Postgres, connections: u32) -> Store {
+        let manager = PostgresConnectionManager::new(client_config(config), NoTls);
+        let pool = r2d2::Pool::builder()
+            .max_size(connections)
+            .min_idle(Some(0))
+            .connection_timeout(config::CONNECT_TIMEOUT)
+            // Whoever waits for the connection reports the failure.
+            .error_handler(Box::new(r2d2::NopErrorHandler))
+            .build_unchecked(manager);
+        Store { pool }
+    }
+
+    /// A working connection.
+    ///
+    /// # Errors
+    /// [`StoreError::Transient`], after [`config::CONNECT_TIMEOUT`] without one.
+    pub fn connection(&self) -> Result<Connection, StoreError> {
+        let client = self
+            .pool
+            .get()
+            .map_err(|error| StoreError::Transient(anyhow!(error).context("Postgres")))?;
+        Ok(Connection {
+            client,
+            statements: HashMap::new(),
+        })
+    }
+}
+
+fn client_config(config: &config::Postgres) -> postgres::Config {
+    let mut client = Client::configure();
+    client
+        .host(&config.host)
+        .port(config.port)
+        .dbname(&config.database)
+        .application_name("omotes_orchestrator")
+        .options("-c lock_timeout=30s -c statement_timeout=5min")
+        .connect_timeout(config::CONNECT_TIMEOUT)
+        .keepalives_idle(Duration::from_secs(30))
+        .tcp_user_timeout(Duration::from_secs(30));
+    if let Some(username) = &config.username {
+        client.user(username);
+    }
+    if let Some(password) = &config.password {
+        client.password(password.reveal());
+    }
+    client
+}
+
+/// One connection with the statements prepared on it so far.
+pub struct Connection {
+    client: r2d2::PooledConnection<PostgresConnectionManager<NoTls>>,
+    statements: HashMap<&'static str, Statement>,
+}
+
+impl Connection {
+    /// The plain client, for the revisions.
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
+    /// Begins a transaction, which is rolled back when dropped.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn transaction(&mut self) -> Result<Transaction<'_>, StoreError> {
+        Ok(Transaction {
+            inner: self.client.transaction()?,
+            statements: &mut self.statements,
+        })
+    }
+}
+
+pub struct Transaction<'a> {
+    inner: postgres::Transaction<'a>,
+    statements: &'a mut HashMap<&'static str, Statement>,
+}
+
+/// How a batch leaves a job: its state before and after.
+#[derive(Debug)]
+pub struct Transition<'a> {
+    pub job_id: Uuid,
+    pub before: &'a State,
+    pub after: &'a State,
+}
+
+/// A guard row to write.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    pub esdl_id: String,
+    pub job_id: Uuid,
+    pub reference: String,
+}
+
+/// What a batch does to the guard rows of time series.
+#[derive(Debug, Default, PartialEq)]
+pub struct SeriesChanges {
+    /// In use from now on.
+    pub keep: Vec<Series>,
+    /// Nobody's from now on, and perhaps not known before.
+    pub retire_late: Vec<Series>,
+    /// Jobs whose series are nobody's from now on.
+    pub retire: Vec<Uuid>,
+}
+
+impl Transaction<'_> {
+    /// Waits until no other transaction of any replica works on these jobs, and keeps others from
+    /// it until the end of this one. Unlike a row lock it covers jobs without a row.
+    ///
+    /// # Errors
+    /// The wait took longer than the connection's `lock_timeout`, or the connection is lost.
+    pub fn lock(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
+        let mut keys: Vec<i64> = job_ids.iter().map(lock_key).collect();
+        // In one order everywhere, so that two batches never wait for each other.
+        keys.sort_unstable();
+        keys.dedup();
+        self.execute(
+            "SELECT pg_advisory_xact_lock(key) FROM unnest($1::bigint[]) AS key",
+            &[&keys],
+        )?;
+        Ok(())
+    }
+
+    /// The states of these jobs, all of which are in the answer, and the database's time.
+    ///
+    /// # Errors
+    /// The connection is lost, or a row is not one that this program or the Python service writes.
+    pub fn load(
+        &mut self,
+        job_ids: &[Uuid],
+    ) -> Result<(HashMap<Uuid, State>, Timestamp), StoreError> {
+        let rows = self.query(
+            "SELECT clock_timestamp() AS now, wanted.job_id,
+                    job.status::text AS status, job.workflow_type, job.job_reference,
+                    job.celery_id, job.registered_at, job.submitted_at, job.running_at,
+                    job.timeout_after_ms, starts.started_at, starts.message_id,
+                    ended.outcome, ended.workflow_type AS ended_workflow_type,
+                    ended.job_reference AS ended_job_reference, ended.celery_id AS ended_celery_id,
+                    ended.registered_at AS ended_registered_at,
+                    ended.submitted_at AS ended_submitted_at,
+                    ended.running_at AS ended_running_at, ended.finished_at, ended.starts,
+                    ended.result_bytes
+             FROM unnest($1::uuid[]) AS wanted (job_id)
+             LEFT JOIN job USING (job_id)
+             LEFT JOIN LATERAL (
+                 SELECT array_agg(started_at ORDER BY started_at) AS started_at,
+                        array_agg(message_id ORDER BY started_at) AS message_id
+                 FROM job_starts WHERE job_starts.job_id = job.job_id
+             ) AS starts ON true
+             LEFT JOIN job_history AS ended USING (job_id)",
+            &[&job_ids],
+        )?;
+        let mut now = Timestamp::UNIX_EPOCH;
+        let mut states = HashMap::with_capacity(rows.len());
+        for row in &rows {
+            now = row.try_get("now")?;
+            let job_id: Uuid = row.try_get("job_id")?;
+            let state = state(row)
+                .map_err(|error| StoreError::Transient(error.context(format!("job {job_id}"))))?;
+            states.insert(job_id, state);
+        }
+        Ok((states, now))
+    }
+
+    /// Writes what has become of the jobs.
+    ///
+    /// # Errors
+    /// A row is not as it was loaded, or the connection is lost: [`StoreError::Transient`]. A text
+    /// is not one for Postgres: [`StoreError::Refused`].
+    pub fn write(&mut self, transitions: &[Transition<'_>]) -> Result<(), StoreError> {
+        let mut inserted = Vec::new();
+        let mut updated = Vec::new();
+        let mut deleted = Vec::new();
+        let mut ended = Vec::new();
+        let mut started: Vec<(Uuid, &Start)> = Vec::new();
+        for &Transition {
+            job_id,
+            before,
+            after,
+        } in transitions
+        {
+            match (before, after) {
+                (State::Live(before), State::Live(after)) => {
+                    if !same_row(before, after) {
+                        updated.push((job_id, before, after));
+                    }
+                    let new = after.starts.iter().skip(before.starts.len());
+                    started.extend(new.map(|start| (job_id, start)));
+                }
+                (State::Unknown | State::Ended(_), State::Live(after)) => {
+                    inserted.push((job_id, after));
+                    started.extend(after.starts.iter().map(|start| (job_id, start)));
+                }
+                (State::Live(_), State::Ended(after)) => {
+                    deleted.push(job_id);
+                    ended.push((job_id, after));
+                }
+                (State::Unknown | State::Ended(_), State::Ended(after)) => {
+                    if *before != State::Ended(after.clone()) {
+                        ended.push((job_id, after));
+                    }
+                }
+                (State::Unknown | State::Ended(_), State::Unknown) => {}
+                (State::Live(_), State::Unknown) => deleted.push(job_id),
+            }
+        }
+        self.insert_jobs(&inserted)?;
+        self.update_jobs(&updated)?;
+        self.insert_starts(&started)?;
+        self.delete_jobs(&deleted)?;
+        self.write_history(&ended)
+    }
+
+    fn insert_jobs(&mut self, jobs: &[(Uuid, &Job)]) -> Result<(), StoreError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
+        let tasks: Vec<_> = jobs.iter().map(|(_, job)| &job.task_id).collect();
+        let workflows: Vec<_> = jobs.iter().map(|(_, job)| &job.workflow_type).collect();
+        let statuses: Vec<_> = jobs
+            .iter()
+            .map(|(_, job)| status_name(job.status))
+            .collect();
+        let registered: Vec<_> = jobs.iter().map(|(_, job)| job.registered_at).collect();
+        let submitted: Vec<_> = jobs.iter().map(|(_, job)| job.submitted_at).collect();
+        let running: Vec<_> = jobs.iter().map(|(_, job)| job.running_at).collect();
+        let timeouts: Vec<_> = jobs.iter().map(|(_, job)| job.timeout_ms).collect();
+        let references: Vec<_> = jobs.iter().map(|(_, job)| &job.reference).collect();
+        self.execute(
+            "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
+                              submitted_at, running_at, timeout_after_ms, job_reference)
+             SELECT job_id, celery_id, workflow_type, status::jobstatus, registered_at,
+                    submitted_at, running_at, timeout_after_ms, job_reference
+             FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::text[], $5::timestamptz[],
+                         $6::timestamptz[], $7::timestamptz[], $8::bigint[], $9::varchar[])
+                  AS new (job_id, celery_id, workflow_type, status, registered_at,
+                          submitted_at, running_at, timeout_after_ms, job_reference)",
+            &[
+                &ids,
+                &tasks,
+                &workflows,
+                &statuses,
+                &registered,
+                &submitted,
+                &running,
+                &timeouts,
+                &references,
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn update_jobs(&mut self, jobs: &[(Uuid, &Job, &Job)]) -> Result<(), StoreError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = jobs.iter().map(|(id, _, _)| id).collect();
+        let old_statuses: Vec<_> = jobs
+            .iter()
+            .map(|(_, old, _)| status_name(old.status))
+            .collect();
+        let statuses: Vec<_> = jobs
+            .iter()
+            .map(|(_, _, new)| status_name(new.status))
+            .collect();
+        let tasks: Vec<_> = jobs.iter().map(|(_, _, new)| &new.task_id).collect();
+        let submitted: Vec<_> = jobs.iter().map(|(_, _, new)| new.submitted_at).collect();
+        let running: Vec<_> = jobs.iter().map(|(_, _, new)| new.running_at).collect();
+        let timeouts: Vec<_> = jobs.iter().map(|(_, _, new)| new.timeout_ms).collect();
+        let rows = self.execute(
+            "UPDATE job
+             SET status = new.status::jobstatus, celery_id = new.celery_id,
+                 submitted_at = new.submitted_at, running_at = new.running_at,
+                 timeout_after_ms = new.timeout_after_ms
+             FROM unnest($1::uuid[], $2::text[], $3::text[], $4::varchar[], $5::timestamptz[],
+                         $6::timestamptz[], $7::bigint[])
+                  AS new (job_id, old_status, status, celery_id, submitted_at, running_at,
+                          timeout_after_ms)
+             WHERE job.job_id = new.job_id AND job.status = new.old_status::jobstatus",
+            &[
+                &ids,
+                &old_statuses,
+                &statuses,
+                &tasks,
+                &submitted,
+                &running,
+                &timeouts,
+            ],
+        )?;
+        expect_rows("updating jobs", rows, jobs.len())
+    }
+
+    fn insert_starts(&mut self, starts: &[(Uuid, &Start)]) -> Result<(), StoreError> {
+        if starts.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = starts.iter().map(|(id, _)| id).collect();
+        let times: Vec<_> = starts.iter().map(|(_, start)| start.at).collect();
+        let messages: Vec<_> = starts.iter().map(|(_, start)| &start.message_id).collect();
+        self.execute(
+            "INSERT INTO job_starts (job_id, started_at, message_id)
+             SELECT * FROM unnest($1::uuid[], $2::timestamptz[], $3::varchar[])",
+            &[&ids, &times, &messages],
+        )?;
+        Ok(())
+    }
+
+    fn delete_jobs(&mut self, ids: &[Uuid]) -> Result<(), StoreError> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.execute("DELETE FROM job_starts WHERE job_id = ANY($1)", &[&ids])?;
+        let rows = self.execute("DELETE FROM job WHERE job_id = ANY($1)", &[&ids])?;
+        expect_rows("deleting jobs", rows, ids.len())
+    }
+
+    fn write_history(&mut self, ended: &[(Uuid, &Ended)]) -> Result<(), StoreError> {
+        if ended.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = ended.iter().map(|(id, _)| id).collect();
+        let references: Vec<_> = ended.iter().map(|(_, job)| &job.reference).collect();
+        let workflows: Vec<_> = ended.iter().map(|(_, job)| &job.workflow_type).collect();
+        let tasks: Vec<_> = ended.iter().map(|(_, job)| &job.task_id).collect();
+        let registered: Vec<_> = ended.iter().map(|(_, job)| job.registered_at).collect();
+        let submitted: Vec<_> = ended.iter().map(|(_, job)| job.submitted_at).collect();
+        let running: Vec<_> = ended.iter().map(|(_, job)| job.running_at).collect();
+        let finished: Vec<_> = ended.iter().map(|(_, job)| job.finished_at).collect();
+        let starts: Vec<_> = ended.iter().map(|(_, job)| job.starts).collect();
+        let outcomes: Vec<_> = ended
+            .iter()
+            .map(|(_, job)| outcome_name(job.outcome))
+            .collect();
+        let sizes: Vec<_> = ended.iter().map(|(_, job)| job.result_bytes).collect();
+        self.execute(
+            "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
+                                      registered_at, submitted_at, running_at, finished_at,
+                                      starts, outcome, result_bytes)
+             SELECT * FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[],
+                                  $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
+                                  $8::timestamptz[], $9::integer[], $10::varchar[], $11::bigint[])
+             ON CONFLICT (job_id) DO UPDATE
+             SET job_reference = excluded.job_reference, workflow_type = excluded.workflow_type,
+                 celery_id = excluded.celery_id, registered_at = excluded.registered_at,
+                 submitted_at = excluded.submitted_at, running_at = excluded.running_at,
+                 finished_at = excluded.finished_at, starts = excluded.starts,
+                 outcome = excluded.outcome, result_bytes = excluded.result_bytes",
+            &[
+                &ids,
+                &references,
+                &workflows,
+                &tasks,
+                &registered,
+                &submitted,
+                &running,
+                &finished,
+                &starts,
+                &outcomes,
+                &sizes,
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// Writes guard rows. What is kept comes first, so that a job that succeeded and was deleted
+    /// within one batch ends up retired.
+    ///
+    /// # Errors
+    /// As [`Transaction::write`].
+    pub fn write_series(
+        &mut self,
+        changes: &SeriesChanges,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.upsert_series(
+            &changes.keep,
+            "INSERT INTO esdl_time_series_info
+                 (row_id, esdl_id, job_id, job_reference, registered_at)
+             SELECT gen_random_uuid(), esdl_id, job_id, job_reference, $4
+             FROM unnest($1::varchar[], $2::uuid[], $3::varchar[])
+                  AS new (esdl_id, job_id, job_reference)
+             ON CONFLICT (esdl_id) DO UPDATE
+             SET deactivated_at = NULL, job_id = excluded.job_id,
+                 job_reference = excluded.job_reference",
+            now,
+        )?;
+        // A row that exists belongs to a job that succeeded with the same id, and stays as it is.
+        self.upsert_series(
+            &changes.retire_late,
+            "INSERT INTO esdl_time_series_info
+                 (row_id, esdl_id, job_id, job_reference, registered_at, deactivated_at)
+             SELECT gen_random_uuid(), esdl_id, job_id, job_reference, $4, $4
+             FROM unnest($1::varchar[], $2::uuid[], $3::varchar[])
+                  AS new (esdl_id, job_id, job_reference)
+             ON CONFLICT (esdl_id) DO NOTHING",
+            now,
+        )?;
+        if !changes.retire.is_empty() {
+            self.execute(
+                "UPDATE esdl_time_series_info SET deactivated_at = $2
+                 WHERE job_id = ANY($1) AND deactivated_at IS NULL",
+                &[&changes.retire, &now],
+            )?;
+        }
+        Ok(())
+    }
+
+    fn upsert_series(
+        &mut self,
+        series: &[Series],
+        sql: &'static str,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        // One row each, the last one's word, and in one order everywhere against deadlocks.
+        let by_id: std::collections::BTreeMap<_, _> = series
+            .iter()
+            .map(|series| (&series.esdl_id, series))
+            .collect();
+        if by_id.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = by_id.values().map(|series| &series.esdl_id).collect();
+        let jobs: Vec<_> = by_id.values().map(|series| series.job_id).collect();
+        let references: Vec<_> = by_id.values().map(|series| &series.reference).collect();
+        self.execute(sql, &[&ids, &jobs, &references, &now])?;
+        Ok(())
+    }
+
+    /// Makes it all so.
+    ///
+    /// # Errors
+    /// The connection is lost, and then it is open whether it was made so.
+    pub fn commit(self) -> Result<(), StoreError> {
+        Ok(self.inner.commit()?)
+    }
+
+    fn execute(
+        &mut self,
+        sql: &'static str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<u64, StoreError> {
+        let statement = prepared(&mut self.inner, self.statements, sql)?;
+        Ok(self.inner.execute(&statement, params)?)
+    }
+
+    fn query(
+        &mut self,
+        sql: &'static str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        let statement = prepared(&mut self.inner, self.statements, sql)?;
+        Ok(self.inner.query(&statement, params)?)
+    }
+}
+
+fn prepared(
+    transaction: &mut postgres::Transaction<'_>,
+    statements: &mut HashMap<&'static str, Statement>,
+    sql: &'static str,
+) -> Result<Statement, StoreError> {
+    if let Some(statement) = statements.get(sql) {
+        return Ok(statement.clone());
+    }
+    let statement = transaction.prepare(sql)?;
+    statements.insert(sql, statement.clone());
+    Ok(statement)
+}
+
+fn expect_rows(what: &str, rows: u64, expected: usize) -> Result<(), StoreError> {
+    if usize::try_from(rows) == Ok(expected) {
+        Ok(())
+    } else {
+        Err(StoreError::Transient(anyhow!(
+            "{what}: {rows} of {expected} rows were as they had been loaded; somebody else \
+             changed the others"
+        )))
+    }
+}
+
+/// The advisory locks of one database share one 64-bit space; half of a random UUID is as good as
+/// all of it.
+fn lock_key(job_id: &Uuid) -> i64 {
+    let (high, low) = job_id.as_u64_pair();
+    (high ^ low).cast_signed()
+}
+
+fn same_row(a: &Job, b: &Job) -> bool {
+    a.status == b.status && a.task_id == b.task_id && a.running_at == b.running_at
+}
+
+fn state(row: &Row) -> anyhow::Result<State> {
+    if let Some(status) = row.try_get::<_, Option<&str>>("status")? {
+        let times: Option<Vec<Timestamp>> = row.try_get("started_at")?;
+        let messages: Option<Vec<Option<String>>> = row.try_get("message_id")?;
+        return Ok(State::Live(Job {
+            workflow_type: row.try_get("workflow_type")?,
+            reference: row
+                .try_get::<_, Option<_>>("job_reference")?
+                .unwrap_or_default(),
+            status: status_named(status)?,
+            task_id: row.try_get("celery_id")?,
+            registered_at: row.try_get("registered_at")?,
+            submitted_at: row.try_get("submitted_at")?,
+            running_at: row.try_get("running_at")?,
+            timeout_ms: row.try_get("timeout_after_ms")?,
+            starts: times
+                .unwrap_or_default()
+                .into_iter()
+                .zip(messages.unwrap_or_default())
+                .map(|(at, message_id)| Start { at, message_id })
+                .collect(),
+        }));
+    }
+    let Some(outcome) = row.try_get::<_, Option<&str>>("outcome")? else {
+        return Ok(State::Unknown);
+    };
+    Ok(State::Ended(Ended {
+        outcome: outcome_named(outcome)?,
+        workflow_type: row.try_get("ended_workflow_type")?,
+        reference: row.try_get("ended_job_reference")?,
+        task_id: row.try_get("ended_celery_id")?,
+        registered_at: row.try_get("ended_registered_at")?,
+        submitted_at: row.try_get("ended_submitted_at")?,
+        running_at: row.try_get("ended_running_at")?,
+        finished_at: row.try_get("finished_at")?,
+        starts: row.try_get("starts")?,
+        result_bytes: row.try_get("result_bytes")?,
+    }))
+}
+
+fn status_name(status: JobStatus) -> &'static str {
+    match status {
+        JobStatus::Registered => "REGISTERED",
+        JobStatus::Submitted => "SUBMITTED",
+        JobStatus::Running => "RUNNING",
+    }
+}
+
+fn status_named(name: &str) -> anyhow::Result<JobStatus> {
+    [
+        JobStatus::Registered,
+        JobStatus::Submitted,
+        JobStatus::Running,
+    ]
+    .into_iter()
+    .find(|status| status_name(*status) == name)
+    .ok_or_else(|| anyhow!("{name:?} is no job status"))
+}
+
+fn outcome_name(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Succeeded => "SUCCEEDED",
+        Outcome::Failed => "FAILED",
+        Outcome::Cancelled => "CANCELLED",
+        Outcome::CrashLoop => "CRASH_LOOP",
+        Outcome::Rejected => "REJECTED",
+    }
+}
+
+fn outcome_named(name: &str) -> anyhow::Result<Outcome> {
+    [
+        Outcome::Succeeded,
+        Outcome::Failed,
+        Outcome::Cancelled,
+        Outcome::CrashLoop,
+        Outcome::Rejected,
+    ]
+    .into_iter()
+    .find(|outcome| outcome_name(*outcome) == name)
+    .ok_or_else(|| anyhow!("{name:?} is no outcome of a job"))
+}

@@ -1,0 +1,259 @@
+//! The database's revisions: one chain, of which the first ones are the Python service's.
+//!
+//! The Python service's are recorded in Alembic's own table, which never goes past its head, so
+//! that the Python service can be started on the same database at any time. Ours are recorded in
+//! `orchestrator_version` and only add to what is there.
+
+use anyhow::{Context, bail, ensure};
+use postgres::{Client, Transaction};
+
+/// One step of the schema: a folder of `migrations/`.
+#[derive(Debug)]
+pub struct Revision {
+    pub id: &'static str,
+    /// What it does, in a word or two.
+    pub slug: &'static str,
+    up: &'static str,
+    down: &'static str,
+}
+
+/// All revisions, each building on the one before it.
+pub static REVISIONS: &[Revision] = include!(concat!(env!("OUT_DIR"), "/revisions.rs"));
+
+/// The last revision of the Python service.
+const ALEMBIC_HEAD: &str = "543bc8f6ad87";
+/// Held while revisions are looked at or applied, so that replicas can start at once.
+const LOCK_KEY: i64 = 0x6f6d_6f74_6573_6462;
+
+/// Which of the two tables records a revision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ledger {
+    Alembic,
+    Own,
+}
+
+impl Ledger {
+    fn of(position: usize) -> Ledger {
+        let alembic_head = REVISIONS.iter().position(|one| one.id == ALEMBIC_HEAD);
+        if Some(position) <= alembic_head {
+            Ledger::Alembic
+        } else {
+            Ledger::Own
+        }
+    }
+
+    fn table(self) -> &'static str {
+        match self {
+            Ledger::Alembic => "alembic_version",
+            Ledger::Own => "orchestrator_version",
+        }
+    }
+}
+
+/// Applies all revisions up to and including `target`, by default the last one, and returns those
+/// that were applied. All of them or none are.
+///
+/// # Errors
+/// The target is unknown or behind the database, or the database is not in a state of this chain;
+/// the text says what to do.
+pub fn upgrade(client: &mut Client, target: Option<&str>) -> anyhow::Result<&'static [Revision]> {
+    let end = match target {
+        Some(id) => position(id)? + 1,
+        None => REVISIONS.len(),
+    };
+    let mut transaction = locked(client)?;
+    let applied = applied(&mut transaction)?;
+    ensure!(
+        applied <= end,
+        "the database is at {} already, which is past {}; `db downgrade` goes back",
+        name(applied),
+        name(end)
+    );
+    for (position, revision) in REVISIONS.iter().enumerate().take(end).skip(applied) {
+        transaction
+            .batch_execute(revision.up)
+            .with_context(|| format!("revision {}_{}", revision.id, revision.slug))?;
+        record(&mut transaction, position + 1)?;
+    }
+    transaction.commit()?;
+    Ok(&REVISIONS[applied..end])
+}
+
+/// Undoes all revisions after `target`, or all of them for `base`, and returns those that were
+/// undone, in the order of the chain.
+///
+/// # Errors
+/// As [`upgrade`].
+pub fn downgrade(client: &mut Client, target: &str) -> anyhow::Result<&'static [Revision]> {
+    let end = match target {
+        "base" => 0,
+        id => position(id)? + 1,
+    };
+    let mut transaction = locked(client)?;
+    let applied = applied(&mut transaction)?;
+    ensure!(
+        applied >= end,
+        "the database is at {}, which is before {}; `db upgrade` goes forward",
+        name(applied),
+        name(end)
+    );
+    for (position, revision) in REVISIONS.iter().enumerate().take(applied).skip(end).rev() {
+        transaction
+            .batch_execute(revision.down)
+            .with_context(|| format!("undoing revision {}_{}", revision.id, revision.slug))?;
+        record(&mut transaction, position)?;
+    }
+    transaction.commit()?;
+    Ok(&REVISIONS[end..applied])
+}
+
+/// How many of [`REVISIONS`] the database has.
+///
+/// # Errors
+/// As [`upgrade`].
+pub fn current(client: &mut Client) -> anyhow::Result<usize> {
+    applied(&mut client.transaction()?)
+}
+
+fn position(id: &str) -> anyhow::Result<usize> {
+    REVISIONS
+        .iter()
+        .position(|revision| revision.id == id)
+        .with_context(|| format!("there is no revision {id:?}; `db history` lists them"))
+}
+
+/// The name of a database with the first `applied` revisions.
+fn name(applied: usize) -> &'static str {
+    match applied.checked_sub(1) {
+        Some(last) => REVISIONS[last].id,
+        None => "base",
+    }
+}
+
+fn locked(client: &mut Client) -> anyhow::Result<Transaction<'_>> {
+    let mut transaction = client.transaction()?;
+    transaction
+        .execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK_KEY])
+        .context("waiting for another replica that applies revisions")?;
+    Ok(transaction)
+}
+
+fn applied(transaction: &mut Transaction<'_>) -> anyhow::Result<usize> {
+    let alembic = recorded(transaction, Ledger::Alembic)?;
+    let own = recorded(transaction, Ledger::Own)?;
+    let Some(alembic) = alembic else {
+        let stray: bool = transaction
+            .query_one("SELECT to_regclass('job') IS NOT NULL", &[])?
+            .get(0);
+        ensure!(
+            !stray && own.is_none(),
+            "the database has a table `job` or `orchestrator_version`, but `alembic_version` does \
+             not say which revision it is at. If the tables are the Python service's, insert its \
+             revision there; if they are another program's, use another database"
+        );
+        return Ok(0);
+    };
+    let Ok(alembic_position) = position(&alembic) else {
+        bail!(
+            "`alembic_version` says {alembic:?}, a revision that this program does not know. A \
+             newer Python service has upgraded the database: use a version of this program that \
+             knows it, or take the database back with that service's `alembic downgrade \
+             {ALEMBIC_HEAD}`"
+        );
+    };
+    ensure!(
+        Ledger::of(alembic_position) == Ledger::Alembic,
+        "`alembic_version` says {alembic:?}, which belongs into `orchestrator_version`; set it to \
+         {ALEMBIC_HEAD:?}"
+    );
+    let Some(own) = own else {
+        return Ok(alembic_position + 1);
+    };
+    ensure!(
+        alembic == ALEMBIC_HEAD,
+        "`alembic_version` says {alembic:?} and `orchestrator_version` {own:?}, which builds on \
+         {ALEMBIC_HEAD:?}. Somebody ran Alembic's downgrade on tables that had been upgraded \
+         further: restore them from a backup, or run `alembic upgrade head` with the Python service"
+    );
+    match position(&own) {
+        Ok(position) if Ledger::of(position) == Ledger::Own => Ok(position + 1),
+        Ok(_) | Err(_) => bail!(
+            "`orchestrator_version` says {own:?}, a revision that this program does not know. A \
+             newer version of it has upgraded the database: use that one, or take the database \
+             back with that one's `db downgrade {}`",
+            name(REVISIONS.len())
+        ),
+    }
+}
+
+fn recorded(transaction: &mut Transaction<'_>, ledger: Ledger) -> anyhow::Result<Option<String>> {
+    let table = ledger.table();
+    let exists: bool = transaction
+        .query_one("SELECT to_regclass($1::text) IS NOT NULL", &[&table])?
+        .get(0);
+    if !exists {
+        return Ok(None);
+    }
+    let rows = transaction.query(&format!("SELECT version_num FROM {table}"), &[])?;
+    ensure!(
+        rows.len() <= 1,
+        "`{table}` has {} rows, expected one: two chains of revisions were mixed",
+        rows.len()
+    );
+    Ok(rows.first().map(|row| row.get(0)))
+}
+
+/// Makes the two tables say that the first `applied` revisions are there, as Alembic itself would.
+fn record(transaction: &mut Transaction<'_>, applied: usize) -> anyhow::Result<()> {
+    let ledger_of_last = applied.checked_sub(1).map(Ledger::of);
+    for ledger in [Ledger::Alembic, Ledger::Own] {
+        let table = ledger.table();
+        if ledger == Ledger::Own && ledger_of_last != Some(Ledger::Own) {
+            transaction.batch_execute(&format!("DROP TABLE IF EXISTS {table}"))?;
+            continue;
+        }
+        transaction.batch_execute(&format!(
+            "CREATE TABLE IF NOT EXISTS {table} (
+                 version_num varchar(32) NOT NULL,
+                 CONSTRAINT {table}_pkc PRIMARY KEY (version_num)
+             )"
+        ))?;
+        if ledger_of_last != Some(ledger) && ledger_of_last.is_some() {
+            continue;
+        }
+        transaction.batch_execute(&format!("DELETE FROM {table}"))?;
+        if ledger_of_last.is_some() {
+            transaction.execute(
+                &format!("INSERT INTO {table} (version_num) VALUES ($1)"),
+                &[&name(applied)],
+            )?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_python_services_revisions_come_first() {
+        let alembic: Vec<_> = REVISIONS
+            .iter()
+            .enumerate()
+            .filter(|(position, _)| Ledger::of(*position) == Ledger::Alembic)
+            .map(|(_, revision)| revision.id)
+            .collect();
+        assert_eq!(
+            alembic,
+            [
+                "aacf0b4d16ad",
+                "60506a3a582f",
+                "93fd48ba9ee8",
+                "b3e9e4d8d50e",
+                ALEMBIC_HEAD
+            ]
+        );
+        assert!(REVISIONS.len() > alembic.len());
+    }
+}

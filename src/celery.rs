@@ -109,3 +109,152 @@ fn object(value: Value) -> Map<String, Value> {
         other => unreachable!("{other} is written as an object"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire;
+    use prost::Message as _;
+    use rstest::rstest;
+
+    fn captures() -> Value {
+        serde_json::from_str(include_str!("../tests/wire/captures.json")).unwrap()
+    }
+
+    /// A captured job as a client would have sent it.
+    fn submission(capture: &Value) -> Submission {
+        let body: Value = body_json(capture);
+        let input = &capture["input"];
+        let message = wire::JobSubmission {
+            uuid: capture["job_id"].as_str().unwrap().to_owned(),
+            timeout_ms: input["timeout"]
+                .as_u64()
+                .map(|ms| u32::try_from(ms).unwrap()),
+            workflow_type: input["wf"].as_str().unwrap().to_owned(),
+            esdl: body[0][2].as_str().unwrap().to_owned(),
+            params_dict: input["params"].as_object().map(wire::protobuf_struct),
+            job_reference: input["ref"].as_str().map(str::to_owned),
+            job_priority: input["prio"]
+                .as_i64()
+                .map(|one| i32::try_from(one).unwrap()),
+        };
+        let bytes = message.encode_to_vec();
+        match wire::decode(wire::Inbox::Submissions, &bytes, None, false).unwrap() {
+            wire::Request::Job {
+                command: crate::job::Command::Submit(submission),
+                ..
+            } => submission,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn body_json(capture: &Value) -> Value {
+        serde_json::from_str(capture["task"][0]["body_text"].as_str().unwrap()).unwrap()
+    }
+
+    fn sender() -> Sender {
+        Sender {
+            origin: "gen1@host".to_owned(),
+            reply_to: Uuid::from_u128(9),
+        }
+    }
+
+    /// An outgoing message's properties as the captures write them.
+    fn properties(message: &Outgoing) -> Value {
+        let mut properties = json!({"delivery_mode": 2, "priority": message.priority});
+        for (name, value) in [
+            ("content_type", message.content_type.map(str::to_owned)),
+            (
+                "content_encoding",
+                message.content_encoding.map(str::to_owned),
+            ),
+            ("correlation_id", message.correlation_id.clone()),
+            ("reply_to", message.reply_to.clone()),
+            ("message_id", message.message_id.clone()),
+        ] {
+            if let Some(value) = value {
+                properties[name] = value.into();
+            }
+        }
+        properties
+    }
+
+    /// `value` without what differs from run to run.
+    fn without(mut value: Value, keys: &[&str]) -> Value {
+        for key in keys {
+            assert!(
+                value.as_object_mut().unwrap().remove(*key).is_some(),
+                "{key} is missing in {value}"
+            );
+        }
+        value
+    }
+
+    #[rstest]
+    #[case::minimal("minimal")]
+    #[case::all_kinds_of_parameters("params")]
+    #[case::low_priority_and_empty_reference("low")]
+    #[case::medium_priority("medium")]
+    fn a_task_equals_the_recorded_one(#[case] name: &str) {
+        let capture = &captures()[name];
+        let recorded = &capture["task"][0];
+        let task_id = Uuid::from_u128(5);
+        let job_id = capture["job_id"].as_str().unwrap().parse().unwrap();
+        let ours = task(&sender(), job_id, task_id, &submission(capture));
+
+        assert_eq!(ours.exchange, recorded["exchange"]);
+        assert_eq!(ours.routing_key, recorded["routing_key"].as_str().unwrap());
+        let ids = ["correlation_id", "reply_to"];
+        assert_eq!(
+            without(properties(&ours), &ids),
+            without(recorded["properties"].clone(), &ids)
+        );
+        let run = ["id", "root_id", "origin", "argsrepr"];
+        assert_eq!(
+            without(Value::Object(ours.headers.clone()), &run),
+            without(recorded["headers"].clone(), &run)
+        );
+        assert_eq!(
+            serde_json::from_slice::<Value>(&ours.body).unwrap(),
+            body_json(capture)
+        );
+        for id in [&ours.headers["id"], &ours.headers["root_id"]] {
+            assert_eq!(*id, task_id.to_string());
+        }
+        assert_eq!(ours.correlation_id, Some(task_id.to_string()));
+    }
+
+    #[test]
+    fn a_whole_number_stays_a_double() {
+        let capture = &captures()["params"];
+        let ours = task(&sender(), Uuid::nil(), Uuid::nil(), &submission(capture));
+        let body = String::from_utf8(ours.body).unwrap();
+        assert!(body.contains(r#""i":3.0"#), "{body}");
+    }
+
+    #[test]
+    fn the_esdl_is_not_repeated_in_the_headers() {
+        let mut submission = submission(&captures()["minimal"]);
+        submission.esdl = "x".repeat(200_000);
+        submission.reference = Some("y".repeat(200_000));
+        let ours = task(&sender(), Uuid::nil(), Uuid::nil(), &submission);
+        assert!(serde_json::to_vec(&ours.headers).unwrap().len() < 1000);
+    }
+
+    #[test]
+    fn a_revoke_equals_the_recorded_one() {
+        let recorded = &captures()["revoke"][0];
+        let body: Value = serde_json::from_str(recorded["body_text"].as_str().unwrap()).unwrap();
+        let task_id = body["arguments"]["task_id"].as_str().unwrap();
+        let now = Timestamp::from_second(1000).unwrap();
+        let ours = revoke(task_id, 7, now);
+        assert_eq!(ours.exchange, recorded["exchange"]);
+        assert_eq!(ours.routing_key, recorded["routing_key"].as_str().unwrap());
+        assert_eq!(properties(&ours), recorded["properties"]);
+        assert_eq!(serde_json::from_slice::<Value>(&ours.body).unwrap(), body);
+        assert_eq!(
+            Value::Object(ours.headers),
+            json!({"clock": 7, "expires": 1060})
+        );
+    }
+}

@@ -824,3 +824,6 @@ impl Command {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -502,3 +502,6 @@ fn json_value(value: prost_types::Value, path: &str) -> Result<Value, String> {
         Some(Kind::StructValue(object)) => json_object(object, path).map(Value::Object),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,370 @@
+use base64::prelude::{BASE64_STANDARD, Engine};
+use proptest::prelude::*;
+use rstest::rstest;
+use serde_json::json;
+
+use super::*;
+
+const JOB: &str = "ea19a9a2-f366-42c4-9d3b-815342135bc2";
+
+fn job() -> Uuid {
+    JOB.parse().unwrap()
+}
+
+fn captures() -> Value {
+    serde_json::from_str(include_str!("../../tests/wire/captures.json")).unwrap()
+}
+
+/// Holds a message against a recorded one, but for its id.
+fn check_recorded(ours: &Outgoing, recorded: &Value) {
+    assert_eq!(ours.exchange, recorded["exchange"]);
+    assert_eq!(ours.routing_key, recorded["routing_key"].as_str().unwrap());
+    assert_eq!(BASE64_STANDARD.encode(&ours.body), recorded["body_b64"]);
+    assert_eq!(Value::Object(ours.headers.clone()), recorded["headers"]);
+    let id = ours.message_id.as_ref().unwrap();
+    assert_eq!(
+        id.len(),
+        recorded["properties"]["message_id"].as_str().unwrap().len()
+    );
+    assert_eq!(ours.priority, recorded["properties"]["priority"]);
+    assert_eq!(
+        (
+            ours.content_type,
+            ours.content_encoding,
+            &ours.correlation_id,
+            &ours.reply_to
+        ),
+        (None, None, &None, &None)
+    );
+}
+
+#[test]
+fn a_cancellation_equals_the_recorded_one() {
+    let captures = captures();
+    let status = status_update(job(), ClientStatus::Cancelled);
+    check_recorded(&status, &captures["delete_status"][0]);
+    let result = job_result(job(), ResultType::Cancelled, None, "", &[]);
+    check_recorded(&result, &captures["delete_result"][0]);
+}
+
+#[test]
+fn the_result_of_an_unknown_workflow_equals_the_recorded_one() {
+    let capture = &captures()["unknown"];
+    let logs = "Workflow type no_such_workflow is unknown by orchestrator at the time this \
+                submission was received.";
+    let job = capture["job_id"].as_str().unwrap().parse().unwrap();
+    let result = job_result(job, ResultType::Error, None, logs, &[]);
+    check_recorded(&result, &capture["result"][0]);
+}
+
+#[test]
+fn a_workers_result_reaches_the_client_unchanged() {
+    let messages = vec![EsdlMessage {
+        technical_message: "too hot".to_owned(),
+        severity: esdl_message::Severity::Warning.into(),
+        esdl_object_id: Some("asset".to_owned()),
+    }];
+    let ours = job_result(
+        job(),
+        ResultType::Succeeded,
+        Some("<esdl/>"),
+        "logs",
+        &messages,
+    );
+    assert!(ours.mandatory);
+    let expected = JobResult {
+        uuid: JOB.to_owned(),
+        result_type: job_result::ResultType::Succeeded.into(),
+        output_esdl: Some("<esdl/>".to_owned()),
+        logs: "logs".to_owned(),
+        esdl_messages: messages,
+    };
+    assert_eq!(JobResult::decode(ours.body.as_slice()), Ok(expected));
+}
+
+fn decoded(inbox: Inbox, message: &impl prost::Message) -> Result<Request, Undecodable> {
+    decode(inbox, &message.encode_to_vec(), Some("message"), true)
+}
+
+fn full_submission() -> JobSubmission {
+    JobSubmission {
+        uuid: JOB.to_owned(),
+        timeout_ms: Some(u32::MAX),
+        workflow_type: "simulator".to_owned(),
+        esdl: "<esdl/>".to_owned(),
+        params_dict: Some(protobuf_struct(
+            json!({"a": 1, "b": [null, true, "x", {"c": 2.5}]})
+                .as_object()
+                .unwrap(),
+        )),
+        job_reference: Some("ref".to_owned()),
+        job_priority: Some(job_submission::JobPriority::High.into()),
+    }
+}
+
+#[test]
+fn a_submission_is_read_whole() {
+    let expected = Command::Submit(Submission {
+        workflow_type: "simulator".to_owned(),
+        esdl: "<esdl/>".to_owned(),
+        params: json!({"a": 1.0, "b": [null, true, "x", {"c": 2.5}]})
+            .as_object()
+            .unwrap()
+            .clone(),
+        reference: Some("ref".to_owned()),
+        priority: Priority::High,
+        timeout_ms: Some(u32::MAX),
+    });
+    assert_eq!(
+        decoded(Inbox::Submissions, &full_submission()),
+        Ok(Request::Job {
+            id: job(),
+            command: expected
+        })
+    );
+}
+
+#[rstest]
+#[case::unset(None, Priority::Medium)]
+#[case::low(Some(0), Priority::Low)]
+#[case::medium(Some(1), Priority::Medium)]
+#[case::high(Some(2), Priority::High)]
+#[case::of_a_later_sdk(Some(3), Priority::Medium)]
+fn priorities(#[case] on_the_wire: Option<i32>, #[case] expected: Priority) {
+    let message = JobSubmission {
+        job_priority: on_the_wire,
+        ..full_submission()
+    };
+    match decoded(Inbox::Submissions, &message) {
+        Ok(Request::Job {
+            command: Command::Submit(submission),
+            ..
+        }) => {
+            assert_eq!(submission.priority, expected);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[rstest]
+#[case::braces("{EA19A9A2-F366-42C4-9D3B-815342135BC2}")]
+#[case::no_hyphens("ea19a9a2f36642c49d3b815342135bc2")]
+#[case::urn("urn:uuid:ea19a9a2-f366-42c4-9d3b-815342135bc2")]
+fn a_job_id_is_read_as_python_reads_it(#[case] text: &str) {
+    let message = JobDelete {
+        uuid: text.to_owned(),
+    };
+    assert_eq!(
+        decoded(Inbox::Cancels, &message),
+        Ok(Request::Job {
+            id: job(),
+            command: Command::Cancel
+        })
+    );
+    assert_eq!(job_id(&message.encode_to_vec()), Some(job()));
+}
+
+fn progress(progress_type: Option<task_progress_update::ProgressType>) -> TaskProgressUpdate {
+    TaskProgressUpdate {
+        job_id: JOB.to_owned(),
+        celery_task_id: "task".to_owned(),
+        message: "half".to_owned(),
+        celery_task_type: "simulator".to_owned(),
+        progress_type,
+    }
+}
+
+#[test]
+fn a_worker_starts_and_progresses() {
+    use task_progress_update::ProgressType;
+    let start = Command::Start {
+        task_id: "task".to_owned(),
+        message_id: Some("message".to_owned()),
+        redelivered: true,
+    };
+    let half = Command::Progress {
+        task_id: "task".to_owned(),
+        fraction: 0.5,
+        message: "half".to_owned(),
+    };
+    for (on_the_wire, command) in [
+        (ProgressType::Status(0), start),
+        (ProgressType::Progress(0.5), half),
+    ] {
+        assert_eq!(
+            decoded(Inbox::Progress, &progress(Some(on_the_wire))),
+            Ok(Request::Job { id: job(), command })
+        );
+    }
+}
+
+#[test]
+fn a_request_for_the_workflows_is_empty() {
+    let request = decoded(Inbox::WorkflowRequests, &RequestAvailableWorkflows {});
+    assert_eq!(request, Ok(Request::ListWorkflows));
+}
+
+/// What an undecodable message says and does.
+fn fault(result: Result<Request, Undecodable>) -> (String, Option<(Uuid, Command)>) {
+    let Undecodable { reason, instead } = result.unwrap_err();
+    (reason, instead.map(|one| *one))
+}
+
+#[test]
+fn a_message_that_names_no_job_says_what_it_names() {
+    let message = JobDelete {
+        uuid: "seven".to_owned(),
+    };
+    let (reason, instead) = fault(decoded(Inbox::Cancels, &message));
+    assert!(reason.starts_with(r#""seven" is no job id"#), "{reason}");
+    assert_eq!(instead, None);
+}
+
+#[test]
+fn progress_without_a_type_and_of_an_unknown_status_are_faults() {
+    use task_progress_update::ProgressType;
+    let (reason, _) = fault(decoded(Inbox::Progress, &progress(None)));
+    assert_eq!(
+        reason,
+        "TaskProgressUpdate: neither status nor progress is set"
+    );
+    let unknown = progress(Some(ProgressType::Status(7)));
+    let (reason, _) = fault(decoded(Inbox::Progress, &unknown));
+    assert_eq!(reason, "TaskProgressUpdate: 7 is no ProgressStatus");
+}
+
+#[test]
+fn a_submission_cut_short_is_refused_in_its_jobs_name() {
+    let mut body = full_submission().encode_to_vec();
+    body.truncate(body.len() - 3);
+    let (reason, instead) = fault(decode(Inbox::Submissions, &body, None, false));
+    assert!(
+        reason.starts_with("JobSubmission: failed to decode"),
+        "{reason}"
+    );
+    let Some((
+        id,
+        Command::Refuse {
+            reason: for_client, ..
+        },
+    )) = instead
+    else {
+        panic!("{instead:?}");
+    };
+    assert_eq!(id, job());
+    assert!(for_client.ends_with(&reason), "{for_client}");
+}
+
+#[test]
+fn a_result_that_cannot_be_read_fails_its_own_task_only() {
+    let message = TaskResult {
+        job_id: JOB.to_owned(),
+        celery_task_id: "task".to_owned(),
+        result_type: 9,
+        ..TaskResult::default()
+    };
+    let (reason, instead) = fault(decoded(Inbox::Results, &message));
+    assert_eq!(reason, "TaskResult: 9 is no ResultType");
+    let Some((id, Command::Fail { task_id, .. })) = instead else {
+        panic!("{instead:?}");
+    };
+    assert_eq!((id, task_id.as_deref()), (job(), Some("task")));
+}
+
+#[rstest]
+#[case::nan(f64::NAN, "NaN")]
+#[case::infinity(f64::INFINITY, "inf")]
+fn a_parameter_that_is_no_number_is_refused_by_its_path(#[case] number: f64, #[case] name: &str) {
+    let mut message = full_submission();
+    let list = prost_types::ListValue {
+        values: vec![prost_types::Value {
+            kind: Some(Kind::NumberValue(number)),
+        }],
+    };
+    let params = message.params_dict.as_mut().unwrap();
+    params.fields.insert(
+        "deep".to_owned(),
+        prost_types::Value {
+            kind: Some(Kind::ListValue(list)),
+        },
+    );
+    match decoded(Inbox::Submissions, &message) {
+        Ok(Request::Job {
+            command: Command::Refuse { reason, .. },
+            ..
+        }) => assert_eq!(
+            reason,
+            format!("The parameter params_dict.deep[0] is {name}, which is no finite number.")
+        ),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_nul_in_the_reference_is_refused() {
+    let mut message = full_submission();
+    message.job_reference = Some("a\0b".to_owned());
+    let refusal = Command::Refuse {
+        reason: "The submission's job_reference contains a NUL character.".to_owned(),
+        workflow_type: "simulator".to_owned(),
+        reference: Some("ab".to_owned()),
+    };
+    assert_eq!(
+        decoded(Inbox::Submissions, &message),
+        Ok(Request::Job {
+            id: job(),
+            command: refusal
+        })
+    );
+}
+
+#[test]
+fn a_dead_letter_tells_where_it_comes_from() {
+    let properties = json!({"message_id": "m"}).as_object().unwrap().clone();
+    let time = Timestamp::from_second(0).unwrap();
+    let letter = dead_letter("queue", "why", time, properties, b"body".to_vec());
+    assert_eq!(
+        (letter.exchange, letter.routing_key.as_str()),
+        ("", DEAD_LETTERS_QUEUE)
+    );
+    assert_eq!(letter.body, b"body");
+    assert_eq!(
+        Value::Object(letter.headers),
+        json!({
+            "queue": "queue",
+            "reason": "why",
+            "time": "1970-01-01T00:00:00Z",
+            "properties": {"message_id": "m"},
+        })
+    );
+}
+
+#[test]
+fn a_dead_letters_headers_fit_into_a_frame() {
+    let properties = json!({"headers": {"x": "y".repeat(200_000)}})
+        .as_object()
+        .unwrap()
+        .clone();
+    let time = Timestamp::from_second(0).unwrap();
+    let letter = dead_letter("queue", &"z".repeat(100_000), time, properties, Vec::new());
+    assert!(serde_json::to_vec(&letter.headers).unwrap().len() < 4096);
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_decoded_or_refused(
+        body in prop::collection::vec(any::<u8>(), 0..200),
+        inbox in prop::sample::select(Inbox::ALL.to_vec()),
+    ) {
+        let _ = decode(inbox, &body, None, false);
+        let _ = job_id(&body);
+    }
+
+    #[test]
+    fn a_spoiled_submission_is_decoded_or_refused(place in any::<prop::sample::Index>(), byte: u8) {
+        let mut body = full_submission().encode_to_vec();
+        let place = place.index(body.len());
+        body[place] = byte;
+        let _ = decode(Inbox::Submissions, &body, None, false);
+    }
+}

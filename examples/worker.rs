@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, unbounded};
-use omotes_orchestrator::broker::{self, Busy, Link, PublishError, Publisher, Received, Source};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
+use omotes_orchestrator::broker::{self, Busy, Link, Publisher, Received};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::esdl;
 use omotes_orchestrator::wire::{
@@ -49,6 +49,7 @@ fn main() -> anyhow::Result<()> {
     let busy = Busy::default();
     let epoch = Instant::now();
     Publisher::new(&tasks_link, &busy, epoch).declare_task_queue(&options.workflow)?;
+    let pidbox = tasks_link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
     let mut events = Publisher::new(&events_link, &busy, epoch);
 
     let (stop, stopped) = bounded::<Infallible>(0);
@@ -60,12 +61,8 @@ fn main() -> anyhow::Result<()> {
             drop(stop);
         });
         scope.spawn(|| {
-            let pidbox = Source::Private {
-                exchange: PIDBOX_EXCHANGE,
-                key: "",
-            };
             let (done, all_done) = unbounded();
-            let heard = broker::consume(&tasks_link, pidbox, 10, &stopped, &all_done, |message| {
+            let heard = broker::consume(&tasks_link, &pidbox, 10, &stopped, &all_done, |message| {
                 if let Some(task_id) = revoked_task(&message.body) {
                     eprintln!("task {task_id} is revoked");
                     revoked
@@ -85,10 +82,9 @@ fn main() -> anyhow::Result<()> {
         let queue = options.workflow.as_str();
         let link = &tasks_link;
         scope.spawn(move || {
-            let source = Source::Named(queue);
             let consumed = broker::consume(
                 link,
-                source,
+                queue,
                 1,
                 &consumer_stopped,
                 &all_done,
@@ -101,31 +97,35 @@ fn main() -> anyhow::Result<()> {
             }
         });
         eprintln!("waiting for tasks of {queue}");
-        for message in &tasks {
-            let is_revoked = |task_id: &str| {
-                revoked
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .contains(task_id)
-            };
-            match run_task(
-                &options,
-                &config,
-                &message,
-                &mut events,
-                &stopped,
-                is_revoked,
-            )? {
-                Ending::Done => {
-                    let _ = done.send(message.tag);
+        let is_revoked = |task_id: &str| {
+            revoked
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .contains(task_id)
+        };
+        let mut work = || {
+            loop {
+                let message = select! {
+                    recv(tasks) -> message => message.context("no more tasks come")?,
+                    recv(stopped) -> _ => return Ok(()),
+                };
+                match run_task(
+                    &options,
+                    &config,
+                    &message,
+                    &mut events,
+                    &stopped,
+                    is_revoked,
+                )? {
+                    Ending::Done => done.send(message.tag)?,
+                    Ending::Stopped => return anyhow::Ok(()),
                 }
-                Ending::Stopped => break,
             }
-        }
-        // The pidbox consumer waits for nothing that comes back.
+        };
+        let outcome = work();
+        // Frees the two consumers, which would wait for what they gave out.
         tasks_link.kill();
-        drop(done);
-        anyhow::Ok(())
+        outcome
     })
 }
 
@@ -215,9 +215,6 @@ fn run_task(
 }
 
 fn publish(publisher: &mut Publisher<'_>, message: wire::Outgoing) -> anyhow::Result<()> {
-    match publisher.publish(&[message]) {
-        Ok(_) => Ok(()),
-        Err(PublishError::Refused(reason)) => Err(anyhow!(reason)),
-        Err(PublishError::Lost(error)) => Err(error),
-    }
+    publisher.publish(&[message])?;
+    Ok(())
 }

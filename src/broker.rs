@@ -175,6 +175,23 @@ impl Link {
         channel.close().context("declaring a client's queue")
     }
 
+    /// Declares a queue of this connection alone, bound to a key of an exchange, and returns its
+    /// name.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_private_queue(&self, exchange: &str, key: &str) -> anyhow::Result<String> {
+        let channel = self.channel()?;
+        let options = QueueDeclareOptions {
+            exclusive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let queue = channel.queue_declare("", options)?.name().to_owned();
+        channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
+        channel.close().context("declaring a private queue")?;
+        Ok(queue)
+    }
+
     /// Deletes a queue that this program declared.
     ///
     /// # Errors
@@ -249,17 +266,6 @@ fn refusal(error: &amiquip::Error) -> Option<&str> {
     }
 }
 
-/// The queue that a consumer reads.
-#[derive(Debug, Clone, Copy)]
-pub enum Source<'a> {
-    Named(&'a str),
-    /// A queue of this connection alone, bound to a key of an exchange.
-    Private {
-        exchange: &'a str,
-        key: &'a str,
-    },
-}
-
 /// A message as it was delivered.
 #[derive(Debug)]
 pub struct Received {
@@ -304,7 +310,7 @@ impl Received {
     }
 }
 
-/// Consumes `source` until `stop` is disconnected: each message goes to `hand_over`, and is
+/// Consumes `queue` until `stop` is disconnected: each message goes to `hand_over`, and is
 /// acknowledged when its tag comes in through `done`. Afterwards nothing more is handed over, and
 /// the function returns once all senders of `done` are gone; what was not acknowledged goes back
 /// to the queue.
@@ -313,7 +319,7 @@ impl Received {
 /// The queue or the connection is gone.
 pub fn consume(
     link: &Link,
-    source: Source<'_>,
+    queue: &str,
     prefetch: u16,
     stop: &Receiver<Infallible>,
     done: &Receiver<u64>,
@@ -321,19 +327,7 @@ pub fn consume(
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
     channel.qos(0, prefetch, false)?;
-    let queue = match source {
-        Source::Named(queue) => queue.to_owned(),
-        Source::Private { exchange, key } => {
-            let options = QueueDeclareOptions {
-                exclusive: true,
-                ..QueueDeclareOptions::default()
-            };
-            let queue = channel.queue_declare("", options)?.name().to_owned();
-            channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
-            queue
-        }
-    };
-    let consumer = channel.basic_consume(queue.as_str(), ConsumerOptions::default())?;
+    let consumer = channel.basic_consume(queue, ConsumerOptions::default())?;
     // Kept beyond the consumer: a delivery for a consumer without receiver ends the connection.
     let all_messages = consumer.receiver().clone();
     let mut messages = all_messages.clone();

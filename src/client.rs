@@ -18,7 +18,7 @@ use prost::Message as _;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::broker::{self, Busy, Link, PublishError, Publisher, Source};
+use crate::broker::{self, Busy, Link, Publisher};
 use crate::config;
 use crate::wire::{
     self, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, Outgoing,
@@ -97,10 +97,9 @@ pub fn submit(
         }
         let busy = Busy::default();
         let mut publisher = Publisher::new(&outgoing, &busy, Instant::now());
-        let mut send = |message: Outgoing| match publisher.publish(&[message]) {
-            Ok(_) => Ok(()),
-            Err(PublishError::Refused(reason)) => Err(anyhow!(reason)),
-            Err(PublishError::Lost(error)) => Err(error),
+        let mut send = |message: Outgoing| {
+            publisher.publish(&[message])?;
+            anyhow::Ok(())
         };
         let display = Display::new();
         let result = send(wire::job_submission(&submission)).and_then(|()| {
@@ -129,25 +128,18 @@ pub fn submit(
 /// Consumes one of the job's queues.
 fn follow(link: &Link, queue: &str, stopped: &Receiver<Infallible>, update: &Sender<Update>) {
     let (done, all_done) = unbounded();
-    let consumed = broker::consume(
-        link,
-        Source::Named(queue),
-        10,
-        stopped,
-        &all_done,
-        |received| {
-            let body = received.body.as_slice();
-            let decoded = match queue.rsplit('.').next() {
-                Some("status") => JobStatusUpdate::decode(body).map(Update::Status),
-                Some("progress") => JobProgressUpdate::decode(body).map(Update::Progress),
-                _ => JobResult::decode(body).map(Update::Result),
-            };
-            let message = decoded.unwrap_or_else(|error| Update::Lost(anyhow!(error)));
-            // Nobody listens any more only when nobody wants to know any more.
-            let _ = done.send(received.tag);
-            let _ = update.send(message);
-        },
-    );
+    let consumed = broker::consume(link, queue, 10, stopped, &all_done, |received| {
+        let body = received.body.as_slice();
+        let decoded = match queue.rsplit('.').next() {
+            Some("status") => JobStatusUpdate::decode(body).map(Update::Status),
+            Some("progress") => JobProgressUpdate::decode(body).map(Update::Progress),
+            _ => JobResult::decode(body).map(Update::Result),
+        };
+        let message = decoded.unwrap_or_else(|error| Update::Lost(anyhow!(error)));
+        // Nobody listens any more only when nobody wants to know any more.
+        let _ = done.send(received.tag);
+        let _ = update.send(message);
+    });
     if let Err(error) = consumed {
         let _ = update.send(Update::Lost(error));
     }

@@ -1,4 +1,4 @@
-//! The way of a message once it is here: decode, lock, load, decide, publish, write, commit,
+//! The way of a message once it is here: decode, lock, load, decide, write, publish, commit,
 //! acknowledge; a batch at a time, in one Postgres transaction each.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -9,13 +9,14 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select_biased};
 use jiff::Timestamp;
-use log::{debug, error, info, log, warn};
+use log::{debug, error, info, warn};
 use uuid::Uuid;
 
 use crate::broker::{Delivered, PublishError, Publisher, Received};
 use crate::celery;
 use crate::health::{Health, Part};
-use crate::job::{self, Command, Event, Outcome, Publication, State, TimeSeries};
+use crate::job::{self, Command, Publication, State, TimeSeries};
+use crate::report::{self, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
 use crate::wire::{self, Inbox, Outgoing, Request};
 use crate::workflow::Catalogue;
@@ -265,9 +266,10 @@ impl<'s> Handler<'s> {
             let Work { inbox, received } = &item.work;
             let queue = &setting.queue_names[inbox];
             warn!(
-                "{}: put into {}: {reason}",
+                "{}: put into {}: {}",
                 item.label(),
-                wire::DEAD_LETTERS_QUEUE
+                wire::DEAD_LETTERS_QUEUE,
+                one_line(reason)
             );
             let letter = wire::dead_letter(
                 queue,
@@ -335,8 +337,6 @@ impl<'s> Handler<'s> {
             }
         }
 
-        self.publish(&outbox)?;
-
         let transitions: Vec<_> = after
             .iter()
             .map(|(id, after)| Transition {
@@ -347,9 +347,12 @@ impl<'s> Handler<'s> {
             .collect();
         transaction.write(&transitions)?;
         transaction.write_series(&series, now)?;
+        // Only now, for what Postgres refuses must not have been told to anybody. And before the
+        // commit, for what is committed must have been told.
+        self.publish(&outbox)?;
         transaction.commit()?;
         for (id, reference, event, command) in events {
-            log_event(id, &reference, &event, command);
+            report::log(id, &reference, &event, command);
         }
         Ok(())
     }
@@ -538,7 +541,7 @@ impl Item {
 
     /// Turns a message that is refused into what can still be done about it.
     fn give_up(&mut self, reason: String, by: Refuser) {
-        error!("{}: {reason}", self.label());
+        error!("{}: {}", self.label(), one_line(&reason));
         let instead = self.job.take().and_then(|(id, command)| {
             let reason = format!("The orchestrator could not handle this job: {reason}.");
             Some((id, command.instead(reason)?))
@@ -552,16 +555,14 @@ impl Item {
 
     fn label(&self) -> String {
         let Work { inbox, received } = &self.work;
-        let message = received.message_id().unwrap_or("without id");
+        let message = one_line(received.message_id().unwrap_or("without id"));
         match &self.job {
             Some((id, command)) => format!(
-                "{}{}, message {} from {}",
-                job_label(*id),
-                reference_label(command.reference()),
-                message.escape_debug(),
+                "{}, message {message} from {}",
+                report::job(*id, command.reference()),
                 inbox.name()
             ),
-            None => format!("message {} from {}", message.escape_debug(), inbox.name()),
+            None => format!("message {message} from {}", inbox.name()),
         }
     }
 }
@@ -574,89 +575,5 @@ impl Trouble {
             Trouble::Session(error) | Trouble::Database(error) => Err(error),
             Trouble::Refused { reason, .. } => bail!(reason),
         }
-    }
-}
-
-fn job_label(id: Uuid) -> String {
-    format!("job {id}")
-}
-
-/// The client's reference as a log line shows it: on one line, whatever the client put into it.
-fn reference_label(reference: &str) -> String {
-    match reference {
-        "" => String::new(),
-        reference => format!(" ({:.100})", reference.escape_debug().to_string()),
-    }
-}
-
-/// One line for each event an operator cares about; what a job does besides is for DEBUG.
-fn log_event(id: Uuid, reference: &str, event: &Event, command: &Command) {
-    let label = format!("{}{}", job_label(id), reference_label(reference));
-    match (event, command) {
-        (Event::Submitted { task_id }, Command::Submit(submission)) => info!(
-            "{label}: submitted to {} as task {task_id}",
-            submission.workflow_type
-        ),
-        (Event::Submitted { task_id }, _) => info!("{label}: submitted as task {task_id}"),
-        (Event::Started { starts: 1 }, _) => info!("{label}: running"),
-        (Event::Started { starts }, _) => warn!("{label}: running, started {starts} times"),
-        (
-            Event::Progressed,
-            Command::Progress {
-                fraction, message, ..
-            },
-        ) => {
-            debug!(
-                "{label}: {:.0} % {:.200}",
-                fraction * 100.0,
-                message.escape_debug().to_string()
-            );
-        }
-        (Event::Progressed, _) => debug!("{label}: progress"),
-        (Event::Ended(outcome), command) => {
-            let level = match outcome {
-                Outcome::Succeeded | Outcome::Cancelled => log::Level::Info,
-                Outcome::Failed | Outcome::CrashLoop | Outcome::Rejected => log::Level::Warn,
-            };
-            let why = match command {
-                Command::Refuse { reason, .. } | Command::Fail { reason, .. } => {
-                    format!(": {:.300}", reason.escape_debug().to_string())
-                }
-                Command::Submit(submission) => {
-                    format!(
-                        ": workflow {:.100}",
-                        submission.workflow_type.escape_debug().to_string()
-                    )
-                }
-                Command::Cancel
-                | Command::Start { .. }
-                | Command::Progress { .. }
-                | Command::Result { .. } => String::new(),
-            };
-            log!(level, "{label}: {}{why}", outcome_text(*outcome));
-        }
-        (Event::CancelNoted, _) => info!("{label}: cancelled before it was submitted, or long ago"),
-        (Event::Revoked(why), command) => {
-            let task = command
-                .task_id()
-                .unwrap_or_default()
-                .escape_debug()
-                .to_string();
-            warn!("{label}: task {task:.100} is revoked: {why}");
-        }
-        (Event::Ignored(why), Command::Progress { .. }) => {
-            debug!("{label}: progress is ignored: {why}");
-        }
-        (Event::Ignored(why), command) => info!("{label}: {} is ignored: {why}", command.name()),
-    }
-}
-
-fn outcome_text(outcome: Outcome) -> &'static str {
-    match outcome {
-        Outcome::Succeeded => "succeeded",
-        Outcome::Failed => "failed at its worker",
-        Outcome::Cancelled => "cancelled",
-        Outcome::CrashLoop => "ended, for its workers died too often",
-        Outcome::Rejected => "refused",
     }
 }

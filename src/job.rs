@@ -789,6 +789,19 @@ impl Command {
         }
     }
 
+    /// The workflow it names.
+    pub fn workflow_type(&self) -> Option<&str> {
+        match self {
+            Command::Submit(submission) => Some(&submission.workflow_type),
+            Command::Refuse { workflow_type, .. } => Some(workflow_type),
+            Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Result { .. }
+            | Command::Fail { .. } => None,
+        }
+    }
+
     /// The Celery task it comes from.
     pub fn task_id(&self) -> Option<&str> {
         match self {

@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, Sender, after, bounded, never, select, tick, u
 use jiff::Timestamp;
 use log::{info, warn};
 
-use crate::broker::{self, Busy, DEADLINE, Link, PublishError, Publisher, Source};
+use crate::broker::{self, Busy, DEADLINE, Link, Publisher};
 use crate::celery;
 use crate::config::Config;
 use crate::handler::{Handler, Publishers, Setting, Work};
@@ -122,7 +122,7 @@ impl Links {
 /// What ended the session before.
 pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
     let links = Links::open(&service.config)?;
-    let outcome = prepare(service, &links).and_then(|()| work(service, &links, stop));
+    let outcome = prepare(service, &links).and_then(|queues| work(service, &links, &queues, stop));
     if outcome.is_err() {
         // A connection that is lost in silence or blocked would keep its close waiting.
         links.kill();
@@ -134,24 +134,32 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()>
     })
 }
 
-/// Declares what the orchestrator and others rely on, and tells all clients the workflows.
-fn prepare(service: &Service, links: &Links) -> anyhow::Result<()> {
+/// Declares what the orchestrator and others rely on, tells all clients the workflows, and returns
+/// the queue behind each inbox.
+fn prepare(service: &Service, links: &Links) -> anyhow::Result<HashMap<Inbox, String>> {
     let config = &service.config;
+    let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
     links.sdk_in.declare_for_clients()?;
-    links
-        .task_in
-        .declare_for_workers(&[&config.task_result_queue, &config.task_progress_queue])?;
+    links.task_in.declare_for_workers(&[results, progress])?;
     links.celery_out.declare_pidbox()?;
+    // Each replica has its own, for a queue of all would need one that is exclusive to none; so a
+    // client may get more than one answer. It is there before the workflows are told, lest a
+    // client that asks meanwhile hears nothing.
+    let requests = links
+        .sdk_in
+        .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
     let announcement = wire::available_workflows(service.catalogue.announcement());
     let busy = Busy::default();
     Publisher::new(&links.sdk_out, &busy, Instant::now())
         .publish(&[announcement])
-        .map_err(|error| match error {
-            PublishError::Refused(reason) => anyhow!(reason),
-            PublishError::Lost(error) => error,
-        })
         .context("telling clients the workflows")?;
-    Ok(())
+    Ok(HashMap::from([
+        (Inbox::Submissions, wire::SUBMISSIONS_QUEUE.to_owned()),
+        (Inbox::Cancels, wire::CANCELS_QUEUE.to_owned()),
+        (Inbox::WorkflowRequests, requests),
+        (Inbox::Progress, progress.clone()),
+        (Inbox::Results, results.clone()),
+    ]))
 }
 
 /// How a thread of the session ended.
@@ -160,18 +168,13 @@ struct Report {
     outcome: anyhow::Result<()>,
 }
 
-fn work(service: &Service, links: &Links, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
+fn work(
+    service: &Service,
+    links: &Links,
+    queue_names: &HashMap<Inbox, String>,
+    stop: &Receiver<Infallible>,
+) -> anyhow::Result<()> {
     let config = &service.config;
-    let queue_names = HashMap::from([
-        (Inbox::Submissions, wire::SUBMISSIONS_QUEUE.to_owned()),
-        (Inbox::Cancels, wire::CANCELS_QUEUE.to_owned()),
-        (
-            Inbox::WorkflowRequests,
-            wire::WORKFLOW_REQUESTS_KEY.to_owned(),
-        ),
-        (Inbox::Progress, config.task_progress_queue.clone()),
-        (Inbox::Results, config.task_result_queue.clone()),
-    ]);
     let setting = Setting {
         store: &service.store,
         catalogue: &service.catalogue,
@@ -179,7 +182,7 @@ fn work(service: &Service, links: &Links, stop: &Receiver<Infallible>) -> anyhow
         celery_sender: &service.celery_sender,
         revoke_clock: &service.revoke_clock,
         delivery_limit: config.delivery_limit,
-        queue_names: &queue_names,
+        queue_names,
     };
     let epoch = Instant::now();
     let busy: Vec<[Busy; 3]> = (0..config.handler_threads)
@@ -224,26 +227,16 @@ fn work(service: &Service, links: &Links, stop: &Receiver<Infallible>) -> anyhow
         // From here on only handlers hold them: a consumer knows by their end that no more comes.
         drop(done_senders);
         for (inbox, done) in done_receivers {
-            let (link, source) = match inbox {
-                Inbox::Submissions | Inbox::Cancels => {
-                    (&links.sdk_in, Source::Named(&queue_names[&inbox]))
-                }
-                Inbox::WorkflowRequests => (
-                    &links.sdk_in,
-                    Source::Private {
-                        exchange: wire::OMOTES_EXCHANGE,
-                        key: &queue_names[&inbox],
-                    },
-                ),
-                Inbox::Progress | Inbox::Results => {
-                    (&links.task_in, Source::Named(&queue_names[&inbox]))
-                }
+            let link = match inbox {
+                Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => &links.sdk_in,
+                Inbox::Progress | Inbox::Results => &links.task_in,
             };
+            let queue = &queue_names[&inbox];
             let inputs = handler_inputs.clone();
             let stopped = session_stopped.clone();
             let name = format!("consume-{}", inbox.name());
             spawn(scope, name, &report, move || {
-                broker::consume(link, source, prefetch(inbox), &stopped, &done, |received| {
+                broker::consume(link, queue, prefetch(inbox), &stopped, &done, |received| {
                     // One job's messages all go to one handler, which keeps their order.
                     let handler = wire::job_id(&received.body)
                         .map_or(0, |id| id.as_u128() % inputs.len() as u128);

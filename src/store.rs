@@ -4,6 +4,7 @@
 //! their states, and writes back what [`crate::job::decide`] made of them, all in one transaction.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -47,20 +48,33 @@ impl From<postgres::Error> for StoreError {
 #[derive(Clone)]
 pub struct Store {
     pool: r2d2::Pool<PostgresConnectionManager<NoTls>>,
+    last_failure: LastFailure,
+}
+
+/// Why the pool could not connect the last time, with the whole cause chain: the pool's own error
+/// has but the first link of it.
+#[derive(Debug, Clone, Default)]
+struct LastFailure(Arc<Mutex<String>>);
+
+impl r2d2::HandleError<postgres::Error> for LastFailure {
+    fn handle_error(&self, error: postgres::Error) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = format!("{:#}", anyhow!(error));
+    }
 }
 
 impl Store {
     /// At most `connections` connections, none of which is opened before it is needed.
     pub fn new(config: &config::Postgres, connections: u32) -> Store {
         let manager = PostgresConnectionManager::new(client_config(config), NoTls);
+        let last_failure = LastFailure::default();
         let pool = r2d2::Pool::builder()
             .max_size(connections)
             .min_idle(Some(0))
             .connection_timeout(config::CONNECT_TIMEOUT)
             // Whoever waits for the connection reports the failure.
-            .error_handler(Box::new(r2d2::NopErrorHandler))
+            .error_handler(Box::new(last_failure.clone()))
             .build_unchecked(manager);
-        Store { pool }
+        Store { pool, last_failure }
     }
 
     /// A working connection.
@@ -68,10 +82,14 @@ impl Store {
     /// # Errors
     /// [`StoreError::Transient`], after [`config::CONNECT_TIMEOUT`] without one.
     pub fn connection(&self) -> Result<Connection, StoreError> {
-        let client = self
-            .pool
-            .get()
-            .map_err(|error| StoreError::Transient(anyhow!(error).context("Postgres")))?;
+        let client = self.pool.get().map_err(|_| {
+            let LastFailure(last) = &self.last_failure;
+            let last = last.lock().unwrap_or_else(PoisonError::into_inner);
+            StoreError::Transient(anyhow!(
+                "no connection to Postgres within {:?}: {last}",
+                config::CONNECT_TIMEOUT
+            ))
+        })?;
         Ok(Connection {
             client,
             statements: HashMap::new(),

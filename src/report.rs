@@ -1,0 +1,126 @@
+//! What the log says of a job: one line for each event that an operator cares about, always with
+//! the job's id and its client's reference. What a job does besides is for DEBUG.
+
+use log::{Level, debug, info, log, warn};
+use uuid::Uuid;
+
+use crate::job::{Command, Event, Outcome};
+
+/// The longest text of somebody else's that a line repeats, in characters.
+const MAX_TEXT: usize = 300;
+
+/// Somebody else's text for a log line: short, and without what could pass for another line.
+pub fn one_line(text: &str) -> String {
+    text.chars()
+        .take(MAX_TEXT)
+        .flat_map(|character| {
+            let harmless = !character.is_control() && !matches!(character, '\u{2028}' | '\u{2029}');
+            let escaped = (!harmless).then(|| character.escape_default());
+            escaped
+                .into_iter()
+                .flatten()
+                .chain(harmless.then_some(character))
+        })
+        .collect()
+}
+
+/// How a line names a job.
+pub fn job(id: Uuid, reference: &str) -> String {
+    match reference {
+        "" => format!("job {id}"),
+        reference => format!("job {id} ({})", one_line(reference)),
+    }
+}
+
+/// Logs what became of a command.
+pub fn log(id: Uuid, reference: &str, event: &Event, command: &Command) {
+    let label = job(id, reference);
+    match event {
+        Event::Submitted { task_id } => {
+            let workflow = command.workflow_type().map(one_line).unwrap_or_default();
+            info!("{label}: submitted to {workflow} as task {task_id}");
+        }
+        Event::Started { starts: 1 } => info!("{label}: running"),
+        Event::Started { starts } => warn!("{label}: running, started {starts} times"),
+        Event::Progressed => debug!("{label}: {}", progress(command)),
+        Event::Ended(outcome) => {
+            let why = reason(command)
+                .map(|why| format!(": {why}"))
+                .unwrap_or_default();
+            log!(level(*outcome), "{label}: {}{why}", outcome_text(*outcome));
+        }
+        Event::CancelNoted => info!("{label}: cancelled before it was submitted, or long ago"),
+        Event::Revoked(why) => {
+            let task = command.task_id().map(one_line).unwrap_or_default();
+            warn!("{label}: task {task} is revoked: {why}");
+        }
+        Event::Ignored(why) => {
+            let level = match command {
+                // Every job's last progress trails its result.
+                Command::Progress { .. } => Level::Debug,
+                Command::Submit(_)
+                | Command::Refuse { .. }
+                | Command::Cancel
+                | Command::Start { .. }
+                | Command::Result { .. }
+                | Command::Fail { .. } => Level::Info,
+            };
+            log!(level, "{label}: {} is ignored: {why}", command.name());
+        }
+    }
+}
+
+fn progress(command: &Command) -> String {
+    match command {
+        Command::Progress {
+            fraction, message, ..
+        } => format!("{:.0} % {}", fraction * 100.0, one_line(message)),
+        other => other.name().to_owned(),
+    }
+}
+
+/// Why a job ended, where its outcome does not say it all.
+fn reason(command: &Command) -> Option<String> {
+    match command {
+        Command::Refuse { reason, .. } | Command::Fail { reason, .. } => Some(one_line(reason)),
+        Command::Submit(submission) => {
+            Some(format!("workflow {}", one_line(&submission.workflow_type)))
+        }
+        Command::Cancel
+        | Command::Start { .. }
+        | Command::Progress { .. }
+        | Command::Result { .. } => None,
+    }
+}
+
+fn level(outcome: Outcome) -> Level {
+    match outcome {
+        Outcome::Succeeded | Outcome::Cancelled => Level::Info,
+        Outcome::Failed | Outcome::CrashLoop | Outcome::Rejected => Level::Warn,
+    }
+}
+
+fn outcome_text(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Succeeded => "succeeded",
+        Outcome::Failed => "failed at its worker",
+        Outcome::Cancelled => "cancelled",
+        Outcome::CrashLoop => "ended, for its workers died too often",
+        Outcome::Rejected => "refused",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_cannot_pass_for_another_line() {
+        assert_eq!(one_line("it's \"fine\" é"), "it's \"fine\" é");
+        assert_eq!(
+            one_line("a\nb\u{1b}[0m\u{2028}"),
+            "a\\nb\\u{1b}[0m\\u{2028}"
+        );
+        assert_eq!(one_line(&"x".repeat(1000)).len(), MAX_TEXT);
+    }
+}

@@ -1,0 +1,128 @@
+//! Cancels, whenever they come.
+
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use prost::Message;
+
+use crate::deployment::{Deployment, eventually};
+use crate::peers::{Client, Worker};
+
+const OUTPUT: &str = "<e id='out-1'/>";
+
+fn cancelled() -> (ResultType, String) {
+    (ResultType::Cancelled, String::new())
+}
+
+#[test]
+fn a_running_job_is_cancelled() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = deployment.start_single_file();
+    let job = client.submit("workflow_1");
+    let task = worker.take();
+    worker.start(&task);
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    assert_eq!(client.status(job), JobStatus::Running);
+    client.cancel(job);
+    assert_eq!(worker.revoked(), task.id);
+    assert_eq!(client.status(job), JobStatus::Cancelled);
+    assert_eq!(client.outcome(job), cancelled());
+    // Again, and the worker that had not heard it still delivers.
+    client.cancel(job);
+    client.cancels_handled();
+    worker.succeed(&task, OUTPUT);
+    worker.results_handled();
+    client.heard_nothing_more(job);
+    let sql = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NOT NULL";
+    assert_eq!(deployment.count(sql), 1);
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+}
+
+#[test]
+fn a_waiting_jobs_task_is_revoked_when_a_worker_takes_it_later() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let _service = deployment.start_single_file();
+    let job = client.submit("workflow_1");
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    // No worker is up to hear the revoke.
+    client.cancel(job);
+    assert_eq!(client.status(job), JobStatus::Cancelled);
+    assert_eq!(client.outcome(job), cancelled());
+    let worker = Worker::new(&deployment, "workflow_1");
+    let task = worker.take();
+    worker.start(&task);
+    assert_eq!(worker.revoked(), task.id);
+    client.heard_nothing_more(job);
+}
+
+#[test]
+fn a_cancel_before_its_submission_is_remembered() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = deployment.start_single_file();
+    let (job, submission) = client.submission("workflow_1");
+    client.listen(job);
+    client.cancel(job);
+    client.cancels_handled();
+    client.heard_nothing_more(job);
+    client.send(&submission);
+    assert_eq!(client.status(job), JobStatus::Cancelled);
+    assert_eq!(client.outcome(job), cancelled());
+    // The submission once more, as after a crash.
+    client.send(&submission);
+    client.submissions_handled();
+    client.heard_nothing_more(job);
+    assert_eq!(worker.waiting(), 0);
+}
+
+#[test]
+fn submission_and_cancel_that_were_both_waiting_end_in_one_cancellation() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let jobs: Vec<_> = (0..20)
+        .map(|_| {
+            let (job, submission) = client.submission("workflow_1");
+            client.listen(job);
+            client
+                .peer
+                .send("job_submissions", &submission.encode_to_vec());
+            client.cancel(job);
+            job
+        })
+        .collect();
+    let _service = deployment.start();
+    for job in &jobs {
+        assert_eq!(client.outcome(*job), cancelled());
+    }
+    let sql = "SELECT count(*) FROM job_history WHERE outcome = 'CANCELLED'";
+    eventually("the history", || {
+        (deployment.count(sql) == 20).then_some(())
+    });
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    for job in &jobs {
+        assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
+    }
+}
+
+#[test]
+fn deleting_a_finished_job_retires_its_series() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = deployment.start_single_file();
+    let job = client.submit("workflow_1");
+    let task = worker.take();
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    let kept = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NULL";
+    eventually("the guard row", || {
+        (deployment.count(kept) == 1).then_some(())
+    });
+    client.cancel(job);
+    eventually("it is retired", || {
+        (deployment.count(kept) == 0).then_some(())
+    });
+    assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
+}

@@ -1,0 +1,302 @@
+//! Vhosts and a database for one test, and the service that runs on them.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::NoTls;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+/// How long a condition may take to come true on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Polls until `condition` gives a value.
+pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A variable that `./run.sh test` sets.
+pub fn setting(name: &str) -> String {
+    let name = format!("OMOTES_TEST_{name}");
+    std::env::var(&name)
+        .unwrap_or_else(|_| panic!("{name} is not set: `./run.sh test` starts the services"))
+}
+
+/// Two vhosts and a database, gone when dropped.
+pub struct Deployment {
+    pub name: String,
+    pub folder: PathBuf,
+}
+
+impl Deployment {
+    pub fn new() -> Deployment {
+        let name = format!("test_{}", Uuid::new_v4().simple());
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
+        fs::create_dir_all(&folder).unwrap();
+        let deployment = Deployment { name, folder };
+        let user = setting("RABBITMQ_USER");
+        for vhost in [deployment.sdk_vhost(), deployment.celery_vhost()] {
+            management("PUT", &format!("vhosts/{vhost}"), Some(json!({})));
+            let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+            management("PUT", &format!("permissions/{vhost}/{user}"), Some(all));
+        }
+        server_client("postgres")
+            .batch_execute(&format!("CREATE DATABASE {}", deployment.name))
+            .unwrap();
+        deployment
+    }
+
+    pub fn sdk_vhost(&self) -> String {
+        self.name.clone()
+    }
+
+    pub fn celery_vhost(&self) -> String {
+        format!("{}_celery", self.name)
+    }
+
+    pub fn sql(&self) -> postgres::Client {
+        server_client(&self.name)
+    }
+
+    /// The first column of the first row.
+    pub fn count(&self, sql: &str) -> i64 {
+        self.sql().query_one(sql, &[]).unwrap().get(0)
+    }
+
+    /// The environment of a service or a command on this deployment.
+    pub fn variables(&self) -> Vec<(String, String)> {
+        let mut variables = vec![
+            ("POSTGRESQL_PORT", setting("POSTGRES_PORT")),
+            ("POSTGRESQL_USERNAME", setting("POSTGRES_USER")),
+            ("POSTGRESQL_PASSWORD", setting("POSTGRES_PASSWORD")),
+            ("POSTGRESQL_DATABASE", self.name.clone()),
+            ("INFLUXDB_PORT", setting("INFLUXDB_PORT")),
+            ("INFLUXDB_USERNAME", setting("INFLUXDB_USER")),
+            ("INFLUXDB_PASSWORD", setting("INFLUXDB_PASSWORD")),
+            ("HTTP_BIND", "127.0.0.1:0".to_owned()),
+            ("LOG_LEVEL", "DEBUG".to_owned()),
+            ("RUST_BACKTRACE", "1".to_owned()),
+            (
+                "WORKFLOW_CONFIG_PATH",
+                concat!(
+                    env!("CARGO_MANIFEST_DIR"),
+                    "/tests/wire/available_workflows.config.json"
+                )
+                .to_owned(),
+            ),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect::<Vec<_>>();
+        for (prefix, vhost) in [
+            ("SDK", self.sdk_vhost()),
+            ("TASK", self.celery_vhost()),
+            ("CELERY", self.celery_vhost()),
+        ] {
+            for (suffix, value) in [
+                ("PORT", setting("RABBITMQ_PORT")),
+                ("USERNAME", setting("RABBITMQ_USER")),
+                ("PASSWORD", setting("RABBITMQ_PASSWORD")),
+                ("VIRTUALHOST", vhost),
+            ] {
+                variables.push((format!("{prefix}_RABBITMQ_{suffix}"), value));
+            }
+        }
+        variables
+    }
+
+    /// The binary with these arguments, on this deployment and on nothing else.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_omotes-orchestrator"));
+        command
+            .args(arguments)
+            .current_dir(&self.folder)
+            .env_clear()
+            .envs(self.variables());
+        command
+    }
+
+    /// A running service that is ready.
+    pub fn start(&self) -> Service {
+        self.start_with(&[])
+    }
+
+    /// One that handles the messages of each queue strictly in their order.
+    pub fn start_single_file(&self) -> Service {
+        self.start_with(&[("HANDLER_THREADS", "1")])
+    }
+
+    pub fn start_with(&self, variables: &[(&str, &str)]) -> Service {
+        let service = self.launch(variables);
+        service.wait_until_ready();
+        service
+    }
+
+    /// A service that may or may not become ready.
+    pub fn launch(&self, variables: &[(&str, &str)]) -> Service {
+        let log = self.folder.join(format!("{}.log", Uuid::new_v4()));
+        let child = self
+            .command(&["run"])
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Service { child, log }
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("what is left of the test: {}", self.folder.display());
+            return;
+        }
+        for vhost in [self.sdk_vhost(), self.celery_vhost()] {
+            management("DELETE", &format!("vhosts/{vhost}"), None);
+        }
+        server_client("postgres")
+            .batch_execute(&format!("DROP DATABASE {} WITH (FORCE)", self.name))
+            .unwrap();
+        fs::remove_dir_all(&self.folder).unwrap();
+    }
+}
+
+/// A process of the service, killed when dropped.
+pub struct Service {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Service {
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Waits for a line of the log with this text.
+    pub fn logged(&self, text: &str) -> String {
+        eventually(&format!("{text:?} in {}", self.log.display()), || {
+            let log = self.log();
+            let line = log.lines().find(|line| line.contains(text));
+            line.map(str::to_owned)
+        })
+    }
+
+    pub fn http(&self) -> SocketAddr {
+        let line = self.logged("health at http://");
+        let (_, rest) = line.split_once("http://").unwrap();
+        rest.split('/').next().unwrap().parse().unwrap()
+    }
+
+    /// Status and body of an answer; None while nobody listens.
+    pub fn get(&self, path: &str) -> Option<(u16, String)> {
+        let mut response = ureq::get(format!("http://{}{path}", self.http()))
+            .config()
+            .http_status_as_error(false)
+            .build()
+            .call()
+            .ok()?;
+        let status = response.status().as_u16();
+        Some((status, response.body_mut().read_to_string().ok()?))
+    }
+
+    /// What `/health/ready` says.
+    pub fn readiness(&self) -> Option<(bool, Value)> {
+        let (status, body) = self.get("/health/ready")?;
+        Some((status == 200, serde_json::from_str(&body).ok()?))
+    }
+
+    pub fn wait_until_ready(&self) {
+        eventually(&format!("ready: {}", self.log.display()), || {
+            self.readiness()?.0.then_some(())
+        });
+    }
+
+    pub fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        let sent = Command::new("kill").args([name, &id]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// Ends it as the kernel would: at once.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Asks it to stop and waits until it has.
+    pub fn stop(mut self) -> ExitStatus {
+        self.signal("-TERM");
+        self.wait()
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        eventually("the service ends", || self.child.try_wait().unwrap())
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let last = lines.len().saturating_sub(40);
+            eprintln!(
+                "end of {}:\n{}",
+                self.log.display(),
+                lines[last..].join("\n")
+            );
+        }
+    }
+}
+
+/// A call of RabbitMQ's management API, which must succeed.
+pub fn management(method: &str, path: &str, body: Option<Value>) -> Value {
+    let url = format!(
+        "http://127.0.0.1:{}/api/{path}",
+        setting("RABBITMQ_MANAGEMENT_PORT")
+    );
+    let credentials = format!(
+        "{}:{}",
+        setting("RABBITMQ_USER"),
+        setting("RABBITMQ_PASSWORD")
+    );
+    let encoded = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, credentials);
+    let authorization = format!("Basic {encoded}");
+    let request = ureq::http::Request::builder()
+        .method(method)
+        .uri(&url)
+        .header("Authorization", authorization)
+        .header("Content-Type", "application/json")
+        .body(body.map(|body| body.to_string()).unwrap_or_default())
+        .unwrap();
+    let mut response = ureq::run(request).unwrap_or_else(|error| panic!("{method} {url}: {error}"));
+    let text = response.body_mut().read_to_string().unwrap();
+    serde_json::from_str(&text).unwrap_or(Value::Null)
+}
+
+/// A superuser's connection to a database of the test server.
+pub fn server_client(database: &str) -> postgres::Client {
+    postgres::Config::new()
+        .host("127.0.0.1")
+        .port(setting("POSTGRES_PORT").parse().unwrap())
+        .user(&setting("POSTGRES_USER"))
+        .password(setting("POSTGRES_PASSWORD"))
+        .dbname(database)
+        .connect(NoTls)
+        .unwrap()
+}

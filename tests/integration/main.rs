@@ -1,0 +1,19 @@
+//! The service from outside: its real binary against real RabbitMQ, Postgres and InfluxDB
+//! processes, which `./run.sh test` starts. Each test has two vhosts and a database of its own.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    unreachable_pub,
+    reason = "a test fails by panicking, says why, and is nobody's library"
+)]
+
+mod cancelling;
+mod commands;
+mod deployment;
+mod events;
+mod faults;
+mod jobs;
+mod peers;
+mod python;
+mod revisions;
+mod stopping;

@@ -1,0 +1,384 @@
+//! The programs that the service talks to, played by the test: SDK clients and Celery workers.
+
+use std::cell::Cell;
+
+use amiquip::{
+    AmqpProperties, AmqpValue, Channel, Connection, Exchange, ExchangeDeclareOptions, ExchangeType,
+    FieldTable, Publish, QueueDeclareOptions,
+};
+use omotes_orchestrator::wire::{
+    self, EsdlMessage, JobDelete, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission,
+    TaskProgressUpdate, TaskResult, job_result, job_status_update::JobStatus, task_progress_update,
+    task_result,
+};
+use prost::Message;
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::deployment::{Deployment, eventually, setting};
+
+pub const ESDL: &str = "<?xml version='1.0' encoding='UTF-8'?>\n<esdl:EnergySystem \
+                        xmlns:esdl=\"http://www.tno.nl/esdl\" id=\"input\" name=\"n\"/>\n";
+
+/// A connection to one vhost with one channel.
+pub struct Peer {
+    // Dropped first: it is closed on its connection.
+    pub channel: Channel,
+    _connection: Connection,
+}
+
+/// A message taken from a queue.
+pub struct Taken {
+    pub body: Vec<u8>,
+    pub properties: AmqpProperties,
+}
+
+impl Taken {
+    pub fn header(&self, name: &str) -> AmqpValue {
+        self.properties.headers().as_ref().unwrap()[name].clone()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap()
+    }
+}
+
+impl Peer {
+    pub fn new(vhost: &str) -> Peer {
+        let url = format!(
+            "amqp://{}:{}@127.0.0.1:{}/{vhost}",
+            setting("RABBITMQ_USER"),
+            setting("RABBITMQ_PASSWORD"),
+            setting("RABBITMQ_PORT"),
+        );
+        let mut connection = Connection::insecure_open(&url).unwrap();
+        let channel = connection.open_channel(None).unwrap();
+        Peer {
+            channel,
+            _connection: connection,
+        }
+    }
+
+    /// To a queue through the default exchange, with a random message id as aio-pika has it.
+    pub fn send(&self, queue: &str, body: &[u8]) {
+        self.send_as(queue, body, &Uuid::new_v4().simple().to_string());
+    }
+
+    pub fn send_as(&self, queue: &str, body: &[u8], message_id: &str) {
+        let properties = AmqpProperties::default()
+            .with_delivery_mode(2)
+            .with_message_id(message_id.to_owned());
+        let publish = Publish::with_properties(body, queue, properties);
+        Exchange::direct(&self.channel).publish(publish).unwrap();
+    }
+
+    /// The next message of a queue, if there is one now.
+    pub fn poll(&self, queue: &str) -> Option<Taken> {
+        let get = self.channel.basic_get(queue, true).unwrap()?;
+        Some(Taken {
+            body: get.delivery.body,
+            properties: get.delivery.properties,
+        })
+    }
+
+    pub fn next(&self, queue: &str) -> Taken {
+        eventually(&format!("a message in {queue}"), || self.poll(queue))
+    }
+
+    pub fn queue_length(&self, queue: &str) -> u32 {
+        let queue = self.channel.queue_declare_passive(queue).unwrap();
+        queue.declared_message_count().unwrap()
+    }
+
+    pub fn declare(&self, queue: &str) {
+        let options = QueueDeclareOptions {
+            durable: true,
+            ..QueueDeclareOptions::default()
+        };
+        self.channel.queue_declare(queue, options).unwrap();
+    }
+}
+
+/// A client, without the SDK.
+pub struct Client {
+    pub peer: Peer,
+}
+
+impl Client {
+    pub fn new(deployment: &Deployment) -> Client {
+        let peer = Peer::new(&deployment.sdk_vhost());
+        let exchange = ExchangeDeclareOptions::default();
+        peer.channel
+            .exchange_declare(ExchangeType::Direct, "omotes_exchange", exchange)
+            .unwrap();
+        for queue in ["job_submissions", "job_deletions"] {
+            peer.declare(queue);
+            peer.channel
+                .queue_bind(queue, "omotes_exchange", queue, FieldTable::new())
+                .unwrap();
+        }
+        Client { peer }
+    }
+
+    /// Declares the queues of a job as the TypeScript SDK does.
+    pub fn listen(&self, job: Uuid) {
+        for kind in ["status", "progress", "result"] {
+            let queue = format!("jobs.{job}.{kind}");
+            self.peer.declare(&queue);
+            let channel = &self.peer.channel;
+            channel
+                .queue_bind(
+                    queue.as_str(),
+                    "omotes_exchange",
+                    queue.as_str(),
+                    FieldTable::new(),
+                )
+                .unwrap();
+        }
+    }
+
+    pub fn submission(&self, workflow: &str) -> (Uuid, JobSubmission) {
+        let job = Uuid::new_v4();
+        let submission = JobSubmission {
+            uuid: job.to_string(),
+            workflow_type: workflow.to_owned(),
+            esdl: ESDL.to_owned(),
+            job_reference: Some("a reference".to_owned()),
+            ..JobSubmission::default()
+        };
+        (job, submission)
+    }
+
+    pub fn submit(&self, workflow: &str) -> Uuid {
+        let (job, submission) = self.submission(workflow);
+        self.listen(job);
+        self.send(&submission);
+        job
+    }
+
+    pub fn send(&self, submission: &JobSubmission) {
+        self.peer
+            .send("job_submissions", &submission.encode_to_vec());
+    }
+
+    pub fn cancel(&self, job: Uuid) {
+        let message = JobDelete {
+            uuid: job.to_string(),
+        };
+        self.peer.send("job_deletions", &message.encode_to_vec());
+    }
+
+    pub fn status(&self, job: Uuid) -> JobStatus {
+        let taken = self.peer.next(&format!("jobs.{job}.status"));
+        let update = JobStatusUpdate::decode(taken.body.as_slice()).unwrap();
+        assert_eq!(update.uuid, job.to_string());
+        update.status()
+    }
+
+    pub fn progress(&self, job: Uuid) -> (f64, String) {
+        let taken = self.peer.next(&format!("jobs.{job}.progress"));
+        let update = JobProgressUpdate::decode(taken.body.as_slice()).unwrap();
+        assert_eq!(update.uuid, job.to_string());
+        (update.progress, update.message)
+    }
+
+    pub fn result(&self, job: Uuid) -> JobResult {
+        let taken = self.peer.next(&format!("jobs.{job}.result"));
+        let result = JobResult::decode(taken.body.as_slice()).unwrap();
+        assert_eq!(result.uuid, job.to_string());
+        result
+    }
+
+    /// The type and the logs of the next result.
+    pub fn outcome(&self, job: Uuid) -> (job_result::ResultType, String) {
+        let result = self.result(job);
+        (result.result_type(), result.logs)
+    }
+
+    /// That nothing more has come for a job.
+    pub fn heard_nothing_more(&self, job: Uuid) {
+        for kind in ["status", "progress", "result"] {
+            let queue = format!("jobs.{job}.{kind}");
+            assert_eq!(self.peer.queue_length(&queue), 0, "{queue}");
+        }
+    }
+
+    /// Waits until a single-file service has handled the submissions so far.
+    pub fn submissions_handled(&self) {
+        let job = self.submit("no_such_workflow");
+        self.outcome(job);
+    }
+
+    /// Waits until a single-file service has handled the cancels so far.
+    pub fn cancels_handled(&self) {
+        // A message that cannot be decoded leaves its trace in the dead letters.
+        let mark = Uuid::new_v4().to_string();
+        self.peer.send_as("job_deletions", b"\xff", &mark);
+        eventually("a mark among the dead letters", || {
+            let letter = self.peer.poll(wire::DEAD_LETTERS_QUEUE)?;
+            format!("{:?}", letter.properties)
+                .contains(&mark)
+                .then_some(())
+        });
+    }
+}
+
+/// A Celery worker for one workflow, without Celery.
+pub struct Worker {
+    pub peer: Peer,
+    workflow: String,
+    pidbox: String,
+    marks: Cell<u32>,
+}
+
+/// A task that a worker has taken.
+#[derive(Debug, Clone)]
+pub struct Task {
+    pub job: Uuid,
+    pub id: String,
+}
+
+impl Worker {
+    pub fn new(deployment: &Deployment, workflow: &str) -> Worker {
+        let peer = Peer::new(&deployment.celery_vhost());
+        let options = QueueDeclareOptions {
+            durable: true,
+            arguments: FieldTable::from([("x-max-priority".to_owned(), AmqpValue::LongInt(10))]),
+            ..QueueDeclareOptions::default()
+        };
+        peer.channel.queue_declare(workflow, options).unwrap();
+        for queue in ["omotes_task_result_events", "omotes_task_progress_events"] {
+            peer.declare(queue);
+        }
+        let exchange = ExchangeDeclareOptions::default();
+        peer.channel
+            .exchange_declare(ExchangeType::Fanout, "celery.pidbox", exchange)
+            .unwrap();
+        let exclusive = QueueDeclareOptions {
+            exclusive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let pidbox = peer
+            .channel
+            .queue_declare("", exclusive)
+            .unwrap()
+            .name()
+            .to_owned();
+        peer.channel
+            .queue_bind(pidbox.as_str(), "celery.pidbox", "", FieldTable::new())
+            .unwrap();
+        Worker {
+            peer,
+            workflow: workflow.to_owned(),
+            pidbox,
+            marks: Cell::new(0),
+        }
+    }
+
+    /// Takes the next task as it is.
+    pub fn take_message(&self) -> Taken {
+        self.peer.next(&self.workflow)
+    }
+
+    pub fn take(&self) -> Task {
+        let message = self.take_message();
+        let hex = message.json()[0][0]["__value__"]["hex"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        Task {
+            job: hex.parse().unwrap(),
+            id: message.properties.correlation_id().clone().unwrap(),
+        }
+    }
+
+    /// How many tasks wait.
+    pub fn waiting(&self) -> u32 {
+        self.peer.queue_length(&self.workflow)
+    }
+
+    fn update(&self, task: &Task, progress_type: task_progress_update::ProgressType) -> Vec<u8> {
+        TaskProgressUpdate {
+            job_id: task.job.to_string(),
+            celery_task_id: task.id.clone(),
+            message: "a message".to_owned(),
+            celery_task_type: self.workflow.clone(),
+            progress_type: Some(progress_type),
+        }
+        .encode_to_vec()
+    }
+
+    pub fn start(&self, task: &Task) {
+        self.start_as(task, &Uuid::new_v4().simple().to_string());
+    }
+
+    /// Starts with a given message id, so that the message can be sent twice.
+    pub fn start_as(&self, task: &Task, message_id: &str) {
+        let body = self.update(task, task_progress_update::ProgressType::Status(0));
+        self.peer
+            .send_as("omotes_task_progress_events", &body, message_id);
+    }
+
+    pub fn progress(&self, task: &Task, fraction: f64) {
+        let body = self.update(task, task_progress_update::ProgressType::Progress(fraction));
+        self.peer.send("omotes_task_progress_events", &body);
+    }
+
+    pub fn finish(&self, task: &Task, result_type: task_result::ResultType, output_esdl: &str) {
+        let result = TaskResult {
+            job_id: task.job.to_string(),
+            celery_task_id: task.id.clone(),
+            result_type: result_type.into(),
+            output_esdl: Some(output_esdl.to_owned()),
+            logs: "the worker's logs".to_owned(),
+            celery_task_type: self.workflow.clone(),
+            esdl_messages: vec![EsdlMessage {
+                technical_message: "a remark".to_owned(),
+                severity: wire::esdl_message::Severity::Info.into(),
+                esdl_object_id: None,
+            }],
+        };
+        self.peer
+            .send("omotes_task_result_events", &result.encode_to_vec());
+    }
+
+    pub fn succeed(&self, task: &Task, output_esdl: &str) {
+        self.finish(task, task_result::ResultType::Succeeded, output_esdl);
+    }
+
+    pub fn fail(&self, task: &Task) {
+        self.finish(task, task_result::ResultType::Error, "");
+    }
+
+    /// The task that the next revoke is about.
+    pub fn revoked(&self) -> String {
+        let revoke = self.peer.next(&self.pidbox).json();
+        assert_eq!(revoke["method"], "revoke");
+        revoke["arguments"]["task_id"].as_str().unwrap().to_owned()
+    }
+
+    /// Waits until a single-file service has handled the progress events so far, and says that
+    /// it had revoked nothing.
+    pub fn progress_handled(&self) {
+        self.marks.set(self.marks.get() + 1);
+        let mark = Task {
+            job: Uuid::new_v4(),
+            id: format!("mark {}", self.marks.get()),
+        };
+        self.progress(&mark, 0.0);
+        assert_eq!(self.revoked(), mark.id);
+    }
+
+    /// Waits until a single-file service has handled the results so far.
+    pub fn results_handled(&self) {
+        let mark = Uuid::new_v4().to_string();
+        self.peer
+            .send_as("omotes_task_result_events", b"\xff", &mark);
+        eventually("a mark among the dead letters", || {
+            let letter = self.peer.poll(wire::DEAD_LETTERS_QUEUE)?;
+            format!("{:?}", letter.properties)
+                .contains(&mark)
+                .then_some(())
+        });
+    }
+}

@@ -1,0 +1,27 @@
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /build
+# The dependencies alone first: this layer stays while only the sources change.
+COPY Cargo.toml Cargo.lock ./
+RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
+    && sed -i '/^\[\[test\]\]/,/^$/d' Cargo.toml \
+    && cargo build --release --locked --bin omotes-orchestrator \
+    && rm -rf src target/release/.fingerprint/omotes-orchestrator-*
+COPY Cargo.toml build.rs ./
+COPY migrations migrations
+COPY src src
+RUN cargo build --release --locked --bin omotes-orchestrator
+
+FROM debian:bookworm-slim
+RUN useradd --system --no-create-home --shell /usr/sbin/nologin orchestrator
+COPY --from=build /build/target/release/omotes-orchestrator /usr/local/bin/
+# A file mounted over this one is all that a deployment needs.
+COPY config /config
+ENV WORKFLOW_CONFIG_PATH=/config/workflow_config.json \
+    HTTP_BIND=0.0.0.0:8080 \
+    RUST_BACKTRACE=1
+EXPOSE 8080
+USER orchestrator
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=6s --start-period=30s CMD ["omotes-orchestrator", "healthcheck"]
+ENTRYPOINT ["omotes-orchestrator"]
+CMD ["run"]

@@ -1,0 +1,512 @@
+#!/usr/bin/env bash
+# The one script of the project; `./run.sh --help` says what it does.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'EOF'
+Usage: ./run.sh [COMMAND]
+
+  (none) [ARGS]        Run the service as .env says (made from .env-template when missing). A
+                       RabbitMQ, Postgres or InfluxDB that is configured on this machine and does
+                       not answer is started, and stopped again at the end.
+  demo                 One job from end to end, on services of its own: nothing else is touched.
+  services up|down|status
+                       The services that .env names, kept until `down`.
+  test [ARGS]          All tests, on services of their own; ARGS go to `cargo test`.
+       --keep [ARGS]   The same, leaving the services for the next run; source
+                       target/test-services/env to run `cargo test` by hand.
+       --stop          Stop what --keep has left.
+  lint                 Formatting, clippy, and shellcheck and cargo-deny where installed.
+
+Services are started with docker compose where a docker daemon answers, else from installed
+programs (Debian: rabbitmq-server, postgresql, influxdb), which are installed when this is root on
+a machine with apt-get. `demo` and `test` always use installed programs. In Git Bash on Windows
+only the docker way works: ./run.sh and ./run.sh services.
+EOF
+}
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "run.sh: $*"; exit 1; }
+is_root() { [ "$(id -u)" = 0 ]; }
+
+# Whether something listens on a port of this machine.
+answers() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# Polls until a command succeeds, for at most so many seconds.
+wait_until() {
+  local seconds=$1 what=$2; shift 2
+  local deadline=$((SECONDS + seconds))
+  until "$@" >/dev/null 2>&1; do
+    [ "$SECONDS" -lt "$deadline" ] || { say "$what: not within $seconds s"; return 1; }
+    sleep 0.1
+  done
+}
+
+# A port that nobody listens on, below those that the kernel gives to clients.
+free_port() {
+  local port
+  for _ in {1..100}; do
+    port=$((20000 + RANDOM % 12000))
+    answers "$port" || { echo "$port"; return; }
+  done
+  die "no free port found"
+}
+
+# --- Programs ---------------------------------------------------------------------------------
+
+# The newest PostgreSQL's program of that name; Debian keeps them out of PATH.
+postgres_program() {
+  local newest
+  newest=$(find /usr/lib/postgresql -path "*/bin/$1" 2>/dev/null | sort -V | tail -n 1)
+  [ -n "$newest" ] || newest=$(command -v "$1" || true)
+  [ -n "$newest" ] && echo "$newest"
+}
+
+# Debian's own rabbitmq-server refuses users other than root and rabbitmq; the one behind it doesn't.
+rabbitmq_program() {
+  if [ -x "/usr/lib/rabbitmq/bin/$1" ]; then echo "/usr/lib/rabbitmq/bin/$1"; else command -v "$1"; fi
+}
+
+has_program() {
+  case $1 in
+    rabbitmq-server) rabbitmq_program rabbitmq-server >/dev/null ;;
+    postgresql) postgres_program initdb >/dev/null ;;
+    influxdb) command -v influxd >/dev/null ;;
+    curl) command -v curl >/dev/null ;;
+    python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
+  esac
+}
+
+# Installs what is missing of these Debian packages, or says what to install.
+need() {
+  local package missing=()
+  for package in "$@"; do
+    has_program "$package" || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if is_root && command -v apt-get >/dev/null; then
+    say "installing ${missing[*]}"
+    # A package that starts its own service is of no use here; its programs are.
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update && apt-get install -y --no-install-recommends "${missing[@]}"; } \
+      >/tmp/omotes-apt.log 2>&1 || { tail -n 20 /tmp/omotes-apt.log >&2; die "installing failed"; }
+    for package in "${missing[@]}"; do
+      has_program "$package" || die "$package is installed, but its programs are not where they were expected"
+    done
+  else
+    die "missing: ${missing[*]}. Install these packages (Debian's names), or start a docker daemon"
+  fi
+}
+
+# --- Private services: one folder each, holding data, log and process id --------------------------
+
+# Servers refuse to run as root; they get a user of their own then.
+as_user() {
+  local user=$1; shift
+  if is_root; then runuser -u "$user" -- "$@"; else "$@"; fi
+}
+
+# Makes a folder for a service. A checkout below /root cannot be entered by the services' users:
+# then the folder is a link to one below /tmp.
+service_folder() {
+  local folder=$1 user=$2
+  mkdir -p "$(dirname "$folder")"
+  if [ ! -e "$folder" ]; then
+    rm -f "$folder"
+    mkdir "$folder"
+    if is_root && ! runuser -u "$user" -- test -x "$folder"; then
+      rmdir "$folder"
+      ln -s "$(mktemp -d "/tmp/omotes-$(basename "$folder")-XXXXXX")" "$folder"
+    fi
+    if is_root; then chown "$user" "$folder/"; fi
+  fi
+  (cd "$folder" && pwd -P)
+}
+
+remove_folder() {
+  local folder=$1
+  [ ! -L "$folder" ] || rm -rf "$(readlink "$folder")"
+  rm -rf "$folder"
+}
+
+json_text() { local text=${1//\\/\\\\}; printf '"%s"' "${text//\"/\\\"}"; }
+
+# start_rabbitmq FOLDER PORT MANAGEMENT_PORT|"" USER PASSWORD VHOST...
+start_rabbitmq() {
+  local folder=$1 port=$2 management=$3 user=$4 password=$5 vhost vhosts='' permissions=''
+  shift 5
+  folder=$(service_folder "$folder" rabbitmq)
+  for vhost in "$@" /; do
+    vhosts+="${vhosts:+,}{\"name\":$(json_text "$vhost")}"
+    permissions+="${permissions:+,}{\"user\":$(json_text "$user"),\"vhost\":$(json_text "$vhost"),\"configure\":\".*\",\"write\":\".*\",\"read\":\".*\"}"
+  done
+  printf '{"users":[{"name":%s,"password":%s,"tags":"administrator"}],"vhosts":[%s],"permissions":[%s]}\n' \
+    "$(json_text "$user")" "$(json_text "$password")" "$vhosts" "$permissions" >"$folder/definitions.json"
+  {
+    echo "load_definitions = $folder/definitions.json"
+    echo "listeners.tcp.1 = 127.0.0.1:$port"
+    # What RabbitMQ 4 has by default.
+    echo "max_message_size = 16777216"
+    if [ -n "$management" ]; then echo "management.tcp.ip = 127.0.0.1"; echo "management.tcp.port = $management"; fi
+  } >"$folder/rabbitmq.conf"
+  if [ -n "$management" ]; then echo '[rabbitmq_management].'; else echo '[].'; fi >"$folder/enabled_plugins"
+  # An epmd and a cookie of its own, so that no other node is seen or left behind.
+  cat >"$folder/environment" <<EOF
+export HOME=$folder RABBITMQ_NODENAME=omotes$port@localhost RABBITMQ_NODE_PORT=$port
+export RABBITMQ_DIST_PORT=$(free_port) ERL_EPMD_PORT=$(free_port) ERL_EPMD_ADDRESS=127.0.0.1
+export RABBITMQ_MNESIA_BASE=$folder/mnesia RABBITMQ_LOG_BASE=$folder/log
+export RABBITMQ_CONFIG_FILE=$folder/rabbitmq.conf RABBITMQ_PID_FILE=$folder/pid
+export RABBITMQ_ENABLED_PLUGINS_FILE=$folder/enabled_plugins RABBITMQ_CONF_ENV_FILE=/dev/null
+EOF
+  if is_root; then chown -R rabbitmq "$folder"; fi
+  (
+    # shellcheck source=/dev/null
+    . "$folder/environment"
+    cd "$folder"
+    as_user rabbitmq setsid "$(rabbitmq_program rabbitmq-server)" >"$folder/output" 2>&1 &
+  )
+  wait_until 90 "RabbitMQ (see $folder/output)" answers "$port" || return 1
+  [ -z "$management" ] || wait_until 30 "RabbitMQ's management" answers "$management"
+}
+
+# start_postgres FOLDER PORT USER PASSWORD DATABASE
+start_postgres() {
+  local folder=$1 port=$2 user=$3 password=$4 database=$5 bin
+  bin=$(dirname "$(postgres_program initdb)")
+  folder=$(service_folder "$folder" postgres)
+  if [ ! -d "$folder/data" ]; then
+    printf '%s\n' "$password" >"$folder/password"
+    if is_root; then chown postgres "$folder/password"; fi
+    as_user postgres "$bin/initdb" -D "$folder/data" -U "$user" --auth=scram-sha-256 \
+      --pwfile="$folder/password" --encoding=UTF8 --locale=C >"$folder/initdb" 2>&1 \
+      || { cat "$folder/initdb" >&2; return 1; }
+  fi
+  as_user postgres "$bin/pg_ctl" -D "$folder/data" -l "$folder/output" -w -t 60 \
+    -o "-p $port -c listen_addresses=127.0.0.1 -c unix_socket_directories=$folder -c max_connections=300" \
+    start >/dev/null || { tail -n 20 "$folder/output" >&2; return 1; }
+  if [ "$database" != postgres ]; then
+    # It may be there from the last time.
+    PGPASSWORD=$password psql -q -h 127.0.0.1 -p "$port" -U "$user" -d postgres \
+      -c "CREATE DATABASE \"$database\"" 2>"$folder/createdb" \
+      || grep -q 'already exists' "$folder/createdb" || { cat "$folder/createdb" >&2; return 1; }
+  fi
+}
+
+# start_influxdb FOLDER PORT USER PASSWORD
+start_influxdb() {
+  local folder=$1 port=$2 user=$3 password=$4
+  folder=$(service_folder "$folder" "$(id -un)")
+  (
+    export INFLUXDB_REPORTING_DISABLED=true INFLUXDB_HTTP_AUTH_ENABLED=true
+    export INFLUXDB_META_DIR=$folder/meta INFLUXDB_DATA_DIR=$folder/data INFLUXDB_DATA_WAL_DIR=$folder/wal
+    INFLUXDB_HTTP_BIND_ADDRESS=127.0.0.1:$port INFLUXDB_BIND_ADDRESS=127.0.0.1:$(free_port)
+    export INFLUXDB_HTTP_BIND_ADDRESS INFLUXDB_BIND_ADDRESS
+    cd "$folder"
+    setsid influxd -pidfile "$folder/pid" >"$folder/output" 2>&1 &
+  )
+  wait_until 60 "InfluxDB (see $folder/output)" answers "$port" || return 1
+  # Without a user there is no password to ask for; with one this is refused, and was done before.
+  curl -s -o "$folder/user" "http://127.0.0.1:$port/query" --data-urlencode \
+    "q=CREATE USER \"$user\" WITH PASSWORD '${password//\'/\\\'}' WITH ALL PRIVILEGES"
+}
+
+# stop_private FOLDER [FAST]: ends the service in this folder, if one runs there.
+stop_private() {
+  local folder=$1 fast=${2:-} pid='' signal=TERM
+  [ -e "$folder/" ] || return 0
+  [ -z "$fast" ] || signal=KILL
+  if [ -f "$folder/data/postmaster.pid" ]; then
+    pid=$(head -n 1 "$folder/data/postmaster.pid")
+    # Postgres leaves its shared memory behind when killed; this is its fast way.
+    [ -z "$fast" ] && signal=INT || signal=QUIT
+  elif [ -f "$folder/pid" ]; then
+    pid=$(cat "$folder/pid")
+  fi
+  if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then
+    kill "-$signal" "$pid"
+    wait_until 60 "the service in $folder ends" eval "! kill -0 $pid" || kill -KILL "$pid"
+  fi
+  if [ -f "$folder/environment" ]; then
+    # shellcheck source=/dev/null
+    (. "$folder/environment" && epmd -kill >/dev/null 2>&1) || true
+  fi
+}
+
+# --- Services for .env --------------------------------------------------------------------------
+
+make_env() {
+  [ -f .env ] || { cp .env-template .env; say "made .env from .env-template"; }
+}
+
+# Exports what .env sets and the environment doesn't.
+load_env() {
+  local line name value
+  while IFS= read -r line || [ -n "$line" ]; do
+    line=${line%$'\r'}
+    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue
+    name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    if [[ $value =~ ^\"(.*)\"[[:space:]]*$ || $value =~ ^\'(.*)\'[[:space:]]*$ ]]; then
+      value=${BASH_REMATCH[1]}
+    else
+      value=${value%%[[:space:]]#*}
+    fi
+    [ -n "${!name+set}" ] || export "$name=$value"
+  done <.env
+}
+
+is_local() { case $1 in localhost | 127.0.0.1 | ::1) true ;; *) false ;; esac; }
+
+docker_answers() { command -v docker >/dev/null && docker info >/dev/null 2>&1; }
+
+SERVICES=target/services
+started=() # Services that this run has started, and stops.
+
+# ensure NAME HOST PORT PACKAGE COMPOSE_SERVICE START...: starts a local service that doesn't answer.
+ensure() {
+  local name=$1 host=$2 port=$3 package=$4 compose=$5; shift 5
+  is_local "$host" || { say "$name: $host:$port is not on this machine, left alone"; return; }
+  answers "$port" && { say "$name: answers on port $port"; return; }
+  started+=("$compose")
+  if docker_answers; then
+    say "$name: starting it with docker compose"
+    docker compose up -d --wait "$compose" >&2 || die "docker compose could not start $compose"
+  else
+    need "$package" curl
+    say "$name: starting a private one on port $port"
+    "$@" || die "$name did not start"
+  fi
+}
+
+ensure_services() {
+  ensure RabbitMQ "${SDK_RABBITMQ_HOSTNAME:-localhost}" "${SDK_RABBITMQ_PORT:-5672}" \
+    rabbitmq-server rabbitmq start_rabbitmq "$SERVICES/rabbitmq" "${SDK_RABBITMQ_PORT:-5672}" '' \
+    "${SDK_RABBITMQ_USERNAME:-omotes}" "${SDK_RABBITMQ_PASSWORD:-guest}" \
+    "${SDK_RABBITMQ_VIRTUALHOST:-omotes}" "${CELERY_RABBITMQ_VIRTUALHOST:-omotes}"
+  ensure Postgres "${POSTGRESQL_HOST:-localhost}" "${POSTGRESQL_PORT:-5432}" \
+    postgresql postgres start_postgres "$SERVICES/postgres" "${POSTGRESQL_PORT:-5432}" \
+    "${POSTGRESQL_USERNAME:-postgres}" "${POSTGRESQL_PASSWORD:-postgres}" "${POSTGRESQL_DATABASE:-public}"
+  if [ -n "${INFLUXDB_HOST-localhost}" ]; then
+    ensure InfluxDB "${INFLUXDB_HOST:-localhost}" "${INFLUXDB_PORT:-8096}" \
+      influxdb influxdb start_influxdb "$SERVICES/influxdb" "${INFLUXDB_PORT:-8096}" \
+      "${INFLUXDB_USERNAME:-root}" "${INFLUXDB_PASSWORD:-root}"
+  fi
+}
+
+stop_started() {
+  local service
+  for service in "${started[@]}"; do
+    if [ -e "$SERVICES/$service" ]; then
+      stop_private "$SERVICES/$service"
+    else
+      docker compose stop "$service" >&2
+    fi
+  done
+}
+
+services() {
+  local service name port
+  make_env
+  load_env
+  case ${1:-} in
+    up) ensure_services ;;
+    down)
+      for service in rabbitmq postgres influxdb; do
+        stop_private "$SERVICES/$service"
+      done
+      if docker_answers; then docker compose stop rabbitmq postgres influxdb >&2; fi
+      ;;
+    status)
+      for service in rabbitmq:"${SDK_RABBITMQ_PORT:-5672}" postgres:"${POSTGRESQL_PORT:-5432}" \
+        influxdb:"${INFLUXDB_PORT:-8096}"; do
+        name=${service%:*} port=${service#*:}
+        if ! answers "$port"; then echo "$name: does not answer on port $port"
+        elif private_runs "$SERVICES/$name"; then echo "$name: answers on port $port, started by this script"
+        else echo "$name: answers on port $port, somebody else's or docker's"; fi
+      done
+      ;;
+    *) die "services up, down or status" ;;
+  esac
+}
+
+private_runs() {
+  local pid
+  pid=$(head -qn 1 "$1/pid" "$1/data/postmaster.pid" 2>/dev/null | head -n 1)
+  [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null
+}
+
+# --- Commands -------------------------------------------------------------------------------------
+
+# Runs a program to its end, passing signals on to it; bash alone would let it go on.
+run_child() {
+  local status=0
+  "$@" &
+  local child=$!
+  trap 'kill -TERM "$child" 2>/dev/null' INT TERM
+  wait "$child" || status=$?
+  # Interrupted by the signal, not by the end.
+  while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done
+  trap - INT TERM
+  return "$status"
+}
+
+start() {
+  make_env
+  load_env
+  trap stop_started EXIT
+  trap 'exit 130' INT TERM
+  ensure_services
+  cargo build --release --locked --bin omotes-orchestrator
+  RUST_BACKTRACE=1 run_child target/release/omotes-orchestrator run "$@"
+}
+
+# Three services of one's own on free ports, their whereabouts in variables.
+private_stack() {
+  local folder=$1 management=$2 service running=()
+  need rabbitmq-server postgresql influxdb curl
+  RABBITMQ=$(free_port) POSTGRES=$(free_port) INFLUXDB=$(free_port)
+  MANAGEMENT=${management:+$(free_port)}
+  start_rabbitmq "$folder/rabbitmq" "$RABBITMQ" "$MANAGEMENT" omotes secret omotes omotes_celery & running+=($!)
+  start_postgres "$folder/postgres" "$POSTGRES" omotes secret omotes & running+=($!)
+  start_influxdb "$folder/influxdb" "$INFLUXDB" omotes secret & running+=($!)
+  for service in "${running[@]}"; do wait "$service" || die "a service did not start; see $folder"; done
+}
+
+remove_stack() {
+  local folder=$1 service
+  for service in rabbitmq postgres influxdb; do
+    stop_private "$folder/$service" fast
+    remove_folder "$folder/$service"
+  done
+}
+
+demo_children=()
+
+end_demo() {
+  local child
+  trap '' INT TERM
+  for child in "${demo_children[@]}"; do
+    if kill -TERM "$child" 2>/dev/null; then wait "$child" || true; fi
+  done
+  remove_stack target/demo
+}
+
+demo() {
+  local log=target/demo/orchestrator.log status=0 prefix
+  say "building"
+  cargo build --locked --bins --examples
+  mkdir -p target/demo
+  trap end_demo EXIT
+  trap 'exit 130' INT TERM
+  remove_stack target/demo
+  say "starting RabbitMQ, Postgres and InfluxDB of its own"
+  private_stack target/demo ''
+  for prefix in SDK TASK CELERY; do
+    export "${prefix}_RABBITMQ_HOSTNAME=127.0.0.1" "${prefix}_RABBITMQ_PORT=$RABBITMQ"
+    export "${prefix}_RABBITMQ_USERNAME=omotes" "${prefix}_RABBITMQ_PASSWORD=secret"
+    export "${prefix}_RABBITMQ_VIRTUALHOST=omotes_celery"
+  done
+  export SDK_RABBITMQ_VIRTUALHOST=omotes
+  export POSTGRESQL_HOST=127.0.0.1 POSTGRESQL_PORT=$POSTGRES POSTGRESQL_DATABASE=omotes
+  export POSTGRESQL_USERNAME=omotes POSTGRESQL_PASSWORD=secret
+  export INFLUXDB_HOST=127.0.0.1 INFLUXDB_PORT=$INFLUXDB INFLUXDB_USERNAME=omotes INFLUXDB_PASSWORD=secret
+  export WORKFLOW_CONFIG_PATH=config/workflow_config.json RUST_BACKTRACE=1 LOG_LEVEL=INFO
+  HTTP_BIND=127.0.0.1:$(free_port)
+  export HTTP_BIND
+  target/debug/omotes-orchestrator run 2>"$log" & demo_children+=($!)
+  wait_until 60 "the orchestrator is ready" target/debug/omotes-orchestrator healthcheck \
+    || { tail -n 30 "$log" >&2; exit 1; }
+  say "the orchestrator is ready: http://$HTTP_BIND/health/ready"
+  target/debug/examples/worker --workflow workflow_1 --seconds 5 2>target/demo/worker.log & demo_children+=($!)
+  say "submitting examples/district.esdl"
+  # In the foreground, so that Ctrl-C reaches it and cancels the job.
+  target/debug/omotes-orchestrator submit examples/district.esdl --workflow workflow_1 \
+    --reference demo --output target/demo/result.esdl || status=$?
+  say "what the orchestrator said of it ($log):"
+  grep ' job ' "$log" >&2 || true
+  return "$status"
+}
+
+TESTS=target/test-services
+
+# make_venv FOLDER REQUIREMENT...: a Python environment, made anew when its requirements change.
+make_venv() {
+  local folder=target/venv/$1; shift
+  if [ "$(cat "$folder/requirements" 2>/dev/null)" != "$*" ]; then
+    rm -rf "$folder"
+    python3 -m venv "$folder"
+    "$folder/bin/pip" install --quiet --disable-pip-version-check "$@"
+    echo "$*" >"$folder/requirements"
+  fi
+}
+
+make_venvs() {
+  mkdir -p target/venv
+  # The oldest and the newest that deployments have, and what the recorded messages came from.
+  make_venv sdk-4.1 'omotes-sdk-python==4.1.*' 'celery==5.3.*'
+  make_venv sdk-4.2 'omotes-sdk-python==4.2.*' 'celery==5.4.*'
+  make_venv sdk-4.3 'omotes-sdk-python==4.3.*' 'celery==5.7.*'
+}
+
+start_test_services() {
+  if [ -f "$TESTS/env" ]; then
+    # shellcheck source=/dev/null
+    . "$TESTS/env"
+    if answers "$OMOTES_TEST_RABBITMQ_PORT" && answers "$OMOTES_TEST_POSTGRES_PORT" \
+      && answers "$OMOTES_TEST_INFLUXDB_PORT"; then
+      kept=yes
+      return
+    fi
+  fi
+  remove_stack "$TESTS"
+  private_stack "$TESTS" management
+  cat >"$TESTS/env" <<EOF
+export OMOTES_TEST_RABBITMQ_PORT=$RABBITMQ OMOTES_TEST_RABBITMQ_MANAGEMENT_PORT=$MANAGEMENT
+export OMOTES_TEST_RABBITMQ_USER=omotes OMOTES_TEST_RABBITMQ_PASSWORD=secret
+export OMOTES_TEST_POSTGRES_PORT=$POSTGRES OMOTES_TEST_POSTGRES_USER=omotes OMOTES_TEST_POSTGRES_PASSWORD=secret
+export OMOTES_TEST_INFLUXDB_PORT=$INFLUXDB OMOTES_TEST_INFLUXDB_USER=omotes OMOTES_TEST_INFLUXDB_PASSWORD=secret
+export OMOTES_TEST_VENVS=$PWD/target/venv
+EOF
+  # shellcheck source=/dev/null
+  . "$TESTS/env"
+}
+
+stop_test_services() {
+  remove_stack "$TESTS"
+  rm -f "$TESTS/env"
+}
+
+run_tests() {
+  local kept=''
+  case ${1:-} in
+    --stop) stop_test_services; return ;;
+    --keep) kept=yes; shift ;;
+  esac
+  need rabbitmq-server postgresql influxdb curl python3-venv
+  mkdir -p "$TESTS"
+  trap '[ -n "$kept" ] || stop_test_services' EXIT
+  trap 'exit 130' INT TERM
+  make_venvs & local venvs=$!
+  cargo test --locked --all-targets --no-run
+  wait "$venvs" || die "the Python environments could not be made"
+  start_test_services
+  # Not `--all-targets` twice over: with arguments of one's own these say what to run.
+  RUST_BACKTRACE=1 cargo test --locked --all-targets "$@"
+}
+
+lint() {
+  cargo fmt --check
+  cargo clippy --locked --all-targets -- -D warnings
+  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run; else say "shellcheck is not installed: skipped"; fi
+  if command -v cargo-deny >/dev/null; then cargo deny check; else say "cargo-deny is not installed: skipped"; fi
+}
+
+case ${1:-} in
+  -h | --help | help) usage ;;
+  demo) demo ;;
+  services) shift; services "$@" ;;
+  test) shift; run_tests "$@" ;;
+  lint) lint ;;
+  '' | -*) start "$@" ;;
+  *) usage >&2; exit 2 ;;
+esac

@@ -3,7 +3,6 @@ WORKDIR /build
 # The dependencies alone first: this layer stays while only the sources change.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
-    && sed -i '/^\[\[test\]\]/,/^$/d' Cargo.toml \
     && cargo build --release --locked --bin omotes-orchestrator \
     && rm -rf src target/release/.fingerprint/omotes-orchestrator-*
 COPY Cargo.toml build.rs ./

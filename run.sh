@@ -446,6 +446,8 @@ make_venvs() {
   make_venv sdk-4.1 'omotes-sdk-python==4.1.*' 'celery==5.3.*'
   make_venv sdk-4.2 'omotes-sdk-python==4.2.*' 'celery==5.4.*'
   make_venv sdk-4.3 'omotes-sdk-python==4.3.*' 'celery==5.7.*'
+  # What the Python orchestrator keeps its tables with.
+  make_venv alembic 'alembic==1.13.*' 'sqlalchemy==2.0.*' 'psycopg2-binary==2.9.*'
 }
 
 start_test_services() {
@@ -476,8 +478,9 @@ stop_test_services() {
   rm -f "$TESTS/env"
 }
 
+kept='' # Whether the test services outlive this run.
+
 run_tests() {
-  local kept=''
   case ${1:-} in
     --stop) stop_test_services; return ;;
     --keep) kept=yes; shift ;;

@@ -4,7 +4,7 @@
 //! frees it is the socket being shut down under it. So a [`Link`] keeps a second handle of its
 //! socket as a kill switch, for whoever watches over the calls.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::mem;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -21,6 +21,7 @@ use anyhow::{Context, anyhow, bail};
 use crossbeam_channel::{Receiver, RecvTimeoutError, never, select};
 use serde_json::{Map, Number, Value};
 use thiserror::Error;
+use uuid::Uuid;
 
 use crate::config::{self, CONNECT_TIMEOUT};
 use crate::wire::{
@@ -431,8 +432,9 @@ pub struct Publisher<'l> {
     epoch: Instant,
     /// None after a refusal, which closes the channel.
     open: Option<OpenChannel>,
-    /// By the tag that the broker counts, the message's place in the batch and its id.
-    pending: BTreeMap<u64, usize>,
+    /// Tags, as the broker counts them, of messages that it has not confirmed yet.
+    pending: BTreeSet<u64>,
+    /// By what each message of the batch is recognised when it comes back.
     ids: Vec<Option<String>>,
 }
 
@@ -451,7 +453,7 @@ impl<'l> Publisher<'l> {
             busy,
             epoch,
             open: None,
-            pending: BTreeMap::new(),
+            pending: BTreeSet::new(),
             ids: Vec::new(),
         }
     }
@@ -497,18 +499,19 @@ impl<'l> Publisher<'l> {
             Some(open) => open,
             none => none.insert(OpenChannel::new(self.link)?),
         };
-        for (place, message) in messages.iter().enumerate() {
+        for message in messages {
+            let properties = properties(message);
+            self.ids.push(return_id(&properties).cloned());
             let publish = Publish {
                 body: &message.body,
                 routing_key: message.routing_key.clone(),
                 mandatory: message.mandatory,
                 immediate: false,
-                properties: properties(message),
+                properties,
             };
             open.channel.basic_publish(message.exchange, publish)?;
             open.published += 1;
-            self.pending.insert(open.published, place);
-            self.ids.push(return_id(message).cloned());
+            self.pending.insert(open.published);
             self.busy.touch(self.epoch);
         }
         Ok(())
@@ -550,14 +553,10 @@ impl<'l> Publisher<'l> {
         }
         // A message that comes back does so before its confirm.
         for returned in open.returns.try_iter() {
-            let properties = &returned.properties;
-            let id = properties
-                .message_id()
-                .as_ref()
-                .or(properties.correlation_id().as_ref());
-            for (place, own) in self.ids.iter().enumerate() {
+            let id = return_id(&returned.properties);
+            for (outcome, own) in outcome.iter_mut().zip(&self.ids) {
                 if own.is_some() && own.as_ref() == id {
-                    outcome[place] = Delivered::Unroutable;
+                    *outcome = Delivered::Unroutable;
                 }
             }
         }
@@ -602,11 +601,9 @@ impl OpenChannel {
 }
 
 /// By what a message is recognised when it comes back.
-fn return_id(message: &Outgoing) -> Option<&String> {
-    message
-        .message_id
-        .as_ref()
-        .or(message.correlation_id.as_ref())
+fn return_id(properties: &AmqpProperties) -> Option<&String> {
+    let correlation_id = properties.correlation_id().as_ref();
+    properties.message_id().as_ref().or(correlation_id)
 }
 
 fn properties(message: &Outgoing) -> AmqpProperties {
@@ -614,8 +611,8 @@ fn properties(message: &Outgoing) -> AmqpProperties {
         .with_delivery_mode(2)
         .with_priority(message.priority)
         .with_headers(json_to_table(&message.headers));
-    if let Some(id) = &message.message_id {
-        properties = properties.with_message_id(id.clone());
+    if message.with_message_id {
+        properties = properties.with_message_id(Uuid::new_v4().simple().to_string());
     }
     if let Some(content_type) = message.content_type {
         properties = properties.with_content_type(content_type.to_owned());

@@ -81,7 +81,8 @@ pub struct Outgoing {
     pub routing_key: String,
     /// The broker returns it when no queue takes it.
     pub mandatory: bool,
-    pub message_id: Option<String>,
+    /// Whether it gets a random message id when it is published.
+    pub with_message_id: bool,
     pub content_type: Option<&'static str>,
     pub content_encoding: Option<&'static str>,
     pub priority: u8,
@@ -98,7 +99,7 @@ fn to_clients(routing_key: String, body: Vec<u8>) -> Outgoing {
         exchange: OMOTES_EXCHANGE,
         routing_key,
         mandatory: false,
-        message_id: Some(Uuid::new_v4().simple().to_string()),
+        with_message_id: true,
         content_type: None,
         content_encoding: None,
         priority: 0,

@@ -1,1 +1,246 @@
-//! To come.
+//! End to end with the real SDK and real Celery workers, in the versions that deployments have.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use rstest::rstest;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::deployment::{Deployment, Service, eventually, setting};
+
+const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
+
+fn start(deployment: &Deployment) -> Service {
+    let workflows = format!("{PYTHON}/workflows.json");
+    deployment.start_with(&[("WORKFLOW_CONFIG_PATH", &workflows)])
+}
+
+/// A Python program of these tests in the environment of an SDK version.
+fn python(deployment: &Deployment, sdk: &str, program: &str) -> Command {
+    let python = Path::new(&setting("VENVS")).join(format!("sdk-{sdk}/bin/python"));
+    assert!(
+        python.exists(),
+        "{}: `./run.sh test` makes it",
+        python.display()
+    );
+    let mut command = Command::new(python);
+    command
+        .arg(format!("{PYTHON}/{program}"))
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap())
+        .envs(deployment.variables())
+        .env("LOG_LEVEL", "INFO")
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .current_dir(&deployment.folder)
+        .stdin(Stdio::null());
+    command
+}
+
+/// A Celery worker with all its child processes, ended when dropped.
+struct CeleryWorker {
+    child: Child,
+}
+
+impl CeleryWorker {
+    /// Starts one and waits until it takes tasks.
+    fn new(deployment: &Deployment, sdk: &str) -> CeleryWorker {
+        let host = format!("host-{}", Uuid::new_v4().simple());
+        let log = deployment.folder.join(format!("{host}.log"));
+        // The worker reads the variables of its own connection.
+        let mut command = python(deployment, sdk, "worker.py");
+        for (suffix, name) in [
+            ("HOSTNAME", "127.0.0.1".to_owned()),
+            ("PORT", setting("RABBITMQ_PORT")),
+            ("USERNAME", setting("RABBITMQ_USER")),
+            ("PASSWORD", setting("RABBITMQ_PASSWORD")),
+            ("VIRTUALHOST", deployment.celery_vhost()),
+        ] {
+            command.env(format!("RABBITMQ_{suffix}"), name);
+        }
+        let child = command
+            .env("WORKER_HOST", &host)
+            .stdout(File::create(&log).unwrap())
+            .stderr(File::create(log.with_extension("err")).unwrap())
+            .spawn()
+            .unwrap();
+        let worker = CeleryWorker { child };
+        eventually(
+            &format!("a worker that is ready: {}", log.display()),
+            || {
+                let files = [log.clone(), log.with_extension("err")];
+                let said = files.map(|file| std::fs::read_to_string(file).unwrap());
+                said.iter()
+                    .any(|said| said.contains(" ready."))
+                    .then_some(())
+            },
+        );
+        worker
+    }
+}
+
+impl Drop for CeleryWorker {
+    fn drop(&mut self) {
+        // QUIT is Celery's cold shutdown, which ends the children too.
+        let id = self.child.id().to_string();
+        let _ = Command::new("kill").args(["-QUIT", &id]).status();
+        eventually("the worker ends", || self.child.try_wait().unwrap());
+    }
+}
+
+struct SdkClient {
+    child: Child,
+}
+
+impl SdkClient {
+    fn new(deployment: &Deployment, sdk: &str, jobs: &[Value]) -> SdkClient {
+        let errors = deployment
+            .folder
+            .join(format!("client-{}.err", Uuid::new_v4()));
+        let child = python(deployment, sdk, "client.py")
+            .arg(json!({"jobs": jobs}).to_string())
+            .stdout(Stdio::piped())
+            .stderr(File::create(errors).unwrap())
+            .spawn()
+            .unwrap();
+        SdkClient { child }
+    }
+
+    /// What it has heard of each job.
+    fn stories(self) -> Vec<Value> {
+        let output = self.child.wait_with_output().unwrap();
+        assert!(output.status.success(), "the client failed");
+        let text = String::from_utf8(output.stdout).unwrap();
+        // The SDK may log to standard output before.
+        serde_json::from_str(text.lines().last().unwrap()).unwrap()
+    }
+}
+
+fn order(behaviour: &str) -> Value {
+    json!({
+        "workflow": "steerable",
+        "params": {"behaviour": behaviour, "number": 1.5},
+        "reference": behaviour,
+    })
+}
+
+#[rstest]
+#[case::sdk_4_1_celery_5_3("4.1")]
+#[case::sdk_4_2_celery_5_4("4.2")]
+#[case::sdk_4_3_celery_5_7("4.3")]
+fn a_client_and_a_worker_cannot_tell_the_difference(#[case] sdk: &str) {
+    let deployment = Deployment::new();
+    let service = start(&deployment);
+    let worker = CeleryWorker::new(&deployment, sdk);
+    let mut cancelled = order("sleep");
+    cancelled["cancel_on"] = "RUNNING".into();
+    let mut unknown = order("succeed");
+    unknown["workflow"] = "no_such_workflow".into();
+    let jobs = [
+        order("succeed"),
+        order("fail"),
+        order("raise"),
+        unknown,
+        cancelled,
+        order("succeed"),
+    ];
+    let stories = SdkClient::new(&deployment, sdk, &jobs).stories();
+
+    let ran = json!(["ENQUEUED", "RUNNING"]);
+    for (story, job) in stories.iter().zip(&jobs) {
+        let (statuses, result) = match job["reference"].as_str().unwrap() {
+            _ if job["workflow"] == "no_such_workflow" => (json!([]), "ERROR"),
+            "succeed" => (ran.clone(), "SUCCEEDED"),
+            "sleep" => (json!(["ENQUEUED", "RUNNING", "CANCELLED"]), "CANCELLED"),
+            _ => (ran.clone(), "ERROR"),
+        };
+        assert_eq!(story["statuses"], statuses, "{story}");
+        assert_eq!(story["result"], result, "{story}");
+    }
+    let half = json!([0.5, "half way"]);
+    assert_eq!(
+        stories[0]["progress"],
+        json!([half, [1.0, "Calculation finished."]])
+    );
+    assert_eq!(stories[0]["messages"], json!([["a remark", 2, "an-asset"]]));
+    let output = stories[0]["output_esdl"].as_str().unwrap();
+    assert!(output.contains("network_succeed"), "{output}");
+    assert!(
+        stories[0]["logs"]
+            .as_str()
+            .unwrap()
+            .contains("asked to succeed")
+    );
+    assert!(
+        stories[3]["logs"]
+            .as_str()
+            .unwrap()
+            .contains("no_such_workflow is unknown")
+    );
+
+    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
+    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    let kept = "SELECT count(*) FROM esdl_time_series_info WHERE esdl_id LIKE 'output-%'";
+    assert_eq!(deployment.count(kept), 2);
+    drop(worker);
+    assert!(service.stop().success());
+}
+
+#[test]
+fn a_job_cancelled_in_the_queue_is_never_run() {
+    let deployment = Deployment::new();
+    let _service = start(&deployment);
+    let mut cancelled = order("succeed");
+    cancelled["cancel_on"] = "ENQUEUED".into();
+    let stories = SdkClient::new(&deployment, "4.3", &[cancelled]).stories();
+    assert_eq!(stories[0]["statuses"], json!(["ENQUEUED", "CANCELLED"]));
+    assert_eq!(stories[0]["result"], "CANCELLED");
+    // The worker that comes later takes the task and is told to end it; the next job runs.
+    let _worker = CeleryWorker::new(&deployment, "4.3");
+    let stories = SdkClient::new(&deployment, "4.3", &[order("succeed")]).stories();
+    assert_eq!(stories[0]["result"], "SUCCEEDED");
+    let sql = "SELECT count(*) FROM job_history WHERE outcome = 'CANCELLED' AND running_at IS NULL";
+    assert_eq!(deployment.count(sql), 1);
+}
+
+#[test]
+fn a_task_that_kills_its_worker_ends_as_a_crash_loop() {
+    let deployment = Deployment::new();
+    let _service = start(&deployment);
+    let _worker = CeleryWorker::new(&deployment, "4.3");
+    let jobs = [order("die"), order("succeed")];
+    let stories = SdkClient::new(&deployment, "4.3", &jobs).stories();
+    assert_eq!(stories[0]["statuses"], json!(["ENQUEUED", "RUNNING"]));
+    assert_eq!(stories[0]["result"], "ERROR");
+    assert_eq!(
+        stories[0]["logs"],
+        "Job cannot be processed due to being retried the maximum number of times."
+    );
+    assert_eq!(stories[1]["result"], "SUCCEEDED");
+}
+
+#[test]
+fn five_clients_and_three_workers_finish_five_hundred_jobs() {
+    const CLIENTS: usize = 5;
+    const JOBS_EACH: usize = 100;
+    let deployment = Deployment::new();
+    let _service = start(&deployment);
+    let _workers = ["4.1", "4.2", "4.3"].map(|sdk| CeleryWorker::new(&deployment, sdk));
+    let jobs = vec![order("succeed"); JOBS_EACH];
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| SdkClient::new(&deployment, ["4.1", "4.2", "4.3"][number % 3], &jobs))
+        .collect();
+    for client in clients {
+        for story in client.stories() {
+            assert_eq!(story["result"], "SUCCEEDED", "{story}");
+        }
+    }
+    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
+    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    let succeeded = "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'";
+    assert_eq!(
+        deployment.count(succeeded),
+        i64::try_from(CLIENTS * JOBS_EACH).unwrap()
+    );
+}

@@ -1,1 +1,287 @@
-//! To come.
+//! The database's revisions, beside the real Alembic with the Python service's revisions.
+
+use std::fs;
+use std::process::{Command, Output};
+
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use rstest::rstest;
+
+use crate::deployment::{Deployment, eventually, setting};
+use crate::peers::{Client, Task, Worker};
+
+const ALEMBIC_HEAD: &str = "543bc8f6ad87";
+
+/// What a finished program has printed; it must have succeeded.
+fn said(output: Output) -> String {
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8(text).unwrap();
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+fn db(deployment: &Deployment, arguments: &[&str]) -> String {
+    said(deployment.command(arguments).output().unwrap())
+}
+
+/// Why a command fails.
+fn fault(deployment: &Deployment, arguments: &[&str]) -> String {
+    let output = deployment.command(arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn alembic(deployment: &Deployment, arguments: &[&str]) -> String {
+    let url = format!(
+        "postgresql://{}:{}@127.0.0.1:{}/{}",
+        setting("POSTGRES_USER"),
+        setting("POSTGRES_PASSWORD"),
+        setting("POSTGRES_PORT"),
+        deployment.name
+    );
+    let ini = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/python/alembic/alembic.ini"
+    );
+    let mut command = Command::new(format!("{}/alembic/bin/alembic", setting("VENVS")));
+    command
+        .args(["-c", ini])
+        .args(arguments)
+        .env("DATABASE_URL", url)
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    said(command.output().unwrap())
+}
+
+/// The schema as text: columns, constraints, indexes and enums with their names.
+fn schema(deployment: &Deployment) -> String {
+    let sql = "
+        SELECT format('column %s.%s %s %s %s', table_name, column_name, data_type, is_nullable,
+                      character_maximum_length) AS line
+        FROM information_schema.columns WHERE table_schema = 'public'
+        UNION ALL
+        SELECT format('constraint %s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
+        FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+        UNION ALL
+        SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+        UNION ALL
+        SELECT format('enum %s %s %s', enumtypid::regtype, enumsortorder, enumlabel) FROM pg_enum
+        ORDER BY line";
+    let rows = deployment.sql().query(sql, &[]).unwrap();
+    let lines: Vec<String> = rows.iter().map(|row| row.get("line")).collect();
+    lines.join("\n")
+}
+
+#[rstest]
+#[case("aacf0b4d16ad")]
+#[case("60506a3a582f")]
+#[case("93fd48ba9ee8")]
+#[case("b3e9e4d8d50e")]
+#[case("543bc8f6ad87")]
+fn a_database_of_the_python_service_is_upgraded_and_given_back(#[case] revision: &str) {
+    let deployment = Deployment::new();
+    alembic(&deployment, &["upgrade", revision]);
+    let python = schema(&deployment);
+    let mut sql = deployment.sql();
+    sql.batch_execute(
+        "INSERT INTO job (job_id, workflow_type, status, registered_at, timeout_after_ms)
+         VALUES (gen_random_uuid(), 'w', 'REGISTERED', now(), 2147483647)",
+    )
+    .unwrap();
+    let has_series = python.contains("esdl_time_series_info");
+    if has_series {
+        let row =
+            "INSERT INTO esdl_time_series_info (row_id, esdl_id) VALUES (gen_random_uuid(), 'e')";
+        sql.batch_execute(row).unwrap();
+    }
+
+    db(&deployment, &["db", "upgrade"]);
+    let fresh = Deployment::new();
+    db(&fresh, &["db", "upgrade"]);
+    assert_eq!(schema(&deployment), schema(&fresh));
+    // For Alembic there is nothing to do.
+    assert!(alembic(&deployment, &["current"]).contains(ALEMBIC_HEAD));
+    assert!(!alembic(&deployment, &["upgrade", "head"]).contains("Running upgrade"));
+    assert_eq!(schema(&deployment), schema(&fresh));
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 1);
+
+    // Longer than the column that comes back can hold.
+    sql.batch_execute("UPDATE job SET timeout_after_ms = 4294967295")
+        .unwrap();
+    db(&deployment, &["db", "downgrade", revision]);
+    assert_eq!(schema(&deployment), python);
+    assert!(alembic(&deployment, &["current"]).contains(revision));
+    let timeout = "SELECT timeout_after_ms::bigint FROM job";
+    assert_eq!(deployment.count(timeout), 2_147_483_647);
+    if has_series {
+        assert_eq!(
+            deployment.count("SELECT count(*) FROM esdl_time_series_info"),
+            1
+        );
+    }
+
+    db(&deployment, &["db", "downgrade", "base"]);
+    assert_eq!(deployment.count("SELECT count(*) FROM alembic_version"), 0);
+    assert!(!schema(&deployment).contains("job"));
+    alembic(&deployment, &["upgrade", "head"]);
+}
+
+#[test]
+fn jobs_in_every_state_survive_the_python_services_turn() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let jobs = [client.submit("workflow_1"), client.submit("workflow_1")];
+    let submitted = worker.take();
+    let running = worker.take();
+    worker.start(&running);
+    assert_eq!(client.status(running.job), JobStatus::Enqueued);
+    assert_eq!(client.status(running.job), JobStatus::Running);
+    assert!(service.stop().success());
+
+    let before = schema(&deployment);
+    assert!(!alembic(&deployment, &["upgrade", "head"]).contains("Running upgrade"));
+    assert_eq!(schema(&deployment), before);
+    // What the Python service writes when it starts a job, registers another one, and is killed.
+    let (left_registered, submission) = client.submission("workflow_1");
+    client.listen(left_registered);
+    let mut sql = deployment.sql();
+    sql.execute(
+        "UPDATE job SET status = 'RUNNING', running_at = now() WHERE job_id = $1",
+        &[&submitted.job],
+    )
+    .unwrap();
+    sql.execute(
+        "INSERT INTO job_starts (job_id, started_at) VALUES ($1, now())",
+        &[&submitted.job],
+    )
+    .unwrap();
+    sql.execute(
+        "INSERT INTO job (job_id, workflow_type, status, registered_at, job_reference)
+         VALUES ($1, 'workflow_1', 'REGISTERED', now() - interval '1 hour', '')",
+        &[&left_registered],
+    )
+    .unwrap();
+
+    let _service = deployment.start();
+    client.send(&submission);
+    let registered = worker.take();
+    assert_eq!(registered.job, left_registered);
+    let kept = "SELECT count(*) FROM job WHERE registered_at < now() - interval '50 minutes'";
+    eventually("it is submitted", || {
+        let submitted = "SELECT count(*) FROM job WHERE status = 'SUBMITTED'";
+        (deployment.count(submitted) == 1).then_some(())
+    });
+    assert_eq!(deployment.count(kept), 1);
+    for task in [&submitted, &running, &registered] {
+        worker.succeed(task, "<e id='out-1'/>");
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    }
+    assert!(jobs.contains(&submitted.job) && jobs.contains(&running.job));
+    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
+    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+}
+
+#[test]
+fn a_start_counted_by_the_python_service_counts() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    db(&deployment, &["db", "upgrade"]);
+    let task = Task {
+        job: uuid::Uuid::new_v4(),
+        id: "a task of the Python service".to_owned(),
+    };
+    client.listen(task.job);
+    let mut sql = deployment.sql();
+    sql.execute(
+        "INSERT INTO job VALUES ($1, $2, 'workflow_1', 'RUNNING', now(), now(), now(), NULL, '')",
+        &[&task.job, &task.id],
+    )
+    .unwrap();
+    sql.execute("INSERT INTO job_starts VALUES ($1, now())", &[&task.job])
+        .unwrap();
+    let _service = deployment.start();
+    worker.start(&task);
+    assert_eq!(worker.revoked(), task.id);
+    assert_eq!(client.outcome(task.job).0, ResultType::Error);
+}
+
+#[test]
+fn the_commands_say_where_the_database_is() {
+    let deployment = Deployment::new();
+    assert_eq!(db(&deployment, &["db", "current"]), "base\n");
+    let said = db(&deployment, &["db", "upgrade", ALEMBIC_HEAD]);
+    assert_eq!(said.lines().count(), 5);
+    assert_eq!(
+        db(&deployment, &["db", "current"]),
+        format!("{ALEMBIC_HEAD} unique esdl id\n")
+    );
+    db(&deployment, &["db", "upgrade"]);
+    assert!(db(&deployment, &["db", "current"]).ends_with("(head)\n"));
+    assert_eq!(db(&deployment, &["db", "upgrade"]), "nothing to do\n");
+    let history = db(&deployment, &["db", "history"]);
+    assert!(
+        history.starts_with("aacf0b4d16ad create job\n60506a3a582f "),
+        "{history}"
+    );
+
+    let past = fault(&deployment, &["db", "upgrade", ALEMBIC_HEAD]);
+    assert!(past.contains("`db downgrade` goes back"), "{past}");
+    let unknown = fault(&deployment, &["db", "downgrade", "0000"]);
+    assert!(
+        unknown.contains("there is no revision \"0000\""),
+        "{unknown}"
+    );
+}
+
+#[test]
+fn a_new_revision_gets_its_folder_on_top_of_the_last_one() {
+    let deployment = Deployment::new();
+    let no_folder = fault(&deployment, &["db", "revision", "a thing"]);
+    assert!(
+        no_folder.contains("there is no migrations/ here"),
+        "{no_folder}"
+    );
+    fs::create_dir(deployment.folder.join("migrations")).unwrap();
+    let said = db(&deployment, &["db", "revision", "Add a column: colour!"]);
+    let folder = deployment.folder.join(said.trim());
+    let name = folder.file_name().unwrap().to_str().unwrap();
+    assert_eq!(name.split_once('_').unwrap().1, "add_a_column_colour");
+    let history = db(&deployment, &["db", "history"]);
+    let head = history.lines().last().unwrap().split(' ').next().unwrap();
+    assert_eq!(
+        fs::read_to_string(folder.join("up.sql")).unwrap(),
+        format!("-- Revises: {head}\n")
+    );
+    assert!(folder.join("down.sql").exists());
+}
+
+#[rstest]
+#[case::of_a_newer_python_service(
+    "UPDATE alembic_version SET version_num = 'ffffffffffff'",
+    "`alembic_version` says \"ffffffffffff\", a revision that this program does not know"
+)]
+#[case::of_a_newer_orchestrator(
+    "UPDATE orchestrator_version SET version_num = 'eeeeeeeeeeee'",
+    "`orchestrator_version` says \"eeeeeeeeeeee\", a revision that this program does not know"
+)]
+#[case::two_heads(
+    "INSERT INTO alembic_version VALUES ('b3e9e4d8d50e')",
+    "`alembic_version` has 2 rows"
+)]
+#[case::nobodys(
+    "DROP TABLE alembic_version",
+    "`alembic_version` does not say which revision it is at"
+)]
+#[case::undone_below_ours(
+    "UPDATE alembic_version SET version_num = 'b3e9e4d8d50e'",
+    "Somebody ran Alembic's downgrade"
+)]
+fn an_unknown_revision_stops_the_start_and_says_what_to_do(#[case] sql: &str, #[case] fault: &str) {
+    let deployment = Deployment::new();
+    db(&deployment, &["db", "upgrade"]);
+    deployment.sql().batch_execute(sql).unwrap();
+    let mut service = deployment.launch(&[]);
+    assert_eq!(service.wait().code(), Some(1));
+    assert!(service.log().contains(fault), "{}", service.log());
+}

@@ -1,0 +1,114 @@
+//! What the README says of the architecture, held against the sources.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// All source files below `src`, by their path there.
+fn sources() -> Vec<(String, String)> {
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, files);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    files
+        .into_iter()
+        .map(|path| {
+            let name = path
+                .strip_prefix(&root)
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_owned();
+            // Tests may do what the code may not.
+            let text = fs::read_to_string(&path).unwrap();
+            let code = text.split("#[cfg(test)]").next().unwrap().to_owned();
+            (name, code)
+        })
+        .filter(|(name, _)| !name.ends_with("tests.rs"))
+        .collect()
+}
+
+/// Asserts that no file but those `allowed` has one of `words` in its code.
+fn only(allowed: &[&str], words: &[&str]) {
+    for (name, code) in sources() {
+        for (number, line) in code.lines().enumerate() {
+            let is_comment = line.trim_start().starts_with("//");
+            for word in words {
+                assert!(
+                    is_comment || allowed.contains(&name.as_str()) || !line.contains(word),
+                    "src/{name}:{}: {word} belongs into {allowed:?}",
+                    number + 1
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_pure_files_know_no_outside_world() {
+    let pure = ["job.rs", "workflow.rs", "wire.rs", "celery.rs", "esdl.rs"];
+    let outside = [
+        "amiquip",
+        "postgres",
+        "r2d2",
+        "crossbeam",
+        "std::env",
+        "std::fs",
+        "std::net",
+        "std::thread",
+        "std::time::Instant",
+        "SystemTime",
+        "::now()",
+        "new_v4",
+        "fastrand",
+        "log::",
+    ];
+    for (name, code) in sources() {
+        if pure.contains(&name.as_str()) {
+            for word in outside {
+                assert!(
+                    !code.contains(word),
+                    "src/{name} is pure and must not know {word}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn one_file_names_the_broker_library() {
+    only(&["broker.rs"], &["amiquip"]);
+}
+
+#[test]
+fn one_place_holds_sql() {
+    only(
+        &["store.rs", "store/migrate.rs"],
+        &["SELECT ", "INSERT ", "UPDATE ", "DELETE FROM"],
+    );
+}
+
+#[test]
+fn store_and_broker_do_not_know_each_other() {
+    for (name, code) in sources() {
+        match name.as_str() {
+            "broker.rs" => assert!(!code.contains("crate::store")),
+            "store.rs" | "store/migrate.rs" => assert!(!code.contains("crate::broker")),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn no_async_runtime_and_no_bare_sleep() {
+    only(&[], &["tokio", "async fn", ".await", "thread::sleep"]);
+}

@@ -107,6 +107,12 @@ as_user() {
   if is_root; then runuser -u "$user" -- "$@"; else "$@"; fi
 }
 
+# The same in a session of its own, so that a signal to this script's group is not for the service.
+as_user_apart() {
+  local user=$1; shift
+  if is_root; then setsid runuser -u "$user" -- "$@"; else setsid "$@"; fi
+}
+
 # Makes a folder for a service. A checkout below /root cannot be entered by the services' users:
 # then the folder is a link to one below /tmp.
 service_folder() {
@@ -164,7 +170,7 @@ EOF
     # shellcheck source=/dev/null
     . "$folder/environment"
     cd "$folder"
-    as_user rabbitmq setsid "$(rabbitmq_program rabbitmq-server)" >"$folder/output" 2>&1 &
+    as_user_apart rabbitmq "$(rabbitmq_program rabbitmq-server)" >"$folder/output" 2>&1 &
   )
   wait_until 90 "RabbitMQ (see $folder/output)" answers "$port" || return 1
   [ -z "$management" ] || wait_until 30 "RabbitMQ's management" answers "$management"

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded, select, unbounded};
 use jiff::Timestamp;
 use log::{error, info, warn};
 use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
@@ -185,7 +185,7 @@ fn goes_away(error: &anyhow::Error) -> bool {
 fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
     let mut pause = FIRST_PAUSE;
     loop {
-        if let Err(crossbeam_channel::TryRecvError::Disconnected) = stopped.try_recv() {
+        if is_disconnected(stopped) {
             return;
         }
         let started = Instant::now();
@@ -198,11 +198,19 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
         if started.elapsed() > GOOD_SESSION {
             pause = FIRST_PAUSE;
         }
+        if is_disconnected(stopped) {
+            warn!("the session with RabbitMQ was lost while stopping: {failure:#}");
+            return;
+        }
         error!("the session with RabbitMQ has ended, a new one follows: {failure:?}");
         if !wait(&mut pause, stopped) {
             return;
         }
     }
+}
+
+fn is_disconnected(stopped: &Receiver<Infallible>) -> bool {
+    matches!(stopped.try_recv(), Err(TryRecvError::Disconnected))
 }
 
 /// Waits for about `pause`, which becomes longer for the next time. False when the service stops.

@@ -86,43 +86,59 @@ pub fn submit(
         incoming.declare_client_queue(queue, QUEUE_EXPIRY)?;
     }
 
-    let (stop, stopped) = bounded::<Infallible>(0);
+    // Nobody stops the consumers: they end with their queues, or with the connection.
+    let (_never, stopped) = bounded::<Infallible>(0);
     let (update, updates) = unbounded();
     let result = thread::scope(|scope| {
-        for queue in &queues {
-            let (update, stopped, link) = (update.clone(), stopped.clone(), &incoming);
-            thread::Builder::new()
-                .name(format!("consume-{queue}"))
-                .spawn_scoped(scope, move || follow(link, queue, &stopped, &update))?;
-        }
-        let busy = Busy::default();
-        let mut publisher = Publisher::new(&outgoing, &busy, Instant::now());
-        let mut send = |message: Outgoing| {
-            publisher.publish(&[message])?;
-            anyhow::Ok(())
-        };
-        let display = Display::new();
-        let result = send(wire::job_submission(&submission)).and_then(|()| {
-            display.line(&format!("job {job_id} submitted to {}", order.workflow));
-            let cancel = || send(wire::job_delete(job_id));
-            wait(&display, &updates, interrupts, cancel)
-        });
-        display.bar.finish_and_clear();
-        if result.is_ok() {
-            // This also ends the consumers.
+        let follow_all = || {
             for queue in &queues {
-                incoming.delete_queue(queue)?;
+                let (update, stopped, link) = (update.clone(), stopped.clone(), &incoming);
+                thread::Builder::new()
+                    .name(format!("consume-{queue}"))
+                    .spawn_scoped(scope, move || follow(link, queue, &stopped, &update))?;
             }
-        } else {
+            let result = converse(job_id, &submission, &outgoing, &updates, interrupts)?;
+            queues
+                .iter()
+                .try_for_each(|queue| incoming.delete_queue(queue))?;
+            Ok(result)
+        };
+        let result: anyhow::Result<JobResult> = follow_all();
+        if result.is_err() {
             incoming.kill();
         }
-        drop(stop);
         result
     })?;
     incoming.close()?;
     outgoing.close()?;
     show_result(order, &result)?;
     Ok(result.result_type())
+}
+
+/// Submits the job and shows what is heard of it until its result.
+fn converse(
+    job_id: Uuid,
+    submission: &JobSubmission,
+    outgoing: &Link,
+    updates: &Receiver<Update>,
+    interrupts: &Receiver<i32>,
+) -> anyhow::Result<JobResult> {
+    let busy = Busy::default();
+    let mut publisher = Publisher::new(outgoing, &busy, Instant::now());
+    let mut send = |message: Outgoing| {
+        publisher.publish(&[message])?;
+        anyhow::Ok(())
+    };
+    send(wire::job_submission(submission))?;
+    let display = Display::new();
+    display.line(&format!(
+        "job {job_id} submitted to {}",
+        submission.workflow_type
+    ));
+    let cancel = || send(wire::job_delete(job_id));
+    let result = wait(&display, updates, interrupts, cancel);
+    display.bar.finish_and_clear();
+    result
 }
 
 /// Consumes one of the job's queues.

@@ -106,7 +106,9 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
         .application_name("omotes_orchestrator")
         .options("-c lock_timeout=30s -c statement_timeout=5min")
         .connect_timeout(config::CONNECT_TIMEOUT)
-        .keepalives_idle(Duration::from_secs(30))
+        .keepalives_idle(Duration::from_secs(15))
+        .keepalives_interval(Duration::from_secs(5))
+        .keepalives_retries(3)
         .tcp_user_timeout(Duration::from_secs(30));
     if let Some(username) = &config.username {
         client.user(username);

@@ -192,17 +192,19 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
         let Err(failure) = session::run(service, stopped) else {
             return;
         };
-        service
-            .health
-            .report(Part::Broker, Some(format!("{failure:#}")), Timestamp::now());
-        if started.elapsed() > GOOD_SESSION {
-            pause = FIRST_PAUSE;
-        }
         if is_disconnected(stopped) {
             warn!("the session with RabbitMQ was lost while stopping: {failure:#}");
             return;
         }
-        error!("the session with RabbitMQ has ended, a new one follows: {failure:?}");
+        let fault = Some(format!("{failure:#}"));
+        if service.health.report(Part::Broker, fault, Timestamp::now()) {
+            error!("the session with RabbitMQ has ended, a new one follows: {failure:?}");
+        } else {
+            warn!("still no session with RabbitMQ: {failure:#}");
+        }
+        if started.elapsed() > GOOD_SESSION {
+            pause = FIRST_PAUSE;
+        }
         if !wait(&mut pause, stopped) {
             return;
         }

@@ -24,7 +24,7 @@ fn it_stops_while_it_waits_for_the_services_it_needs() {
         let mut service = deployment.launch(&[variable]);
         match variable.0 {
             "POSTGRESQL_PORT" => service.logged("waiting for Postgres"),
-            _ => service.logged("the session with RabbitMQ has ended"),
+            _ => service.logged("still no session with RabbitMQ"),
         };
         service.signal("-TERM");
         assert_eq!(service.wait().code(), Some(0));

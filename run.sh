@@ -121,7 +121,8 @@ service_folder() {
   if [ ! -e "$folder" ]; then
     rm -f "$folder"
     mkdir "$folder"
-    if is_root && ! runuser -u "$user" -- test -x "$folder"; then
+    # By the whole path: what is below the current folder can be reached even where that can't.
+    if is_root && ! runuser -u "$user" -- test -x "$PWD/$folder"; then
       rmdir "$folder"
       ln -s "$(mktemp -d "/tmp/omotes-$(basename "$folder")-XXXXXX")" "$folder"
     fi

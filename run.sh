@@ -281,7 +281,7 @@ ensure() {
   else
     need "$package" curl
     say "$name: starting a private one on port $port"
-    "$@" || die "$name did not start"
+    "$@" || { stop_private "$SERVICES/$compose"; die "$name did not start"; }
   fi
 }
 

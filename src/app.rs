@@ -19,6 +19,7 @@ use crate::celery;
 use crate::config::Config;
 use crate::health::{Health, Part};
 use crate::http;
+use crate::job::Rules;
 use crate::session::{self, Service};
 use crate::store::migrate::{self, REVISIONS};
 use crate::store::{Store, StoreError};
@@ -53,7 +54,7 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
-    // One for each handler, one for the probe, one to spare.
+    // One for each handler, one for the probe, one for maintenance.
     let connections = u32::try_from(config.handler_threads)? + 2;
     let service = Service {
         store: Store::new(&config.postgres, connections),
@@ -68,6 +69,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             reply_to: Uuid::new_v4(),
         },
         revoke_clock: AtomicI64::new(1),
+        rules: Rules {
+            delivery_limit: config.delivery_limit,
+            retention: config.job_retention,
+            timeout_result: config.timeout_result,
+        },
+        started: Instant::now(),
         config,
     };
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT])?;

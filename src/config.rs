@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
+
+use crate::job::TimeoutResult;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -26,8 +28,12 @@ pub struct Config {
     pub job_retention: Duration,
     /// No timeout is enforced this long after the start.
     pub timeout_start_buffer: Duration,
-    /// Period of the timeout check.
+    /// Period of the check for timeouts and for what is past its retention.
     pub timeout_check_period: Duration,
+    /// As what a client is told of its job's timeout.
+    pub timeout_result: TimeoutResult,
+    /// How long it is known that a finished job has been.
+    pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.
     pub delivery_limit: usize,
     pub handler_threads: usize,
@@ -155,7 +161,9 @@ impl Config {
             },
             job_retention: reader.seconds("JOB_RETENTION_SEC", 172_800),
             timeout_start_buffer: reader.seconds("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", 60),
-            timeout_check_period: reader.seconds("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
+            timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
+            timeout_result: reader.timeout_result(),
+            history_retention: reader.seconds("JOB_HISTORY_RETENTION_SEC", 30 * 24 * 60 * 60),
             workflow_config_path: reader
                 .text("WORKFLOW_CONFIG_PATH", "config/workflow_config.json")
                 .into(),
@@ -230,6 +238,28 @@ impl Reader<'_> {
             let seconds: u32 = value.parse().ok()?;
             Some(Duration::from_secs(seconds.into()))
         })
+    }
+
+    fn period(&mut self, name: &str, default: u64) -> Duration {
+        let expected = "a whole number of seconds from 1, up to 32 bits";
+        self.parsed(name, Duration::from_secs(default), expected, |value| {
+            let seconds: NonZeroU32 = value.parse().ok()?;
+            Some(Duration::from_secs(seconds.get().into()))
+        })
+    }
+
+    fn timeout_result(&mut self) -> TimeoutResult {
+        let default = TimeoutResult::Cancelled;
+        self.parsed(
+            "TIMEOUT_RESULT_TYPE",
+            default,
+            "CANCELLED or TIMEOUT",
+            |value| match value.to_uppercase().as_str() {
+                "CANCELLED" => Some(TimeoutResult::Cancelled),
+                "TIMEOUT" => Some(TimeoutResult::TimedOut),
+                _ => None,
+            },
+        )
     }
 
     fn queue_name(&mut self, name: &str, default: &str) -> String {
@@ -350,6 +380,8 @@ mod tests {
             ("POSTGRESQL_PORT", "0"),
             ("DELIVERY_LIMIT_THRESHOLD_PER_JOB", "-1"),
             ("JOB_RETENTION_SEC", "2 days"),
+            ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "0"),
+            ("TIMEOUT_RESULT_TYPE", "ERROR"),
             ("HTTP_BIND", "8080"),
             ("LOG_LEVEL", "LOUD"),
             ("TASK_RESULT_QUEUE_NAME", ""),
@@ -361,6 +393,8 @@ mod tests {
              TASK_RESULT_QUEUE_NAME: found \"\", expected the name of a queue, 1 to 255 bytes\n\
              POSTGRESQL_PORT: found \"0\", expected a port from 1 to 65535\n\
              JOB_RETENTION_SEC: found \"2 days\", expected a whole number of seconds, up to 32 bits\n\
+             TIMEOUT_JOB_HANDLER_RERUN_SEC: found \"0\", expected a whole number of seconds from 1, up to 32 bits\n\
+             TIMEOUT_RESULT_TYPE: found \"ERROR\", expected CANCELLED or TIMEOUT\n\
              DELIVERY_LIMIT_THRESHOLD_PER_JOB: found \"-1\", expected a whole number from 1 to 1000000\n\
              HTTP_BIND: found \"8080\", expected an address and port such as 127.0.0.1:8080, or nothing\n\
              LOG_LEVEL: found \"LOUD\", expected DEBUG, INFO, WARNING, ERROR or CRITICAL"

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::broker::{Delivered, PublishError, Publisher, Received};
 use crate::celery;
 use crate::health::{Health, Part};
-use crate::job::{self, Command, Publication, State, TimeSeries};
+use crate::job::{self, Command, Publication, Rules, State, TimeSeries};
 use crate::report::{self, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
 use crate::wire::{self, Inbox, Outgoing, Request};
@@ -28,10 +28,22 @@ const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 
-/// A message on its way.
-pub struct Work {
-    pub inbox: Inbox,
-    pub received: Received,
+/// Something to handle.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all of it is messages, which should not take a detour"
+)]
+pub enum Work {
+    /// A message, which is to be acknowledged.
+    Message { inbox: Inbox, received: Received },
+    /// What the service itself has found out about a job.
+    Finding { job_id: Uuid, command: Command },
+}
+
+/// Which of `handlers` threads a job's work goes to: always the same, which keeps its order.
+pub fn index(job_id: Uuid, handlers: usize) -> usize {
+    // The low bits of a random id, and as good for others.
+    job_id.as_u64_pair().1 as usize % handlers
 }
 
 /// What all handler threads share.
@@ -42,7 +54,7 @@ pub struct Setting<'s> {
     pub celery_sender: &'s celery::Sender,
     /// Lamport clock of the revokes, rising for the process's lifetime.
     pub revoke_clock: &'s AtomicI64,
-    pub delivery_limit: usize,
+    pub rules: &'s Rules,
     /// The queue behind each inbox.
     pub queue_names: &'s HashMap<Inbox, String>,
 }
@@ -132,29 +144,32 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Handles what comes in, until `stop` is disconnected; what is then still waiting goes back
-    /// to the broker.
+    /// Handles messages and findings, until `stop` is disconnected; the messages that are then
+    /// still waiting go back to the broker.
     ///
     /// # Errors
     /// The session is at its end.
     pub fn run(
         mut self,
-        incoming: &Receiver<Work>,
+        messages: &Receiver<Work>,
+        findings: &Receiver<Work>,
         stop: &Receiver<Infallible>,
     ) -> anyhow::Result<()> {
         loop {
             let first = select_biased! {
                 recv(stop) -> _ => return Ok(()),
-                recv(incoming) -> work => match work {
-                    Ok(work) => work,
-                    Err(_) => return Ok(()),
-                },
+                recv(messages) -> work => work,
+                recv(findings) -> work => work,
             };
-            let mut bytes = first.received.body.len();
+            // Whoever sends them is gone: the session is at its end.
+            let Ok(first) = first else { return Ok(()) };
+            let mut bytes = first.size();
             let mut batch = vec![Item::new(first)];
             while batch.len() < MAX_BATCH_MESSAGES && bytes < MAX_BATCH_BYTES {
-                let Ok(work) = incoming.try_recv() else { break };
-                bytes += work.received.body.len();
+                let Ok(work) = messages.try_recv().or_else(|_| findings.try_recv()) else {
+                    break;
+                };
+                bytes += work.size();
                 batch.push(Item::new(work));
             }
             match self.handle(&batch, stop) {
@@ -198,7 +213,7 @@ impl<'s> Handler<'s> {
                             "{}: the message of {} bytes cannot even be put aside and is dropped: \
                              {reason}",
                             item.label(),
-                            item.work.received.body.len()
+                            item.work.size()
                         ),
                         Err(trouble) => return trouble.end(),
                     }
@@ -262,8 +277,7 @@ impl<'s> Handler<'s> {
             let announcement = setting.catalogue.announcement();
             outbox.sdk.push(wire::available_workflows(announcement));
         }
-        if let Some(reason) = &item.dead_letter {
-            let Work { inbox, received } = &item.work;
+        if let (Some(reason), Work::Message { inbox, received }) = (&item.dead_letter, &item.work) {
             let queue = &setting.queue_names[inbox];
             warn!(
                 "{}: put into {}: {}",
@@ -294,7 +308,7 @@ impl<'s> Handler<'s> {
         connection: &mut Connection,
     ) -> Result<(), Trouble> {
         let setting = self.setting;
-        let known_workflow = |name: &str| setting.catalogue.contains(name);
+        let workflow = |name: &str| setting.catalogue.limits(name);
         let jobs = || batch.iter().filter_map(|item| item.job.as_ref());
         let ids: Vec<Uuid> = jobs()
             .map(|(id, _)| *id)
@@ -317,8 +331,8 @@ impl<'s> Handler<'s> {
             let context = job::Context {
                 now,
                 new_task_id: Uuid::new_v4(),
-                known_workflow: &known_workflow,
-                delivery_limit: setting.delivery_limit,
+                workflow: &workflow,
+                rules: setting.rules,
             };
             let decision = job::decide(*id, state, command, &context);
             for publication in decision.publications {
@@ -467,10 +481,21 @@ impl<'s> Handler<'s> {
     }
 
     fn acknowledge(&self, item: &Item) {
-        let Work { inbox, received } = &item.work;
-        if let Some(done) = self.done.get(inbox) {
+        if let Work::Message { inbox, received } = &item.work
+            && let Some(done) = self.done.get(inbox)
+        {
             // The consumer is gone when the session is; then the broker delivers again.
             let _ = done.send(received.tag);
+        }
+    }
+}
+
+impl Work {
+    /// Bytes that it holds.
+    fn size(&self) -> usize {
+        match self {
+            Work::Message { received, .. } => received.body.len(),
+            Work::Finding { .. } => 0,
         }
     }
 }
@@ -515,28 +540,29 @@ fn note_series(job_id: Uuid, change: TimeSeries<'_>, changes: &mut SeriesChanges
 
 impl Item {
     fn new(work: Work) -> Item {
-        let received = &work.received;
-        let decoded = wire::decode(
-            work.inbox,
-            &received.body,
-            received.message_id(),
-            received.redelivered,
-        );
-        let (job, list_workflows, dead_letter) = match decoded {
-            Ok(Request::Job { id, command }) => (Some((id, command)), false, None),
-            Ok(Request::ListWorkflows) => (None, true, None),
-            Err(undecodable) => (
-                undecodable.instead.map(|instead| *instead),
-                false,
-                Some(undecodable.reason),
-            ),
-        };
-        Item {
+        let mut item = Item {
+            job: None,
+            list_workflows: false,
+            dead_letter: None,
             work,
-            job,
-            list_workflows,
-            dead_letter,
+        };
+        let (inbox, received) = match &item.work {
+            Work::Message { inbox, received } => (*inbox, received),
+            Work::Finding { job_id, command } => {
+                item.job = Some((*job_id, command.clone()));
+                return item;
+            }
+        };
+        let (id, redelivered) = (received.message_id(), received.redelivered);
+        match wire::decode(inbox, &received.body, id, redelivered) {
+            Ok(Request::Job { id, command }) => item.job = Some((id, command)),
+            Ok(Request::ListWorkflows) => item.list_workflows = true,
+            Err(undecodable) => {
+                item.job = undecodable.instead.map(|instead| *instead);
+                item.dead_letter = Some(undecodable.reason);
+            }
         }
+        item
     }
 
     /// Turns a message that is refused into what can still be done about it.
@@ -554,15 +580,16 @@ impl Item {
     }
 
     fn label(&self) -> String {
-        let Work { inbox, received } = &self.work;
-        let message = one_line(received.message_id().unwrap_or("without id"));
+        let message = match &self.work {
+            Work::Message { inbox, received } => {
+                let id = one_line(received.message_id().unwrap_or("without id"));
+                format!("message {id} from {}", inbox.name())
+            }
+            Work::Finding { command, .. } => command.name().to_owned(),
+        };
         match &self.job {
-            Some((id, command)) => format!(
-                "{}, message {message} from {}",
-                report::job(*id, command.reference()),
-                inbox.name()
-            ),
-            None => format!("message {message} from {}", inbox.name()),
+            Some((id, command)) => format!("{}, {message}", report::job(*id, command.reference())),
+            None => message,
         }
     }
 }

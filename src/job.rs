@@ -13,6 +13,7 @@
 //! ```
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value};
@@ -99,6 +100,10 @@ pub enum Outcome {
     CrashLoop,
     /// The submission could not be run, or an event of the job could not be handled.
     Rejected,
+    /// It ran for longer than its client allowed.
+    TimedOut,
+    /// It stayed in one state for longer than jobs are kept.
+    Expired,
 }
 
 impl Outcome {
@@ -106,7 +111,11 @@ impl Outcome {
     fn by_its_task(self) -> bool {
         match self {
             Outcome::Succeeded | Outcome::Failed => true,
-            Outcome::Cancelled | Outcome::CrashLoop | Outcome::Rejected => false,
+            Outcome::Cancelled
+            | Outcome::CrashLoop
+            | Outcome::Rejected
+            | Outcome::TimedOut
+            | Outcome::Expired => false,
         }
     }
 }
@@ -141,6 +150,10 @@ pub enum Command {
         logs: String,
         esdl_messages: Vec<EsdlMessage>,
     },
+    /// Somebody has seen that the job runs for longer than its timeout.
+    TimeOut,
+    /// Somebody has seen that the job has been in one state for longer than jobs are kept.
+    Expire,
     /// An event of the job that cannot be handled, and without which it would never end.
     Fail {
         reason: String,
@@ -173,9 +186,38 @@ pub struct Context<'a> {
     /// For the task, if one is published: fresh for each attempt, since the same task twice
     /// would look like a crash loop.
     pub new_task_id: Uuid,
-    pub known_workflow: &'a dyn Fn(&str) -> bool,
+    /// The limits of a workflow; None when there is no such workflow.
+    pub workflow: &'a dyn Fn(&str) -> Option<Limits>,
+    /// What holds for every job.
+    pub rules: &'a Rules,
+}
+
+/// What a workflow's definition says of its jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits {
+    /// Instead of the common limit.
+    pub delivery_limit: Option<usize>,
+    /// Where the client gives no timeout, in milliseconds.
+    pub default_timeout_ms: Option<u32>,
+}
+
+/// What the configuration says of all jobs.
+#[derive(Debug, Clone)]
+pub struct Rules {
     /// Starts allowed per job; the next one ends it.
     pub delivery_limit: usize,
+    /// How long a job may stay in one state.
+    pub retention: Duration,
+    pub timeout_result: TimeoutResult,
+}
+
+/// As what a client is told of a timeout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeoutResult {
+    /// As the Python service does, and as OMOTES's system tests have it.
+    Cancelled,
+    /// As the protocol has it.
+    TimedOut,
 }
 
 /// What to do about a command.
@@ -234,6 +276,7 @@ pub enum ResultType {
     Succeeded,
     Error,
     Cancelled,
+    TimedOut,
 }
 
 /// What becomes of the database that a job's output ESDL refers to.
@@ -293,6 +336,8 @@ pub fn decide<'a>(
             context,
         ),
         Command::Cancel => cancel(job_id, state, context),
+        Command::TimeOut => time_out(job_id, state, context),
+        Command::Expire => expire(job_id, state, context),
         Command::Start {
             task_id,
             message_id,
@@ -391,7 +436,7 @@ fn submit<'a>(
     submission: &'a Submission,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    if !(context.known_workflow)(&submission.workflow_type) {
+    let Some(limits) = (context.workflow)(&submission.workflow_type) else {
         let reason = format!(
             "Workflow type {} is unknown by orchestrator at the time this submission was received.",
             submission.workflow_type
@@ -404,7 +449,7 @@ fn submit<'a>(
             &submission.reference,
             context,
         );
-    }
+    };
     match submission_expected(state) {
         Expected::Yes { registered_at } => Decision {
             next: Some(State::Live(Job {
@@ -415,7 +460,10 @@ fn submit<'a>(
                 registered_at: registered_at.unwrap_or(context.now),
                 submitted_at: Some(context.now),
                 running_at: None,
-                timeout_ms: submission.timeout_ms.map(i64::from),
+                timeout_ms: submission
+                    .timeout_ms
+                    .or(limits.default_timeout_ms)
+                    .map(i64::from),
                 starts: Vec::new(),
             })),
             publications: vec![
@@ -552,6 +600,100 @@ fn cancel<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a
     }
 }
 
+/// Ends a job that runs for longer than its timeout. Whoever found it may have looked before it
+/// ended or was started again, so this looks once more.
+fn time_out<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a> {
+    let due = |job: &Job| {
+        let timeout = SignedDuration::from_millis(job.timeout_ms.filter(|timeout| *timeout > 0)?);
+        let running_at = job
+            .running_at
+            .filter(|_| job.status == JobStatus::Running)?;
+        (running_at.checked_add(timeout).ok()? <= context.now).then_some(timeout)
+    };
+    let (job, timeout) = match state {
+        State::Live(job) => match due(job) {
+            Some(timeout) => (job, timeout),
+            None => return Decision::ignored("it is within its timeout"),
+        },
+        State::Unknown | State::Ended(_) => return Decision::ignored("the job has ended"),
+    };
+    let logs =
+        format!("The job was ended because it ran for longer than its timeout of {timeout:#}.");
+    let result_bytes = logs.len();
+    let (status, result_type) = match context.rules.timeout_result {
+        TimeoutResult::Cancelled => (
+            Some(Publication::Status {
+                job_id,
+                status: ClientStatus::Cancelled,
+            }),
+            ResultType::Cancelled,
+        ),
+        TimeoutResult::TimedOut => (None, ResultType::TimedOut),
+    };
+    let result = Publication::Result {
+        job_id,
+        result_type,
+        output_esdl: None,
+        logs: Cow::Owned(logs),
+        esdl_messages: &[],
+    };
+    Decision {
+        next: Some(State::Ended(job.ended(
+            Outcome::TimedOut,
+            result_bytes,
+            context.now,
+        ))),
+        publications: job
+            .revocation()
+            .into_iter()
+            .chain(status)
+            .chain([result])
+            .collect(),
+        time_series: None,
+        event: Event::Ended(Outcome::TimedOut),
+    }
+}
+
+/// Ends a job that nothing has been heard of for so long that nobody can be waiting for it.
+fn expire<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a> {
+    let job = match state {
+        State::Live(job) => job,
+        State::Unknown | State::Ended(_) => return Decision::ignored("the job has ended"),
+    };
+    let (since, what) = match job.status {
+        JobStatus::Registered => (None, "registered"),
+        JobStatus::Submitted => (job.submitted_at, "waiting for a worker"),
+        JobStatus::Running => (job.running_at, "running"),
+    };
+    let retention = context.rules.retention;
+    let expired = since
+        .unwrap_or(job.registered_at)
+        .checked_add(retention)
+        .is_ok_and(|end| end <= context.now);
+    if !expired {
+        return Decision::ignored("it is within its retention");
+    }
+    let retention = SignedDuration::try_from(retention).unwrap_or(SignedDuration::MAX);
+    let logs = format!(
+        "The job was given up because it had been {what} for longer than the {retention:#} that \
+         unfinished jobs are kept."
+    );
+    Decision {
+        next: Some(State::Ended(job.ended(
+            Outcome::Expired,
+            logs.len(),
+            context.now,
+        ))),
+        publications: job
+            .revocation()
+            .into_iter()
+            .chain([error_result(job_id, Cow::Owned(logs))])
+            .collect(),
+        time_series: None,
+        event: Event::Ended(Outcome::Expired),
+    }
+}
+
 fn start<'a>(
     job_id: Uuid,
     job: &Job,
@@ -570,7 +712,10 @@ fn start<'a>(
     if counted {
         return Decision::ignored("this start was counted already");
     }
-    if job.starts.len() >= context.delivery_limit {
+    let limit = (context.workflow)(&job.workflow_type)
+        .and_then(|limits| limits.delivery_limit)
+        .unwrap_or(context.rules.delivery_limit);
+    if job.starts.len() >= limit {
         return Decision {
             next: Some(State::Ended(job.ended(
                 Outcome::CrashLoop,
@@ -773,6 +918,8 @@ impl Command {
             Command::Start { .. } => "a start",
             Command::Progress { .. } => "progress",
             Command::Result { .. } | Command::Fail { .. } => "a result",
+            Command::TimeOut => "a timeout",
+            Command::Expire => "the end of its retention",
         }
     }
 
@@ -785,6 +932,8 @@ impl Command {
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
             | Command::Fail { .. } => "",
         }
     }
@@ -798,6 +947,8 @@ impl Command {
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
             | Command::Fail { .. } => None,
         }
     }
@@ -809,7 +960,11 @@ impl Command {
             | Command::Progress { task_id, .. }
             | Command::Result { task_id, .. } => Some(task_id),
             Command::Fail { task_id, .. } => task_id.as_deref(),
-            Command::Submit(_) | Command::Refuse { .. } | Command::Cancel => None,
+            Command::Submit(_)
+            | Command::Refuse { .. }
+            | Command::Cancel
+            | Command::TimeOut
+            | Command::Expire => None,
         }
     }
 
@@ -833,6 +988,8 @@ impl Command {
             | Command::Cancel
             | Command::Start { .. }
             | Command::Progress { .. }
+            | Command::TimeOut
+            | Command::Expire
             | Command::Fail { .. } => None,
         }
     }

@@ -16,6 +16,7 @@ pub mod handler;
 pub mod health;
 pub mod http;
 pub mod job;
+pub mod maintenance;
 pub mod report;
 pub mod session;
 pub mod store;

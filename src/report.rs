@@ -63,6 +63,8 @@ pub fn log(id: Uuid, reference: &str, event: &Event, command: &Command) {
                 | Command::Cancel
                 | Command::Start { .. }
                 | Command::Result { .. }
+                | Command::TimeOut
+                | Command::Expire
                 | Command::Fail { .. } => Level::Info,
             };
             log!(level, "{label}: {} is ignored: {why}", command.name());
@@ -89,14 +91,20 @@ fn reason(command: &Command) -> Option<String> {
         Command::Cancel
         | Command::Start { .. }
         | Command::Progress { .. }
-        | Command::Result { .. } => None,
+        | Command::Result { .. }
+        | Command::TimeOut
+        | Command::Expire => None,
     }
 }
 
 fn level(outcome: Outcome) -> Level {
     match outcome {
         Outcome::Succeeded | Outcome::Cancelled => Level::Info,
-        Outcome::Failed | Outcome::CrashLoop | Outcome::Rejected => Level::Warn,
+        Outcome::Failed
+        | Outcome::CrashLoop
+        | Outcome::Rejected
+        | Outcome::TimedOut
+        | Outcome::Expired => Level::Warn,
     }
 }
 
@@ -107,6 +115,8 @@ fn outcome_text(outcome: Outcome) -> &'static str {
         Outcome::Cancelled => "cancelled",
         Outcome::CrashLoop => "ended, for its workers died too often",
         Outcome::Rejected => "refused",
+        Outcome::TimedOut => "ended, for it ran for longer than its timeout",
+        Outcome::Expired => "given up, for it was unfinished for longer than jobs are kept",
     }
 }
 

@@ -18,8 +18,10 @@ use log::{info, warn};
 use crate::broker::{self, Busy, DEADLINE, Link, Publisher};
 use crate::celery;
 use crate::config::Config;
-use crate::handler::{Handler, Publishers, Setting, Work};
+use crate::handler::{self, Handler, Publishers, Setting, Work};
 use crate::health::{Health, Part};
+use crate::job::Rules;
+use crate::maintenance;
 use crate::store::Store;
 use crate::wire::{self, Inbox};
 use crate::workflow::Catalogue;
@@ -37,6 +39,8 @@ pub struct Service {
     pub health: Health,
     pub celery_sender: celery::Sender,
     pub revoke_clock: AtomicI64,
+    pub rules: Rules,
+    pub started: Instant,
 }
 
 /// How many messages a consumer has in hand at most. RabbitMQ keeps the rest.
@@ -181,7 +185,7 @@ fn work(
         health: &service.health,
         celery_sender: &service.celery_sender,
         revoke_clock: &service.revoke_clock,
-        delivery_limit: config.delivery_limit,
+        rules: &service.rules,
         queue_names,
     };
     let epoch = Instant::now();
@@ -206,10 +210,13 @@ fn work(
             done_receivers.insert(inbox, receiver);
         }
         let mut handler_inputs = Vec::new();
+        let mut finding_inputs = Vec::new();
         let mut threads = 0;
         for (number, busy) in busy.iter().enumerate() {
-            let (input, incoming) = bounded::<Work>(in_hand);
+            let (input, messages) = bounded::<Work>(in_hand);
             handler_inputs.push(input);
+            let (input, findings) = bounded::<Work>(maintenance::MAX_FINDINGS.into());
+            finding_inputs.push(input);
             let [sdk, celery, task] = busy;
             let publishers = Publishers {
                 sdk: Publisher::new(&links.sdk_out, sdk, epoch),
@@ -220,7 +227,7 @@ fn work(
             let stopped = session_stopped.clone();
             let name = format!("handler-{}", number + 1);
             spawn(scope, name, &report, move || {
-                handler.run(&incoming, &stopped)
+                handler.run(&messages, &findings, &stopped)
             })?;
             threads += 1;
         }
@@ -239,14 +246,20 @@ fn work(
                 broker::consume(link, queue, prefetch(inbox), &stopped, &done, |received| {
                     // One job's messages all go to one handler, which keeps their order.
                     let handler = wire::job_id(&received.body)
-                        .map_or(0, |id| id.as_u128() % inputs.len() as u128);
+                        .map_or(0, |id| handler::index(id, inputs.len()));
                     // A handler that is gone leaves it to the next session.
-                    let _ = inputs[handler as usize].send(Work { inbox, received });
+                    let _ = inputs[handler].send(Work::Message { inbox, received });
                 })
             })?;
             threads += 1;
         }
         drop(handler_inputs);
+        let stopped = session_stopped.clone();
+        spawn(scope, "maintenance".to_owned(), &report, move || {
+            maintenance::run(service, &finding_inputs, &stopped);
+            Ok(())
+        })?;
+        threads += 1;
         drop(report);
         info!(
             "connected; {} workflows",

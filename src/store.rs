@@ -131,6 +131,55 @@ impl Connection {
         &mut self.client
     }
 
+    /// Running jobs whose timeout has passed, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn timed_out(&mut self, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job_id FROM job
+             WHERE status = 'RUNNING' AND timeout_after_ms > 0
+               AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
+             LIMIT $1",
+            &[&limit],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Jobs that have been in their state for longer than `retention`, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn expired(&mut self, retention: Duration, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job_id FROM job
+             WHERE CASE status WHEN 'REGISTERED' THEN registered_at
+                               WHEN 'SUBMITTED' THEN coalesce(submitted_at, registered_at)
+                               WHEN 'RUNNING' THEN coalesce(running_at, registered_at)
+                   END <= now() - $1 * interval '1 second'
+             LIMIT $2",
+            &[&retention.as_secs_f64(), &limit],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Deletes what is known of jobs that ended longer than `retention` ago, at most `limit`, and
+    /// returns of how many.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn forget(&mut self, retention: Duration, limit: i64) -> Result<u64, StoreError> {
+        Ok(self.client.execute(
+            "DELETE FROM job_history
+             WHERE job_id IN (
+                 SELECT job_id FROM job_history
+                 WHERE finished_at <= now() - $1 * interval '1 second'
+                 LIMIT $2
+             )",
+            &[&retention.as_secs_f64(), &limit],
+        )?)
+    }
+
     /// Begins a transaction, which is rolled back when dropped.
     ///
     /// # Errors
@@ -627,6 +676,8 @@ fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::Cancelled => "CANCELLED",
         Outcome::CrashLoop => "CRASH_LOOP",
         Outcome::Rejected => "REJECTED",
+        Outcome::TimedOut => "TIMED_OUT",
+        Outcome::Expired => "EXPIRED",
     }
 }
 
@@ -637,6 +688,8 @@ fn outcome_named(name: &str) -> anyhow::Result<Outcome> {
         Outcome::Cancelled,
         Outcome::CrashLoop,
         Outcome::Rejected,
+        Outcome::TimedOut,
+        Outcome::Expired,
     ]
     .into_iter()
     .find(|outcome| outcome_name(*outcome) == name)

@@ -159,6 +159,7 @@ pub fn job_result(
         ResultType::Succeeded => job_result::ResultType::Succeeded,
         ResultType::Error => job_result::ResultType::Error,
         ResultType::Cancelled => job_result::ResultType::Cancelled,
+        ResultType::TimedOut => job_result::ResultType::Timeout,
     };
     let message = JobResult {
         uuid: job_id.to_string(),

@@ -1,10 +1,12 @@
 //! The workflow definitions: from the configuration file to what clients are told.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::job::Limits;
 use crate::wire::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
     IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
@@ -18,7 +20,7 @@ const MAX_TYPE_NAME: usize = 255;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Catalogue {
     announcement: AvailableWorkflows,
-    names: HashSet<String>,
+    limits: HashMap<String, Limits>,
 }
 
 /// All that is wrong with a definition file, one line each.
@@ -41,12 +43,16 @@ impl Catalogue {
             .map_err(|error| Faults(vec![format!("it is not JSON: {error}")]))?;
         let mut faults = Vec::new();
         let mut workflows = Vec::new();
-        let mut names = HashSet::new();
+        let mut limits = HashMap::new();
         for node in (Node::root(&file)).items(&mut faults) {
             let Some(workflow) = workflow(&node, &mut faults) else {
                 continue;
             };
-            if !names.insert(workflow.type_name.clone()) {
+            let own_limits = limits_of(&node, &mut faults);
+            if limits
+                .insert(workflow.type_name.clone(), own_limits)
+                .is_some()
+            {
                 faults.push(format!(
                     "{}.workflow_type_name: {:?} stands in the file twice",
                     node.path, workflow.type_name
@@ -58,15 +64,16 @@ impl Catalogue {
             let announcement = AvailableWorkflows { workflows };
             Ok(Catalogue {
                 announcement,
-                names,
+                limits,
             })
         } else {
             Err(Faults(faults))
         }
     }
 
-    pub fn contains(&self, workflow_type: &str) -> bool {
-        self.names.contains(workflow_type)
+    /// The limits of a workflow; None when there is no such workflow.
+    pub fn limits(&self, workflow_type: &str) -> Option<Limits> {
+        self.limits.get(workflow_type).copied()
     }
 
     /// What clients are told.
@@ -205,6 +212,31 @@ fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
         type_description,
         parameters,
     })
+}
+
+/// What the definition says of the workflow's jobs; clients are not told.
+fn limits_of(node: &Node<'_>, faults: &mut Vec<String>) -> Limits {
+    Limits {
+        delivery_limit: node.optional(
+            "delivery_limit",
+            "a whole number of starts, at least 1",
+            faults,
+            |value| {
+                let limit = usize::try_from(whole_number(value)?).ok()?;
+                (limit > 0).then_some(limit)
+            },
+        ),
+        default_timeout_ms: node.optional(
+            "default_timeout_sec",
+            "a number of seconds above 0, up to 49 days",
+            faults,
+            |value| {
+                let timeout = Duration::try_from_secs_f64(value.as_f64()?).ok()?;
+                let millis = u32::try_from(timeout.as_millis()).ok()?;
+                (millis > 0).then_some(millis)
+            },
+        ),
+    }
 }
 
 fn parameter(node: &Node<'_>, faults: &mut Vec<String>) -> Option<WorkflowParameter> {
@@ -359,11 +391,18 @@ mod tests {
     #[test]
     fn what_is_in_the_file_is_known() {
         let catalogue = Catalogue::parse(
-            r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "more": 1}]"#,
+            r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "more": 1},
+                {"workflow_type_name": "b", "workflow_type_description_name": "B",
+                 "delivery_limit": 3, "default_timeout_sec": 1.5}]"#,
         )
         .unwrap();
-        assert!(catalogue.contains("a"));
-        assert!(!catalogue.contains("A"));
+        assert_eq!(catalogue.limits("a"), Some(Limits::default()));
+        let own = Limits {
+            delivery_limit: Some(3),
+            default_timeout_ms: Some(1500),
+        };
+        assert_eq!(catalogue.limits("b"), Some(own));
+        assert_eq!(catalogue.limits("A"), None);
     }
 
     /// `parameter` put into an otherwise faultless file.
@@ -395,6 +434,16 @@ mod tests {
         r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A"},
             {"workflow_type_name": "a", "workflow_type_description_name": "B"}]"#,
         r#"$[1].workflow_type_name: "a" stands in the file twice"#
+    )]
+    #[case::no_start_allowed(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+             "delivery_limit": 0}]"#,
+        "$[0].delivery_limit: found 0, expected a whole number of starts, at least 1"
+    )]
+    #[case::timeout_too_long(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+             "default_timeout_sec": 1e10}]"#,
+        "$[0].default_timeout_sec: found 10000000000.0, expected a number of seconds above 0, up to 49 days"
     )]
     #[case::parameters_no_list(
         r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",

@@ -25,12 +25,22 @@ fn new_task() -> Uuid {
     Uuid::from_u128(2)
 }
 
-fn context(known_workflow: &dyn Fn(&str) -> bool) -> Context<'_> {
+static RULES: Rules = Rules {
+    delivery_limit: 2,
+    retention: Duration::from_secs(1000),
+    timeout_result: TimeoutResult::Cancelled,
+};
+
+fn any_workflow(_: &str) -> Option<Limits> {
+    Some(Limits::default())
+}
+
+fn context(workflow: &dyn Fn(&str) -> Option<Limits>) -> Context<'_> {
     Context {
         now: at(100),
         new_task_id: new_task(),
-        known_workflow,
-        delivery_limit: 2,
+        workflow,
+        rules: &RULES,
     }
 }
 
@@ -105,23 +115,32 @@ fn fail_of(task: Option<&str>) -> Command {
 }
 
 fn states() -> Vec<(&'static str, State)> {
-    let noted = cancel(job_id(), &State::Unknown, &context(&|_| true)).next;
+    let noted = cancel(job_id(), &State::Unknown, &context(&any_workflow)).next;
     let mut crashed_once = job(JobStatus::Running);
     crashed_once.starts.push(Start {
         at: at(4),
         message_id: Some("start-2".to_owned()),
     });
+    // Running since second 3, and it is second 100.
+    let mut overdue = job(JobStatus::Running);
+    overdue.timeout_ms = Some(97_000);
+    let mut ancient = job(JobStatus::Submitted);
+    ancient.submitted_at = Some(at(-900));
     vec![
         ("unknown", State::Unknown),
         ("registered", State::Live(job(JobStatus::Registered))),
         ("submitted", State::Live(job(JobStatus::Submitted))),
         ("running", State::Live(job(JobStatus::Running))),
         ("started twice", State::Live(crashed_once)),
+        ("overdue", State::Live(overdue)),
+        ("ancient", State::Live(ancient)),
         ("succeeded", ended(Outcome::Succeeded)),
         ("failed", ended(Outcome::Failed)),
         ("cancelled", ended(Outcome::Cancelled)),
         ("crash loop", ended(Outcome::CrashLoop)),
         ("rejected", ended(Outcome::Rejected)),
+        ("timed out", ended(Outcome::TimedOut)),
+        ("expired", ended(Outcome::Expired)),
         ("cancel noted", noted.unwrap()),
     ]
 }
@@ -146,6 +165,8 @@ fn commands() -> Vec<(&'static str, Command)> {
         ("result", result_of(TASK, true)),
         ("error result", result_of(TASK, false)),
         ("result of other task", result_of(OTHER_TASK, true)),
+        ("time out", Command::TimeOut),
+        ("expire", Command::Expire),
         ("fail", fail_of(None)),
         ("fail of task", fail_of(Some(TASK))),
         ("fail of other task", fail_of(Some(OTHER_TASK))),
@@ -201,7 +222,7 @@ fn summary(decision: &Decision<'_>) -> String {
 
 #[test]
 fn every_pair_of_state_and_command_has_its_decision() {
-    let known = |workflow: &str| workflow == "simulator";
+    let known = |workflow: &str| (workflow == "simulator").then(Limits::default);
     let mut table = String::new();
     for (command_name, command) in commands() {
         writeln!(table, "{command_name}").unwrap();
@@ -209,6 +230,11 @@ fn every_pair_of_state_and_command_has_its_decision() {
             let decision = decide(job_id(), &state, &command, &context(&known));
             writeln!(table, "  {state_name}: {}", summary(&decision)).unwrap();
         }
+    }
+    if std::env::var_os("UPDATE_DECISIONS").is_some() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/job/decisions.txt");
+        std::fs::write(path, &table).unwrap();
+        return;
     }
     let expected = include_str!("decisions.txt");
     for (ours, expected) in table.lines().zip(expected.lines()) {
@@ -220,7 +246,7 @@ fn every_pair_of_state_and_command_has_its_decision() {
 #[test]
 fn a_submission_becomes_its_row_and_its_task() {
     let command = submission("simulator");
-    let decision = decide(job_id(), &State::Unknown, &command, &context(&|_| true));
+    let decision = decide(job_id(), &State::Unknown, &command, &context(&any_workflow));
     let expected = Job {
         workflow_type: "simulator".to_owned(),
         reference: "ref".to_owned(),
@@ -239,7 +265,7 @@ fn a_submission_becomes_its_row_and_its_task() {
 fn a_job_left_registered_keeps_the_time_it_was_registered() {
     let state = State::Live(job(JobStatus::Registered));
     let command = submission("simulator");
-    let decision = decide(job_id(), &state, &command, &context(&|_| true));
+    let decision = decide(job_id(), &state, &command, &context(&any_workflow));
     let Some(State::Live(job)) = decision.next else {
         panic!("{decision:?}");
     };
@@ -256,7 +282,7 @@ fn a_second_start_keeps_the_first_ones_time_and_never_shares_its_own() {
         job_id(),
         &State::Live(running),
         &command,
-        &context(&|_| true),
+        &context(&any_workflow),
     );
     let Some(State::Live(job)) = decision.next else {
         panic!("{decision:?}");
@@ -285,7 +311,7 @@ fn without_a_message_id_the_redelivered_flag_tells(
         redelivered,
     };
     let state = State::Live(job(status));
-    let decision = decide(job_id(), &state, &command, &context(&|_| true));
+    let decision = decide(job_id(), &state, &command, &context(&any_workflow));
     assert_eq!(decision.next.is_some(), counts, "{decision:?}");
 }
 
@@ -294,7 +320,12 @@ fn the_crash_loops_text_is_what_clients_compare() {
     let mut state = job(JobStatus::Running);
     state.starts.push(state.starts[0].clone());
     let command = start_of(TASK, "start-3");
-    let decision = decide(job_id(), &State::Live(state), &command, &context(&|_| true));
+    let decision = decide(
+        job_id(),
+        &State::Live(state),
+        &command,
+        &context(&any_workflow),
+    );
     let Publication::Result { logs, .. } = &decision.publications[1] else {
         panic!("{decision:?}");
     };
@@ -307,7 +338,7 @@ fn the_crash_loops_text_is_what_clients_compare() {
 #[test]
 fn an_unknown_workflow_is_named() {
     let command = submission("no_such_workflow");
-    let decision = decide(job_id(), &State::Unknown, &command, &context(&|_| false));
+    let decision = decide(job_id(), &State::Unknown, &command, &context(&|_| None));
     let [Publication::Result { logs, .. }] = decision.publications.as_slice() else {
         panic!("{decision:?}");
     };
@@ -322,7 +353,7 @@ fn an_unknown_workflow_is_named() {
 fn the_history_tells_the_jobs_whole_story() {
     let command = result_of(TASK, true);
     let state = State::Live(job(JobStatus::Running));
-    let decision = decide(job_id(), &state, &command, &context(&|_| true));
+    let decision = decide(job_id(), &state, &command, &context(&any_workflow));
     let expected = Ended {
         outcome: Outcome::Succeeded,
         workflow_type: Some("simulator".to_owned()),
@@ -338,6 +369,101 @@ fn the_history_tells_the_jobs_whole_story() {
     assert_eq!(decision.next, Some(State::Ended(expected)));
 }
 
+#[rstest]
+#[case::none(None, false)]
+#[case::zero_is_none(Some(0), false)]
+#[case::not_yet(Some(97_001), false)]
+#[case::just_now(Some(97_000), true)]
+#[case::longer_than_time_itself(Some(i64::MAX), false)]
+fn a_timeout_counts_from_the_first_start(#[case] timeout_ms: Option<i64>, #[case] due: bool) {
+    let mut running = job(JobStatus::Running);
+    running.timeout_ms = timeout_ms;
+    let state = State::Live(running);
+    let decision = decide(job_id(), &state, &Command::TimeOut, &context(&any_workflow));
+    assert_eq!(decision.next.is_some(), due, "{decision:?}");
+}
+
+#[test]
+fn a_timeout_says_its_limit_and_is_a_timeout_where_asked_for() {
+    let mut running = job(JobStatus::Running);
+    running.timeout_ms = Some(90_000);
+    let state = State::Live(running);
+    let rules = Rules {
+        timeout_result: TimeoutResult::TimedOut,
+        ..RULES.clone()
+    };
+    let context = Context {
+        rules: &rules,
+        ..context(&any_workflow)
+    };
+    let decision = decide(job_id(), &state, &Command::TimeOut, &context);
+    let [
+        Publication::Revoke { .. },
+        Publication::Result {
+            result_type: ResultType::TimedOut,
+            logs,
+            ..
+        },
+    ] = decision.publications.as_slice()
+    else {
+        panic!("{decision:?}");
+    };
+    assert_eq!(
+        logs,
+        "The job was ended because it ran for longer than its timeout of 1m 30s."
+    );
+}
+
+#[rstest]
+#[case(JobStatus::Registered, "registered")]
+#[case(JobStatus::Submitted, "waiting for a worker")]
+#[case(JobStatus::Running, "running")]
+fn what_expires_says_what_it_was_doing(#[case] status: JobStatus, #[case] doing: &str) {
+    let context = Context {
+        now: at(1003),
+        ..context(&any_workflow)
+    };
+    let state = State::Live(job(status));
+    let decision = decide(job_id(), &state, &Command::Expire, &context);
+    let Some(Publication::Result { logs, .. }) = decision.publications.last() else {
+        panic!("{decision:?}");
+    };
+    assert_eq!(
+        *logs,
+        format!(
+            "The job was given up because it had been {doing} for longer than the 16m 40s that \
+             unfinished jobs are kept."
+        )
+    );
+}
+
+#[test]
+fn a_workflow_has_its_own_limits() {
+    let own = |_: &str| {
+        Some(Limits {
+            delivery_limit: Some(1),
+            default_timeout_ms: Some(7),
+        })
+    };
+    let running = State::Live(job(JobStatus::Running));
+    let again = start_of(TASK, "start-2");
+    let decision = decide(job_id(), &running, &again, &context(&own));
+    assert_eq!(decision.event, Event::Ended(Outcome::CrashLoop));
+
+    for (given, stored) in [(None, 7), (Some(5), 5), (Some(0), 0)] {
+        let Command::Submit(mut submission) = submission("simulator") else {
+            unreachable!()
+        };
+        submission.timeout_ms = given;
+        let command = Command::Submit(submission);
+        let decision = decide(job_id(), &State::Unknown, &command, &context(&own));
+        let Some(State::Live(job)) = decision.next else {
+            panic!("{decision:?}");
+        };
+        assert_eq!(job.timeout_ms, Some(stored));
+    }
+}
+
 /// What the world does in a random story of one job.
 #[derive(Debug, Clone)]
 enum Happening {
@@ -350,6 +476,8 @@ enum Happening {
     Redelivered(usize),
     Progress(usize),
     Finished(usize),
+    /// So much of it that every limit is passed, and somebody notices.
+    TimePasses,
     /// The orchestrator dies after it has published and before it has committed.
     CrashBeforeCommit(Box<Happening>),
 }
@@ -362,6 +490,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => any::<usize>().prop_map(Happening::Redelivered),
         2 => any::<usize>().prop_map(Happening::Progress),
         3 => any::<usize>().prop_map(Happening::Finished),
+        1 => Just(Happening::TimePasses),
     ]
     .boxed();
     prop_oneof![
@@ -374,6 +503,7 @@ fn happening() -> impl Strategy<Value = Happening> {
 #[derive(Default)]
 struct World {
     state: Option<State>,
+    seconds_passed: i64,
     tasks: u128,
     waiting: Vec<String>,
     taken: Vec<String>,
@@ -389,6 +519,11 @@ impl World {
         let command = match happening {
             Happening::Submission => submission("simulator"),
             Happening::Cancel => Command::Cancel,
+            Happening::TimePasses => {
+                self.seconds_passed += 2000;
+                self.apply(&Command::TimeOut, commit);
+                Command::Expire
+            }
             Happening::TaskTaken => {
                 if self.waiting.is_empty() {
                     return;
@@ -426,7 +561,7 @@ impl World {
                 return;
             }
         };
-        if !matches!(command, Command::Submit(_) | Command::Cancel) {
+        if command.task_id().is_some() {
             self.sent.push(command.clone());
         }
         self.apply(&command, commit);
@@ -437,12 +572,15 @@ impl World {
 
     fn apply(&mut self, command: &Command, commit: bool) {
         self.tasks += 1;
-        let known_workflow = |_: &str| true;
-        let context = Context {
-            now: at(100),
-            new_task_id: Uuid::from_u128(self.tasks),
-            known_workflow: &known_workflow,
+        let rules = Rules {
             delivery_limit: 1,
+            ..RULES.clone()
+        };
+        let context = Context {
+            now: at(100 + self.seconds_passed),
+            new_task_id: Uuid::from_u128(self.tasks),
+            workflow: &any_workflow,
+            rules: &rules,
         };
         let state = self.state.clone().unwrap_or(State::Unknown);
         let decision = decide(job_id(), &state, command, &context);

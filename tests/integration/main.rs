@@ -13,6 +13,7 @@ mod deployment;
 mod events;
 mod faults;
 mod jobs;
+mod limits;
 mod peers;
 mod python;
 mod revisions;

@@ -1,0 +1,81 @@
+//! What is due because time has passed: timeouts, jobs past their retention, old history. It only
+//! finds the jobs; what becomes of them is decided where everything else is.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use log::{debug, info, warn};
+use uuid::Uuid;
+
+use crate::handler::{self, Work};
+use crate::job::Command;
+use crate::session::Service;
+use crate::store::{Store, StoreError};
+
+/// How many jobs one round finds at most; the next round finds the others. A handler's queue of
+/// findings has room for as many.
+pub const MAX_FINDINGS: u16 = 1000;
+
+/// A round every [`crate::config::Config::timeout_check_period`], until `stop` is disconnected.
+/// Replicas do the same; whoever comes second finds nothing more to do.
+pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infallible>) {
+    let config = &service.config;
+    let mut failing = false;
+    loop {
+        match stop.recv_timeout(config.timeout_check_period) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+            Ok(never) => match never {},
+        }
+        let timeouts_too = service.started.elapsed() >= config.timeout_start_buffer;
+        match round(
+            &service.store,
+            timeouts_too,
+            config.job_retention,
+            config.history_retention,
+        ) {
+            Ok(findings) => {
+                failing = false;
+                for (job_id, command) in findings {
+                    let handler = handler::index(job_id, handlers.len());
+                    // One that is held up has the last round's findings still to do.
+                    if handlers[handler]
+                        .try_send(Work::Finding { job_id, command })
+                        .is_err()
+                    {
+                        debug!("job {job_id}: its handler is busy, left for the next round");
+                    }
+                }
+            }
+            Err(error) if failing => debug!("maintenance still fails: {error}"),
+            Err(error) => {
+                failing = true;
+                warn!("maintenance fails, and is tried again: {error}");
+            }
+        }
+    }
+}
+
+/// What is due now.
+fn round(
+    store: &Store,
+    timeouts_too: bool,
+    retention: Duration,
+    history_retention: Duration,
+) -> Result<Vec<(Uuid, Command)>, StoreError> {
+    let mut connection = store.connection()?;
+    let limit = i64::from(MAX_FINDINGS);
+    let mut findings = Vec::new();
+    if timeouts_too {
+        let timed_out = connection.timed_out(limit)?;
+        findings.extend(timed_out.into_iter().map(|id| (id, Command::TimeOut)));
+    }
+    let expired = connection.expired(retention, limit)?;
+    findings.extend(expired.into_iter().map(|id| (id, Command::Expire)));
+    let forgotten = connection.forget(history_retention, limit)?;
+    if forgotten > 0 {
+        info!("forgot {forgotten} jobs that ended longer than {history_retention:?} ago");
+    }
+    Ok(findings)
+}

@@ -1,0 +1,179 @@
+//! What ends because time has passed: timeouts, retention, history.
+
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use uuid::Uuid;
+
+use crate::deployment::{Deployment, Service, eventually};
+use crate::peers::{Client, Task, Worker};
+
+/// A service that looks for what is due every second, from its start on.
+fn start(deployment: &Deployment, variables: &[(&str, &str)]) -> Service {
+    let often = [
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+    ];
+    deployment.start_with(&[&often, variables].concat())
+}
+
+/// Makes a time in a job's row lie further back, by so many seconds.
+fn age(deployment: &Deployment, column: &str, job: Uuid, seconds: f64) {
+    let sql =
+        format!("UPDATE job SET {column} = {column} - $1 * interval '1 second' WHERE job_id = $2");
+    let rows = deployment.sql().execute(&sql, &[&seconds, &job]).unwrap();
+    assert_eq!(rows, 1);
+}
+
+/// A running job with this timeout, of which client and worker have heard.
+fn running_job(client: &Client, worker: &Worker, timeout_ms: Option<u32>) -> Task {
+    let (job, mut submission) = client.submission("workflow_1");
+    submission.timeout_ms = timeout_ms;
+    client.listen(job);
+    client.send(&submission);
+    let task = worker.take();
+    worker.start(&task);
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    assert_eq!(client.status(job), JobStatus::Running);
+    task
+}
+
+fn outcomes(deployment: &Deployment, outcome: &str) -> i64 {
+    deployment.count(&format!(
+        "SELECT count(*) FROM job_history WHERE outcome = '{outcome}'"
+    ))
+}
+
+#[test]
+fn a_job_that_runs_for_too_long_is_ended() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    // Two of them, which find the same.
+    let _services = [start(&deployment, &[]), start(&deployment, &[])];
+    let hour = Some(60 * 60 * 1000);
+    let [short, long, unlimited, zero] =
+        [hour, Some(u32::MAX), None, Some(0)].map(|timeout| running_job(&client, &worker, timeout));
+    for task in [&short, &long, &unlimited, &zero] {
+        age(&deployment, "running_at", task.job, 60.0 * 60.0);
+    }
+    assert_eq!(worker.revoked(), short.id);
+    assert_eq!(client.status(short.job), JobStatus::Cancelled);
+    let logs = "The job was ended because it ran for longer than its timeout of 1h.";
+    assert_eq!(
+        client.outcome(short.job),
+        (ResultType::Cancelled, logs.to_owned())
+    );
+    eventually("the history", || {
+        (outcomes(&deployment, "TIMED_OUT") == 1).then_some(())
+    });
+    // The worker that had not heard it is told again, and its result is of no use.
+    worker.progress(&short, 0.5);
+    assert_eq!(worker.revoked(), short.id);
+    worker.succeed(&short, "<e/>");
+    for task in [&long, &unlimited, &zero] {
+        worker.succeed(task, "<e/>");
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    }
+    client.heard_nothing_more(short.job);
+}
+
+#[test]
+fn a_timeout_is_told_as_one_where_asked_for() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = start(&deployment, &[("TIMEOUT_RESULT_TYPE", "TIMEOUT")]);
+    let task = running_job(&client, &worker, Some(1000 * 1000));
+    age(&deployment, "running_at", task.job, 1000.0);
+    assert_eq!(worker.revoked(), task.id);
+    assert_eq!(client.outcome(task.job).0, ResultType::Timeout);
+    client.heard_nothing_more(task.job);
+}
+
+#[test]
+fn no_timeout_is_enforced_right_after_the_start() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let buffer = [("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "10000")];
+    // Old history goes at once, which shows that a round has been.
+    let _service = start(
+        &deployment,
+        &[&buffer[..], &[("JOB_HISTORY_RETENTION_SEC", "1000")]].concat(),
+    );
+    let task = running_job(&client, &worker, Some(1000));
+    age(&deployment, "running_at", task.job, 500.0);
+    let other = running_job(&client, &worker, None);
+    worker.succeed(&other, "<e/>");
+    eventually("the history", || {
+        (outcomes(&deployment, "SUCCEEDED") == 1).then_some(())
+    });
+    let sql = "UPDATE job_history SET finished_at = finished_at - interval '1000 seconds'";
+    deployment.sql().batch_execute(sql).unwrap();
+    eventually("a round", || {
+        (outcomes(&deployment, "SUCCEEDED") == 0).then_some(())
+    });
+    worker.succeed(&task, "<e/>");
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+}
+
+#[test]
+fn jobs_that_nothing_is_heard_of_are_given_up_with_a_reason() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = start(&deployment, &[("JOB_RETENTION_SEC", "7200")]);
+    let running = running_job(&client, &worker, None);
+    let waiting = client.submit("workflow_1");
+    assert_eq!(client.status(waiting), JobStatus::Enqueued);
+    let registered = Uuid::new_v4();
+    client.listen(registered);
+    let sql = "INSERT INTO job (job_id, workflow_type, status, registered_at)
+               VALUES ($1, 'workflow_1', 'REGISTERED', now())";
+    deployment.sql().execute(sql, &[&registered]).unwrap();
+
+    for (column, job, doing) in [
+        ("running_at", running.job, "running"),
+        ("submitted_at", waiting, "waiting for a worker"),
+        ("registered_at", registered, "registered"),
+    ] {
+        age(&deployment, column, job, 7200.0);
+        let (result_type, logs) = client.outcome(job);
+        assert_eq!(result_type, ResultType::Error);
+        assert!(
+            logs.contains(&format!("it had been {doing} for longer than the 2h")),
+            "{logs}"
+        );
+        client.heard_nothing_more(job);
+    }
+    eventually("the history", || {
+        (outcomes(&deployment, "EXPIRED") == 3).then_some(())
+    });
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    let revoked = [worker.revoked(), worker.revoked()];
+    assert_eq!(revoked[0], running.id);
+    assert_eq!(worker.take().id, revoked[1]);
+}
+
+#[test]
+fn a_workflow_has_its_own_limits() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let file = deployment.folder.join("workflows.json");
+    std::fs::write(
+        &file,
+        r#"[{"workflow_type_name": "workflow_1", "workflow_type_description_name": "one",
+             "delivery_limit": 2, "default_timeout_sec": 3600}]"#,
+    )
+    .unwrap();
+    let _service = start(
+        &deployment,
+        &[("WORKFLOW_CONFIG_PATH", file.to_str().unwrap())],
+    );
+    let task = running_job(&client, &worker, None);
+    worker.start(&task);
+    assert_eq!(client.status(task.job), JobStatus::Running);
+    age(&deployment, "running_at", task.job, 3600.0);
+    assert_eq!(worker.revoked(), task.id);
+    assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+}

@@ -16,6 +16,7 @@ use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
 use crate::celery;
+use crate::cleaner;
 use crate::config::Config;
 use crate::health::{Health, Part};
 use crate::http;
@@ -54,8 +55,8 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
-    // One for each handler, one for the probe, one for maintenance.
-    let connections = u32::try_from(config.handler_threads)? + 2;
+    // One for each handler; one each for the probe, maintenance and the cleaner.
+    let connections = u32::try_from(config.handler_threads)? + 3;
     let service = Service {
         store: Store::new(&config.postgres, connections),
         catalogue,
@@ -102,6 +103,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 
         let outcome = prepare_database(&service, &stopped).and_then(|()| {
             named("probe").spawn_scoped(scope, || probe(&service, &stopped))?;
+            if let Some(influxdb) = &service.config.influxdb {
+                named("time-series").spawn_scoped(scope, || {
+                    cleaner::run(&service.store, &service.config, influxdb, &stopped);
+                })?;
+            }
             run_sessions(&service, &stopped);
             Ok(())
         });

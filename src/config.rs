@@ -22,7 +22,12 @@ pub struct Config {
     pub task_result_queue: String,
     pub task_progress_queue: String,
     pub postgres: Postgres,
-    pub influxdb: InfluxDb,
+    /// None where there is none to look after.
+    pub influxdb: Option<InfluxDb>,
+    /// How often it is looked after.
+    pub time_series_period: Duration,
+    /// Whether it is only said what would be done to time series.
+    pub time_series_dry_run: bool,
     pub workflow_config_path: PathBuf,
     /// How long job rows and inactive time series are kept.
     pub job_retention: Duration,
@@ -88,8 +93,9 @@ impl fmt::Display for Postgres {
 pub struct InfluxDb {
     pub host: String,
     pub port: u16,
-    /// A database that is never dropped, whatever else happens to be in it.
+    /// Never dropped, as are those of `protected`.
     pub database: String,
+    pub protected: Vec<String>,
     pub username: Option<String>,
     pub password: Option<Secret>,
 }
@@ -152,13 +158,9 @@ impl Config {
                 username: variable("POSTGRESQL_USERNAME"),
                 password: variable("POSTGRESQL_PASSWORD").map(Secret),
             },
-            influxdb: InfluxDb {
-                host: reader.text("INFLUXDB_HOST", "localhost"),
-                port: reader.port("INFLUXDB_PORT", 8096),
-                database: reader.text("INFLUXDB_DATABASE", "omotes_timeseries"),
-                username: variable("INFLUXDB_USERNAME"),
-                password: variable("INFLUXDB_PASSWORD").map(Secret),
-            },
+            influxdb: reader.influxdb(),
+            time_series_period: reader.period("TIME_SERIES_SCAN_SEC", 600),
+            time_series_dry_run: reader.switch("TIME_SERIES_DRY_RUN"),
             job_retention: reader.seconds("JOB_RETENTION_SEC", 172_800),
             timeout_start_buffer: reader.seconds("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", 60),
             timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
@@ -280,6 +282,34 @@ impl Reader<'_> {
         }
     }
 
+    fn influxdb(&mut self) -> Option<InfluxDb> {
+        let protected = self.text("TIME_SERIES_PROTECTED_DATABASES", "");
+        let influxdb = InfluxDb {
+            host: self.text("INFLUXDB_HOST", "localhost"),
+            port: self.port("INFLUXDB_PORT", 8096),
+            database: self.text("INFLUXDB_DATABASE", "omotes_timeseries"),
+            protected: protected
+                .split(',')
+                .map(|name| name.trim().to_owned())
+                .filter(|name| !name.is_empty())
+                .collect(),
+            username: (self.variable)("INFLUXDB_USERNAME"),
+            password: (self.variable)("INFLUXDB_PASSWORD").map(Secret),
+        };
+        (!influxdb.host.is_empty()).then_some(influxdb)
+    }
+
+    /// Off unless switched on.
+    fn switch(&mut self, name: &str) -> bool {
+        self.parsed(name, false, "true or false", |value| {
+            match value.to_lowercase().as_str() {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            }
+        })
+    }
+
     fn http_bind(&mut self) -> Option<SocketAddr> {
         let default = Some(SocketAddr::from(([127, 0, 0, 1], 8080)));
         let expected = "an address and port such as 127.0.0.1:8080, or nothing";
@@ -356,6 +386,13 @@ mod tests {
             config.celery_rabbitmq.to_string(),
             "celery@localhost:5672/omotes"
         );
+    }
+
+    #[test]
+    fn an_empty_host_switches_influxdb_off() {
+        assert_eq!(read(&[("INFLUXDB_HOST", "")]).unwrap().influxdb, None);
+        let config = read(&[("TIME_SERIES_PROTECTED_DATABASES", "a, b,")]).unwrap();
+        assert_eq!(config.influxdb.unwrap().protected, ["a", "b"]);
     }
 
     #[test]

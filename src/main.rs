@@ -17,10 +17,13 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crossbeam_channel::unbounded;
 use jiff::{SignedDuration, Timestamp};
 use log::LevelFilter;
+use omotes_orchestrator::cleaner;
 use omotes_orchestrator::client::{self, Order};
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::influx::Influx;
 use omotes_orchestrator::store::Store;
 use omotes_orchestrator::store::migrate::{self, REVISIONS, Revision};
+use omotes_orchestrator::time_series::PROTECTED;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
@@ -55,6 +58,9 @@ enum Command {
     /// The workflow definitions.
     #[command(subcommand)]
     Workflows(Workflows),
+    /// The time series of output ESDLs, and whether somebody needs them.
+    #[command(subcommand)]
+    TimeSeries(TimeSeries),
     /// Submit a job and follow it to its end.
     ///
     /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
@@ -74,6 +80,16 @@ enum Db {
     History,
     /// Make a folder for a new revision in `migrations/`, on top of the last one.
     Revision { message: String },
+}
+
+#[derive(Subcommand)]
+enum TimeSeries {
+    /// List what is known of them, and whether InfluxDB has a database for each.
+    List,
+    /// Keep them from now on, also those of a deleted job.
+    Keep { esdl_id: String },
+    /// Drop them now, without waiting for their retention.
+    Drop { esdl_id: String },
 }
 
 #[derive(Subcommand)]
@@ -172,6 +188,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Workflows(Workflows::Check { file }) => {
             show_workflows(&app::read_catalogue(&file)?);
         }
+        Command::TimeSeries(command) => time_series(&config()?, &command)?,
         Command::Submit(submit) => return follow(&config()?, submit),
     }
     Ok(ExitCode::SUCCESS)
@@ -262,6 +279,55 @@ fn new_revision(migrations: &Path, message: &str) -> anyhow::Result<PathBuf> {
     fs::write(folder.join("up.sql"), format!("-- Revises: {head}\n"))?;
     fs::write(folder.join("down.sql"), "")?;
     Ok(folder)
+}
+
+fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<()> {
+    let influxdb = config.influxdb.as_ref();
+    let influxdb =
+        influxdb.context("INFLUXDB_HOST is empty: there is no InfluxDB to look after")?;
+    let influx = Influx::new(influxdb);
+    let store = Store::new(&config.postgres, 1);
+    let mut connection = store
+        .connection()
+        .with_context(|| config.postgres.to_string())?;
+    match command {
+        TimeSeries::List => {
+            let databases = influx.databases()?;
+            for guard in connection.guards()? {
+                let place = match databases.contains(&guard.esdl_id) {
+                    true => "in InfluxDB",
+                    false => "not in InfluxDB",
+                };
+                let job = match guard.job_id {
+                    Some(job) => format!("of job {job}"),
+                    None => "claimed by no job".to_owned(),
+                };
+                let state = match guard.deactivated_at {
+                    Some(since) => format!("not needed since {since:.0}"),
+                    None => "in use".to_owned(),
+                };
+                println!("{}: {state}, {job}, {place}", guard.esdl_id);
+            }
+        }
+        TimeSeries::Keep { esdl_id } => {
+            if !connection.set_series_in_use(esdl_id, true)? {
+                bail!("nothing is known of time series {esdl_id}");
+            }
+            println!("{esdl_id}: kept");
+        }
+        TimeSeries::Drop { esdl_id } => {
+            let protected = cleaner::protected(influxdb);
+            if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
+                bail!("the database {esdl_id} is protected");
+            }
+            if !connection.set_series_in_use(esdl_id, false)? {
+                bail!("nothing is known of time series {esdl_id}");
+            }
+            connection.delete_retired_series(esdl_id, || influx.drop_database(esdl_id))?;
+            println!("{esdl_id}: dropped");
+        }
+    }
+    Ok(())
 }
 
 fn show_workflows(catalogue: &omotes_orchestrator::workflow::Catalogue) {

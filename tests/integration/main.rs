@@ -18,3 +18,4 @@ mod peers;
 mod python;
 mod revisions;
 mod stopping;
+mod time_series;

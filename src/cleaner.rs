@@ -1,0 +1,97 @@
+//! Gives up the time series that nobody needs any more: scans InfluxDB from time to time and does
+//! what [`crate::time_series::plan`] says.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+
+use anyhow::Context;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use log::{debug, info, warn};
+
+use crate::config::{Config, InfluxDb};
+use crate::influx::Influx;
+use crate::store::Store;
+use crate::time_series;
+
+/// A scan every [`Config::time_series_period`], until `stop` is disconnected. Jobs do not depend on
+/// it: an InfluxDB that is away is said so once, and asked again the next time.
+pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Receiver<Infallible>) {
+    let influx = Influx::new(influxdb);
+    let mut failing = false;
+    let mut foreign_before = 0;
+    loop {
+        match stop.recv_timeout(config.time_series_period) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+            Ok(never) => match never {},
+        }
+        match scan(store, config, influxdb, &influx) {
+            Ok(foreign) => {
+                if failing {
+                    info!("time series: InfluxDB answers again");
+                }
+                failing = false;
+                if foreign != foreign_before {
+                    info!("time series: {foreign} databases are not OMOTES's and are left alone");
+                }
+                foreign_before = foreign;
+            }
+            Err(error) if failing => debug!("time series: {error:#}"),
+            Err(error) => {
+                failing = true;
+                warn!("time series are not looked after for now: {error:#}");
+            }
+        }
+    }
+}
+
+/// One scan. Returns how many databases are somebody else's.
+fn scan(
+    store: &Store,
+    config: &Config,
+    influxdb: &InfluxDb,
+    influx: &Influx,
+) -> anyhow::Result<usize> {
+    let databases = influx.databases()?;
+    let mut connection = store.connection()?;
+    // Read after the databases: the row of a job that succeeded meanwhile is seen.
+    let guards = connection.guards()?;
+    let (now, oldest_running) = connection.oldest_running()?;
+    let plan = time_series::plan(
+        &databases,
+        &guards,
+        &protected(influxdb),
+        oldest_running,
+        now,
+        config.job_retention,
+    );
+    let dry = config.time_series_dry_run;
+    let would = if dry { "dry run, would be " } else { "" };
+    for database in &plan.mark {
+        info!("time series {database}: no job has claimed them yet, {would}marked");
+    }
+    if !dry {
+        connection.mark_series(&plan.mark, now)?;
+    }
+    for database in &plan.drop {
+        info!("time series {database}: nobody needs them, {would}dropped");
+        if !dry {
+            connection
+                .delete_retired_series(database, || influx.drop_database(database))
+                .with_context(|| format!("dropping {database}"))?;
+        }
+    }
+    for esdl_id in &plan.forget {
+        info!("time series {esdl_id}: deleted, and in no database here, {would}forgotten");
+        if !dry {
+            connection.delete_retired_series(esdl_id, || Ok(()))?;
+        }
+    }
+    Ok(plan.foreign)
+}
+
+/// The databases that the configuration protects.
+pub fn protected(influxdb: &InfluxDb) -> HashSet<String> {
+    let own = [influxdb.database.clone()];
+    influxdb.protected.iter().cloned().chain(own).collect()
+}

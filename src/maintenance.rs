@@ -28,10 +28,10 @@ pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infalli
             Err(RecvTimeoutError::Disconnected) => return,
             Ok(never) => match never {},
         }
-        let timeouts_too = service.started.elapsed() >= config.timeout_start_buffer;
+        let limits_too = service.started.elapsed() >= config.timeout_start_buffer;
         match round(
             &service.store,
-            timeouts_too,
+            limits_too,
             config.job_retention,
             config.history_retention,
         ) {
@@ -60,19 +60,21 @@ pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infalli
 /// What is due now.
 fn round(
     store: &Store,
-    timeouts_too: bool,
+    limits_too: bool,
     retention: Duration,
     history_retention: Duration,
 ) -> Result<Vec<(Uuid, Command)>, StoreError> {
     let mut connection = store.connection()?;
     let limit = i64::from(MAX_FINDINGS);
     let mut findings = Vec::new();
-    if timeouts_too {
+    if limits_too {
         let timed_out = connection.timed_out(limit)?;
         findings.extend(timed_out.into_iter().map(|id| (id, Command::TimeOut)));
+        // Never without the timeouts before them: a job that is past both has one outcome, also
+        // when it is looked at again after a crash.
+        let expired = connection.expired(retention, limit)?;
+        findings.extend(expired.into_iter().map(|id| (id, Command::Expire)));
     }
-    let expired = connection.expired(retention, limit)?;
-    findings.extend(expired.into_iter().map(|id| (id, Command::Expire)));
     let forgotten = connection.forget(history_retention, limit)?;
     if forgotten > 0 {
         info!("forgot {forgotten} jobs that ended longer than {history_retention:?} ago");

@@ -522,6 +522,10 @@ impl World {
             Happening::TimePasses => {
                 self.seconds_passed += 2000;
                 self.apply(&Command::TimeOut, commit);
+                if !commit {
+                    // The next round finds the same, in the same order.
+                    self.apply(&Command::TimeOut, true);
+                }
                 Command::Expire
             }
             Happening::TaskTaken => {

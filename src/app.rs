@@ -8,10 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded, select, unbounded};
+use crossbeam_channel::{
+    Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select, unbounded,
+};
 use jiff::Timestamp;
 use log::{error, info, warn};
-use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
@@ -24,7 +26,7 @@ use crate::job::Rules;
 use crate::session::{self, Service};
 use crate::store::migrate::{self, REVISIONS};
 use crate::store::{Store, StoreError};
-use crate::workflow::Catalogue;
+use crate::workflow::{Catalogue, CurrentCatalogue};
 
 /// Between a stop signal and the end of the process, whatever is still going on then. Docker kills
 /// after ten seconds.
@@ -57,9 +59,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let server = config.http_bind.map(http::listen).transpose()?;
     // One for each handler; one each for the probe, maintenance and the cleaner.
     let connections = u32::try_from(config.handler_threads)? + 3;
+    let (catalogue_changed, catalogue_news) = bounded(1);
     let service = Service {
         store: Store::new(&config.postgres, connections),
-        catalogue,
+        catalogue: CurrentCatalogue::new(catalogue),
+        catalogue_news,
         health: Health::starting(Timestamp::now()),
         celery_sender: celery::Sender {
             origin: format!(
@@ -74,11 +78,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             delivery_limit: config.delivery_limit,
             retention: config.job_retention,
             timeout_result: config.timeout_result,
+            reject_invalid_params: config.reject_invalid_params,
         },
         started: Instant::now(),
         config,
     };
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT])?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP])?;
     let signals_handle = signals.handle();
     let (stop, stopped) = bounded::<Infallible>(0);
     let (finished, all_finished) = bounded::<Infallible>(0);
@@ -86,10 +91,15 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 
     thread::scope(|scope| {
         let named = |name: &str| thread::Builder::new().name(name.to_owned());
+        let service = &service;
         named("signals").spawn_scoped(scope, move || {
             for number in signals.forever() {
-                // Its receiver lives as long as signals can come.
-                let _ = signal.send(number);
+                if number == SIGHUP {
+                    reload(service, &catalogue_changed);
+                } else {
+                    // Its receiver lives as long as signals can come.
+                    let _ = signal.send(number);
+                }
             }
         })?;
         named("stop").spawn_scoped(scope, || {
@@ -101,14 +111,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             named("http").spawn_scoped(scope, || http::serve(server, &service.health))?;
         }
 
-        let outcome = prepare_database(&service, &stopped).and_then(|()| {
-            named("probe").spawn_scoped(scope, || probe(&service, &stopped))?;
+        let outcome = prepare_database(service, &stopped).and_then(|()| {
+            named("probe").spawn_scoped(scope, || probe(service, &stopped))?;
             if let Some(influxdb) = &service.config.influxdb {
                 named("time-series").spawn_scoped(scope, || {
                     cleaner::run(&service.store, &service.config, influxdb, &stopped);
                 })?;
             }
-            run_sessions(&service, &stopped);
+            run_sessions(service, &stopped);
             Ok(())
         });
         drop(finished);
@@ -122,12 +132,28 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Reads the workflow definitions again. Faulty ones change nothing.
+fn reload(service: &Service, changed: &Sender<()>) {
+    match read_catalogue(&service.config.workflow_config_path) {
+        Ok(catalogue) => {
+            info!(
+                "workflow definitions read again: {} workflows",
+                catalogue.announcement().workflows.len()
+            );
+            service.catalogue.replace(catalogue);
+            // News that is still waiting will tell this one too.
+            let _ = changed.try_send(());
+        }
+        Err(error) => error!("the workflow definitions stay as they were: {error:#}"),
+    }
+}
+
 /// Ends the service on the first signal, and the process on the second or when the service takes
 /// too long. Returns, dropping `stop`, when the service has ended.
 fn wait_for_end(
     signalled: &Receiver<i32>,
     all_finished: &Receiver<Infallible>,
-    stop: crossbeam_channel::Sender<Infallible>,
+    stop: Sender<Infallible>,
 ) {
     select! {
         recv(signalled) -> number => info!("stopping on signal {}", number.unwrap_or_default()),

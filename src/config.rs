@@ -37,6 +37,8 @@ pub struct Config {
     pub timeout_check_period: Duration,
     /// As what a client is told of its job's timeout.
     pub timeout_result: TimeoutResult,
+    /// Whether jobs are refused whose parameters do not fit their workflow's definition.
+    pub reject_invalid_params: bool,
     /// How long it is known that a finished job has been.
     pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.
@@ -165,6 +167,7 @@ impl Config {
             timeout_start_buffer: reader.seconds("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", 60),
             timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
             timeout_result: reader.timeout_result(),
+            reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
             history_retention: reader.seconds("JOB_HISTORY_RETENTION_SEC", 30 * 24 * 60 * 60),
             workflow_config_path: reader
                 .text("WORKFLOW_CONFIG_PATH", "config/workflow_config.json")

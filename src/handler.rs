@@ -19,7 +19,7 @@ use crate::job::{self, Command, Publication, Rules, State, TimeSeries};
 use crate::report::{self, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
 use crate::wire::{self, Inbox, Outgoing, Request};
-use crate::workflow::Catalogue;
+use crate::workflow::CurrentCatalogue;
 
 /// A batch ends at whichever comes first.
 const MAX_BATCH_MESSAGES: usize = 200;
@@ -38,6 +38,8 @@ pub enum Work {
     Message { inbox: Inbox, received: Received },
     /// What the service itself has found out about a job.
     Finding { job_id: Uuid, command: Command },
+    /// The workflow definitions have changed, and all clients are to be told.
+    Announce,
 }
 
 /// Which of `handlers` threads a job's work goes to: always the same, which keeps its order.
@@ -49,7 +51,7 @@ pub fn index(job_id: Uuid, handlers: usize) -> usize {
 /// What all handler threads share.
 pub struct Setting<'s> {
     pub store: &'s Store,
-    pub catalogue: &'s Catalogue,
+    pub catalogue: &'s CurrentCatalogue,
     pub health: &'s Health,
     pub celery_sender: &'s celery::Sender,
     /// Lamport clock of the revokes, rising for the process's lifetime.
@@ -158,15 +160,16 @@ impl<'s> Handler<'s> {
         loop {
             let first = select_biased! {
                 recv(stop) -> _ => return Ok(()),
-                recv(messages) -> work => work,
+                // Few, and a long backlog is not to hold them up.
                 recv(findings) -> work => work,
+                recv(messages) -> work => work,
             };
             // Whoever sends them is gone: the session is at its end.
             let Ok(first) = first else { return Ok(()) };
             let mut bytes = first.size();
             let mut batch = vec![Item::new(first)];
             while batch.len() < MAX_BATCH_MESSAGES && bytes < MAX_BATCH_BYTES {
-                let Ok(work) = messages.try_recv().or_else(|_| findings.try_recv()) else {
+                let Ok(work) = findings.try_recv().or_else(|_| messages.try_recv()) else {
                     break;
                 };
                 bytes += work.size();
@@ -273,9 +276,11 @@ impl<'s> Handler<'s> {
     fn put_aside(&self, item: &Item, outbox: &mut Outbox) {
         let setting = self.setting;
         if item.list_workflows {
-            debug!("a client asks for the workflows");
-            let announcement = setting.catalogue.announcement();
-            outbox.sdk.push(wire::available_workflows(announcement));
+            debug!("telling clients the workflows");
+            let catalogue = setting.catalogue.get();
+            outbox
+                .sdk
+                .push(wire::available_workflows(catalogue.announcement()));
         }
         if let (Some(reason), Work::Message { inbox, received }) = (&item.dead_letter, &item.work) {
             let queue = &setting.queue_names[inbox];
@@ -308,7 +313,7 @@ impl<'s> Handler<'s> {
         connection: &mut Connection,
     ) -> Result<(), Trouble> {
         let setting = self.setting;
-        let workflow = |name: &str| setting.catalogue.limits(name);
+        let catalogue = setting.catalogue.get();
         let jobs = || batch.iter().filter_map(|item| item.job.as_ref());
         let ids: Vec<Uuid> = jobs()
             .map(|(id, _)| *id)
@@ -331,7 +336,7 @@ impl<'s> Handler<'s> {
             let context = job::Context {
                 now,
                 new_task_id: Uuid::new_v4(),
-                workflow: &workflow,
+                catalogue: &catalogue,
                 rules: setting.rules,
             };
             let decision = job::decide(*id, state, command, &context);
@@ -495,7 +500,7 @@ impl Work {
     fn size(&self) -> usize {
         match self {
             Work::Message { received, .. } => received.body.len(),
-            Work::Finding { .. } => 0,
+            Work::Finding { .. } | Work::Announce => 0,
         }
     }
 }
@@ -552,6 +557,10 @@ impl Item {
                 item.job = Some((*job_id, command.clone()));
                 return item;
             }
+            Work::Announce => {
+                item.list_workflows = true;
+                return item;
+            }
         };
         let (id, redelivered) = (received.message_id(), received.redelivered);
         match wire::decode(inbox, &received.body, id, redelivered) {
@@ -586,6 +595,7 @@ impl Item {
                 format!("message {id} from {}", inbox.name())
             }
             Work::Finding { command, .. } => command.name().to_owned(),
+            Work::Announce => "the workflows".to_owned(),
         };
         match &self.job {
             Some((id, command)) => format!("{}, {message}", report::job(*id, command.reference())),

@@ -20,7 +20,9 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::esdl;
+use crate::parameters;
 use crate::wire::EsdlMessage;
+use crate::workflow::Catalogue;
 
 /// Logs of the result of a job that crashed its workers; clients compare this text.
 pub const CRASH_LOOP_LOGS: &str =
@@ -186,19 +188,9 @@ pub struct Context<'a> {
     /// For the task, if one is published: fresh for each attempt, since the same task twice
     /// would look like a crash loop.
     pub new_task_id: Uuid,
-    /// The limits of a workflow; None when there is no such workflow.
-    pub workflow: &'a dyn Fn(&str) -> Option<Limits>,
+    pub catalogue: &'a Catalogue,
     /// What holds for every job.
     pub rules: &'a Rules,
-}
-
-/// What a workflow's definition says of its jobs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Limits {
-    /// Instead of the common limit.
-    pub delivery_limit: Option<usize>,
-    /// Where the client gives no timeout, in milliseconds.
-    pub default_timeout_ms: Option<u32>,
 }
 
 /// What the configuration says of all jobs.
@@ -209,6 +201,9 @@ pub struct Rules {
     /// How long a job may stay in one state.
     pub retention: Duration,
     pub timeout_result: TimeoutResult,
+    /// Whether a job whose parameters do not fit its workflow's definition is refused, instead of
+    /// left to its worker.
+    pub reject_invalid_params: bool,
 }
 
 /// As what a client is told of a timeout.
@@ -301,6 +296,8 @@ pub enum TimeSeries<'a> {
 pub enum Event {
     Submitted {
         task_id: Uuid,
+        /// In what its parameters do not fit the workflow's definition.
+        faults: Vec<String>,
     },
     Started {
         starts: usize,
@@ -436,20 +433,30 @@ fn submit<'a>(
     submission: &'a Submission,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    let Some(limits) = (context.workflow)(&submission.workflow_type) else {
-        let reason = format!(
-            "Workflow type {} is unknown by orchestrator at the time this submission was received.",
-            submission.workflow_type
-        );
-        return refuse(
+    let refused = |reason| {
+        refuse(
             job_id,
             state,
             Cow::Owned(reason),
             &submission.workflow_type,
             &submission.reference,
             context,
-        );
+        )
     };
+    let Some(definition) = context.catalogue.definition(&submission.workflow_type) else {
+        return refused(format!(
+            "Workflow type {} is unknown by orchestrator at the time this submission was received.",
+            submission.workflow_type
+        ));
+    };
+    let faults = parameters::faults(&definition.parameters, &submission.params);
+    if context.rules.reject_invalid_params && !faults.is_empty() {
+        return refused(format!(
+            "The parameters do not fit the workflow {}: {}.",
+            submission.workflow_type,
+            faults.join("; ")
+        ));
+    }
     match submission_expected(state) {
         Expected::Yes { registered_at } => Decision {
             next: Some(State::Live(Job {
@@ -462,7 +469,7 @@ fn submit<'a>(
                 running_at: None,
                 timeout_ms: submission
                     .timeout_ms
-                    .or(limits.default_timeout_ms)
+                    .or(definition.limits.default_timeout_ms)
                     .map(i64::from),
                 starts: Vec::new(),
             })),
@@ -480,6 +487,7 @@ fn submit<'a>(
             time_series: None,
             event: Event::Submitted {
                 task_id: context.new_task_id,
+                faults,
             },
         },
         Expected::Cancelled => cancelled_before_submission(
@@ -712,8 +720,10 @@ fn start<'a>(
     if counted {
         return Decision::ignored("this start was counted already");
     }
-    let limit = (context.workflow)(&job.workflow_type)
-        .and_then(|limits| limits.delivery_limit)
+    let limit = context
+        .catalogue
+        .definition(&job.workflow_type)
+        .and_then(|definition| definition.limits.delivery_limit)
         .unwrap_or(context.rules.delivery_limit);
     if job.starts.len() >= limit {
         return Decision {

@@ -1,8 +1,8 @@
 //! The OMOTES job orchestrator: what stands between SDK clients and Celery workers.
 //!
 //! `main → app → session → handler → {store, broker} → the pure files`. The pure ones are [`job`],
-//! [`workflow`], [`wire`], [`celery`] and [`esdl`]: they know no broker, database, clock or
-//! environment.
+//! [`workflow`], [`parameters`], [`time_series`], [`wire`], [`celery`] and [`esdl`]: they know no
+//! broker, database, clock or environment.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
@@ -19,6 +19,7 @@ pub mod http;
 pub mod influx;
 pub mod job;
 pub mod maintenance;
+pub mod parameters;
 pub mod report;
 pub mod session;
 pub mod store;

@@ -36,9 +36,13 @@ pub fn job(id: Uuid, reference: &str) -> String {
 pub fn log(id: Uuid, reference: &str, event: &Event, command: &Command) {
     let label = job(id, reference);
     match event {
-        Event::Submitted { task_id } => {
+        Event::Submitted { task_id, faults } => {
             let workflow = command.workflow_type().map(one_line).unwrap_or_default();
             info!("{label}: submitted to {workflow} as task {task_id}");
+            if !faults.is_empty() {
+                let faults = one_line(&faults.join("; "));
+                warn!("{label}: its parameters do not fit {workflow}: {faults}");
+            }
         }
         Event::Started { starts: 1 } => info!("{label}: running"),
         Event::Started { starts } => warn!("{label}: running, started {starts} times"),

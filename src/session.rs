@@ -24,7 +24,7 @@ use crate::job::Rules;
 use crate::maintenance;
 use crate::store::Store;
 use crate::wire::{self, Inbox};
-use crate::workflow::Catalogue;
+use crate::workflow::CurrentCatalogue;
 
 /// How long the threads may take to finish what is in hand when the service stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(4);
@@ -35,7 +35,9 @@ const WATCH_PERIOD: Duration = Duration::from_secs(1);
 pub struct Service {
     pub config: Config,
     pub store: Store,
-    pub catalogue: Catalogue,
+    pub catalogue: CurrentCatalogue,
+    /// Something comes in when the catalogue has been replaced.
+    pub catalogue_news: Receiver<()>,
     pub health: Health,
     pub celery_sender: celery::Sender,
     pub revoke_clock: AtomicI64,
@@ -152,7 +154,7 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<HashMap<Inbox, St
     let requests = links
         .sdk_in
         .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
-    let announcement = wire::available_workflows(service.catalogue.announcement());
+    let announcement = wire::available_workflows(service.catalogue.get().announcement());
     let busy = Busy::default();
     Publisher::new(&links.sdk_out, &busy, Instant::now())
         .publish(&[announcement])
@@ -254,6 +256,7 @@ fn work(
             threads += 1;
         }
         drop(handler_inputs);
+        let announcer = finding_inputs[0].clone();
         let stopped = session_stopped.clone();
         spawn(scope, "maintenance".to_owned(), &report, move || {
             maintenance::run(service, &finding_inputs, &stopped);
@@ -263,7 +266,7 @@ fn work(
         drop(report);
         info!(
             "connected; {} workflows",
-            service.catalogue.announcement().workflows.len()
+            service.catalogue.get().announcement().workflows.len()
         );
         service.health.report(Part::Broker, None, Timestamp::now());
         service
@@ -273,6 +276,7 @@ fn work(
             service,
             links,
             busy: &busy,
+            announcer,
             epoch,
             running: threads,
             session_stop: Some(session_stop),
@@ -318,6 +322,8 @@ struct Watch<'s> {
     service: &'s Service,
     links: &'s Links,
     busy: &'s [[Busy; 3]],
+    /// To a handler, which can publish.
+    announcer: Sender<Work>,
     epoch: Instant,
     /// Threads that have not reported yet.
     running: usize,
@@ -350,6 +356,12 @@ impl Watch<'_> {
                 recv(deadline) -> _ => {
                     warn!("not all threads are done after {STOP_DEADLINE:?}; what they have in hand goes back to the queues");
                     self.links.kill();
+                }
+                recv(self.service.catalogue_news) -> _ => {
+                    // Full only while it has much else to do; the next session tells them anyway.
+                    if self.announcer.try_send(Work::Announce).is_err() {
+                        warn!("clients are not told of the new workflows: a handler is held up");
+                    }
                 }
                 recv(ticks) -> _ => self.look(),
             }

@@ -2,11 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::job::Limits;
 use crate::wire::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
     IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
@@ -20,7 +20,23 @@ const MAX_TYPE_NAME: usize = 255;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Catalogue {
     announcement: AvailableWorkflows,
-    limits: HashMap<String, Limits>,
+    definitions: HashMap<String, Definition>,
+}
+
+/// What a decision about a job needs to know of its workflow.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Definition {
+    pub limits: Limits,
+    pub parameters: Vec<WorkflowParameter>,
+}
+
+/// What a workflow's definition says of its jobs beside their parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits {
+    /// Instead of the common limit.
+    pub delivery_limit: Option<usize>,
+    /// Where the client gives no timeout, in milliseconds.
+    pub default_timeout_ms: Option<u32>,
 }
 
 /// All that is wrong with a definition file, one line each.
@@ -43,14 +59,17 @@ impl Catalogue {
             .map_err(|error| Faults(vec![format!("it is not JSON: {error}")]))?;
         let mut faults = Vec::new();
         let mut workflows = Vec::new();
-        let mut limits = HashMap::new();
+        let mut definitions = HashMap::new();
         for node in (Node::root(&file)).items(&mut faults) {
             let Some(workflow) = workflow(&node, &mut faults) else {
                 continue;
             };
-            let own_limits = limits_of(&node, &mut faults);
-            if limits
-                .insert(workflow.type_name.clone(), own_limits)
+            let definition = Definition {
+                limits: limits_of(&node, &mut faults),
+                parameters: workflow.parameters.clone(),
+            };
+            if definitions
+                .insert(workflow.type_name.clone(), definition)
                 .is_some()
             {
                 faults.push(format!(
@@ -64,21 +83,38 @@ impl Catalogue {
             let announcement = AvailableWorkflows { workflows };
             Ok(Catalogue {
                 announcement,
-                limits,
+                definitions,
             })
         } else {
             Err(Faults(faults))
         }
     }
 
-    /// The limits of a workflow; None when there is no such workflow.
-    pub fn limits(&self, workflow_type: &str) -> Option<Limits> {
-        self.limits.get(workflow_type).copied()
+    pub fn definition(&self, workflow_type: &str) -> Option<&Definition> {
+        self.definitions.get(workflow_type)
     }
 
     /// What clients are told.
     pub fn announcement(&self) -> &AvailableWorkflows {
         &self.announcement
+    }
+}
+
+/// The catalogue in force, which changes when its file is read again.
+#[derive(Debug)]
+pub struct CurrentCatalogue(RwLock<Arc<Catalogue>>);
+
+impl CurrentCatalogue {
+    pub fn new(catalogue: Catalogue) -> CurrentCatalogue {
+        CurrentCatalogue(RwLock::new(Arc::new(catalogue)))
+    }
+
+    pub fn get(&self) -> Arc<Catalogue> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn replace(&self, catalogue: Catalogue) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(catalogue);
     }
 }
 
@@ -169,7 +205,7 @@ impl<'a> Node<'a> {
 }
 
 /// A value as a message shows it: short.
-fn found(value: &Value) -> String {
+pub(crate) fn found(value: &Value) -> String {
     match value {
         Value::Array(items) => format!("a list of {}", items.len()),
         Value::Object(_) => "an object".to_owned(),
@@ -396,13 +432,14 @@ mod tests {
                  "delivery_limit": 3, "default_timeout_sec": 1.5}]"#,
         )
         .unwrap();
-        assert_eq!(catalogue.limits("a"), Some(Limits::default()));
+        let limits = |name| Some(catalogue.definition(name)?.limits);
+        assert_eq!(limits("a"), Some(Limits::default()));
         let own = Limits {
             delivery_limit: Some(3),
             default_timeout_ms: Some(1500),
         };
-        assert_eq!(catalogue.limits("b"), Some(own));
-        assert_eq!(catalogue.limits("A"), None);
+        assert_eq!(limits("b"), Some(own));
+        assert_eq!(limits("A"), None);
     }
 
     /// `parameter` put into an otherwise faultless file.

@@ -58,6 +58,7 @@ fn the_pure_files_know_no_outside_world() {
     let pure = [
         "job.rs",
         "workflow.rs",
+        "parameters.rs",
         "wire.rs",
         "celery.rs",
         "esdl.rs",

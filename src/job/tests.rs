@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use rstest::rstest;
@@ -29,17 +30,24 @@ static RULES: Rules = Rules {
     delivery_limit: 2,
     retention: Duration::from_secs(1000),
     timeout_result: TimeoutResult::Cancelled,
+    reject_invalid_params: false,
 };
 
-fn any_workflow(_: &str) -> Option<Limits> {
-    Some(Limits::default())
+/// Knows one workflow, the simulator, which has these keys too.
+fn catalogue(more: &str) -> Catalogue {
+    let file = format!(
+        r#"[{{"workflow_type_name": "simulator", "workflow_type_description_name": "S"{more}}}]"#
+    );
+    Catalogue::parse(&file).unwrap()
 }
 
-fn context(workflow: &dyn Fn(&str) -> Option<Limits>) -> Context<'_> {
+static CATALOGUE: LazyLock<Catalogue> = LazyLock::new(|| catalogue(""));
+
+fn context() -> Context<'static> {
     Context {
         now: at(100),
         new_task_id: new_task(),
-        workflow,
+        catalogue: &CATALOGUE,
         rules: &RULES,
     }
 }
@@ -115,7 +123,7 @@ fn fail_of(task: Option<&str>) -> Command {
 }
 
 fn states() -> Vec<(&'static str, State)> {
-    let noted = cancel(job_id(), &State::Unknown, &context(&any_workflow)).next;
+    let noted = cancel(job_id(), &State::Unknown, &context()).next;
     let mut crashed_once = job(JobStatus::Running);
     crashed_once.starts.push(Start {
         at: at(4),
@@ -178,7 +186,10 @@ fn summary(decision: &Decision<'_>) -> String {
     let mut text = match &decision.event {
         Event::Ignored(why) => format!("ignored: {why}"),
         Event::Revoked(why) => format!("revoked: {why}"),
-        event => format!("{event:?}").replace(&new_task().to_string(), "new task"),
+        Event::Submitted { task_id, faults } if *task_id == new_task() => {
+            format!("submitted{}", faults.concat())
+        }
+        event => format!("{event:?}"),
     };
     for publication in &decision.publications {
         let one = match publication {
@@ -222,12 +233,11 @@ fn summary(decision: &Decision<'_>) -> String {
 
 #[test]
 fn every_pair_of_state_and_command_has_its_decision() {
-    let known = |workflow: &str| (workflow == "simulator").then(Limits::default);
     let mut table = String::new();
     for (command_name, command) in commands() {
         writeln!(table, "{command_name}").unwrap();
         for (state_name, state) in states() {
-            let decision = decide(job_id(), &state, &command, &context(&known));
+            let decision = decide(job_id(), &state, &command, &context());
             writeln!(table, "  {state_name}: {}", summary(&decision)).unwrap();
         }
     }
@@ -246,7 +256,7 @@ fn every_pair_of_state_and_command_has_its_decision() {
 #[test]
 fn a_submission_becomes_its_row_and_its_task() {
     let command = submission("simulator");
-    let decision = decide(job_id(), &State::Unknown, &command, &context(&any_workflow));
+    let decision = decide(job_id(), &State::Unknown, &command, &context());
     let expected = Job {
         workflow_type: "simulator".to_owned(),
         reference: "ref".to_owned(),
@@ -265,7 +275,7 @@ fn a_submission_becomes_its_row_and_its_task() {
 fn a_job_left_registered_keeps_the_time_it_was_registered() {
     let state = State::Live(job(JobStatus::Registered));
     let command = submission("simulator");
-    let decision = decide(job_id(), &state, &command, &context(&any_workflow));
+    let decision = decide(job_id(), &state, &command, &context());
     let Some(State::Live(job)) = decision.next else {
         panic!("{decision:?}");
     };
@@ -278,12 +288,7 @@ fn a_second_start_keeps_the_first_ones_time_and_never_shares_its_own() {
     let mut running = job(JobStatus::Running);
     running.starts[0].at = at(100);
     let command = start_of(TASK, "start-2");
-    let decision = decide(
-        job_id(),
-        &State::Live(running),
-        &command,
-        &context(&any_workflow),
-    );
+    let decision = decide(job_id(), &State::Live(running), &command, &context());
     let Some(State::Live(job)) = decision.next else {
         panic!("{decision:?}");
     };
@@ -311,7 +316,7 @@ fn without_a_message_id_the_redelivered_flag_tells(
         redelivered,
     };
     let state = State::Live(job(status));
-    let decision = decide(job_id(), &state, &command, &context(&any_workflow));
+    let decision = decide(job_id(), &state, &command, &context());
     assert_eq!(decision.next.is_some(), counts, "{decision:?}");
 }
 
@@ -320,12 +325,7 @@ fn the_crash_loops_text_is_what_clients_compare() {
     let mut state = job(JobStatus::Running);
     state.starts.push(state.starts[0].clone());
     let command = start_of(TASK, "start-3");
-    let decision = decide(
-        job_id(),
-        &State::Live(state),
-        &command,
-        &context(&any_workflow),
-    );
+    let decision = decide(job_id(), &State::Live(state), &command, &context());
     let Publication::Result { logs, .. } = &decision.publications[1] else {
         panic!("{decision:?}");
     };
@@ -338,7 +338,7 @@ fn the_crash_loops_text_is_what_clients_compare() {
 #[test]
 fn an_unknown_workflow_is_named() {
     let command = submission("no_such_workflow");
-    let decision = decide(job_id(), &State::Unknown, &command, &context(&|_| None));
+    let decision = decide(job_id(), &State::Unknown, &command, &context());
     let [Publication::Result { logs, .. }] = decision.publications.as_slice() else {
         panic!("{decision:?}");
     };
@@ -353,7 +353,7 @@ fn an_unknown_workflow_is_named() {
 fn the_history_tells_the_jobs_whole_story() {
     let command = result_of(TASK, true);
     let state = State::Live(job(JobStatus::Running));
-    let decision = decide(job_id(), &state, &command, &context(&any_workflow));
+    let decision = decide(job_id(), &state, &command, &context());
     let expected = Ended {
         outcome: Outcome::Succeeded,
         workflow_type: Some("simulator".to_owned()),
@@ -379,7 +379,7 @@ fn a_timeout_counts_from_the_first_start(#[case] timeout_ms: Option<i64>, #[case
     let mut running = job(JobStatus::Running);
     running.timeout_ms = timeout_ms;
     let state = State::Live(running);
-    let decision = decide(job_id(), &state, &Command::TimeOut, &context(&any_workflow));
+    let decision = decide(job_id(), &state, &Command::TimeOut, &context());
     assert_eq!(decision.next.is_some(), due, "{decision:?}");
 }
 
@@ -394,7 +394,7 @@ fn a_timeout_says_its_limit_and_is_a_timeout_where_asked_for() {
     };
     let context = Context {
         rules: &rules,
-        ..context(&any_workflow)
+        ..context()
     };
     let decision = decide(job_id(), &state, &Command::TimeOut, &context);
     let [
@@ -421,7 +421,7 @@ fn a_timeout_says_its_limit_and_is_a_timeout_where_asked_for() {
 fn what_expires_says_what_it_was_doing(#[case] status: JobStatus, #[case] doing: &str) {
     let context = Context {
         now: at(1003),
-        ..context(&any_workflow)
+        ..context()
     };
     let state = State::Live(job(status));
     let decision = decide(job_id(), &state, &Command::Expire, &context);
@@ -439,15 +439,14 @@ fn what_expires_says_what_it_was_doing(#[case] status: JobStatus, #[case] doing:
 
 #[test]
 fn a_workflow_has_its_own_limits() {
-    let own = |_: &str| {
-        Some(Limits {
-            delivery_limit: Some(1),
-            default_timeout_ms: Some(7),
-        })
+    let own = catalogue(r#", "delivery_limit": 1, "default_timeout_sec": 0.007"#);
+    let own = Context {
+        catalogue: &own,
+        ..context()
     };
     let running = State::Live(job(JobStatus::Running));
     let again = start_of(TASK, "start-2");
-    let decision = decide(job_id(), &running, &again, &context(&own));
+    let decision = decide(job_id(), &running, &again, &own);
     assert_eq!(decision.event, Event::Ended(Outcome::CrashLoop));
 
     for (given, stored) in [(None, 7), (Some(5), 5), (Some(0), 0)] {
@@ -456,12 +455,54 @@ fn a_workflow_has_its_own_limits() {
         };
         submission.timeout_ms = given;
         let command = Command::Submit(submission);
-        let decision = decide(job_id(), &State::Unknown, &command, &context(&own));
+        let decision = decide(job_id(), &State::Unknown, &command, &own);
         let Some(State::Live(job)) = decision.next else {
             panic!("{decision:?}");
         };
         assert_eq!(job.timeout_ms, Some(stored));
     }
+}
+
+#[test]
+fn parameters_that_do_not_fit_are_noted_or_refused() {
+    let strict = catalogue(
+        r#", "workflow_parameters": [{"parameter_type": "float", "key_name": "x"},
+                                      {"parameter_type": "float", "key_name": "y"}]"#,
+    );
+    let lenient = Context {
+        catalogue: &strict,
+        ..context()
+    };
+    let command = submission("simulator");
+    let decision = decide(job_id(), &State::Unknown, &command, &lenient);
+    let faults = ["x is missing".to_owned(), "y is missing".to_owned()];
+    assert_eq!(
+        decision.event,
+        Event::Submitted {
+            task_id: new_task(),
+            faults: faults.to_vec()
+        }
+    );
+
+    let rules = Rules {
+        reject_invalid_params: true,
+        ..RULES.clone()
+    };
+    let rejecting = Context {
+        rules: &rules,
+        ..lenient
+    };
+    let decision = decide(job_id(), &State::Unknown, &command, &rejecting);
+    assert_eq!(decision.event, Event::Ended(Outcome::Rejected));
+    let expected = "The parameters do not fit the workflow simulator: x is missing; y is missing.";
+    assert_eq!(
+        decision.publications,
+        [error_result(job_id(), Cow::Borrowed(expected))]
+    );
+    // Delivered again while it runs: it was fit enough when it came.
+    let running = State::Live(job(JobStatus::Running));
+    let decision = decide(job_id(), &running, &command, &rejecting);
+    assert!(matches!(decision.event, Event::Ignored(_)), "{decision:?}");
 }
 
 /// What the world does in a random story of one job.
@@ -583,7 +624,7 @@ impl World {
         let context = Context {
             now: at(100 + self.seconds_passed),
             new_task_id: Uuid::from_u128(self.tasks),
-            workflow: &any_workflow,
+            catalogue: &CATALOGUE,
             rules: &rules,
         };
         let state = self.state.clone().unwrap_or(State::Unknown);

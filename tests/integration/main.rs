@@ -19,3 +19,4 @@ mod python;
 mod revisions;
 mod stopping;
 mod time_series;
+mod workflows;

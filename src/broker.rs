@@ -1,4 +1,4 @@
-//! RabbitMQ: the only file that names amiquip.
+//! RabbitMQ: the only file that names amiquip, beside [`dead_letters`] below it.
 //!
 //! amiquip blocks without end when the broker stops reading (an alarm) or answering, and what
 //! frees it is the socket being shut down under it. So a [`Link`] keeps a second handle of its
@@ -28,6 +28,8 @@ use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, Outgoing, PIDBOX_EXCHANGE,
     SUBMISSIONS_QUEUE, TASK_QUEUE_MAX_PRIORITY,
 };
+
+pub mod dead_letters;
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;

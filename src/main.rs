@@ -17,17 +17,20 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crossbeam_channel::unbounded;
 use jiff::{SignedDuration, Timestamp};
 use log::LevelFilter;
+use omotes_orchestrator::broker::Link;
+use omotes_orchestrator::broker::dead_letters::{self, DeadLetter, Fate};
 use omotes_orchestrator::cleaner;
 use omotes_orchestrator::client::{self, Order};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::influx::Influx;
+use omotes_orchestrator::report::one_line;
 use omotes_orchestrator::store::Store;
 use omotes_orchestrator::store::migrate::{self, REVISIONS, Revision};
 use omotes_orchestrator::time_series::PROTECTED;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
-use omotes_orchestrator::{app, http};
+use omotes_orchestrator::{app, http, wire};
 use serde_json::{Map, Value};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
@@ -61,6 +64,9 @@ enum Command {
     /// The time series of output ESDLs, and whether somebody needs them.
     #[command(subcommand)]
     TimeSeries(TimeSeries),
+    /// The messages that could not be handled, of both vhosts.
+    #[command(subcommand)]
+    DeadLetters(DeadLetters),
     /// Submit a job and follow it to its end.
     ///
     /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
@@ -90,6 +96,34 @@ enum TimeSeries {
     Keep { esdl_id: String },
     /// Drop them now, without waiting for their retention.
     Drop { esdl_id: String },
+}
+
+#[derive(Subcommand)]
+enum DeadLetters {
+    /// List them, a line each: id, time, connection, queue, size, reason.
+    List,
+    /// Show one of them: its reason, the message's properties, and the beginning of its body.
+    Show {
+        /// The id, or enough of its beginning to tell it from the others.
+        id: String,
+        /// File for the whole body.
+        #[arg(long)]
+        body: Option<PathBuf>,
+    },
+    /// Put them back into the queues they came from, as they were.
+    Requeue(Which),
+    /// Delete them.
+    Drop(Which),
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// Their ids, or enough of the beginning to tell them from the others.
+    ids: Vec<String>,
+    /// All that wait now.
+    #[arg(long)]
+    all: bool,
 }
 
 #[derive(Subcommand)]
@@ -189,6 +223,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             show_workflows(&app::read_catalogue(&file)?);
         }
         Command::TimeSeries(command) => time_series(&config()?, &command)?,
+        Command::DeadLetters(command) => return dead_letters(&config()?, &command),
         Command::Submit(submit) => return follow(&config()?, submit),
     }
     Ok(ExitCode::SUCCESS)
@@ -325,6 +360,110 @@ fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<()> {
             }
             connection.delete_retired_series(esdl_id, || influx.drop_database(esdl_id))?;
             println!("{esdl_id}: dropped");
+        }
+    }
+    Ok(())
+}
+
+fn dead_letters(config: &Config, command: &DeadLetters) -> anyhow::Result<ExitCode> {
+    let mut links = vec![("SDK", Link::open(&config.sdk_rabbitmq, "dead letters")?)];
+    if config.task_rabbitmq != config.sdk_rabbitmq {
+        links.push(("TASK", Link::open(&config.task_rabbitmq, "dead letters")?));
+    }
+    let mut known = Vec::new();
+    for (name, link) in &links {
+        dead_letters::go_through(link, |letter| {
+            if let DeadLetters::List = command {
+                println!(
+                    "{} {} {name} {} {} bytes: {}",
+                    one_line(&letter.id),
+                    one_line(&letter.time),
+                    one_line(&letter.queue),
+                    letter.body.len(),
+                    one_line(&letter.reason)
+                );
+            }
+            known.push(letter.id.clone());
+            Fate::Leave
+        })?;
+    }
+    let (which, fate, done) = match command {
+        DeadLetters::List => return Ok(ExitCode::SUCCESS),
+        DeadLetters::Show { id, .. } => (vec![named(id, &known)?], Fate::Leave, "shown"),
+        DeadLetters::Requeue(which) => (which.resolve(known)?, Fate::Requeue, "requeued"),
+        DeadLetters::Drop(which) => (which.resolve(known)?, Fate::Drop, "dropped"),
+    };
+    let mut code = ExitCode::SUCCESS;
+    for (name, link) in links {
+        let mut meant = Vec::new();
+        let mut shown = Ok(());
+        let failed = dead_letters::go_through(&link, |letter| {
+            if !which.contains(&letter.id) {
+                return Fate::Leave;
+            }
+            if let DeadLetters::Show { body, .. } = command {
+                shown = show_letter(name, letter, body.as_deref());
+            }
+            meant.push(letter.id.clone());
+            fate
+        })?;
+        shown?;
+        for id in meant {
+            match failed.get(&id) {
+                None if fate == Fate::Leave => {}
+                None => println!("{id}: {done}"),
+                Some(why) => {
+                    eprintln!("{id}: it stays, for {why}");
+                    code = ExitCode::FAILURE;
+                }
+            }
+        }
+        link.close()?;
+    }
+    Ok(code)
+}
+
+impl Which {
+    /// The letters that are meant, of those that are known.
+    fn resolve(&self, known: Vec<String>) -> anyhow::Result<Vec<String>> {
+        if self.all {
+            return Ok(known);
+        }
+        self.ids.iter().map(|id| named(id, &known)).collect()
+    }
+}
+
+/// The one of `known` that begins like this.
+fn named(beginning: &str, known: &[String]) -> anyhow::Result<String> {
+    let mut fitting = known.iter().filter(|id| id.starts_with(beginning));
+    match (fitting.next(), fitting.next()) {
+        (Some(id), None) => Ok(id.clone()),
+        (Some(_), Some(_)) => bail!("{beginning:?} is the beginning of several ids"),
+        (None, _) => bail!("there is no dead letter {beginning:?}"),
+    }
+}
+
+fn show_letter(vhost: &str, letter: &DeadLetter, body: Option<&Path>) -> anyhow::Result<()> {
+    /// How much of the body is printed, in bytes.
+    const PREVIEW: usize = 500;
+    println!("id:         {}", one_line(&letter.id));
+    println!("time:       {}", one_line(&letter.time));
+    println!("queue:      {} ({vhost})", one_line(&letter.queue));
+    println!("reason:     {}", letter.reason.escape_debug());
+    println!("properties: {:#}", letter.properties);
+    if let Some(job) = wire::job_id(&letter.body) {
+        println!("job:        {job}");
+    }
+    let size = letter.body.len();
+    match body {
+        Some(file) => {
+            fs::write(file, &letter.body).with_context(|| file.display().to_string())?;
+            println!("body:       {size} bytes, in {}", file.display());
+        }
+        None => {
+            let preview = letter.body[..size.min(PREVIEW)].escape_ascii();
+            let more = if size > PREVIEW { "…" } else { "" };
+            println!("body:       {size} bytes: {preview}{more}");
         }
     }
     Ok(())

@@ -1,1 +1,3 @@
-ALTER TABLE job ALTER COLUMN timeout_after_ms TYPE integer USING least(timeout_after_ms, 2147483647);
+-- Not `least`, which makes a limit of none.
+ALTER TABLE job ALTER COLUMN timeout_after_ms TYPE integer
+    USING CASE WHEN timeout_after_ms > 2147483647 THEN 2147483647 ELSE timeout_after_ms END;

@@ -9,6 +9,7 @@
 
 mod cancelling;
 mod commands;
+mod dead_letters;
 mod deployment;
 mod events;
 mod faults;

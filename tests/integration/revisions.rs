@@ -5,6 +5,8 @@ use std::process::{Command, Output};
 
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use rstest::rstest;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, setting};
 use crate::peers::{Client, Task, Worker};
@@ -30,14 +32,18 @@ fn fault(deployment: &Deployment, arguments: &[&str]) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-fn alembic(deployment: &Deployment, arguments: &[&str]) -> String {
-    let url = format!(
+/// Of the database, for SQLAlchemy.
+fn url(deployment: &Deployment) -> String {
+    format!(
         "postgresql://{}:{}@127.0.0.1:{}/{}",
         setting("POSTGRES_USER"),
         setting("POSTGRES_PASSWORD"),
         setting("POSTGRES_PORT"),
         deployment.name
-    );
+    )
+}
+
+fn alembic(deployment: &Deployment, arguments: &[&str]) -> String {
     let ini = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/tests/python/alembic/alembic.ini"
@@ -46,7 +52,7 @@ fn alembic(deployment: &Deployment, arguments: &[&str]) -> String {
     command
         .args(["-c", ini])
         .args(arguments)
-        .env("DATABASE_URL", url)
+        .env("DATABASE_URL", url(deployment))
         .env("PYTHONDONTWRITEBYTECODE", "1");
     said(command.output().unwrap())
 }
@@ -124,61 +130,117 @@ fn a_database_of_the_python_service_is_upgraded_and_given_back(#[case] revision:
     alembic(&deployment, &["upgrade", "head"]);
 }
 
-#[test]
-fn jobs_in_every_state_survive_the_python_services_turn() {
+/// The Python service's turn on the tables, by its own statements. Returns what it found.
+fn python_turn(deployment: &Deployment, turn: &Value) -> Value {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/tables.py");
+    let mut command = Command::new(format!("{}/alembic/bin/python", setting("VENVS")));
+    command.args([script, &url(deployment), &turn.to_string()]);
+    serde_json::from_str(&said(command.output().unwrap())).unwrap()
+}
+
+#[rstest]
+#[case::on_the_upgraded_tables(false)]
+#[case::on_its_own_tables(true)]
+fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
+    alembic(&deployment, &["upgrade", "head"]);
+    let python = schema(&deployment);
     let service = deployment.start();
-    let jobs = [client.submit("workflow_1"), client.submit("workflow_1")];
-    let submitted = worker.take();
-    let running = worker.take();
-    worker.start(&running);
-    assert_eq!(client.status(running.job), JobStatus::Enqueued);
-    assert_eq!(client.status(running.job), JobStatus::Running);
+    let (waiting, mut submission) = client.submission("workflow_1");
+    submission.timeout_ms = Some(u32::MAX);
+    client.listen(waiting);
+    client.send(&submission);
+    let waiting = worker.take();
+    let [running, done, finished_by_python] = [(); 3].map(|()| {
+        client.submit("workflow_1");
+        let task = worker.take();
+        worker.start(&task);
+        assert_eq!(client.status(task.job), JobStatus::Enqueued);
+        assert_eq!(client.status(task.job), JobStatus::Running);
+        task
+    });
+    worker.succeed(&done, "<e id='done'/>");
+    assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
     assert!(service.stop().success());
 
-    let before = schema(&deployment);
+    let upgraded = schema(&deployment);
+    if downgraded {
+        db(&deployment, &["db", "downgrade", ALEMBIC_HEAD]);
+        assert_eq!(schema(&deployment), python);
+    }
+    // What the Python service does at its start.
     assert!(!alembic(&deployment, &["upgrade", "head"]).contains("Running upgrade"));
-    assert_eq!(schema(&deployment), before);
-    // What the Python service writes when it starts a job, registers another one, and is killed.
-    let (left_registered, submission) = client.submission("workflow_1");
-    client.listen(left_registered);
-    let mut sql = deployment.sql();
-    sql.execute(
-        "UPDATE job SET status = 'RUNNING', running_at = now() WHERE job_id = $1",
-        &[&submitted.job],
-    )
-    .unwrap();
-    sql.execute(
-        "INSERT INTO job_starts (job_id, started_at) VALUES ($1, now())",
-        &[&submitted.job],
-    )
-    .unwrap();
-    sql.execute(
-        "INSERT INTO job (job_id, workflow_type, status, registered_at, job_reference)
-         VALUES ($1, 'workflow_1', 'REGISTERED', now() - interval '1 hour', '')",
-        &[&left_registered],
-    )
-    .unwrap();
+    let (registered, submission) = client.submission("workflow_1");
+    client.listen(registered);
+    let submitted = Task {
+        job: Uuid::new_v4(),
+        id: Uuid::new_v4().to_string(),
+    };
+    client.listen(submitted.job);
+    let found = python_turn(
+        &deployment,
+        &json!({
+            "register": registered.to_string(),
+            "submit": [submitted.job.to_string(), submitted.id],
+            "start": waiting.job.to_string(),
+            "finish": finished_by_python.job.to_string(),
+            "series": ["of the Python service", submitted.job.to_string()],
+        }),
+    );
+    let row = |task: &Task, status: &str, timeout: Value, starts: u32| {
+        let times = [true, true, starts > 0];
+        json!({"status": status, "task": task.id, "workflow": "workflow_1", "times": times,
+               "reference": "a reference", "timeout": timeout, "starts": starts})
+    };
+    let timeout = if downgraded {
+        i64::from(i32::MAX)
+    } else {
+        i64::from(u32::MAX)
+    };
+    let jobs = [
+        (waiting.job, row(&waiting, "SUBMITTED", timeout.into(), 0)),
+        (running.job, row(&running, "RUNNING", Value::Null, 1)),
+        (
+            finished_by_python.job,
+            row(&finished_by_python, "RUNNING", Value::Null, 1),
+        ),
+    ];
+    let jobs: Map<_, _> = jobs
+        .map(|(job, row)| (job.to_string(), row))
+        .into_iter()
+        .collect();
+    assert_eq!(
+        found,
+        json!({"jobs": jobs, "series": {"done": [done.job.to_string(), true]}})
+    );
 
     let _service = deployment.start();
+    assert_eq!(schema(&deployment), upgraded);
+    // The submission that the Python service was killed over comes again.
     client.send(&submission);
     let registered = worker.take();
-    assert_eq!(registered.job, left_registered);
-    let kept = "SELECT count(*) FROM job WHERE registered_at < now() - interval '50 minutes'";
-    eventually("it is submitted", || {
-        let submitted = "SELECT count(*) FROM job WHERE status = 'SUBMITTED'";
-        (deployment.count(submitted) == 1).then_some(())
+    assert_eq!(registered.job.to_string(), submission.uuid);
+    let kept = "SELECT count(*) FROM job WHERE registered_at < now() - interval '50 minutes'
+                AND status = 'SUBMITTED'";
+    // The other one is what the Python service submitted.
+    eventually("it is submitted and was registered before", || {
+        (deployment.count(kept) == 2).then_some(())
     });
-    assert_eq!(deployment.count(kept), 1);
-    for task in [&submitted, &running, &registered] {
-        worker.succeed(task, "<e id='out-1'/>");
+    worker.start(&submitted);
+    assert_eq!(client.status(submitted.job), JobStatus::Running);
+    for task in [&waiting, &running, &registered, &submitted] {
+        worker.succeed(task, &format!("<e id='{}'/>", task.job));
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
-    assert!(jobs.contains(&submitted.job) && jobs.contains(&running.job));
     let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
     eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    let series = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NULL";
+    assert_eq!(deployment.count(series), 5);
+    // A start of the job that the Python service ended is of nobody's.
+    worker.start(&finished_by_python);
+    assert_eq!(worker.revoked(), finished_by_python.id);
 }
 
 #[test]
@@ -188,7 +250,7 @@ fn a_start_counted_by_the_python_service_counts() {
     let worker = Worker::new(&deployment, "workflow_1");
     db(&deployment, &["db", "upgrade"]);
     let task = Task {
-        job: uuid::Uuid::new_v4(),
+        job: Uuid::new_v4(),
         id: "a task of the Python service".to_owned(),
     };
     client.listen(task.job);

@@ -1,0 +1,177 @@
+//! The dead letters of a vhost, for the operator who looks after them.
+
+use std::collections::BTreeMap;
+
+use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::{DEADLINE, Link, OpenChannel, amqp_to_json, durable};
+use crate::wire::DEAD_LETTERS_QUEUE;
+
+/// A message that could not be handled; [`crate::wire::dead_letter`] wrote it.
+pub struct DeadLetter {
+    /// Its own message id, by which it is asked for.
+    pub id: String,
+    /// The queue that the message came from.
+    pub queue: String,
+    pub reason: String,
+    pub time: String,
+    /// The original message's, those that were set.
+    pub properties: Value,
+    pub body: Vec<u8>,
+}
+
+/// What to do with a letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    Leave,
+    /// Back to the queue it came from, as it was.
+    Requeue,
+    Drop,
+}
+
+/// Goes once through the dead letters that wait on a vhost, and does with each what `fate` says.
+/// Returns why some could not be requeued, by their ids; these stay.
+///
+/// # Errors
+/// The connection is lost. What was not requeued or dropped by then stays.
+pub fn go_through(
+    link: &Link,
+    mut fate: impl FnMut(&DeadLetter) -> Fate,
+) -> anyhow::Result<BTreeMap<String, String>> {
+    let channel = link.channel()?;
+    let queue = channel.queue_declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new()))?;
+    let mut publishing: Option<OpenChannel> = None;
+    let mut failed = BTreeMap::new();
+    for _ in 0..queue.declared_message_count().unwrap_or_default() {
+        let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? else {
+            break;
+        };
+        let letter = DeadLetter::read(&got.delivery.properties, &got.delivery.body);
+        match fate(&letter) {
+            // Not acknowledged, it is where it was as soon as the channel is closed.
+            Fate::Leave => {}
+            Fate::Drop => got.ack(&channel)?,
+            Fate::Requeue => {
+                let open = match &mut publishing {
+                    Some(open) => open,
+                    none => none.insert(OpenChannel::new(link)?),
+                };
+                match requeue(
+                    &letter,
+                    &original_properties(&got.delivery.properties),
+                    open,
+                )? {
+                    None => got.ack(&channel)?,
+                    Some(why) => {
+                        failed.insert(letter.id, why);
+                    }
+                }
+            }
+        }
+    }
+    if let Some(open) = publishing {
+        open.channel.close()?;
+    }
+    close(channel).map(|()| failed)
+}
+
+fn close(channel: Channel) -> anyhow::Result<()> {
+    channel.close().context("going through the dead letters")
+}
+
+/// Publishes the original message. Returns why that is not possible.
+fn requeue(
+    letter: &DeadLetter,
+    properties: &AmqpProperties,
+    open: &OpenChannel,
+) -> anyhow::Result<Option<String>> {
+    if letter.queue.is_empty() {
+        return Ok(Some("it does not say which queue it came from".to_owned()));
+    }
+    let publish = Publish {
+        body: &letter.body,
+        routing_key: letter.queue.clone(),
+        mandatory: true,
+        immediate: false,
+        properties: properties.clone(),
+    };
+    open.channel.basic_publish("", publish)?;
+    match open.confirms.recv_timeout(DEADLINE).context("no confirm")? {
+        Confirm::Ack(_) => {}
+        Confirm::Nack(_) => bail!("the broker answered with basic.nack"),
+    }
+    // It comes back before its confirm.
+    Ok(open.returns.try_iter().next().map(|_| {
+        format!(
+            "there is no queue {:?} on this vhost any more",
+            letter.queue
+        )
+    }))
+}
+
+impl DeadLetter {
+    fn read(properties: &AmqpProperties, body: &[u8]) -> DeadLetter {
+        let header = |name: &str| properties.headers().as_ref()?.get(name);
+        let text = |name| match header(name) {
+            Some(AmqpValue::LongString(text)) => text.clone(),
+            Some(_) | None => String::new(),
+        };
+        DeadLetter {
+            id: properties.message_id().clone().unwrap_or_default(),
+            queue: text("queue"),
+            reason: text("reason"),
+            time: text("time"),
+            properties: header("properties").map_or(Value::Null, amqp_to_json),
+            body: body.to_vec(),
+        }
+    }
+}
+
+/// The properties that the letter's header says the message had. Without its user id, which the
+/// broker takes from that user alone.
+fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
+    let none = FieldTable::new();
+    let table = match letter
+        .headers()
+        .as_ref()
+        .and_then(|headers| headers.get("properties"))
+    {
+        Some(AmqpValue::FieldTable(table)) => table,
+        Some(_) | None => &none,
+    };
+    let text = |name: &str| match table.get(name) {
+        Some(AmqpValue::LongString(text)) => Some(text.clone()),
+        Some(_) | None => None,
+    };
+    let number = |name: &str| amqp_to_json(table.get(name)?).as_u64();
+    let small = |name| number(name).and_then(|number| u8::try_from(number).ok());
+    let mut properties =
+        AmqpProperties::default().with_delivery_mode(small("delivery_mode").unwrap_or(2));
+    if let Some(AmqpValue::FieldTable(headers)) = table.get("headers") {
+        properties = properties.with_headers(headers.clone());
+    }
+    if let Some(priority) = small("priority") {
+        properties = properties.with_priority(priority);
+    }
+    if let Some(timestamp) = number("timestamp") {
+        properties = properties.with_timestamp(timestamp);
+    }
+    let texts: [(&str, fn(AmqpProperties, String) -> AmqpProperties); 8] = [
+        ("content_type", AmqpProperties::with_content_type),
+        ("content_encoding", AmqpProperties::with_content_encoding),
+        ("correlation_id", AmqpProperties::with_correlation_id),
+        ("reply_to", AmqpProperties::with_reply_to),
+        ("expiration", AmqpProperties::with_expiration),
+        ("message_id", AmqpProperties::with_message_id),
+        ("type", AmqpProperties::with_type_),
+        ("app_id", AmqpProperties::with_app_id),
+    ];
+    texts
+        .into_iter()
+        .fold(properties, |properties, (name, with)| match text(name) {
+            Some(text) => with(properties, text),
+            None => properties,
+        })
+}

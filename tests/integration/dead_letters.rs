@@ -1,0 +1,155 @@
+//! The command that looks after dead letters.
+
+use std::fs;
+use std::process::Output;
+
+use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish};
+use omotes_orchestrator::wire::DEAD_LETTERS_QUEUE;
+
+use crate::deployment::{Deployment, eventually};
+use crate::peers::{Client, Worker};
+
+fn run(deployment: &Deployment, arguments: &[&str]) -> Output {
+    let arguments = [&["dead-letters"], arguments].concat();
+    deployment.command(&arguments).output().unwrap()
+}
+
+/// What a command that succeeds has said.
+fn said(deployment: &Deployment, arguments: &[&str]) -> String {
+    let output = run(deployment, arguments);
+    let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    text
+}
+
+/// What a command that fails has said.
+fn fault(deployment: &Deployment, arguments: &[&str]) -> String {
+    let output = run(deployment, arguments);
+    assert_eq!(output.status.code(), Some(1));
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// The lines of `list`, once there are so many.
+fn list(deployment: &Deployment, letters: usize) -> Vec<String> {
+    eventually("the dead letters", || {
+        let list = said(deployment, &["list"]);
+        let lines: Vec<_> = list.lines().map(str::to_owned).collect();
+        (lines.len() == letters).then_some(lines)
+    })
+}
+
+#[test]
+fn dead_letters_are_listed_shown_and_dropped() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = deployment.start();
+    client.peer.send_as("job_submissions", b"\xff\0\n", "mine");
+    let body = [b"\x0a\x03abc".as_slice(), &[7; 1000]].concat();
+    worker
+        .peer
+        .send_as("omotes_task_result_events", &body, "yours");
+    let lines = list(&deployment, 2);
+    assert!(
+        lines[0].contains(" SDK job_submissions 3 bytes: JobSubmission: "),
+        "{}",
+        lines[0]
+    );
+    assert!(
+        lines[1].contains(" TASK omotes_task_result_events 1005 bytes: TaskResult: "),
+        "{}",
+        lines[1]
+    );
+
+    let [mine, yours] = [&lines[0][..8], &lines[1][..8]];
+    let shown = said(&deployment, &["show", mine]);
+    for line in [
+        "queue:      job_submissions (SDK)",
+        "reason:     JobSubmission: ",
+        "\"message_id\": \"mine\"",
+        "body:       3 bytes: \\xff\\x00\\n\n",
+    ] {
+        assert!(shown.contains(line), "{line}: {shown}");
+    }
+    said(&deployment, &["show", yours, "--body", "letter"]);
+    assert_eq!(fs::read(deployment.folder.join("letter")).unwrap(), body);
+
+    assert!(fault(&deployment, &["show", "zz"]).contains("there is no dead letter \"zz\""));
+    assert!(fault(&deployment, &["drop", ""]).contains("several"));
+    assert!(said(&deployment, &["drop", yours]).ends_with(": dropped\n"));
+    assert_eq!(list(&deployment, 1), lines[..1]);
+    said(&deployment, &["drop", "--all"]);
+    list(&deployment, 0);
+}
+
+#[test]
+fn dead_letters_go_back_as_they_were() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let headers = FieldTable::from([
+        ("a text".to_owned(), AmqpValue::LongString("x".to_owned())),
+        ("a number".to_owned(), AmqpValue::LongInt(7)),
+        (
+            "a list".to_owned(),
+            AmqpValue::FieldArray(vec![AmqpValue::Boolean(true)]),
+        ),
+    ]);
+    let properties = AmqpProperties::default()
+        .with_delivery_mode(2)
+        .with_message_id("mine".to_owned())
+        .with_content_type("application/protobuf".to_owned())
+        .with_content_encoding("none".to_owned())
+        .with_correlation_id("correlation".to_owned())
+        .with_reply_to("somewhere".to_owned())
+        .with_type_("a type".to_owned())
+        .with_app_id("an app".to_owned())
+        .with_priority(3)
+        .with_timestamp(1_767_225_600)
+        .with_headers(headers);
+    let publish =
+        Publish::with_properties(b"\xff", "omotes_task_result_events", properties.clone());
+    Exchange::direct(&worker.peer.channel)
+        .publish(publish)
+        .unwrap();
+    client.peer.send("job_deletions", b"\xff");
+    list(&deployment, 2);
+    assert!(service.stop().success());
+
+    said(&deployment, &["requeue", "--all"]);
+    list(&deployment, 0);
+    let back = worker.peer.next("omotes_task_result_events");
+    assert_eq!(back.body, b"\xff");
+    assert_eq!(back.properties, properties);
+    assert_eq!(client.peer.next("job_deletions").body, b"\xff");
+}
+
+#[test]
+fn a_letter_whose_queue_is_gone_stays() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    client.peer.declare(DEAD_LETTERS_QUEUE);
+    let table = FieldTable::from([("queue".to_owned(), AmqpValue::LongString("gone".to_owned()))]);
+    for (id, headers) in [("letter-1", table), ("letter-2", FieldTable::new())] {
+        let properties = AmqpProperties::default()
+            .with_delivery_mode(2)
+            .with_message_id(id.to_owned())
+            .with_headers(headers);
+        let publish = Publish::with_properties(b"x", DEAD_LETTERS_QUEUE, properties);
+        Exchange::direct(&client.peer.channel)
+            .publish(publish)
+            .unwrap();
+    }
+    list(&deployment, 2);
+    let fault = fault(&deployment, &["requeue", "--all"]);
+    assert!(
+        fault.contains("letter-1: it stays, for there is no queue \"gone\""),
+        "{fault}"
+    );
+    assert!(
+        fault.contains("letter-2: it stays, for it does not say which queue"),
+        "{fault}"
+    );
+    list(&deployment, 2);
+}

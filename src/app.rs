@@ -111,16 +111,25 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             named("http").spawn_scoped(scope, || http::serve(server, &service.health))?;
         }
 
+        let mut aside = Vec::new();
         let outcome = prepare_database(service, &stopped).and_then(|()| {
-            named("probe").spawn_scoped(scope, || probe(service, &stopped))?;
+            aside.push(named("probe").spawn_scoped(scope, || probe(service, &stopped))?);
             if let Some(influxdb) = &service.config.influxdb {
-                named("time-series").spawn_scoped(scope, || {
+                aside.push(named("time-series").spawn_scoped(scope, || {
                     cleaner::run(&service.store, &service.config, influxdb, &stopped);
-                })?;
+                })?);
             }
             run_sessions(service, &stopped);
             Ok(())
         });
+        if outcome.is_ok() {
+            // The service has been stopped, and so have these. They may be waiting for an answer,
+            // which counts towards the deadline.
+            for thread in aside {
+                // A panic has been logged where it happened.
+                let _ = thread.join();
+            }
+        }
         drop(finished);
         signals_handle.close();
         if let Some(server) = &server {

@@ -1,6 +1,9 @@
 //! What becomes of the databases in InfluxDB. All tests share one InfluxDB, so each looks at its
 //! own databases only, and none shortens the retention, which is two days.
 
+use std::io::Read;
+use std::net::TcpListener;
+
 use base64::prelude::{BASE64_STANDARD, Engine};
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use uuid::Uuid;
@@ -242,6 +245,34 @@ fn an_influxdb_that_refuses_is_said_so_once_and_jobs_go_on() {
     worker.succeed(&worker.take(), "<e id='out'/>");
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
     service.wait_until_ready();
+}
+
+#[test]
+fn an_influxdb_that_hangs_holds_up_no_job_and_no_stop() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let service = start(&deployment, &[("INFLUXDB_PORT", &port)]);
+    // It has taken the question, and does not answer.
+    let asked = || {
+        let (mut connection, _) = listener.accept().unwrap();
+        connection.read_exact(&mut [0; 4]).unwrap();
+        connection
+    };
+    for _ in 0..2 {
+        let hanging = asked();
+        let job = client.submit("workflow_1");
+        worker.succeed(&worker.take(), "<e id='out'/>");
+        assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+        service.wait_until_ready();
+        drop(hanging);
+    }
+    let _hanging = asked();
+    let warning = "time series are not looked after for now";
+    assert_eq!(service.log().matches(warning).count(), 1);
+    assert!(service.stop().success());
 }
 
 #[test]

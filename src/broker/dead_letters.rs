@@ -158,7 +158,8 @@ fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
     if let Some(timestamp) = number("timestamp") {
         properties = properties.with_timestamp(timestamp);
     }
-    let texts: [(&str, fn(AmqpProperties, String) -> AmqpProperties); 8] = [
+    type With = fn(AmqpProperties, String) -> AmqpProperties;
+    let texts: [(&str, With); 8] = [
         ("content_type", AmqpProperties::with_content_type),
         ("content_encoding", AmqpProperties::with_content_encoding),
         ("correlation_id", AmqpProperties::with_correlation_id),

@@ -12,7 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, management, server_client};
-use crate::peers::{Client, Peer, Task, Worker};
+use crate::peers::{Client, Peer, Task, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -339,14 +339,7 @@ fn a_backlog_survives_a_kill() {
     // Jobs that are running, so that the events are theirs.
     let service = deployment.start();
     let running: Vec<Task> = (0..30)
-        .map(|_| {
-            client.submit("workflow_1");
-            let task = worker.take();
-            worker.start(&task);
-            assert_eq!(client.status(task.job), JobStatus::Enqueued);
-            assert_eq!(client.status(task.job), JobStatus::Running);
-            task
-        })
+        .map(|_| running_job(&client, &worker, None))
         .collect();
     assert!(service.stop().success());
     for number in 0..EVENTS {

@@ -4,7 +4,7 @@ use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobSt
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, Service, eventually};
-use crate::peers::{Client, Task, Worker};
+use crate::peers::{Client, Worker, running_job};
 
 /// A service that looks for what is due every second, from its start on.
 fn start(deployment: &Deployment, variables: &[(&str, &str)]) -> Service {
@@ -21,19 +21,6 @@ fn age(deployment: &Deployment, column: &str, job: Uuid, seconds: f64) {
         format!("UPDATE job SET {column} = {column} - $1 * interval '1 second' WHERE job_id = $2");
     let rows = deployment.sql().execute(&sql, &[&seconds, &job]).unwrap();
     assert_eq!(rows, 1);
-}
-
-/// A running job with this timeout, of which client and worker have heard.
-fn running_job(client: &Client, worker: &Worker, timeout_ms: Option<u32>) -> Task {
-    let (job, mut submission) = client.submission("workflow_1");
-    submission.timeout_ms = timeout_ms;
-    client.listen(job);
-    client.send(&submission);
-    let task = worker.take();
-    worker.start(&task);
-    assert_eq!(client.status(job), JobStatus::Enqueued);
-    assert_eq!(client.status(job), JobStatus::Running);
-    task
 }
 
 fn outcomes(deployment: &Deployment, outcome: &str) -> i64 {

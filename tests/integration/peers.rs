@@ -382,3 +382,16 @@ impl Worker {
         });
     }
 }
+
+/// A running job with this timeout, of which client and worker have heard.
+pub fn running_job(client: &Client, worker: &Worker, timeout_ms: Option<u32>) -> Task {
+    let (job, mut submission) = client.submission("workflow_1");
+    submission.timeout_ms = timeout_ms;
+    client.listen(job);
+    client.send(&submission);
+    let task = worker.take();
+    worker.start(&task);
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    assert_eq!(client.status(job), JobStatus::Running);
+    task
+}

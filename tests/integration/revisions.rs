@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, setting};
-use crate::peers::{Client, Task, Worker};
+use crate::peers::{Client, Task, Worker, running_job};
 
 const ALEMBIC_HEAD: &str = "543bc8f6ad87";
 
@@ -153,14 +153,7 @@ fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool
     client.listen(waiting);
     client.send(&submission);
     let waiting = worker.take();
-    let [running, done, finished_by_python] = [(); 3].map(|()| {
-        client.submit("workflow_1");
-        let task = worker.take();
-        worker.start(&task);
-        assert_eq!(client.status(task.job), JobStatus::Enqueued);
-        assert_eq!(client.status(task.job), JobStatus::Running);
-        task
-    });
+    let [running, done, finished_by_python] = [(); 3].map(|()| running_job(&client, &worker, None));
     worker.succeed(&done, "<e id='done'/>");
     assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
     assert!(service.stop().success());

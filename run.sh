@@ -240,6 +240,30 @@ stop_private() {
   fi
 }
 
+# For tests that need a service of their own to break; see tests/integration/private.rs and
+# examples/chaos.
+private() {
+  local command=$1 folder=$2 service
+  shift 2
+  service=$(basename "$folder")
+  case $command-$service in
+    start-rabbitmq) start_rabbitmq "$folder" "$1" '' omotes secret omotes omotes_celery ;;
+    start-postgres)
+      # After a kill the old server's processes may take a moment to go.
+      wait_until 30 "Postgres starts in $folder" start_postgres "$folder" "$1" omotes secret omotes ;;
+    # By SIGKILL.
+    kill-rabbitmq) stop_private "$folder" fast ;;
+    kill-postgres) kill -KILL "$(head -n 1 "$folder/data/postmaster.pid")" ;;
+    stop-*) stop_private "$folder" ;;
+    remove-*) stop_private "$folder" fast; remove_folder "$folder" ;;
+    ctl-rabbitmq)
+      # shellcheck source=/dev/null
+      . "$folder/environment"
+      as_user rabbitmq "$(rabbitmq_program rabbitmqctl)" -n "$RABBITMQ_NODENAME" "$@" ;;
+    *) die "unknown: private $command $folder" ;;
+  esac
+}
+
 # --- Services for .env --------------------------------------------------------------------------
 
 make_env() {
@@ -517,6 +541,7 @@ case ${1:-} in
   services) shift; services "$@" ;;
   test) shift; run_tests "$@" ;;
   lint) lint ;;
+  private) shift; private "$@" ;;
   '' | -*) start "$@" ;;
   *) usage >&2; exit 2 ;;
 esac

@@ -16,6 +16,8 @@ mod faults;
 mod jobs;
 mod limits;
 mod peers;
+#[path = "../../examples/chaos/proxy.rs"]
+mod proxy;
 mod python;
 mod revisions;
 mod stopping;

@@ -10,12 +10,13 @@ use std::collections::HashSet;
 use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
-use omotes_orchestrator::broker::{self, Busy, Link, Publisher, Received};
+use omotes_orchestrator::broker::{self, Link, Publisher, Received};
+use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::esdl;
 use omotes_orchestrator::wire::{
@@ -47,10 +48,9 @@ fn main() -> anyhow::Result<()> {
     let events_link = Link::open(&config.task_rabbitmq, "worker, events")?;
     tasks_link.declare_pidbox()?;
     let busy = Busy::default();
-    let epoch = Instant::now();
-    Publisher::new(&tasks_link, &busy, epoch).declare_task_queue(&options.workflow)?;
+    Publisher::new(&tasks_link, &busy).declare_task_queue(&options.workflow)?;
     let pidbox = tasks_link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
-    let mut events = Publisher::new(&events_link, &busy, epoch);
+    let mut events = Publisher::new(&events_link, &busy);
 
     let (stop, stopped) = bounded::<Infallible>(0);
     let mut signals = Signals::new([SIGINT, SIGTERM])?;

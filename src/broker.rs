@@ -8,9 +8,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::mem;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use amiquip::{
     AmqpProperties, AmqpValue, Auth, Channel, Confirm, Connection, ConnectionBlockedNotification,
@@ -23,6 +22,7 @@ use serde_json::{Map, Number, Value};
 use thiserror::Error;
 use uuid::Uuid;
 
+use crate::busy::Busy;
 use crate::config::{self, CONNECT_TIMEOUT};
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, Outgoing, PIDBOX_EXCHANGE,
@@ -95,6 +95,15 @@ impl Link {
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
         connection.close().context(self.name)
+    }
+
+    /// Asks for an answer.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let channel = self.channel().with_context(|| self.name.clone())?;
+        channel.close().with_context(|| self.name.clone())
     }
 
     fn channel(&self) -> Result<Channel, amiquip::Error> {
@@ -386,28 +395,6 @@ pub fn consume(
     channel.close().with_context(|| link.name.clone())
 }
 
-/// Since when a thread has been waiting for the broker, for a watchdog: amiquip's calls have no
-/// deadline.
-#[derive(Debug, Default)]
-pub struct Busy(AtomicU64);
-
-impl Busy {
-    /// How long the current wait has lasted; `epoch` is what [`Publisher`] was given.
-    pub fn for_how_long(&self, epoch: Instant) -> Option<Duration> {
-        let since = self.0.load(Ordering::Relaxed).checked_sub(1)?;
-        Some(epoch.elapsed().saturating_sub(Duration::from_millis(since)))
-    }
-
-    fn touch(&self, epoch: Instant) {
-        let millis = u64::try_from(epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
-        self.0.store(millis + 1, Ordering::Relaxed);
-    }
-
-    fn idle(&self) {
-        self.0.store(0, Ordering::Relaxed);
-    }
-}
-
 /// What became of a message that the broker confirmed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivered {
@@ -431,7 +418,6 @@ pub enum PublishError {
 pub struct Publisher<'l> {
     link: &'l Link,
     busy: &'l Busy,
-    epoch: Instant,
     /// None after a refusal, which closes the channel.
     open: Option<OpenChannel>,
     /// Tags, as the broker counts them, of messages that it has not confirmed yet.
@@ -448,12 +434,11 @@ struct OpenChannel {
 }
 
 impl<'l> Publisher<'l> {
-    /// `busy` tells the watchdog since when, counted from `epoch`, a call has been waiting.
-    pub fn new(link: &'l Link, busy: &'l Busy, epoch: Instant) -> Publisher<'l> {
+    /// `busy` tells a watchdog since when a call has been waiting.
+    pub fn new(link: &'l Link, busy: &'l Busy) -> Publisher<'l> {
         Publisher {
             link,
             busy,
-            epoch,
             open: None,
             pending: BTreeSet::new(),
             ids: Vec::new(),
@@ -465,7 +450,7 @@ impl<'l> Publisher<'l> {
     /// # Errors
     /// [`PublishError::Refused`] when somebody declared it with other arguments.
     pub fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
-        self.busy.touch(self.epoch);
+        self.busy.touch();
         let declared = self.link.declare_task_queue(queue);
         self.busy.idle();
         declared
@@ -490,7 +475,7 @@ impl<'l> Publisher<'l> {
         if messages.is_empty() {
             return Ok(());
         }
-        self.busy.touch(self.epoch);
+        self.busy.touch();
         let sent = self.send_all(messages);
         self.busy.idle();
         sent.map_err(|error| self.fail(Some(error)))
@@ -514,7 +499,7 @@ impl<'l> Publisher<'l> {
             open.channel.basic_publish(message.exchange, publish)?;
             open.published += 1;
             self.pending.insert(open.published);
-            self.busy.touch(self.epoch);
+            self.busy.touch();
         }
         Ok(())
     }
@@ -529,7 +514,10 @@ impl<'l> Publisher<'l> {
             return Ok(outcome);
         };
         while !self.pending.is_empty() {
-            match open.confirms.recv_timeout(DEADLINE) {
+            self.busy.touch();
+            let confirm = open.confirms.recv_timeout(DEADLINE);
+            self.busy.idle();
+            match confirm {
                 Ok(Confirm::Ack(ack)) => {
                     if ack.multiple {
                         self.pending = self.pending.split_off(&(ack.delivery_tag + 1));
@@ -568,7 +556,7 @@ impl<'l> Publisher<'l> {
     /// Finds out why the channel is gone, and gives it up.
     fn fail(&mut self, error: Option<amiquip::Error>) -> PublishError {
         let closed = self.open.take().map(|open| {
-            self.busy.touch(self.epoch);
+            self.busy.touch();
             let closed = open.channel.close();
             self.busy.idle();
             closed

@@ -9,7 +9,7 @@ use std::fs;
 use std::io::{IsTerminal, stdout};
 use std::path::PathBuf;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
@@ -18,7 +18,8 @@ use prost::Message as _;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::broker::{self, Busy, Link, Publisher};
+use crate::broker::{self, Link, Publisher};
+use crate::busy::Busy;
 use crate::config;
 use crate::wire::{
     self, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, Outgoing,
@@ -124,7 +125,7 @@ fn converse(
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<JobResult> {
     let busy = Busy::default();
-    let mut publisher = Publisher::new(outgoing, &busy, Instant::now());
+    let mut publisher = Publisher::new(outgoing, &busy);
     let mut send = |message: Outgoing| {
         publisher.publish(&[message])?;
         anyhow::Ok(())

@@ -1,9 +1,12 @@
 //! The way of a message once it is here: decode, lock, load, decide, write, publish, commit,
 //! acknowledge; a batch at a time, in one Postgres transaction each.
 
+use std::any::Any;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
@@ -13,8 +16,9 @@ use log::{debug, error, info, warn};
 use uuid::Uuid;
 
 use crate::broker::{Delivered, PublishError, Publisher, Received};
+use crate::busy::Busy;
 use crate::celery;
-use crate::health::{Health, Part};
+use crate::fault_point;
 use crate::job::{self, Command, Publication, Rules, State, TimeSeries};
 use crate::report::{self, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
@@ -52,13 +56,29 @@ pub fn index(job_id: Uuid, handlers: usize) -> usize {
 pub struct Setting<'s> {
     pub store: &'s Store,
     pub catalogue: &'s CurrentCatalogue,
-    pub health: &'s Health,
     pub celery_sender: &'s celery::Sender,
     /// Lamport clock of the revokes, rising for the process's lifetime.
     pub revoke_clock: &'s AtomicI64,
     pub rules: &'s Rules,
     /// The queue behind each inbox.
     pub queue_names: &'s HashMap<Inbox, String>,
+}
+
+/// What a handler thread is waiting for, for those who watch over it.
+#[derive(Debug, Default)]
+pub struct Watched {
+    pub sdk: Busy,
+    pub celery: Busy,
+    pub task: Busy,
+    pub postgres: Busy,
+    /// Why its batch does not get through, and is tried again.
+    pub trouble: Mutex<Option<String>>,
+}
+
+impl Watched {
+    pub fn set_trouble(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    }
 }
 
 /// The channels that one handler thread publishes on.
@@ -72,6 +92,7 @@ pub struct Publishers<'s> {
 /// One handler thread's part of the session.
 pub struct Handler<'s> {
     setting: &'s Setting<'s>,
+    watched: &'s Watched,
     publishers: Publishers<'s>,
     /// Where a message's tag goes when it is done with.
     done: HashMap<Inbox, Sender<u64>>,
@@ -105,6 +126,8 @@ enum Trouble {
 enum Refuser {
     Broker,
     Database,
+    /// A panic.
+    Ourselves,
 }
 
 impl From<StoreError> for Trouble {
@@ -134,11 +157,13 @@ impl From<PublishError> for Trouble {
 impl<'s> Handler<'s> {
     pub fn new(
         setting: &'s Setting<'s>,
+        watched: &'s Watched,
         publishers: Publishers<'s>,
         done: HashMap<Inbox, Sender<u64>>,
     ) -> Handler<'s> {
         Handler {
             setting,
+            watched,
             publishers,
             done,
             connection: None,
@@ -198,7 +223,7 @@ impl<'s> Handler<'s> {
     ) -> anyhow::Result<()> {
         let alone = batch.len() == 1;
         for mut item in batch {
-            let outcome = if alone {
+            let mut outcome = if alone {
                 Err(Trouble::Refused {
                     reason: reason.to_owned(),
                     by,
@@ -206,21 +231,21 @@ impl<'s> Handler<'s> {
             } else {
                 self.handle(std::slice::from_ref(&item), stop)
             };
+            // What can be done about its job, then only about the message itself.
+            for step in [Item::give_up, Item::give_up_job] {
+                match outcome {
+                    Err(Trouble::Refused { reason, by }) => step(&mut item, reason, by),
+                    Ok(()) | Err(_) => break,
+                }
+                outcome = self.handle(std::slice::from_ref(&item), stop);
+            }
             match outcome {
                 Ok(()) => {}
-                Err(Trouble::Refused { reason, by }) => {
-                    item.give_up(reason, by);
-                    match self.handle(std::slice::from_ref(&item), stop) {
-                        Ok(()) => {}
-                        Err(Trouble::Refused { reason, .. }) => error!(
-                            "{}: the message of {} bytes cannot even be put aside and is dropped: \
-                             {reason}",
-                            item.label(),
-                            item.work.size()
-                        ),
-                        Err(trouble) => return trouble.end(),
-                    }
-                }
+                Err(Trouble::Refused { reason, .. }) => error!(
+                    "{}: the message of {} bytes cannot even be put aside and is dropped: {reason}",
+                    item.label(),
+                    item.work.size()
+                ),
                 Err(trouble) => return trouble.end(),
             }
             self.acknowledge(&item);
@@ -232,17 +257,28 @@ impl<'s> Handler<'s> {
     fn handle(&mut self, batch: &[Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
         let mut pause = FIRST_RETRY;
         loop {
-            let trouble = match self.attempt(batch) {
-                Err(Trouble::Database(error)) => error,
-                done => return done,
+            // A fault of ours that one message brings to light must not hold up the others.
+            let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
+            self.watched.postgres.idle();
+            let trouble = match attempt {
+                Ok(Err(Trouble::Database(error))) => error,
+                Ok(done) => {
+                    self.watched.set_trouble(None);
+                    return done;
+                }
+                Err(panic) => {
+                    return Err(Trouble::Refused {
+                        reason: format!("a fault in the orchestrator: {}", panic_text(&*panic)),
+                        by: Refuser::Ourselves,
+                    });
+                }
             };
-            let news = Some(format!("{trouble:#}"));
-            let health = self.setting.health;
-            if health.report(Part::Postgres, news, Timestamp::now()) {
+            if pause == FIRST_RETRY {
                 warn!("messages wait for Postgres: {trouble:?}");
             } else {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }
+            self.watched.set_trouble(Some(format!("{trouble:#}")));
             match stop.recv_timeout(pause.mul_f64(0.5 + fastrand::f64())) {
                 Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LAST_RETRY),
                 Err(RecvTimeoutError::Disconnected) => return Err(Trouble::Stopped),
@@ -259,6 +295,7 @@ impl<'s> Handler<'s> {
         if batch.iter().all(|item| item.job.is_none()) {
             return self.publish(&aside);
         }
+        self.watched.postgres.touch();
         // Dropped on any error, and then looked over by the pool.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -266,9 +303,6 @@ impl<'s> Handler<'s> {
         };
         self.transact(batch, aside, &mut connection)?;
         self.connection = Some(connection);
-        self.setting
-            .health
-            .report(Part::Postgres, None, Timestamp::now());
         Ok(())
     }
 
@@ -322,7 +356,9 @@ impl<'s> Handler<'s> {
             .collect();
 
         let mut transaction = connection.transaction()?;
+        self.watched.postgres.touch();
         transaction.lock(&ids)?;
+        self.watched.postgres.touch();
         let (before, now) = transaction.load(&ids)?;
 
         let mut after: HashMap<Uuid, State> = HashMap::new();
@@ -339,6 +375,7 @@ impl<'s> Handler<'s> {
                 catalogue: &catalogue,
                 rules: setting.rules,
             };
+            fault_point::reached(command.reference());
             let decision = job::decide(*id, state, command, &context);
             for publication in decision.publications {
                 self.write_out(publication, now, &mut outbox);
@@ -364,12 +401,18 @@ impl<'s> Handler<'s> {
                 after,
             })
             .collect();
+        self.watched.postgres.touch();
         transaction.write(&transitions)?;
         transaction.write_series(&series, now)?;
+        self.watched.postgres.idle();
+        fault_point::reached("before publish");
         // Only now, for what Postgres refuses must not have been told to anybody. And before the
         // commit, for what is committed must have been told.
         self.publish(&outbox)?;
+        fault_point::reached("after publish");
+        self.watched.postgres.touch();
         transaction.commit()?;
+        fault_point::reached("after commit");
         for (id, reference, event, command) in events {
             report::log(id, &reference, &event, command);
         }
@@ -505,6 +548,15 @@ impl Work {
     }
 }
 
+/// What a panic said.
+pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("without a text")
+}
+
 /// What a batch publishes, by connection.
 #[derive(Default)]
 struct Outbox {
@@ -582,10 +634,17 @@ impl Item {
             Some((id, command.instead(reason)?))
         });
         // What the broker refuses is most often too big for any of its queues.
-        if by == Refuser::Database || instead.is_none() {
+        if by != Refuser::Broker || instead.is_none() {
             self.dead_letter = Some(reason);
         }
         self.job = instead;
+    }
+
+    /// Leaves the job as it is, and puts the message aside.
+    fn give_up_job(&mut self, reason: String, _: Refuser) {
+        error!("{}: {}", self.label(), one_line(&reason));
+        self.job = None;
+        self.dead_letter = Some(reason);
     }
 
     fn label(&self) -> String {

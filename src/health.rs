@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 /// What the service needs to be ready.
@@ -13,38 +13,48 @@ pub enum Part {
     /// Whether RabbitMQ takes messages: an alarm blocks its publishers.
     Publishing,
     Postgres,
+    /// Whether messages get through, or one of the handlers is held up.
+    Handling,
     /// Whether the tables are at this program's revision.
     Revisions,
 }
 
 impl Part {
-    const ALL: [Part; 4] = [
+    const ALL: [Part; 5] = [
         Part::Broker,
         Part::Publishing,
         Part::Postgres,
+        Part::Handling,
         Part::Revisions,
     ];
 
-    fn name(self) -> &'static str {
+    /// For messages.
+    pub fn name(self) -> &'static str {
         match self {
             Part::Broker => "broker",
             Part::Publishing => "publishing",
             Part::Postgres => "postgres",
+            Part::Handling => "handling",
             Part::Revisions => "revisions",
         }
     }
 }
+
+/// How long what is known of Postgres holds; the probe asks far more often.
+const MAX_SILENCE: SignedDuration = SignedDuration::from_secs(20);
 
 #[derive(Debug)]
 struct Condition {
     /// Why the part does not work.
     fault: Option<String>,
     since: Timestamp,
+    /// When that was found out, for the last time.
+    checked: Timestamp,
 }
 
 /// The condition of every part, shared between the threads that find it out.
 #[derive(Debug)]
-pub struct Health(Mutex<[Condition; 4]>);
+pub struct Health(Mutex<[Condition; 5]>);
 
 impl Health {
     /// Before anything is known nothing is ready.
@@ -52,6 +62,7 @@ impl Health {
         Health(Mutex::new(Part::ALL.map(|_| Condition {
             fault: Some("starting".to_owned()),
             since: now,
+            checked: now,
         })))
     }
 
@@ -64,12 +75,25 @@ impl Health {
             condition.since = now;
         }
         condition.fault = fault;
+        condition.checked = now;
         changed
     }
 
     /// Whether everything works, and the answer of `/health/ready`.
-    pub fn ready(&self) -> (bool, Value) {
-        let conditions = self.lock();
+    pub fn ready(&self, now: Timestamp) -> (bool, Value) {
+        let mut conditions = self.lock();
+        for part in [Part::Postgres, Part::Revisions] {
+            let condition = &mut conditions[part as usize];
+            let silence = now.duration_since(condition.checked);
+            // Whoever looks at it is still waiting for an answer.
+            if condition.fault.is_none() && silence > MAX_SILENCE {
+                condition.fault = Some(format!(
+                    "no answer for {:#}",
+                    SignedDuration::from_secs(silence.as_secs())
+                ));
+                condition.since = condition.checked;
+            }
+        }
         let parts = Part::ALL
             .iter()
             .zip(conditions.iter())
@@ -87,7 +111,7 @@ impl Health {
         (ready, json!({"ready": ready, "parts": parts}))
     }
 
-    fn lock(&self) -> MutexGuard<'_, [Condition; 4]> {
+    fn lock(&self) -> MutexGuard<'_, [Condition; 5]> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -101,14 +125,14 @@ mod tests {
         let at = |second| Timestamp::from_second(second).unwrap();
         let health = Health::starting(at(0));
         for part in Part::ALL {
-            assert!(!health.ready().0);
+            assert!(!health.ready(at(5)).0);
             assert!(health.report(part, None, at(1)));
         }
-        assert!(health.ready().0);
+        assert!(health.ready(at(5)).0);
         assert!(!health.report(Part::Broker, None, at(2)));
         assert!(health.report(Part::Postgres, Some("down".to_owned()), at(3)));
         assert!(!health.report(Part::Postgres, Some("still down".to_owned()), at(4)));
-        let (ready, answer) = health.ready();
+        let (ready, answer) = health.ready(at(5));
         assert!(!ready);
         assert_eq!(
             answer["parts"]["postgres"],
@@ -118,5 +142,22 @@ mod tests {
             answer["parts"]["broker"],
             json!({"ok": true, "since": "1970-01-01T00:00:01Z"})
         );
+    }
+
+    #[test]
+    fn an_answer_that_does_not_come_is_a_fault() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let health = Health::starting(at(0));
+        for part in Part::ALL {
+            health.report(part, None, at(1));
+        }
+        assert!(health.ready(at(21)).0);
+        let (ready, answer) = health.ready(at(22));
+        assert!(!ready);
+        assert_eq!(
+            answer["parts"]["postgres"],
+            json!({"ok": false, "why": "no answer for 21s", "since": "1970-01-01T00:00:01Z"})
+        );
+        assert!(health.report(Part::Postgres, None, at(23)));
     }
 }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use jiff::Timestamp;
 use log::{debug, info};
 use tiny_http::{Header, Method, Request, Response, Server};
 
@@ -37,7 +38,7 @@ fn answer(request: Request, health: &Health) -> io::Result<()> {
     let (status, body) = match (request.method(), path) {
         (Method::Get | Method::Head, "/health/live") => (200, serde_json::json!({"live": true})),
         (Method::Get | Method::Head, "/health/ready") => {
-            let (ready, body) = health.ready();
+            let (ready, body) = health.ready(Timestamp::now());
             (if ready { 200 } else { 503 }, body)
         }
         (_, "/health/live" | "/health/ready") => {

@@ -8,11 +8,13 @@
 
 pub mod app;
 pub mod broker;
+pub mod busy;
 pub mod celery;
 pub mod cleaner;
 pub mod client;
 pub mod config;
 pub mod esdl;
+mod fault_point;
 pub mod handler;
 pub mod health;
 pub mod http;

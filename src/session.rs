@@ -2,23 +2,27 @@
 //! when a connection is lost, when a thread fails, or when the service stops. Nothing of it lives
 //! on in memory; what was not acknowledged goes back to the queues.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process;
+use std::sync::PoisonError;
 use std::sync::atomic::AtomicI64;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{Receiver, Sender, after, bounded, never, select, tick, unbounded};
+use crossbeam_channel::{
+    Receiver, RecvTimeoutError, Sender, after, bounded, never, select, tick, unbounded,
+};
 use jiff::Timestamp;
-use log::{info, warn};
+use log::{error, info, warn};
 
-use crate::broker::{self, Busy, DEADLINE, Link, Publisher};
+use crate::broker::{self, DEADLINE, Link, Publisher};
+use crate::busy::Busy;
 use crate::celery;
 use crate::config::Config;
-use crate::handler::{self, Handler, Publishers, Setting, Work};
+use crate::handler::{self, Handler, Publishers, Setting, Watched, Work, panic_text};
 use crate::health::{Health, Part};
 use crate::job::Rules;
 use crate::maintenance;
@@ -30,6 +34,12 @@ use crate::workflow::CurrentCatalogue;
 const STOP_DEADLINE: Duration = Duration::from_secs(4);
 /// How often the watchdog looks.
 const WATCH_PERIOD: Duration = Duration::from_secs(1);
+/// How often each connection is asked for an answer.
+const PULSE_PERIOD: Duration = Duration::from_secs(5);
+/// A wait that is longer makes the service unready.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// No statement and no transaction of ours lasts as long, where Postgres has a say in it.
+const STUCK: Duration = Duration::from_secs(6 * 60);
 
 /// What outlives a session.
 pub struct Service {
@@ -128,7 +138,8 @@ impl Links {
 /// What ended the session before.
 pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
     let links = Links::open(&service.config)?;
-    let outcome = prepare(service, &links).and_then(|queues| work(service, &links, &queues, stop));
+    let outcome = within_deadline(&links, || prepare(service, &links))
+        .and_then(|queues| work(service, &links, &queues, stop));
     if outcome.is_err() {
         // A connection that is lost in silence or blocked would keep its close waiting.
         links.kill();
@@ -137,6 +148,26 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()>
     outcome.map_err(|error| match causes.is_empty() {
         true => error,
         false => error.context(format!("connections: {}", causes.join("; "))),
+    })
+}
+
+/// Frees `body` from a broker that does not answer.
+fn within_deadline<T>(
+    links: &Links,
+    body: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let (done, is_done) = bounded::<Infallible>(0);
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("deadline".to_owned())
+            .spawn_scoped(scope, move || {
+                if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(DEADLINE) {
+                    links.kill();
+                }
+            })?;
+        let outcome = body();
+        drop(done);
+        outcome
     })
 }
 
@@ -156,7 +187,7 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<HashMap<Inbox, St
         .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
     let announcement = wire::available_workflows(service.catalogue.get().announcement());
     let busy = Busy::default();
-    Publisher::new(&links.sdk_out, &busy, Instant::now())
+    Publisher::new(&links.sdk_out, &busy)
         .publish(&[announcement])
         .context("telling clients the workflows")?;
     Ok(HashMap::from([
@@ -184,16 +215,15 @@ fn work(
     let setting = Setting {
         store: &service.store,
         catalogue: &service.catalogue,
-        health: &service.health,
         celery_sender: &service.celery_sender,
         revoke_clock: &service.revoke_clock,
         rules: &service.rules,
         queue_names,
     };
-    let epoch = Instant::now();
-    let busy: Vec<[Busy; 3]> = (0..config.handler_threads)
-        .map(|_| Default::default())
+    let watched: Vec<Watched> = (0..config.handler_threads)
+        .map(|_| Watched::default())
         .collect();
+    let pulse = Pulse::default();
     let (report, reports) = unbounded();
     let (session_stop, session_stopped) = bounded::<Infallible>(0);
     // Never full: the broker hands out no more than this before something is acknowledged. So a
@@ -214,18 +244,17 @@ fn work(
         let mut handler_inputs = Vec::new();
         let mut finding_inputs = Vec::new();
         let mut threads = 0;
-        for (number, busy) in busy.iter().enumerate() {
+        for (number, watched) in watched.iter().enumerate() {
             let (input, messages) = bounded::<Work>(in_hand);
             handler_inputs.push(input);
             let (input, findings) = bounded::<Work>(maintenance::MAX_FINDINGS.into());
             finding_inputs.push(input);
-            let [sdk, celery, task] = busy;
             let publishers = Publishers {
-                sdk: Publisher::new(&links.sdk_out, sdk, epoch),
-                celery: Publisher::new(&links.celery_out, celery, epoch),
-                task: Publisher::new(links.task_out(), task, epoch),
+                sdk: Publisher::new(&links.sdk_out, &watched.sdk),
+                celery: Publisher::new(&links.celery_out, &watched.celery),
+                task: Publisher::new(links.task_out(), &watched.task),
             };
-            let handler = Handler::new(&setting, publishers, done_senders.clone());
+            let handler = Handler::new(&setting, watched, publishers, done_senders.clone());
             let stopped = session_stopped.clone();
             let name = format!("handler-{}", number + 1);
             spawn(scope, name, &report, move || {
@@ -256,6 +285,11 @@ fn work(
             threads += 1;
         }
         drop(handler_inputs);
+        let (stopped, own_pulse) = (session_stopped.clone(), &pulse);
+        spawn(scope, "pulse".to_owned(), &report, move || {
+            own_pulse.run(links, &stopped)
+        })?;
+        threads += 1;
         let announcer = finding_inputs[0].clone();
         let stopped = session_stopped.clone();
         spawn(scope, "maintenance".to_owned(), &report, move || {
@@ -268,16 +302,16 @@ fn work(
             "connected; {} workflows",
             service.catalogue.get().announcement().workflows.len()
         );
-        service.health.report(Part::Broker, None, Timestamp::now());
-        service
-            .health
-            .report(Part::Publishing, None, Timestamp::now());
+        for part in [Part::Broker, Part::Publishing, Part::Handling] {
+            service.health.report(part, None, Timestamp::now());
+        }
         let watch = Watch {
             service,
             links,
-            busy: &busy,
+            watched: &watched,
+            pulse: &pulse,
             announcer,
-            epoch,
+            blocked: HashMap::new(),
             running: threads,
             session_stop: Some(session_stop),
             cause: None,
@@ -308,23 +342,18 @@ fn spawn<'scope, 'env>(
     Ok(())
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("without a text")
-}
-
 /// Watches over the session's threads until all have ended, and sees to it that they do: when the
 /// service stops, when one of them fails, when a call to the broker takes too long.
 struct Watch<'s> {
     service: &'s Service,
     links: &'s Links,
-    busy: &'s [[Busy; 3]],
+    /// Of each handler.
+    watched: &'s [Watched],
+    pulse: &'s Pulse,
     /// To a handler, which can publish.
     announcer: Sender<Work>,
-    epoch: Instant,
+    /// Why RabbitMQ blocks connections, by their names.
+    blocked: HashMap<String, String>,
     /// Threads that have not reported yet.
     running: usize,
     /// Dropped to stop the threads.
@@ -390,30 +419,103 @@ impl Watch<'_> {
         }
     }
 
+    /// Looks at what the threads are waiting for.
     fn look(&mut self) {
-        let overdue = self
-            .busy
+        let to_broker = self
+            .watched
             .iter()
-            .flatten()
-            .filter_map(|busy| busy.for_how_long(self.epoch))
-            .max()
-            .filter(|wait| *wait > DEADLINE);
-        if let Some(wait) = overdue {
-            self.fail(anyhow!("RabbitMQ has not taken a message for {wait:.0?}"));
+            .flat_map(|watched| [&watched.sdk, &watched.celery, &watched.task])
+            .chain([&self.pulse.0]);
+        let longest = to_broker.filter_map(Busy::for_how_long).max();
+        if let Some(wait) = longest.filter(|wait| *wait > DEADLINE) {
+            self.fail(anyhow!("RabbitMQ has not answered for {wait:.0?}"));
         }
         for link in self.links.publishing() {
-            let Some(news) = link.blocked_news() else {
-                continue;
-            };
-            let fault =
-                news.map(|reason| format!("{}: blocked by RabbitMQ: {reason}", link.name()));
-            match &fault {
-                Some(fault) => warn!("{fault}"),
-                None => info!("{}: no longer blocked by RabbitMQ", link.name()),
+            match link.blocked_news() {
+                None => {}
+                Some(None) => drop(self.blocked.remove(link.name())),
+                Some(Some(reason)) => drop(self.blocked.insert(link.name().to_owned(), reason)),
             }
-            self.service
-                .health
-                .report(Part::Publishing, fault, Timestamp::now());
+        }
+        let blocked = self.blocked.iter().next();
+        let fault = blocked
+            .map(|(name, reason)| format!("{name}: blocked by RabbitMQ: {reason}"))
+            .or_else(|| {
+                let wait = longest.filter(|wait| *wait > PATIENCE)?;
+                Some(format!("RabbitMQ has not answered for {wait:.0?}"))
+            });
+        self.report(Part::Publishing, fault);
+
+        let held_up = self.watched.iter().zip(1..).find_map(|(watched, number)| {
+            let trouble = watched.trouble.lock();
+            let trouble = trouble.unwrap_or_else(PoisonError::into_inner).clone();
+            trouble.or_else(|| {
+                let wait = watched.postgres.for_how_long()?;
+                (wait > PATIENCE).then(|| {
+                    format!("handler-{number} has been waiting for Postgres for {wait:.0?}")
+                })
+            })
+        });
+        self.report(Part::Handling, held_up);
+        let stuck = self.watched.iter().any(|watched| {
+            let wait = watched.postgres.for_how_long();
+            wait.is_some_and(|wait| wait > STUCK)
+        });
+        if stuck {
+            // Postgres itself ends everything earlier, so it is not Postgres that answers. A
+            // thread in such a call cannot be freed; whoever started this process starts another.
+            error!("Postgres has not answered for {STUCK:?}: exiting");
+            process::exit(1);
+        }
+    }
+
+    /// Tells the health and, when that is news, the log.
+    fn report(&self, part: Part, fault: Option<String>) {
+        let line = match &fault {
+            Some(fault) => fault.clone(),
+            None => format!("{}: works again", part.name()),
+        };
+        let faulty = fault.is_some();
+        if self.service.health.report(part, fault, Timestamp::now()) {
+            if faulty {
+                warn!("{line}");
+            } else {
+                info!("{line}");
+            }
+        }
+    }
+}
+
+/// Since when the thread that sees whether the connections still live has been waiting for one.
+#[derive(Default)]
+struct Pulse(Busy);
+
+impl Pulse {
+    /// Asks each connection for an answer from time to time, until `stop` is disconnected: an idle
+    /// one would not notice that it is blocked, nor, where the broker has switched heartbeats off,
+    /// that nobody is there any more.
+    ///
+    /// # Errors
+    /// A connection is lost.
+    fn run(&self, links: &Links, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
+        let mut publishers: Vec<_> = links
+            .publishing()
+            .map(|link| Publisher::new(link, &self.0))
+            .collect();
+        loop {
+            match stop.recv_timeout(PULSE_PERIOD) {
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Ok(never) => match never {},
+            }
+            for link in links.all() {
+                self.0.touch();
+                link.check()?;
+                self.0.idle();
+            }
+            for publisher in &mut publishers {
+                publisher.publish(&[wire::pulse()])?;
+            }
         }
     }
 }

@@ -105,7 +105,11 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
         .port(config.port)
         .dbname(&config.database)
         .application_name("omotes_orchestrator")
-        .options("-c lock_timeout=30s -c statement_timeout=5min")
+        // The last one lets go of the jobs that a replica has locked which hangs.
+        .options(
+            "-c lock_timeout=30s -c statement_timeout=5min \
+             -c idle_in_transaction_session_timeout=2min",
+        )
         .connect_timeout(config::CONNECT_TIMEOUT)
         .keepalives_idle(Duration::from_secs(15))
         .keepalives_interval(Duration::from_secs(5))

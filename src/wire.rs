@@ -191,6 +191,14 @@ pub fn job_delete(job_id: Uuid) -> Outgoing {
     to_clients(CANCELS_QUEUE.to_owned(), message.encode_to_vec())
 }
 
+/// A message that no queue takes, to see whether the broker takes messages.
+pub fn pulse() -> Outgoing {
+    Outgoing {
+        exchange: "",
+        ..to_clients("omotes_orchestrator_pulse".to_owned(), Vec::new())
+    }
+}
+
 /// What a worker sends to `queue`, through the default exchange.
 pub fn worker_event(queue: &str, message: &impl prost::Message) -> Outgoing {
     Outgoing {

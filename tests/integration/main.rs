@@ -9,6 +9,7 @@
 
 mod cancelling;
 mod commands;
+mod crashes;
 mod dead_letters;
 mod deployment;
 mod events;

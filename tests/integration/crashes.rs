@@ -1,0 +1,361 @@
+//! What remains when the service is killed, or loses what it talks to, at a given point of its
+//! pipeline: the rows of the README's table of failures.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
+
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use rstest::rstest;
+use uuid::Uuid;
+
+use crate::deployment::{Deployment, Service, eventually, server_client, setting};
+use crate::peers::{Client, Task, Worker, running_job};
+use crate::proxy::{End, Proxy, Weather};
+
+const OUTPUT: &str = "<e id='out-1'/>";
+
+/// A service that stops at a point of its pipeline, once, until it is told to go on.
+struct Held {
+    service: Service,
+    file: PathBuf,
+}
+
+impl Held {
+    fn at(point: &str, deployment: &Deployment, variables: &[(&str, &str)]) -> Held {
+        let file = deployment.folder.join(format!("held-{}", Uuid::new_v4()));
+        let hold = [
+            ("OMOTES_FAULT_POINT", point),
+            ("OMOTES_FAULT_FILE", file.to_str().unwrap()),
+        ];
+        Held {
+            service: deployment.start_with(&[&hold, variables].concat()),
+            file,
+        }
+    }
+
+    fn reached(&self) {
+        eventually("the service comes to the point", || {
+            self.file.exists().then_some(())
+        });
+    }
+
+    fn kill(self) {
+        self.reached();
+        self.service.kill();
+        fs::remove_file(self.file).unwrap();
+    }
+
+    fn go_on(self) -> Service {
+        fs::remove_file(self.file).unwrap();
+        self.service
+    }
+}
+
+/// The task of the job's row.
+fn current_task(deployment: &Deployment, job: Uuid) -> String {
+    let sql = "SELECT celery_id FROM job WHERE job_id = $1 AND celery_id IS NOT NULL";
+    eventually("the job's row", || {
+        let row = deployment.sql().query_opt(sql, &[&job]).unwrap()?;
+        Some(row.get(0))
+    })
+}
+
+/// Of these tasks of one job, all but the current one are revoked at their start, and that one
+/// leads to the job's only result.
+fn finish(deployment: &Deployment, client: &Client, worker: &Worker, tasks: &[Task]) {
+    let current = current_task(deployment, tasks[0].job);
+    for task in tasks.iter().filter(|task| task.id != current) {
+        worker.start(task);
+        assert_eq!(worker.revoked(), task.id);
+    }
+    let task = tasks.iter().find(|task| task.id == current).unwrap();
+    worker.start(task);
+    worker.succeed(task, OUTPUT);
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
+    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+}
+
+#[rstest]
+#[case("before publish", 1)]
+#[case("after publish", 2)]
+#[case("after commit", 1)]
+fn a_submission_survives_a_kill(#[case] point: &str, #[case] tasks: usize) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let held = Held::at(point, &deployment, &[]);
+    let job = client.submit("workflow_1");
+    held.kill();
+    let _next = deployment.start_single_file();
+    client.submissions_handled();
+    let tasks: Vec<_> = (0..tasks).map(|_| worker.take()).collect();
+    assert!(tasks.iter().all(|task| task.job == job));
+    assert_eq!(worker.waiting(), 0);
+    finish(&deployment, &client, &worker, &tasks);
+}
+
+#[rstest]
+#[case("before publish")]
+#[case("after publish")]
+#[case("after commit")]
+fn a_start_that_survives_a_kill_counts_once(#[case] point: &str) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    client.submit("workflow_1");
+    let task = worker.take();
+    assert_eq!(client.status(task.job), JobStatus::Enqueued);
+    assert!(service.stop().success());
+    let held = Held::at(point, &deployment, &[]);
+    worker.start(&task);
+    held.kill();
+    let _next = deployment.start_single_file();
+    worker.progress_handled();
+    assert_eq!(client.status(task.job), JobStatus::Running);
+    assert_eq!(deployment.count("SELECT count(*) FROM job_starts"), 1);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+}
+
+#[rstest]
+#[case("before publish", 1)]
+#[case("after publish", 2)]
+#[case("after commit", 1)]
+fn a_result_survives_a_kill(#[case] point: &str, #[case] results: usize) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let task = running_job(&client, &worker, None);
+    assert!(service.stop().success());
+    let held = Held::at(point, &deployment, &[]);
+    worker.succeed(&task, OUTPUT);
+    held.kill();
+    let _next = deployment.start_single_file();
+    worker.results_handled();
+    for _ in 0..results {
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    }
+    client.heard_nothing_more(task.job);
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    assert_eq!(deployment.count("SELECT count(*) FROM job_history"), 1);
+}
+
+#[rstest]
+#[case("before publish", 1)]
+#[case("after publish", 2)]
+#[case("after commit", 1)]
+fn a_cancel_survives_a_kill(#[case] point: &str, #[case] results: usize) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let task = running_job(&client, &worker, None);
+    assert!(service.stop().success());
+    let held = Held::at(point, &deployment, &[]);
+    client.cancel(task.job);
+    held.kill();
+    let _next = deployment.start_single_file();
+    client.cancels_handled();
+    for _ in 0..results {
+        assert_eq!(worker.revoked(), task.id);
+        assert_eq!(client.status(task.job), JobStatus::Cancelled);
+        assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+    }
+    client.heard_nothing_more(task.job);
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+}
+
+#[test]
+fn a_commit_that_postgres_refuses_is_repeated() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let held = Held::at("after publish", &deployment, &[]);
+    let job = client.submit("workflow_1");
+    held.reached();
+    let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
+    let ended = server_client("postgres")
+        .query(sql, &[&deployment.name])
+        .unwrap();
+    assert!(!ended.is_empty());
+    let service = held.go_on();
+    service.logged("messages wait for Postgres");
+    let tasks = [worker.take(), worker.take()];
+    assert!(tasks.iter().all(|task| task.job == job));
+    finish(&deployment, &client, &worker, &tasks);
+}
+
+/// A service whose way to RabbitMQ can be cut.
+fn behind_a_proxy(proxy: &Proxy) -> Vec<(&'static str, String)> {
+    [
+        "SDK_RABBITMQ_PORT",
+        "TASK_RABBITMQ_PORT",
+        "CELERY_RABBITMQ_PORT",
+    ]
+    .map(|name| (name, proxy.port().to_string()))
+    .to_vec()
+}
+
+fn borrowed<'a>(variables: &'a [(&'static str, String)]) -> Vec<(&'a str, &'a str)> {
+    variables
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .collect()
+}
+
+fn rabbitmq_proxy() -> Proxy {
+    Proxy::new(setting("RABBITMQ_PORT").parse().unwrap()).unwrap()
+}
+
+#[rstest]
+#[case("before publish", End::Fin, 1)]
+#[case("before publish", End::Rst, 1)]
+#[case("after publish", End::Fin, 1)]
+#[case("after publish", End::Rst, 1)]
+#[case("after commit", End::Rst, 1)]
+fn a_connection_lost_in_the_middle_of_it_loses_nothing(
+    #[case] point: &str,
+    #[case] end: End,
+    #[case] tasks: usize,
+) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let proxy = rabbitmq_proxy();
+    let variables = behind_a_proxy(&proxy);
+    let held = Held::at(point, &deployment, &borrowed(&variables));
+    let job = client.submit("workflow_1");
+    held.reached();
+    proxy.cut(end);
+    let service = held.go_on();
+    service.logged("the session with RabbitMQ has ended, a new one follows");
+    service.wait_until_ready();
+    let tasks: Vec<_> = (0..tasks).map(|_| worker.take()).collect();
+    assert!(tasks.iter().all(|task| task.job == job));
+    finish(&deployment, &client, &worker, &tasks);
+    assert_eq!(worker.waiting(), 0);
+}
+
+#[test]
+fn a_message_that_two_replicas_have_is_handled_once() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let proxy = rabbitmq_proxy();
+    let variables = behind_a_proxy(&proxy);
+    // It holds the job's lock, and loses the connection that its message came through.
+    let held = Held::at("after publish", &deployment, &borrowed(&variables));
+    let job = client.submit("workflow_1");
+    held.reached();
+    let other = deployment.start();
+    proxy.cut(End::Rst);
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    eventually("the other replica waits for the lock", || {
+        (deployment.count(waiting) > 0).then_some(())
+    });
+    let _held = held.go_on();
+    other.logged("a submission is ignored: the job was submitted already");
+    let task = worker.take();
+    assert_eq!(worker.waiting(), 0);
+    finish(&deployment, &client, &worker, &[task.clone()]);
+    assert_eq!(task.job, job);
+}
+
+#[test]
+fn a_replica_that_hangs_holds_up_nobody_for_long() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let hanging = deployment.start();
+    let task = running_job(&client, &worker, None);
+    hanging.signal("-STOP");
+    // Delivered to the one that hangs, which does not take it.
+    worker.succeed(&task, OUTPUT);
+    let in_hand = client.submit("workflow_1");
+    let other = deployment.start();
+    let job = client.submit("workflow_1");
+    // RabbitMQ misses two heartbeats and gives its messages to the other one.
+    let taken = HashSet::from([worker.take().job, worker.take().job]);
+    assert_eq!(taken, HashSet::from([job, in_hand]));
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    hanging.signal("-CONT");
+    hanging.wait_until_ready();
+    let job = client.submit("workflow_1");
+    assert_eq!(worker.take().job, job);
+    client.heard_nothing_more(task.job);
+    drop(other);
+}
+
+#[test]
+fn a_network_that_goes_silent_is_noticed_and_survived() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let proxy = rabbitmq_proxy();
+    let variables = behind_a_proxy(&proxy);
+    let service = deployment.start_with(&borrowed(&variables));
+    proxy.set(Weather::BlackHole);
+    let job = client.submit("workflow_1");
+    eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        let broker = &body["parts"]["broker"]["ok"];
+        let publishing = &body["parts"]["publishing"]["ok"];
+        (!ready && (broker == false || publishing == false)).then_some(())
+    });
+    proxy.set(Weather::Fair);
+    proxy.cut(End::Rst);
+    assert_eq!(worker.take().job, job);
+    service.wait_until_ready();
+}
+
+#[test]
+fn a_lock_that_somebody_else_holds_is_told_and_survived() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let mut sql = deployment.sql();
+    let mut lock = sql.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    let job = client.submit("workflow_1");
+    let why = eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready).then_some(body["parts"]["handling"]["why"].as_str()?.to_owned())
+    });
+    assert!(why.contains("has been waiting for Postgres for 1"), "{why}");
+    service.logged("has been waiting for Postgres for 1");
+    lock.rollback().unwrap();
+    assert_eq!(worker.take().job, job);
+    service.wait_until_ready();
+}
+
+#[test]
+fn a_message_that_brings_a_fault_to_light_is_put_aside() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service =
+        deployment.start_with(&[("OMOTES_FAULT_POINT", "poison"), ("HANDLER_THREADS", "1")]);
+    let (job, mut submission) = client.submission("workflow_1");
+    client.listen(job);
+    submission.job_reference = Some("poison".to_owned());
+    client.send(&submission);
+    let good = client.submit("workflow_1");
+    assert_eq!(worker.take().job, good);
+    service.logged("the fault point \"poison\" was reached");
+    // What is done about the job brings it to light as well, so the letter is all that remains.
+    let letter = client
+        .peer
+        .next(omotes_orchestrator::wire::DEAD_LETTERS_QUEUE);
+    assert!(format!("{:?}", letter.properties).contains("a fault in the orchestrator"));
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
+}

@@ -1,4 +1,4 @@
-//! RabbitMQ: the only file that names amiquip, beside [`dead_letters`] below it.
+//! RabbitMQ: the only file that names amiquip, beside [`dead_letters`] and [`intake`] below it.
 //!
 //! amiquip blocks without end when the broker stops reading (an alarm) or answering, and what
 //! frees it is the socket being shut down under it. So a [`Link`] keeps a second handle of its
@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::mem;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use amiquip::{
@@ -22,6 +22,7 @@ use serde_json::{Map, Number, Value};
 use thiserror::Error;
 use uuid::Uuid;
 
+use self::intake::{GatedStream, Intake};
 use crate::busy::Busy;
 use crate::config::{self, CONNECT_TIMEOUT};
 use crate::wire::{
@@ -30,6 +31,7 @@ use crate::wire::{
 };
 
 pub mod dead_letters;
+pub mod intake;
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;
@@ -46,6 +48,8 @@ pub struct Link {
     connection: Mutex<Connection>,
     kill_switch: TcpStream,
     blocked: Receiver<ConnectionBlockedNotification>,
+    /// Where what is consumed here counts.
+    intake: Option<Arc<Intake>>,
 }
 
 impl Link {
@@ -55,14 +59,35 @@ impl Link {
     /// The host does not resolve or answer within [`CONNECT_TIMEOUT`], or refuses the user or the
     /// vhost.
     pub fn open(config: &config::RabbitMq, purpose: &str) -> anyhow::Result<Link> {
+        Link::open_with(config, purpose, None)
+    }
+
+    /// The same, for a link to consume on: it reads nothing while `intake` is full.
+    ///
+    /// # Errors
+    /// As [`Link::open`].
+    pub fn open_gated(
+        config: &config::RabbitMq,
+        purpose: &str,
+        intake: &Arc<Intake>,
+    ) -> anyhow::Result<Link> {
+        Link::open_with(config, purpose, Some(intake))
+    }
+
+    fn open_with(
+        config: &config::RabbitMq,
+        purpose: &str,
+        intake: Option<&Arc<Intake>>,
+    ) -> anyhow::Result<Link> {
         let name = format!("{purpose} ({config})");
-        let (connection, kill_switch, blocked) =
-            open(config, purpose).with_context(|| format!("connecting to RabbitMQ for {name}"))?;
+        let (connection, kill_switch, blocked) = open(config, purpose, intake)
+            .with_context(|| format!("connecting to RabbitMQ for {name}"))?;
         Ok(Link {
             name,
             connection: Mutex::new(connection),
             kill_switch,
             blocked,
+            intake: intake.cloned(),
         })
     }
 
@@ -222,6 +247,7 @@ impl Link {
 fn open(
     config: &config::RabbitMq,
     purpose: &str,
+    intake: Option<&Arc<Intake>>,
 ) -> anyhow::Result<(
     Connection,
     TcpStream,
@@ -250,8 +276,14 @@ fn open(
             .connection_timeout(Some(CONNECT_TIMEOUT))
             .information(Some(format!("omotes-orchestrator {purpose}")));
         let stream = mio::net::TcpStream::from_stream(stream)?;
-        let mut connection =
-            Connection::insecure_open_stream(stream, options, ConnectionTuning::default())?;
+        let tuning = ConnectionTuning::default();
+        let mut connection = match intake {
+            None => Connection::insecure_open_stream(stream, options, tuning)?,
+            Some(intake) => {
+                let stream = GatedStream::new(stream, intake);
+                Connection::insecure_open_stream(stream, options, tuning)?
+            }
+        };
         let blocked = connection.listen_for_connection_blocked()?;
         return Ok((connection, kill_switch, blocked));
     }
@@ -346,7 +378,7 @@ pub fn consume(
     let mut stop = stop.clone();
     let mut stopping = false;
     // A delivery is the only means to acknowledge; it waits here without its body.
-    let mut in_hand: HashMap<u64, Delivery> = HashMap::new();
+    let mut in_hand: HashMap<u64, (Delivery, usize)> = HashMap::new();
     loop {
         select! {
             recv(messages) -> message => match message {
@@ -359,7 +391,11 @@ pub fn consume(
                         redelivered: delivery.redelivered,
                         properties: mem::take(&mut delivery.properties),
                     };
-                    in_hand.insert(received.tag, delivery);
+                    let size = received.body.len();
+                    if let Some(intake) = &link.intake {
+                        intake.take(size);
+                    }
+                    in_hand.insert(received.tag, (delivery, size));
                     hand_over(received);
                 }
                 Ok(ConsumerMessage::ClientCancelled) => messages = never(),
@@ -376,8 +412,11 @@ pub fn consume(
             recv(done) -> tag => match tag {
                 Ok(tag) => {
                     for tag in [tag].into_iter().chain(done.try_iter()) {
-                        if let Some(delivery) = in_hand.remove(&tag) {
+                        if let Some((delivery, size)) = in_hand.remove(&tag) {
                             delivery.ack(&channel)?;
+                            if let Some(intake) = &link.intake {
+                                intake.give_back(size);
+                            }
                         }
                     }
                 }

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crossbeam_channel::{
 use jiff::Timestamp;
 use log::{error, info, warn};
 
+use crate::broker::intake::Intake;
 use crate::broker::{self, DEADLINE, Link, Publisher};
 use crate::busy::Busy;
 use crate::celery;
@@ -32,6 +33,8 @@ use crate::workflow::CurrentCatalogue;
 
 /// How long the threads may take to finish what is in hand when the service stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(4);
+/// How many bytes of messages are in hand, beyond one message, before RabbitMQ is made to wait.
+const MAX_IN_HAND: usize = 32 * 1024 * 1024;
 /// How often the watchdog looks.
 const WATCH_PERIOD: Duration = Duration::from_secs(1);
 /// How often each connection is asked for an answer.
@@ -76,7 +79,7 @@ struct Links {
 }
 
 impl Links {
-    fn open(config: &Config) -> anyhow::Result<Links> {
+    fn open(config: &Config, intake: &Arc<Intake>) -> anyhow::Result<Links> {
         let Config {
             sdk_rabbitmq,
             task_rabbitmq,
@@ -84,9 +87,9 @@ impl Links {
             ..
         } = config;
         Ok(Links {
-            sdk_in: Link::open(sdk_rabbitmq, "SDK, consuming")?,
+            sdk_in: Link::open_gated(sdk_rabbitmq, "SDK, consuming", intake)?,
             sdk_out: Link::open(sdk_rabbitmq, "SDK, publishing")?,
-            task_in: Link::open(task_rabbitmq, "TASK, consuming")?,
+            task_in: Link::open_gated(task_rabbitmq, "TASK, consuming", intake)?,
             celery_out: Link::open(celery_rabbitmq, "CELERY, publishing")?,
             task_out: (task_rabbitmq != celery_rabbitmq)
                 .then(|| Link::open(task_rabbitmq, "TASK, publishing"))
@@ -137,9 +140,10 @@ impl Links {
 /// # Errors
 /// What ended the session before.
 pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
-    let links = Links::open(&service.config)?;
+    let intake = Intake::new(MAX_IN_HAND);
+    let links = Links::open(&service.config, &intake)?;
     let outcome = within_deadline(&links, || prepare(service, &links))
-        .and_then(|queues| work(service, &links, &queues, stop));
+        .and_then(|queues| work(service, &links, &intake, &queues, stop));
     if outcome.is_err() {
         // A connection that is lost in silence or blocked would keep its close waiting.
         links.kill();
@@ -208,6 +212,7 @@ struct Report {
 fn work(
     service: &Service,
     links: &Links,
+    intake: &Intake,
     queue_names: &HashMap<Inbox, String>,
     stop: &Receiver<Infallible>,
 ) -> anyhow::Result<()> {
@@ -310,6 +315,7 @@ fn work(
             links,
             watched: &watched,
             pulse: &pulse,
+            intake,
             announcer,
             blocked: HashMap::new(),
             running: threads,
@@ -350,6 +356,7 @@ struct Watch<'s> {
     /// Of each handler.
     watched: &'s [Watched],
     pulse: &'s Pulse,
+    intake: &'s Intake,
     /// To a handler, which can publish.
     announcer: Sender<Work>,
     /// Why RabbitMQ blocks connections, by their names.
@@ -421,11 +428,15 @@ impl Watch<'_> {
 
     /// Looks at what the threads are waiting for.
     fn look(&mut self) {
+        if self.intake.is_full() && self.pulse.consuming.for_how_long().is_some() {
+            // The answer waits behind messages that are not read yet.
+            self.pulse.consuming.touch();
+        }
         let to_broker = self
             .watched
             .iter()
             .flat_map(|watched| [&watched.sdk, &watched.celery, &watched.task])
-            .chain([&self.pulse.0]);
+            .chain([&self.pulse.publishing, &self.pulse.consuming]);
         let longest = to_broker.filter_map(Busy::for_how_long).max();
         if let Some(wait) = longest.filter(|wait| *wait > DEADLINE) {
             self.fail(anyhow!("RabbitMQ has not answered for {wait:.0?}"));
@@ -488,7 +499,10 @@ impl Watch<'_> {
 
 /// Since when the thread that sees whether the connections still live has been waiting for one.
 #[derive(Default)]
-struct Pulse(Busy);
+struct Pulse {
+    consuming: Busy,
+    publishing: Busy,
+}
 
 impl Pulse {
     /// Asks each connection for an answer from time to time, until `stop` is disconnected: an idle
@@ -500,7 +514,7 @@ impl Pulse {
     fn run(&self, links: &Links, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
         let mut publishers: Vec<_> = links
             .publishing()
-            .map(|link| Publisher::new(link, &self.0))
+            .map(|link| Publisher::new(link, &self.publishing))
             .collect();
         loop {
             match stop.recv_timeout(PULSE_PERIOD) {
@@ -508,10 +522,10 @@ impl Pulse {
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Ok(never) => match never {},
             }
-            for link in links.all() {
-                self.0.touch();
+            for link in [&links.sdk_in, &links.task_in] {
+                self.consuming.touch();
                 link.check()?;
-                self.0.idle();
+                self.consuming.idle();
             }
             for publisher in &mut publishers {
                 publisher.publish(&[wire::pulse()])?;

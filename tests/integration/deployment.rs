@@ -1,7 +1,7 @@
 //! Vhosts and a database for one test, and the service that runs on them.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -37,14 +37,96 @@ pub fn setting(name: &str) -> String {
 pub struct Deployment {
     pub name: String,
     pub folder: PathBuf,
+    /// None where the servers are those that all tests share.
+    own: Option<OwnServers>,
+}
+
+/// Servers of one test alone, which may break them.
+struct OwnServers {
+    rabbitmq: u16,
+    postgres: u16,
+}
+
+/// A server of one test alone.
+#[derive(Debug, Clone, Copy)]
+pub enum Server {
+    RabbitMq,
+    Postgres,
+}
+
+impl Server {
+    const ALL: [Server; 2] = [Server::RabbitMq, Server::Postgres];
+
+    fn name(self) -> &'static str {
+        match self {
+            Server::RabbitMq => "rabbitmq",
+            Server::Postgres => "postgres",
+        }
+    }
 }
 
 impl Deployment {
+    /// One with servers of its own.
+    pub fn with_own_servers() -> Deployment {
+        let name = format!("test_{}", Uuid::new_v4().simple());
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
+        fs::create_dir_all(&folder).unwrap();
+        let free_port = || {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.local_addr().unwrap().port()
+        };
+        let deployment = Deployment {
+            name,
+            folder,
+            own: Some(OwnServers {
+                rabbitmq: free_port(),
+                postgres: free_port(),
+            }),
+        };
+        for server in Server::ALL {
+            deployment.start_server(server);
+        }
+        deployment
+    }
+
+    pub fn start_server(&self, server: Server) {
+        let port = match server {
+            Server::RabbitMq => self.rabbitmq_port(),
+            Server::Postgres => self.postgres_port(),
+        };
+        self.private("start", server, &[&port.to_string()]);
+    }
+
+    /// Ends it with SIGKILL.
+    pub fn kill_server(&self, server: Server) {
+        self.private("kill", server, &[]);
+    }
+
+    pub fn rabbitmqctl(&self, arguments: &[&str]) {
+        self.private("ctl", Server::RabbitMq, arguments);
+    }
+
+    fn private(&self, command: &str, server: Server, arguments: &[&str]) {
+        let folder = self.folder.join(server.name());
+        let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
+            .args(["private", command, folder.to_str().unwrap()])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command} {server:?}: {text}");
+    }
+
     pub fn new() -> Deployment {
         let name = format!("test_{}", Uuid::new_v4().simple());
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
         fs::create_dir_all(&folder).unwrap();
-        let deployment = Deployment { name, folder };
+        let deployment = Deployment {
+            name,
+            folder,
+            own: None,
+        };
         let user = setting("RABBITMQ_USER");
         for vhost in [deployment.sdk_vhost(), deployment.celery_vhost()] {
             management("PUT", &format!("vhosts/{vhost}"), Some(json!({})));
@@ -58,15 +140,39 @@ impl Deployment {
     }
 
     pub fn sdk_vhost(&self) -> String {
-        self.name.clone()
+        match self.own {
+            None => self.name.clone(),
+            Some(_) => "omotes".to_owned(),
+        }
     }
 
     pub fn celery_vhost(&self) -> String {
-        format!("{}_celery", self.name)
+        format!("{}_celery", self.sdk_vhost())
+    }
+
+    pub fn rabbitmq_port(&self) -> u16 {
+        match &self.own {
+            None => setting("RABBITMQ_PORT").parse().unwrap(),
+            Some(own) => own.rabbitmq,
+        }
+    }
+
+    pub fn postgres_port(&self) -> u16 {
+        match &self.own {
+            None => setting("POSTGRES_PORT").parse().unwrap(),
+            Some(own) => own.postgres,
+        }
+    }
+
+    pub fn database(&self) -> &str {
+        match self.own {
+            None => &self.name,
+            Some(_) => "omotes",
+        }
     }
 
     pub fn sql(&self) -> postgres::Client {
-        server_client(&self.name)
+        client(self.postgres_port(), self.database())
     }
 
     /// The first column of the first row.
@@ -77,10 +183,10 @@ impl Deployment {
     /// The environment of a service or a command on this deployment.
     pub fn variables(&self) -> Vec<(String, String)> {
         let mut variables = vec![
-            ("POSTGRESQL_PORT", setting("POSTGRES_PORT")),
+            ("POSTGRESQL_PORT", self.postgres_port().to_string()),
             ("POSTGRESQL_USERNAME", setting("POSTGRES_USER")),
             ("POSTGRESQL_PASSWORD", setting("POSTGRES_PASSWORD")),
-            ("POSTGRESQL_DATABASE", self.name.clone()),
+            ("POSTGRESQL_DATABASE", self.database().to_owned()),
             ("INFLUXDB_PORT", setting("INFLUXDB_PORT")),
             ("INFLUXDB_USERNAME", setting("INFLUXDB_USER")),
             ("INFLUXDB_PASSWORD", setting("INFLUXDB_PASSWORD")),
@@ -105,7 +211,7 @@ impl Deployment {
             ("CELERY", self.celery_vhost()),
         ] {
             for (suffix, value) in [
-                ("PORT", setting("RABBITMQ_PORT")),
+                ("PORT", self.rabbitmq_port().to_string()),
                 ("USERNAME", setting("RABBITMQ_USER")),
                 ("PASSWORD", setting("RABBITMQ_PASSWORD")),
                 ("VIRTUALHOST", vhost),
@@ -159,8 +265,18 @@ impl Deployment {
 
 impl Drop for Deployment {
     fn drop(&mut self) {
-        if thread::panicking() {
+        let broken = thread::panicking();
+        if self.own.is_some() {
+            for server in Server::ALL {
+                self.private(if broken { "stop" } else { "remove" }, server, &[]);
+            }
+        }
+        if broken {
             eprintln!("what is left of the test: {}", self.folder.display());
+            return;
+        }
+        if self.own.is_some() {
+            fs::remove_dir_all(&self.folder).unwrap();
             return;
         }
         for vhost in [self.sdk_vhost(), self.celery_vhost()] {
@@ -221,6 +337,10 @@ impl Service {
         eventually(&format!("ready: {}", self.log.display()), || {
             self.readiness()?.0.then_some(())
         });
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn signal(&self, name: &str) {
@@ -289,11 +409,15 @@ pub fn management(method: &str, path: &str, body: Option<Value>) -> Value {
     serde_json::from_str(&text).unwrap_or(Value::Null)
 }
 
-/// A superuser's connection to a database of the test server.
+/// A superuser's connection to a database of the server that all tests share.
 pub fn server_client(database: &str) -> postgres::Client {
+    client(setting("POSTGRES_PORT").parse().unwrap(), database)
+}
+
+fn client(port: u16, database: &str) -> postgres::Client {
     postgres::Config::new()
         .host("127.0.0.1")
-        .port(setting("POSTGRES_PORT").parse().unwrap())
+        .port(port)
         .user(&setting("POSTGRES_USER"))
         .password(setting("POSTGRES_PASSWORD"))
         .dbname(database)

@@ -172,7 +172,7 @@ fn a_task_above_the_brokers_limit_is_an_error_result_that_names_the_limit() {
 fn a_task_queue_declared_otherwise_is_an_error_result_that_says_so() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
-    let celery = Peer::new(&deployment.celery_vhost());
+    let celery = Peer::new(&deployment, &deployment.celery_vhost());
     celery.declare("workflow_1");
     let service = deployment.start();
     let job = client.submit("workflow_1");

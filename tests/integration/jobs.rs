@@ -283,7 +283,7 @@ fn what_clients_declare_is_left_to_them() {
     };
     for kind in ["status", "progress", "result"] {
         let queue = format!("jobs.{job}.{kind}");
-        let sdk = Peer::new(&deployment.sdk_vhost());
+        let sdk = Peer::new(&deployment, &deployment.sdk_vhost());
         sdk.channel.queue_declare(queue, expiring.clone()).unwrap();
     }
 }

@@ -21,6 +21,7 @@ mod peers;
 mod proxy;
 mod python;
 mod revisions;
+mod servers;
 mod stopping;
 mod time_series;
 mod workflows;

@@ -44,12 +44,12 @@ impl Taken {
 }
 
 impl Peer {
-    pub fn new(vhost: &str) -> Peer {
+    pub fn new(deployment: &Deployment, vhost: &str) -> Peer {
         let url = format!(
             "amqp://{}:{}@127.0.0.1:{}/{vhost}",
             setting("RABBITMQ_USER"),
             setting("RABBITMQ_PASSWORD"),
-            setting("RABBITMQ_PORT"),
+            deployment.rabbitmq_port(),
         );
         let mut connection = Connection::insecure_open(&url).unwrap();
         let channel = connection.open_channel(None).unwrap();
@@ -106,7 +106,7 @@ pub struct Client {
 
 impl Client {
     pub fn new(deployment: &Deployment) -> Client {
-        let peer = Peer::new(&deployment.sdk_vhost());
+        let peer = Peer::new(deployment, &deployment.sdk_vhost());
         let exchange = ExchangeDeclareOptions::default();
         peer.channel
             .exchange_declare(ExchangeType::Direct, "omotes_exchange", exchange)
@@ -240,7 +240,7 @@ pub struct Task {
 
 impl Worker {
     pub fn new(deployment: &Deployment, workflow: &str) -> Worker {
-        let peer = Peer::new(&deployment.celery_vhost());
+        let peer = Peer::new(deployment, &deployment.celery_vhost());
         let options = QueueDeclareOptions {
             durable: true,
             arguments: FieldTable::from([("x-max-priority".to_owned(), AmqpValue::LongInt(10))]),

@@ -1,0 +1,157 @@
+//! What becomes of the jobs when RabbitMQ and Postgres themselves are killed, short of memory or
+//! disk, or full of large messages.
+
+use std::fs;
+
+use omotes_orchestrator::wire::{
+    JobSubmission, job_result::ResultType, job_status_update::JobStatus,
+};
+use rstest::rstest;
+
+use crate::deployment::{Deployment, Server, Service, eventually};
+use crate::peers::{Client, Worker, running_job};
+
+const OUTPUT: &str = "<e id='out-1'/>";
+
+#[test]
+fn a_broker_that_is_killed_loses_nothing() {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let done = running_job(&client, &worker, None);
+    let running = running_job(&client, &worker, None);
+    let waiting = client.submit("workflow_1");
+    assert_eq!(client.status(waiting), JobStatus::Enqueued);
+    worker.succeed(&done, OUTPUT);
+    deployment.kill_server(Server::RabbitMq);
+    eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready && body["parts"]["broker"]["ok"] == false).then_some(())
+    });
+    deployment.start_server(Server::RabbitMq);
+    service.wait_until_ready();
+    // Another connection, and the bindings of the client's queues are gone with the exchange.
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
+    worker.succeed(&running, OUTPUT);
+    assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
+    let task = worker.take();
+    assert_eq!(task.job, waiting);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(waiting).0, ResultType::Succeeded);
+    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+}
+
+#[test]
+fn a_postgres_that_is_killed_loses_nothing() {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let running = running_job(&client, &worker, None);
+    deployment.kill_server(Server::Postgres);
+    worker.succeed(&running, OUTPUT);
+    let waiting = client.submit("workflow_1");
+    eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready && body["parts"]["postgres"]["ok"] == false).then_some(())
+    });
+    deployment.start_server(Server::Postgres);
+    assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
+    assert_eq!(worker.take().job, waiting);
+    service.wait_until_ready();
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
+}
+
+#[rstest]
+#[case::memory(["set_vm_memory_high_watermark", "0.000001"], ["set_vm_memory_high_watermark", "0.4"])]
+#[case::disk(["set_disk_free_limit", "100000GB"], ["set_disk_free_limit", "50MB"])]
+fn an_alarm_of_the_broker_is_told_and_survived(#[case] on: [&str; 2], #[case] off: [&str; 2]) {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let job = client.submit("workflow_1");
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    deployment.rabbitmqctl(&on);
+    // Although nothing is going on.
+    let why = eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready).then_some(body["parts"]["publishing"]["why"].as_str()?.to_owned())
+    });
+    assert!(why.contains("blocked by RabbitMQ: low on"), "{why}");
+    service.logged("blocked by RabbitMQ: low on");
+    deployment.rabbitmqctl(&off);
+    service.wait_until_ready();
+    let task = worker.take();
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+}
+
+/// The most memory that the process has had, in MiB.
+fn peak_memory(service: &Service) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", service.id())).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM:"))
+        .unwrap();
+    let kibibytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kibibytes / 1024
+}
+
+#[test]
+fn large_messages_pass_in_bounded_memory() {
+    const RESULTS: usize = 20;
+    const MIB: usize = 1024 * 1024;
+    let deployment = Deployment::with_own_servers();
+    let limit = format!(
+        "application:set_env(rabbit, max_message_size, {}).",
+        128 * MIB
+    );
+    deployment.rabbitmqctl(&["eval", &limit]);
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let tasks: Vec<_> = (0..RESULTS)
+        .map(|_| running_job(&client, &worker, None))
+        .collect();
+    assert!(service.stop().success());
+    let output = format!("<e id='out-1'>{}</e>", "x".repeat(64 * MIB));
+    for task in &tasks {
+        worker.succeed(task, &output);
+    }
+    // Nothing gets through for a while, and all of it would like to come in.
+    let mut sql = deployment.sql();
+    let mut lock = sql.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    let service = deployment.start();
+    service.logged("has been waiting for Postgres");
+    lock.rollback().unwrap();
+    for task in &tasks {
+        let result = client.result(task.job);
+        assert_eq!(result.output_esdl.as_deref(), Some(output.as_str()));
+    }
+    for _ in 0..3 {
+        let (job, submission) = client.submission("workflow_1");
+        client.send(&JobSubmission {
+            esdl: "x".repeat(100 * MIB),
+            ..submission
+        });
+        assert_eq!(worker.take().job, job);
+    }
+    let peak = peak_memory(&service);
+    eprintln!("peak memory with large messages: {peak} MiB");
+    assert!(peak < 1024, "{peak} MiB");
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
+}

@@ -525,7 +525,8 @@ run_tests() {
   wait "$venvs" || die "the Python environments could not be made"
   start_test_services
   # Not `--all-targets` twice over: with arguments of one's own these say what to run.
-  RUST_BACKTRACE=1 cargo test --locked --all-targets "$@"
+  # Most of a test is waiting, so more of them than there are cores.
+  RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
 }
 
 lint() {

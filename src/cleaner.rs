@@ -10,10 +10,10 @@ use log::{debug, info, warn};
 
 use crate::config::{Config, InfluxDb};
 use crate::influx::Influx;
-use crate::store::Store;
+use crate::store::{Store, Task};
 use crate::time_series;
 
-/// A scan every [`Config::time_series_period`], until `stop` is disconnected. Jobs do not depend on
+/// A scan every [`Config::time_series_period`] among all replicas, until `stop` is disconnected. Jobs do not depend on
 /// it: an InfluxDB that is away is said so once, and asked again the next time.
 pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Receiver<Infallible>) {
     let influx = Influx::new(influxdb);
@@ -26,7 +26,8 @@ pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Receiver<
             Ok(never) => match never {},
         }
         match scan(store, config, influxdb, &influx) {
-            Ok(foreign) => {
+            Ok(None) => {}
+            Ok(Some(foreign)) => {
                 if failing {
                     info!("time series: InfluxDB answers again");
                 }
@@ -45,13 +46,19 @@ pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Receiver<
     }
 }
 
-/// One scan. Returns how many databases are somebody else's.
+/// One scan, unless another replica has it. Returns how many databases are somebody else's.
 fn scan(
     store: &Store,
     config: &Config,
     influxdb: &InfluxDb,
     influx: &Influx,
-) -> anyhow::Result<usize> {
+) -> anyhow::Result<Option<usize>> {
+    if !store
+        .connection()?
+        .claim(Task::TimeSeries, config.time_series_period)?
+    {
+        return Ok(None);
+    }
     let databases = influx.databases()?;
     let mut connection = store.connection()?;
     // Read after the databases: the row of a job that succeeded meanwhile is seen.
@@ -87,7 +94,7 @@ fn scan(
             connection.delete_retired_series(esdl_id, || Ok(()))?;
         }
     }
-    Ok(plan.foreign)
+    Ok(Some(plan.foreign))
 }
 
 /// The databases that the configuration protects.

@@ -2,23 +2,23 @@
 //! finds the jobs; what becomes of them is decided where everything else is.
 
 use std::convert::Infallible;
-use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use log::{debug, info, warn};
 use uuid::Uuid;
 
+use crate::config::Config;
 use crate::handler::{self, Work};
 use crate::job::Command;
 use crate::session::Service;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, Task};
 
 /// How many jobs one round finds at most; the next round finds the others. A handler's queue of
 /// findings has room for as many.
 pub const MAX_FINDINGS: u16 = 1000;
 
-/// A round every [`crate::config::Config::timeout_check_period`], until `stop` is disconnected.
-/// Replicas do the same; whoever comes second finds nothing more to do.
+/// A round every [`Config::timeout_check_period`] among all replicas, until `stop` is disconnected.
+/// One that dies after it has claimed a round leaves it to the next.
 pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infallible>) {
     let config = &service.config;
     let mut failing = false;
@@ -29,12 +29,7 @@ pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infalli
             Ok(never) => match never {},
         }
         let limits_too = service.started.elapsed() >= config.timeout_start_buffer;
-        match round(
-            &service.store,
-            limits_too,
-            config.job_retention,
-            config.history_retention,
-        ) {
+        match round(&service.store, config, limits_too) {
             Ok(findings) => {
                 failing = false;
                 for (job_id, command) in findings {
@@ -60,24 +55,26 @@ pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infalli
 /// What is due now.
 fn round(
     store: &Store,
+    config: &Config,
     limits_too: bool,
-    retention: Duration,
-    history_retention: Duration,
 ) -> Result<Vec<(Uuid, Command)>, StoreError> {
     let mut connection = store.connection()?;
     let limit = i64::from(MAX_FINDINGS);
     let mut findings = Vec::new();
-    if limits_too {
+    if limits_too && connection.claim(Task::Limits, config.timeout_check_period)? {
         let timed_out = connection.timed_out(limit)?;
         findings.extend(timed_out.into_iter().map(|id| (id, Command::TimeOut)));
         // Never without the timeouts before them: a job that is past both has one outcome, also
         // when it is looked at again after a crash.
-        let expired = connection.expired(retention, limit)?;
+        let expired = connection.expired(config.job_retention, limit)?;
         findings.extend(expired.into_iter().map(|id| (id, Command::Expire)));
     }
-    let forgotten = connection.forget(history_retention, limit)?;
-    if forgotten > 0 {
-        info!("forgot {forgotten} jobs that ended longer than {history_retention:?} ago");
+    if connection.claim(Task::History, config.timeout_check_period)? {
+        let forgotten = connection.forget(config.history_retention, limit)?;
+        if forgotten > 0 {
+            let retention = config.history_retention;
+            info!("forgot {forgotten} jobs that ended longer than {retention:?} ago");
+        }
     }
     Ok(findings)
 }

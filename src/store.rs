@@ -124,6 +124,26 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
     client
 }
 
+/// What one replica does for all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// Finding jobs that are past their timeout or their retention.
+    Limits,
+    /// Forgetting what is past its retention.
+    History,
+    TimeSeries,
+}
+
+impl Task {
+    fn name(self) -> &'static str {
+        match self {
+            Task::Limits => "limits",
+            Task::History => "history",
+            Task::TimeSeries => "time series",
+        }
+    }
+}
+
 /// One connection with the statements prepared on it so far.
 pub struct Connection {
     client: r2d2::PooledConnection<PostgresConnectionManager<NoTls>>,
@@ -134,6 +154,21 @@ impl Connection {
     /// The plain client, for the revisions.
     pub fn client(&mut self) -> &mut Client {
         &mut self.client
+    }
+
+    /// Whether it is for this replica to do what one of them does every `period`: true for the first
+    /// one to ask, and then for none until the period is over, give or take a tenth.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn claim(&mut self, task: Task, period: Duration) -> Result<bool, StoreError> {
+        let rows = self.client.execute(
+            "INSERT INTO maintenance_run (task, last_run) VALUES ($1, now())
+             ON CONFLICT (task) DO UPDATE SET last_run = excluded.last_run
+             WHERE maintenance_run.last_run <= excluded.last_run - $2 * interval '1 second'",
+            &[&task.name(), &(period.as_secs_f64() * 0.9)],
+        )?;
+        Ok(rows > 0)
     }
 
     /// Running jobs whose timeout has passed, at most `limit`.

@@ -142,6 +142,30 @@ fn jobs_that_nothing_is_heard_of_are_given_up_with_a_reason() {
 }
 
 #[test]
+fn replicas_take_turns_at_what_is_due() {
+    let deployment = Deployment::new();
+    let _services = [(); 3].map(|()| start(&deployment, &[]));
+    deployment
+        .sql()
+        .batch_execute(
+            "CREATE TABLE runs (task varchar, at timestamptz);
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN INSERT INTO runs VALUES (new.task, new.last_run); RETURN new; END $$;
+             CREATE TRIGGER note AFTER UPDATE ON maintenance_run
+             FOR EACH ROW EXECUTE FUNCTION note()",
+        )
+        .unwrap();
+    eventually("some rounds", || {
+        (deployment.count("SELECT count(*) FROM runs WHERE task = 'limits'") >= 5).then_some(())
+    });
+    // Never sooner than the period, which is a second, whoever it was.
+    let too_soon = "SELECT count(*) FROM (
+                        SELECT at - lag(at) OVER (PARTITION BY task ORDER BY at) AS pause FROM runs
+                    ) AS pauses WHERE pause < interval '0.9 seconds'";
+    assert_eq!(deployment.count(too_soon), 0);
+}
+
+#[test]
 fn a_workflow_has_its_own_limits() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);

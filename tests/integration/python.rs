@@ -1,7 +1,7 @@
 //! End to end with the real SDK and real Celery workers, in the versions that deployments have.
 
-use std::fs::File;
-use std::path::Path;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rstest::rstest;
@@ -91,29 +91,29 @@ impl Drop for CeleryWorker {
 
 struct SdkClient {
     child: Child,
+    stories: PathBuf,
 }
 
 impl SdkClient {
     fn new(deployment: &Deployment, sdk: &str, jobs: &[Value]) -> SdkClient {
-        let errors = deployment
-            .folder
-            .join(format!("client-{}.err", Uuid::new_v4()));
+        let name = format!("client-{}", Uuid::new_v4());
+        let stories = deployment.folder.join(format!("{name}.json"));
+        let file =
+            |ending| File::create(deployment.folder.join(format!("{name}.{ending}"))).unwrap();
         let child = python(deployment, sdk, "client.py")
             .arg(json!({"jobs": jobs}).to_string())
-            .stdout(Stdio::piped())
-            .stderr(File::create(errors).unwrap())
+            .arg(&stories)
+            .stdout(file("out"))
+            .stderr(file("err"))
             .spawn()
             .unwrap();
-        SdkClient { child }
+        SdkClient { child, stories }
     }
 
     /// What it has heard of each job.
-    fn stories(self) -> Vec<Value> {
-        let output = self.child.wait_with_output().unwrap();
-        assert!(output.status.success(), "the client failed");
-        let text = String::from_utf8(output.stdout).unwrap();
-        // The SDK may log to standard output before.
-        serde_json::from_str(text.lines().last().unwrap()).unwrap()
+    fn stories(mut self) -> Vec<Value> {
+        assert!(self.child.wait().unwrap().success(), "the client failed");
+        serde_json::from_slice(&fs::read(self.stories).unwrap()).unwrap()
     }
 }
 

@@ -1,8 +1,8 @@
-"""An SDK client that submits jobs as its argument says and prints what it hears of each.
+"""An SDK client that submits jobs as its first argument says and tells what it hears of each.
 
 The argument is JSON: `jobs`, a list of objects with `workflow`, `params` and optionally `priority`,
-`reference` and `cancel_on` (a status, or "submission"). The output is a JSON list with an object
-for each job.
+`reference` and `cancel_on` (a status, or "submission"). A JSON list with an object for each job goes to
+the file that the second argument names.
 """
 
 import json
@@ -104,7 +104,9 @@ def main():
         if story.heard["result"] == "CANCELLED":
             story.wait_for_status("CANCELLED")
     sdk.stop()
-    print(json.dumps([story.heard for story in stories]))
+    # Not to standard output: to which the SDK logs, at any time.
+    with open(sys.argv[2], "w") as file:
+        json.dump([story.heard for story in stories], file)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ Usage: ./run.sh [COMMAND]
        --keep [ARGS]   The same, leaving the services for the next run; source
                        target/test-services/env to run `cargo test` by hand.
        --stop          Stop what --keep has left.
+  chaos [--jobs N] [--replicas R] [--minutes M] [--seed S]
+                       Load on replicas while they and all around them fail; whether anything was
+                       lost.
   lint                 Formatting, clippy, and shellcheck and cargo-deny where installed.
 
 Services are started with docker compose where a docker daemon answers, else from installed
@@ -529,6 +532,41 @@ run_tests() {
   RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
 }
 
+# The orchestrator among failures of everything around it; see examples/chaos.
+chaos() {
+  local folder=$PWD/target/chaos prefix server
+  need rabbitmq-server postgresql
+  say "building"
+  cargo build --release --locked --bin omotes-orchestrator --example chaos
+  end_chaos() {
+    trap '' INT TERM
+    for server in rabbitmq postgres; do private remove "target/chaos/$server"; done
+  }
+  trap end_chaos EXIT
+  trap 'exit 130' INT TERM
+  mkdir -p "$folder"
+  rm -f "$folder"/replica-*.log
+  RABBITMQ=$(free_port) POSTGRES=$(free_port)
+  say "starting RabbitMQ and Postgres of its own"
+  private start "$folder/rabbitmq" "$RABBITMQ"
+  private start "$folder/postgres" "$POSTGRES"
+  for prefix in SDK TASK CELERY; do
+    export "${prefix}_RABBITMQ_HOSTNAME=127.0.0.1" "${prefix}_RABBITMQ_PORT=$RABBITMQ"
+    export "${prefix}_RABBITMQ_USERNAME=omotes" "${prefix}_RABBITMQ_PASSWORD=secret"
+    export "${prefix}_RABBITMQ_VIRTUALHOST=omotes_celery"
+  done
+  export SDK_RABBITMQ_VIRTUALHOST=omotes
+  export POSTGRESQL_HOST=127.0.0.1 POSTGRESQL_PORT=$POSTGRES POSTGRESQL_DATABASE=omotes
+  export POSTGRESQL_USERNAME=omotes POSTGRESQL_PASSWORD=secret INFLUXDB_HOST=
+  export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
+  export HTTP_BIND=127.0.0.1:0 RUST_BACKTRACE=1 LOG_LEVEL=INFO
+  export WORKFLOW_CONFIG_PATH=$folder/workflows.json
+  echo '[{"workflow_type_name": "chaos", "workflow_type_description_name": "chaos"}]' \
+    >"$WORKFLOW_CONFIG_PATH"
+  target/release/examples/chaos --folder "$folder" --program target/release/omotes-orchestrator "$@" \
+    2>"$folder/chaos.log"
+}
+
 lint() {
   cargo fmt --check
   cargo clippy --locked --all-targets -- -D warnings
@@ -541,6 +579,7 @@ case ${1:-} in
   demo) demo ;;
   services) shift; services "$@" ;;
   test) shift; run_tests "$@" ;;
+  chaos) shift; chaos "$@" ;;
   lint) lint ;;
   private) shift; private "$@" ;;
   '' | -*) start "$@" ;;

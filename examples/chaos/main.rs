@@ -1,0 +1,252 @@
+//! Replicas of the service under load while they, RabbitMQ, Postgres and the network between them
+//! fail by a seeded schedule; a ledger on the clients' side says whether anything was lost.
+//! `./run.sh chaos` starts it with what it needs.
+#![allow(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "a program that reports, and nobody's library"
+)]
+
+mod faults;
+mod ledger;
+mod people;
+mod proxy;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use fastrand::Rng;
+use omotes_orchestrator::config::Config;
+use omotes_orchestrator::wire::{CANCELS_QUEUE, SUBMISSIONS_QUEUE};
+use uuid::Uuid;
+
+use crate::faults::Site;
+use crate::ledger::{Plan, Violation};
+use crate::people::{Action, PROGRESS, RESULTS, WORKFLOW, World, pause};
+
+/// How long after the last fault everything may take to come to its end.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+#[derive(Parser)]
+struct Options {
+    #[arg(long, default_value_t = 300)]
+    jobs: usize,
+    #[arg(long, default_value_t = 2)]
+    replicas: usize,
+    /// How long jobs are submitted and faults happen.
+    #[arg(long, default_value_t = 1.0)]
+    minutes: f64,
+    /// The same seed makes the same plan of jobs and faults.
+    #[arg(long, default_value_t = fastrand::u64(..1_000_000))]
+    seed: u64,
+    #[arg(long, default_value_t = 8)]
+    workers: usize,
+    /// Where the private servers and the logs are.
+    #[arg(long)]
+    folder: PathBuf,
+    /// The service.
+    #[arg(long)]
+    program: PathBuf,
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let options = Options::parse();
+    println!(
+        "chaos: {} jobs, {} replicas, {} minutes, seed {}",
+        options.jobs, options.replicas, options.minutes, options.seed
+    );
+    let config = Config::from_environment()?;
+    let world: &World = Box::leak(Box::new(World::new(
+        config.sdk_rabbitmq.clone(),
+        config.celery_rabbitmq.clone(),
+    )));
+    let mut site = Site::new(
+        &options.folder,
+        &options.program,
+        config.sdk_rabbitmq.port,
+        config.postgres.port,
+        options.replicas,
+    )?;
+    let mut random = Rng::with_seed(options.seed);
+    let length = Duration::from_secs_f64(options.minutes * 60.0);
+    let actions = plan(&mut random, options.jobs, length);
+    let began = Instant::now();
+    let named = |name: String| thread::Builder::new().name(name);
+    for number in 1..=options.workers {
+        named(format!("worker-{number}")).spawn(|| world.work())?;
+    }
+    named("revokes".to_owned()).spawn(|| world.hear_revokes())?;
+    named("collector".to_owned()).spawn(|| world.collect())?;
+    let client = named("client".to_owned()).spawn(move || world.act(began, &actions))?;
+    let counts = faults::run(&mut site, &mut random, options.replicas, began + length)?;
+    if client.join().is_err() {
+        bail!("the client panicked");
+    }
+    let mut violations = settle(world, &mut site, &config)?;
+    violations.extend(report(world, &counts, began.elapsed())?);
+    if !site.stop()? {
+        violations.push("a replica did not end with 0".to_owned());
+    }
+    for violation in &violations {
+        println!("VIOLATION {violation}");
+    }
+    println!(
+        "{} violations; seed {}; logs in {}",
+        violations.len(),
+        options.seed,
+        options.folder.display()
+    );
+    Ok(if violations.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// What the client does, in order of time.
+fn plan(random: &mut Rng, jobs: usize, length: Duration) -> Vec<(Duration, Action)> {
+    let mut actions = Vec::new();
+    for _ in 0..jobs {
+        let job = Uuid::from_u128(random.u128(..));
+        let time = length.mul_f64(random.f64());
+        let plan = match random.u32(..100) {
+            0..50 => Plan::Plain,
+            50..60 => Plan::Fails,
+            60..80 => Plan::Cancelled,
+            80..86 => Plan::TooSlow,
+            86..94 => Plan::Crashes,
+            _ => Plan::UnknownWorkflow,
+        };
+        actions.push((time, Action::Submit(job, plan)));
+        if plan == Plan::Cancelled {
+            // Around the time that a task takes, so that it meets everything else.
+            let later = Duration::from_millis(random.u64(..400));
+            actions.push((time + later, Action::Cancel(job)));
+        }
+    }
+    for _ in 0..jobs / 20 {
+        let time = length.mul_f64(random.f64());
+        let mark = Uuid::from_u128(random.u128(..));
+        actions.push((time, Action::Bad(random.usize(..4), mark)));
+    }
+    actions.sort_by_key(|(time, _)| *time);
+    actions
+}
+
+/// Waits until everything has come to its end; what has not is a violation.
+fn settle(world: &World, site: &mut Site, config: &Config) -> anyhow::Result<Vec<String>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        site.start_missing()?;
+        let left = what_is_left(world, config).unwrap_or_else(|error| vec![format!("{error:#}")]);
+        if left.is_empty() || Instant::now() > deadline {
+            return Ok(left);
+        }
+        pause(Duration::from_millis(500));
+    }
+}
+
+fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
+    let mut left = Vec::new();
+    let waiting = world
+        .waiting
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .len();
+    if waiting > 0 {
+        left.push(format!("{waiting} jobs without a result"));
+    }
+    let computing = world.computing.load(Ordering::Relaxed);
+    if computing > 0 {
+        left.push(format!("{computing} tasks are being computed"));
+    }
+    let queues = World::depth(&config.sdk_rabbitmq, &[SUBMISSIONS_QUEUE, CANCELS_QUEUE])?
+        + World::depth(&config.celery_rabbitmq, &[RESULTS, PROGRESS, WORKFLOW])?;
+    if queues > 0 {
+        left.push(format!("{queues} messages in queues"));
+    }
+    let mut client = postgres::Config::new()
+        .host(&config.postgres.host)
+        .port(config.postgres.port)
+        .dbname(&config.postgres.database)
+        .user(config.postgres.username.as_deref().unwrap_or_default())
+        .password(
+            config
+                .postgres
+                .password
+                .as_ref()
+                .map_or("", |one| one.reveal()),
+        )
+        .connect(postgres::NoTls)
+        .context("connecting to Postgres")?;
+    let rows: i64 = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)",
+            &[],
+        )?
+        .get(0);
+    if rows > 0 {
+        left.push(format!("{rows} rows in job and job_starts"));
+    }
+    Ok(left)
+}
+
+/// Says what happened. Returns what must not have happened.
+fn report(
+    world: &World,
+    faults: &BTreeMap<String, usize>,
+    time: Duration,
+) -> anyhow::Result<Vec<String>> {
+    world.sweep()?;
+    let mut letters = World::dead_letters(&world.sdk)?;
+    letters.extend(World::dead_letters(&world.celery)?);
+    let bad = world.bad.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut violations = ledger::stray_letters(&bad, &letters);
+    let records = world.records.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
+    let (mut duplicates, mut lost, mut contradictory, mut impossible) = (0, 0, 0, 0);
+    for (job, (plan, record)) in records.iter() {
+        let outcome = record
+            .results
+            .first()
+            .map_or("nothing", |(kind, _)| kind.as_str_name());
+        *outcomes.entry(format!("{plan:?}: {outcome}")).or_default() += 1;
+        duplicates += record.duplicates();
+        if let Err(violation) = record.check(*plan) {
+            match &violation {
+                Violation::Lost => lost += 1,
+                Violation::Contradictory(_) => contradictory += 1,
+                Violation::Impossible(_) => impossible += 1,
+            }
+            violations.push(format!("job {job}: {violation:?}"));
+        }
+    }
+    println!("jobs by plan and outcome:");
+    for (what, count) in &outcomes {
+        println!("  {count:6} {what}");
+    }
+    println!("{} faults:", faults.values().sum::<usize>());
+    for (what, count) in faults {
+        println!("  {count:6} {what}");
+    }
+    println!(
+        "{} jobs: {lost} lost, {contradictory} contradictory, {impossible} impossible, {duplicates} \
+         results told once more",
+        records.len()
+    );
+    println!(
+        "{} bad messages, {} dead letters; {:.0} s",
+        bad.len(),
+        letters.len(),
+        time.as_secs_f64()
+    );
+    Ok(violations)
+}

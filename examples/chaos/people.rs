@@ -1,0 +1,395 @@
+//! Those who live through it: a client that submits and cancels, one that collects the results, and
+//! workers. Each connects again, and says again what was not confirmed, for as long as it takes.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use amiquip::Connection;
+use anyhow::Context;
+use crossbeam_channel::{after, bounded, unbounded};
+use omotes_orchestrator::broker::{self, Link, Publisher, Received};
+use omotes_orchestrator::busy::Busy;
+use omotes_orchestrator::config::RabbitMq;
+use omotes_orchestrator::wire::{
+    self, DEAD_LETTERS_QUEUE, JobResult, JobSubmission, Outgoing, PIDBOX_EXCHANGE,
+    TaskProgressUpdate, TaskResult, job_result,
+    task_progress_update::{ProgressStatus, ProgressType},
+    task_result,
+};
+use prost::Message as _;
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use crate::ledger::{Plan, Record};
+
+pub const WORKFLOW: &str = "chaos";
+pub const RESULTS: &str = "omotes_task_result_events";
+pub const PROGRESS: &str = "omotes_task_progress_events";
+const ESDL: &str =
+    "<?xml version='1.0'?><esdl:EnergySystem xmlns:esdl='http://www.tno.nl/esdl' id='in'/>";
+const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
+/// How long a task takes, and one that is too slow for its client.
+const TASK: Duration = Duration::from_millis(150);
+const SLOW_TASK: Duration = Duration::from_secs(4);
+const SHORT_TIMEOUT_MS: u32 = 300;
+
+/// Something that the client does at its time.
+#[derive(Debug, Clone)]
+pub enum Action {
+    Submit(Uuid, Plan),
+    Cancel(Uuid),
+    /// A message that nobody can read, to one of the four queues.
+    Bad(usize, Uuid),
+}
+
+/// What all of them share.
+pub struct World {
+    pub sdk: RabbitMq,
+    pub celery: RabbitMq,
+    pub records: Mutex<BTreeMap<Uuid, (Plan, Record)>>,
+    /// Jobs that have been submitted and not heard of.
+    pub waiting: Mutex<BTreeSet<Uuid>>,
+    pub bad: Mutex<BTreeSet<Uuid>>,
+    pub revoked: Mutex<HashSet<String>>,
+    /// Tasks whose worker has died over them once.
+    crashed: Mutex<HashSet<String>>,
+    /// Tasks that are being computed.
+    pub computing: AtomicUsize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn pause(time: Duration) {
+    let _ = after(time).recv();
+}
+
+impl World {
+    pub fn new(sdk: RabbitMq, celery: RabbitMq) -> World {
+        World {
+            sdk,
+            celery,
+            records: Mutex::default(),
+            waiting: Mutex::default(),
+            bad: Mutex::default(),
+            revoked: Mutex::default(),
+            crashed: Mutex::default(),
+            computing: AtomicUsize::new(0),
+        }
+    }
+
+    fn note(&self, job: Uuid, change: impl FnOnce(&mut Record)) {
+        if let Some((_, record)) = lock(&self.records).get_mut(&job) {
+            change(record);
+        }
+    }
+
+    /// Does what is on the list, each at its time, until all of it is done.
+    pub fn act(&self, began: Instant, actions: &[(Duration, Action)]) {
+        let mut rest = actions;
+        while !rest.is_empty() {
+            let result = self.act_for_a_while(began, &mut rest);
+            if let Err(error) = result {
+                eprintln!("client: {error:#}");
+                pause(Duration::from_millis(500));
+            }
+        }
+    }
+
+    fn act_for_a_while(
+        &self,
+        began: Instant,
+        rest: &mut &[(Duration, Action)],
+    ) -> anyhow::Result<()> {
+        let sdk = Link::open(&self.sdk, "chaos client")?;
+        let celery = Link::open(&self.celery, "chaos client")?;
+        sdk.declare_for_clients()?;
+        celery.declare_for_workers(&[RESULTS, PROGRESS])?;
+        let busy = Busy::default();
+        let mut to_sdk = Publisher::new(&sdk, &busy);
+        let mut to_celery = Publisher::new(&celery, &busy);
+        while let Some(((time, action), later)) = rest.split_first() {
+            pause(time.saturating_sub(began.elapsed()));
+            match action {
+                Action::Submit(job, plan) => {
+                    // Before the submission, as clients do, and again after a failure.
+                    sdk.declare_client_queue(&wire::result_queue(*job), QUEUE_EXPIRY)?;
+                    lock(&self.records)
+                        .entry(*job)
+                        .or_insert((*plan, Record::default()));
+                    to_sdk.publish(&[wire::job_submission(&submission(*job, *plan))])?;
+                    lock(&self.waiting).insert(*job);
+                }
+                Action::Cancel(job) => {
+                    to_sdk.publish(&[wire::job_delete(*job)])?;
+                }
+                Action::Bad(which, mark) => {
+                    let queues = [
+                        wire::SUBMISSIONS_QUEUE,
+                        wire::CANCELS_QUEUE,
+                        RESULTS,
+                        PROGRESS,
+                    ];
+                    let message = Outgoing {
+                        exchange: "",
+                        routing_key: queues[*which].to_owned(),
+                        body: [b"\xff", mark.as_bytes().as_slice()].concat(),
+                        ..wire::job_delete(Uuid::nil())
+                    };
+                    lock(&self.bad).insert(*mark);
+                    match which {
+                        0 | 1 => to_sdk.publish(&[message])?,
+                        _ => to_celery.publish(&[message])?,
+                    };
+                }
+            }
+            *rest = later;
+        }
+        Ok(())
+    }
+
+    /// Collects results until the process ends.
+    pub fn collect(&self) {
+        loop {
+            if let Err(error) = self.collect_for_a_while() {
+                eprintln!("collector: {error:#}");
+            }
+            pause(Duration::from_millis(500));
+        }
+    }
+
+    fn collect_for_a_while(&self) -> anyhow::Result<()> {
+        let mut connection = open(&self.sdk)?;
+        let channel = connection.open_channel(None)?;
+        loop {
+            let waiting: Vec<_> = lock(&self.waiting).iter().copied().collect();
+            for job in waiting {
+                while let Some(got) = channel.basic_get(wire::result_queue(job), false)? {
+                    let result = JobResult::decode(got.delivery.body.as_slice())?;
+                    self.note(job, |record| {
+                        record.results.push((result.result_type(), result.logs));
+                    });
+                    got.ack(&channel)?;
+                    lock(&self.waiting).remove(&job);
+                }
+            }
+            pause(Duration::from_millis(50));
+        }
+    }
+
+    /// Looks once more into the queues of all jobs, for results that came later.
+    ///
+    /// # Errors
+    /// The broker is gone.
+    pub fn sweep(&self) -> anyhow::Result<()> {
+        let mut connection = open(&self.sdk)?;
+        let channel = connection.open_channel(None)?;
+        let jobs: Vec<_> = lock(&self.records).keys().copied().collect();
+        for job in jobs {
+            while let Some(got) = channel.basic_get(wire::result_queue(job), true)? {
+                let result = JobResult::decode(got.delivery.body.as_slice())?;
+                self.note(job, |record| {
+                    record.results.push((result.result_type(), result.logs));
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// How many messages wait in these queues of a vhost.
+    ///
+    /// # Errors
+    /// The broker is gone, or a queue.
+    pub fn depth(config: &RabbitMq, queues: &[&str]) -> anyhow::Result<u32> {
+        let mut connection = open(config)?;
+        let channel = connection.open_channel(None)?;
+        let mut sum = 0;
+        for queue in queues {
+            let queue = channel.queue_declare_passive(*queue)?;
+            sum += queue.declared_message_count().unwrap_or_default();
+        }
+        Ok(sum)
+    }
+
+    /// Takes all dead letters of a vhost: the marks in them.
+    ///
+    /// # Errors
+    /// The broker is gone.
+    pub fn dead_letters(config: &RabbitMq) -> anyhow::Result<Vec<Option<Uuid>>> {
+        let mut connection = open(config)?;
+        let channel = connection.open_channel(None)?;
+        let mut marks = Vec::new();
+        while let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, true)? {
+            let mark = got.delivery.body.get(1..);
+            marks.push(mark.and_then(|mark| Uuid::from_slice(mark).ok()));
+        }
+        Ok(marks)
+    }
+
+    /// Hears revokes until the process ends.
+    pub fn hear_revokes(&self) {
+        loop {
+            let heard = || {
+                let link = Link::open(&self.celery, "chaos revokes")?;
+                link.declare_pidbox()?;
+                let queue = link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
+                let (_never, stopped) = bounded(0);
+                let (done, all_done) = unbounded();
+                broker::consume(&link, &queue, 100, &stopped, &all_done, |message| {
+                    if let Ok(revoke) = serde_json::from_slice::<Value>(&message.body)
+                        && let Some(task) = revoke["arguments"]["task_id"].as_str()
+                    {
+                        lock(&self.revoked).insert(task.to_owned());
+                    }
+                    let _ = done.send(message.tag);
+                })
+            };
+            if let Err(error) = heard() {
+                eprintln!("revokes: {error:#}");
+            }
+            pause(Duration::from_millis(500));
+        }
+    }
+
+    /// Works until the process ends.
+    pub fn work(&self) {
+        loop {
+            if let Err(error) = self.work_for_a_while() {
+                eprintln!(
+                    "{}: {error:#}",
+                    thread::current().name().unwrap_or("worker")
+                );
+            }
+            pause(Duration::from_millis(300));
+        }
+    }
+
+    fn work_for_a_while(&self) -> anyhow::Result<()> {
+        let tasks = Link::open(&self.celery, "chaos tasks")?;
+        let events = Link::open(&self.celery, "chaos events")?;
+        events.declare_for_workers(&[RESULTS, PROGRESS])?;
+        let busy = Busy::default();
+        Publisher::new(&tasks, &busy).declare_task_queue(WORKFLOW)?;
+        let mut publisher = Publisher::new(&events, &busy);
+        let (_never, stopped) = bounded(0);
+        let (done, all_done) = unbounded();
+        broker::consume(&tasks, WORKFLOW, 1, &stopped, &all_done, |message| {
+            self.computing.fetch_add(1, Ordering::Relaxed);
+            match self.compute(&message, &mut publisher) {
+                Ok(true) => {
+                    let _ = done.send(message.tag);
+                }
+                // As if the process were gone: the broker gives the task out again.
+                Ok(false) => tasks.kill(),
+                Err(error) => {
+                    eprintln!("a worker's events: {error:#}");
+                    tasks.kill();
+                }
+            }
+            self.computing.fetch_sub(1, Ordering::Relaxed);
+        })
+    }
+
+    /// Computes a task as a Celery worker would. False when the worker dies over it.
+    fn compute(&self, message: &Received, publisher: &mut Publisher<'_>) -> anyhow::Result<bool> {
+        let body: Value = serde_json::from_slice(&message.body)?;
+        let job: Uuid = body[0][0]["__value__"]["hex"]
+            .as_str()
+            .context("no job id in a task")?
+            .parse()?;
+        let task = message.correlation_id().context("no task id")?.to_owned();
+        let behaviour = body[0][3]["behaviour"].as_str().unwrap_or_default();
+        let revoked = || lock(&self.revoked).contains(&task);
+        if revoked() {
+            return Ok(true);
+        }
+        let event = |progress_type| TaskProgressUpdate {
+            job_id: job.to_string(),
+            celery_task_id: task.clone(),
+            message: "on it".to_owned(),
+            celery_task_type: WORKFLOW.to_owned(),
+            progress_type: Some(progress_type),
+        };
+        self.note(job, |record| {
+            *record.starts.entry(task.clone()).or_default() += 1;
+        });
+        let start = event(ProgressType::Status(ProgressStatus::Start.into()));
+        publisher.publish(&[wire::worker_event(PROGRESS, &start)])?;
+        if behaviour == "crash" && lock(&self.crashed).insert(task.clone()) {
+            return Ok(false);
+        }
+        let time = if behaviour == "slow" { SLOW_TASK } else { TASK };
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            if revoked() {
+                return Ok(true);
+            }
+            pause(Duration::from_millis(10));
+        }
+        let progress = event(ProgressType::Progress(1.0));
+        publisher.publish(&[wire::worker_event(PROGRESS, &progress)])?;
+        let (result_type, told) = match behaviour {
+            "fail" => (
+                task_result::ResultType::Error,
+                job_result::ResultType::Error,
+            ),
+            _ => (
+                task_result::ResultType::Succeeded,
+                job_result::ResultType::Succeeded,
+            ),
+        };
+        let result = TaskResult {
+            job_id: job.to_string(),
+            celery_task_id: task.clone(),
+            result_type: result_type.into(),
+            output_esdl: Some(format!("<e id='{job}'/>")),
+            logs: "done".to_owned(),
+            celery_task_type: WORKFLOW.to_owned(),
+            esdl_messages: Vec::new(),
+        };
+        // Before it is confirmed, for it may arrive without that being heard.
+        self.note(job, |record| record.delivered.push(told));
+        publisher.publish(&[wire::worker_event(RESULTS, &result)])?;
+        Ok(true)
+    }
+}
+
+fn open(config: &RabbitMq) -> anyhow::Result<Connection> {
+    let RabbitMq {
+        host,
+        port,
+        username,
+        password,
+        vhost,
+    } = config;
+    let password = password.reveal();
+    let url = format!("amqp://{username}:{password}@{host}:{port}/{vhost}");
+    Connection::insecure_open(&url).context("connecting to RabbitMQ")
+}
+
+fn submission(job: Uuid, plan: Plan) -> JobSubmission {
+    let behaviour = match plan {
+        Plan::Plain | Plan::Cancelled | Plan::UnknownWorkflow => "succeed",
+        Plan::Fails => "fail",
+        Plan::TooSlow => "slow",
+        Plan::Crashes => "crash",
+    };
+    let workflow = match plan {
+        Plan::UnknownWorkflow => "no such workflow",
+        Plan::Plain | Plan::Fails | Plan::Cancelled | Plan::TooSlow | Plan::Crashes => WORKFLOW,
+    };
+    let params = Map::from_iter([("behaviour".to_owned(), behaviour.into())]);
+    JobSubmission {
+        uuid: job.to_string(),
+        timeout_ms: (plan == Plan::TooSlow).then_some(SHORT_TIMEOUT_MS),
+        workflow_type: workflow.to_owned(),
+        esdl: ESDL.to_owned(),
+        params_dict: Some(wire::protobuf_struct(&params)),
+        job_reference: Some(format!("{plan:?}")),
+        job_priority: None,
+    }
+}

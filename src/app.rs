@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::atomic::AtomicI64;
 use std::thread;
@@ -20,6 +21,7 @@ use uuid::Uuid;
 use crate::celery;
 use crate::cleaner;
 use crate::config::Config;
+use crate::handler::panic_text;
 use crate::health::{Health, Part};
 use crate::http;
 use crate::job::Rules;
@@ -80,7 +82,6 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             timeout_result: config.timeout_result,
             reject_invalid_params: config.reject_invalid_params,
         },
-        started: Instant::now(),
         config,
     };
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP])?;
@@ -237,7 +238,10 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
             return;
         }
         let started = Instant::now();
-        let Err(failure) = session::run(service, stopped) else {
+        let outcome = catch_unwind(AssertUnwindSafe(|| session::run(service, stopped)));
+        let outcome =
+            outcome.unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(&*panic))));
+        let Err(failure) = outcome else {
             return;
         };
         if is_disconnected(stopped) {

@@ -39,6 +39,10 @@ const HEARTBEAT_SECONDS: u16 = 10;
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// AMQP's PRECONDITION_FAILED: a message above the size limit, a queue with other arguments.
 const PRECONDITION_FAILED: u16 = 406;
+/// AMQP's ACCESS_REFUSED and RESOURCE_LOCKED: no rights on a queue, or somebody's alone.
+const NOT_OURS: [u16; 2] = [403, 405];
+/// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
+const SLOWEST_PUBLISHING: u64 = 1024 * 1024;
 
 /// One connection to a vhost.
 pub struct Link {
@@ -188,12 +192,19 @@ impl Link {
             channel.queue_declare(queue, durable(arguments))?;
             channel.close()
         };
-        declare().map_err(|error: amiquip::Error| match refusal(&error) {
-            Some(message) => PublishError::Refused(format!(
-                "the task queue {queue:?} exists, but not as durable with x-max-priority = \
-                 {TASK_QUEUE_MAX_PRIORITY}: {message}"
-            )),
-            None => self.lost(error, "declaring a task queue"),
+        declare().map_err(|error: amiquip::Error| match &error {
+            amiquip::Error::ServerClosedChannel { code, message, .. }
+                if NOT_OURS.contains(code) =>
+            {
+                PublishError::Refused(format!("the task queue {queue:?} is not ours: {message}"))
+            }
+            _ => match refusal(&error) {
+                Some(message) => PublishError::Refused(format!(
+                    "the task queue {queue:?} exists, but not as durable with x-max-priority = \
+                     {TASK_QUEUE_MAX_PRIORITY}: {message}"
+                )),
+                None => self.lost(error, "declaring a task queue"),
+            },
         })
     }
 
@@ -425,6 +436,10 @@ pub fn consume(
             recv(stop) -> _ => {
                 stop = never();
                 stopping = true;
+                if let Some(intake) = &link.intake {
+                    // The answer to the cancel must get through.
+                    intake.open();
+                }
                 consumer.cancel()?;
             }
         }
@@ -440,6 +455,8 @@ pub enum Delivered {
     Yes,
     /// It was mandatory, and no queue is bound to its key.
     Unroutable,
+    /// A queue does not take it, because it is full or failed.
+    Rejected,
 }
 
 #[derive(Debug, Error)]
@@ -463,6 +480,8 @@ pub struct Publisher<'l> {
     pending: BTreeSet<u64>,
     /// By what each message of the batch is recognised when it comes back.
     ids: Vec<Option<String>>,
+    /// How much longer than usual the broker may take over the batch, for its size.
+    allowance: Duration,
 }
 
 struct OpenChannel {
@@ -481,6 +500,7 @@ impl<'l> Publisher<'l> {
             open: None,
             pending: BTreeSet::new(),
             ids: Vec::new(),
+            allowance: Duration::ZERO,
         }
     }
 
@@ -511,10 +531,12 @@ impl<'l> Publisher<'l> {
     pub fn send(&mut self, messages: &[Outgoing]) -> Result<(), PublishError> {
         self.pending.clear();
         self.ids.clear();
+        let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
+        self.allowance = Duration::from_secs(bytes as u64 / SLOWEST_PUBLISHING);
         if messages.is_empty() {
             return Ok(());
         }
-        self.busy.touch();
+        self.busy.touch_for(self.allowance);
         let sent = self.send_all(messages);
         self.busy.idle();
         sent.map_err(|error| self.fail(Some(error)))
@@ -538,7 +560,7 @@ impl<'l> Publisher<'l> {
             open.channel.basic_publish(message.exchange, publish)?;
             open.published += 1;
             self.pending.insert(open.published);
-            self.busy.touch();
+            self.busy.touch_for(self.allowance);
         }
         Ok(())
     }
@@ -552,9 +574,10 @@ impl<'l> Publisher<'l> {
         let Some(open) = &self.open else {
             return Ok(outcome);
         };
+        let first = (open.published + 1).saturating_sub(self.ids.len() as u64);
         while !self.pending.is_empty() {
-            self.busy.touch();
-            let confirm = open.confirms.recv_timeout(DEADLINE);
+            self.busy.touch_for(self.allowance);
+            let confirm = open.confirms.recv_timeout(DEADLINE + self.allowance);
             self.busy.idle();
             match confirm {
                 Ok(Confirm::Ack(ack)) => {
@@ -564,17 +587,26 @@ impl<'l> Publisher<'l> {
                         self.pending.remove(&ack.delivery_tag);
                     }
                 }
-                Ok(Confirm::Nack(_)) => {
-                    return Err(PublishError::Lost(anyhow!(
-                        "{}: the broker answered a message with basic.nack: a queue is full or \
-                         failed",
-                        self.link.name
-                    )));
+                Ok(Confirm::Nack(nack)) => {
+                    let rejected: Vec<_> = if nack.multiple {
+                        self.pending.range(..=nack.delivery_tag).copied().collect()
+                    } else {
+                        vec![nack.delivery_tag]
+                    };
+                    for tag in rejected {
+                        let index = tag.checked_sub(first).map(usize::try_from);
+                        if self.pending.remove(&tag)
+                            && let Some(Ok(index)) = index
+                        {
+                            outcome[index] = Delivered::Rejected;
+                        }
+                    }
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(PublishError::Lost(anyhow!(
-                        "{}: no confirm within {DEADLINE:?}",
-                        self.link.name
+                        "{}: no confirm within {:?}",
+                        self.link.name,
+                        DEADLINE + self.allowance
                     )));
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(self.fail(None)),
@@ -590,6 +622,18 @@ impl<'l> Publisher<'l> {
             }
         }
         Ok(outcome)
+    }
+
+    /// Gives up whatever is not confirmed yet, after a refusal on another connection: what becomes
+    /// of it must not be taken for the next batch's.
+    pub fn abandon(&mut self) {
+        self.pending.clear();
+        if let Some(open) = self.open.take() {
+            self.busy.touch_for(self.allowance);
+            // A refusal of what is given up is of no interest.
+            let _ = open.channel.close();
+            self.busy.idle();
+        }
     }
 
     /// Finds out why the channel is gone, and gives it up.

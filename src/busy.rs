@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Busy {
     epoch: Instant,
-    /// Milliseconds after `epoch`, plus one; 0 while it waits for nothing.
+    /// Milliseconds after `epoch`, plus one; 0 while it waits for nothing. In the future where the
+    /// wait may well take a while.
     since: AtomicU64,
 }
 
@@ -31,7 +32,13 @@ impl Busy {
 
     /// A wait begins, in place of any other.
     pub fn touch(&self) {
-        let millis = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.touch_for(Duration::ZERO);
+    }
+
+    /// A wait begins that counts only from `allowance` on.
+    pub fn touch_for(&self, allowance: Duration) {
+        let since = self.epoch.elapsed() + allowance;
+        let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX - 1);
         self.since.store(millis + 1, Ordering::Relaxed);
     }
 

@@ -10,6 +10,7 @@ use log::{debug, info, warn};
 
 use crate::config::{Config, InfluxDb};
 use crate::influx::Influx;
+use crate::report::one_line;
 use crate::store::{Store, Task};
 use crate::time_series;
 
@@ -75,21 +76,26 @@ fn scan(
     let dry = config.time_series_dry_run;
     let would = if dry { "dry run, would be " } else { "" };
     for database in &plan.mark {
+        let database = one_line(database);
         info!("time series {database}: no job has claimed them yet, {would}marked");
     }
     if !dry {
         connection.mark_series(&plan.mark, now)?;
     }
     for database in &plan.drop {
-        info!("time series {database}: nobody needs them, {would}dropped");
+        info!(
+            "time series {}: nobody needs them, {would}dropped",
+            one_line(database)
+        );
         if !dry {
             connection
                 .delete_retired_series(database, || influx.drop_database(database))
-                .with_context(|| format!("dropping {database}"))?;
+                .with_context(|| format!("dropping {}", one_line(database)))?;
         }
     }
     for esdl_id in &plan.forget {
-        info!("time series {esdl_id}: deleted, and in no database here, {would}forgotten");
+        let name = one_line(esdl_id);
+        info!("time series {name}: deleted, and in no database here, {would}forgotten");
         if !dry {
             connection.delete_retired_series(esdl_id, || Ok(()))?;
         }

@@ -200,7 +200,7 @@ impl<'s> Handler<'s> {
                 bytes += work.size();
                 batch.push(Item::new(work));
             }
-            match self.handle(&batch, stop) {
+            match self.handle(&mut batch, stop) {
                 Ok(()) => {}
                 Err(Trouble::Refused { reason, by }) => {
                     self.handle_one_by_one(batch, &reason, by, stop)?;
@@ -229,7 +229,7 @@ impl<'s> Handler<'s> {
                     by,
                 })
             } else {
-                self.handle(std::slice::from_ref(&item), stop)
+                self.handle(std::slice::from_mut(&mut item), stop)
             };
             // What can be done about its job, then only about the message itself.
             for step in [Item::give_up, Item::give_up_job] {
@@ -237,14 +237,15 @@ impl<'s> Handler<'s> {
                     Err(Trouble::Refused { reason, by }) => step(&mut item, reason, by),
                     Ok(()) | Err(_) => break,
                 }
-                outcome = self.handle(std::slice::from_ref(&item), stop);
+                outcome = self.handle(std::slice::from_mut(&mut item), stop);
             }
             match outcome {
                 Ok(()) => {}
                 Err(Trouble::Refused { reason, .. }) => error!(
-                    "{}: the message of {} bytes cannot even be put aside and is dropped: {reason}",
+                    "{}: the message of {} bytes cannot even be put aside and is dropped: {}",
                     item.label(),
-                    item.work.size()
+                    item.work.size(),
+                    one_line(&reason)
                 ),
                 Err(trouble) => return trouble.end(),
             }
@@ -254,7 +255,7 @@ impl<'s> Handler<'s> {
     }
 
     /// Takes a batch through, with as many attempts as Postgres needs.
-    fn handle(&mut self, batch: &[Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
+    fn handle(&mut self, batch: &mut [Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
         let mut pause = FIRST_RETRY;
         loop {
             // A fault of ours that one message brings to light must not hold up the others.
@@ -279,6 +280,13 @@ impl<'s> Handler<'s> {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }
             self.watched.set_trouble(Some(format!("{trouble:#}")));
+            // It may have been committed without that being heard. What tells a START from its
+            // repetition is its message id or, without one, this.
+            for (_, command) in batch.iter_mut().filter_map(|item| item.job.as_mut()) {
+                if let Command::Start { redelivered, .. } = command {
+                    *redelivered = true;
+                }
+            }
             match stop.recv_timeout(pause.mul_f64(0.5 + fastrand::f64())) {
                 Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LAST_RETRY),
                 Err(RecvTimeoutError::Disconnected) => return Err(Trouble::Stopped),
@@ -462,8 +470,21 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Publishes it all and waits for the confirms, of all connections at once.
     fn publish(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+        let published = self.publish_all(outbox);
+        if let Err(Trouble::Refused { .. }) = published {
+            let Publishers { sdk, celery, task } = &mut self.publishers;
+            [sdk, celery, task].into_iter().for_each(Publisher::abandon);
+        }
+        if published.is_err() {
+            // What follows is a rollback.
+            self.watched.postgres.touch();
+        }
+        published
+    }
+
+    /// Publishes it all and waits for the confirms, of all connections at once.
+    fn publish_all(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
         for queue in &outbox.tasks_for {
             self.declare(queue)?;
         }
@@ -471,14 +492,37 @@ impl<'s> Handler<'s> {
         celery.send(&outbox.celery)?;
         sdk.send(&outbox.sdk)?;
         task.send(&outbox.task)?;
-        let lost_tasks = unroutable(&outbox.celery, &celery.confirm()?);
-        let lost_results = unroutable(&outbox.sdk, &sdk.confirm()?);
-        task.confirm()?;
-        if !lost_tasks.is_empty() {
-            self.publish_tasks_again(&lost_tasks)?;
+        // All of them before any is looked at, lest a confirm be taken for the next batch's.
+        let (to_celery, to_sdk, to_task) = (celery.confirm(), sdk.confirm(), task.confirm());
+        let to_celery = undelivered(&outbox.celery, &to_celery?);
+        let to_sdk = undelivered(&outbox.sdk, &to_sdk?);
+        let to_task = undelivered(&outbox.task, &to_task?);
+        if let Some(task) = to_celery
+            .rejected
+            .iter()
+            .find(|task| task.exchange.is_empty())
+        {
+            return Err(Trouble::Refused {
+                reason: format!("the task queue {:?} takes nothing more", task.routing_key),
+                by: Refuser::Broker,
+            });
         }
-        if !lost_results.is_empty() {
-            self.publish_by_queue_name(&lost_results)?;
+        if !to_celery.unroutable.is_empty() {
+            self.publish_tasks_again(&to_celery.unroutable)?;
+        }
+        let mut results = to_sdk.unroutable;
+        for message in to_sdk.rejected.into_iter().chain(to_task.rejected) {
+            if message.routing_key == wire::DEAD_LETTERS_QUEUE {
+                let error = anyhow!("{} takes nothing more", wire::DEAD_LETTERS_QUEUE);
+                return Err(Trouble::Session(error));
+            }
+            warn!("a queue for {} takes nothing more", message.routing_key);
+            if message.mandatory {
+                results.push(message);
+            }
+        }
+        if !results.is_empty() {
+            self.publish_by_queue_name(&results)?;
         }
         Ok(())
     }
@@ -502,7 +546,7 @@ impl<'s> Handler<'s> {
             self.declare(&task.routing_key)?;
         }
         let outcome = self.publishers.celery.publish(tasks)?;
-        match unroutable(tasks, &outcome).first() {
+        match undelivered(tasks, &outcome).unroutable.first() {
             None => Ok(()),
             Some(task) => Err(Trouble::Session(anyhow!(
                 "the task queue {:?} was deleted again right after it was declared",
@@ -522,8 +566,12 @@ impl<'s> Handler<'s> {
             })
             .collect();
         let outcome = self.publishers.sdk.publish(&results)?;
-        for result in unroutable(&results, &outcome) {
+        let left = undelivered(&results, &outcome);
+        for result in left.unroutable {
             info!("nobody is waiting any more in {}", result.routing_key);
+        }
+        for result in left.rejected {
+            warn!("{} takes no result", result.routing_key);
         }
         Ok(())
     }
@@ -567,16 +615,23 @@ struct Outbox {
     tasks_for: BTreeSet<String>,
 }
 
-fn unroutable(messages: &[Outgoing], outcome: &[Delivered]) -> Vec<Outgoing> {
-    messages
-        .iter()
-        .zip(outcome)
-        .filter(|(_, delivered)| match delivered {
-            Delivered::Yes => false,
-            Delivered::Unroutable => true,
-        })
-        .map(|(message, _)| message.clone())
-        .collect()
+/// The messages of a batch that did not arrive.
+#[derive(Default)]
+struct Undelivered {
+    unroutable: Vec<Outgoing>,
+    rejected: Vec<Outgoing>,
+}
+
+fn undelivered(messages: &[Outgoing], outcome: &[Delivered]) -> Undelivered {
+    let mut left = Undelivered::default();
+    for (message, delivered) in messages.iter().zip(outcome) {
+        match delivered {
+            Delivered::Yes => {}
+            Delivered::Unroutable => left.unroutable.push(message.clone()),
+            Delivered::Rejected => left.rejected.push(message.clone()),
+        }
+    }
+    left
 }
 
 fn note_series(job_id: Uuid, change: TimeSeries<'_>, changes: &mut SeriesChanges) {

@@ -341,7 +341,7 @@ fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<()> {
                     Some(since) => format!("not needed since {since:.0}"),
                     None => "in use".to_owned(),
                 };
-                println!("{}: {state}, {job}, {place}", guard.esdl_id);
+                println!("{}: {state}, {job}, {place}", one_line(&guard.esdl_id));
             }
         }
         TimeSeries::Keep { esdl_id } => {

@@ -2,11 +2,13 @@
 //! finds the jobs; what becomes of them is decided where everything else is.
 
 use std::convert::Infallible;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use log::{debug, info, warn};
 use uuid::Uuid;
 
+use crate::busy::Busy;
 use crate::config::Config;
 use crate::handler::{self, Work};
 use crate::job::Command;
@@ -19,17 +21,28 @@ pub const MAX_FINDINGS: u16 = 1000;
 
 /// A round every [`Config::timeout_check_period`] among all replicas, until `stop` is disconnected.
 /// One that dies after it has claimed a round leaves it to the next.
-pub fn run(service: &Service, handlers: &[Sender<Work>], stop: &Receiver<Infallible>) {
+///
+/// What has been waiting while the service, RabbitMQ or Postgres was away is to be heard before
+/// anything counts as overdue: so the start buffer begins with each session, and again after
+/// Postgres was away.
+pub fn run(service: &Service, handlers: &[Sender<Work>], busy: &Busy, stop: &Receiver<Infallible>) {
     let config = &service.config;
     let mut failing = false;
+    let mut quiet_since = Instant::now();
     loop {
         match stop.recv_timeout(config.timeout_check_period) {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
             Ok(never) => match never {},
         }
-        let limits_too = service.started.elapsed() >= config.timeout_start_buffer;
-        match round(&service.store, config, limits_too) {
+        let limits_too = quiet_since.elapsed() >= config.timeout_start_buffer;
+        busy.touch();
+        let found = round(&service.store, config, limits_too);
+        busy.idle();
+        if found.is_err() {
+            quiet_since = Instant::now();
+        }
+        match found {
             Ok(findings) => {
                 failing = false;
                 for (job_id, command) in findings {

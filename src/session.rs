@@ -9,7 +9,7 @@ use std::process;
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{
@@ -55,7 +55,6 @@ pub struct Service {
     pub celery_sender: celery::Sender,
     pub revoke_clock: AtomicI64,
     pub rules: Rules,
-    pub started: Instant,
 }
 
 /// How many messages a consumer has in hand at most. RabbitMQ keeps the rest.
@@ -229,6 +228,7 @@ fn work(
         .map(|_| Watched::default())
         .collect();
     let pulse = Pulse::default();
+    let maintenance_busy = Busy::default();
     let (report, reports) = unbounded();
     let (session_stop, session_stopped) = bounded::<Infallible>(0);
     // Never full: the broker hands out no more than this before something is acknowledged. So a
@@ -296,9 +296,9 @@ fn work(
         })?;
         threads += 1;
         let announcer = finding_inputs[0].clone();
-        let stopped = session_stopped.clone();
+        let (stopped, own_busy) = (session_stopped.clone(), &maintenance_busy);
         spawn(scope, "maintenance".to_owned(), &report, move || {
-            maintenance::run(service, &finding_inputs, &stopped);
+            maintenance::run(service, &finding_inputs, own_busy, &stopped);
             Ok(())
         })?;
         threads += 1;
@@ -315,6 +315,7 @@ fn work(
             links,
             watched: &watched,
             pulse: &pulse,
+            maintenance: &maintenance_busy,
             intake,
             announcer,
             blocked: HashMap::new(),
@@ -356,6 +357,7 @@ struct Watch<'s> {
     /// Of each handler.
     watched: &'s [Watched],
     pulse: &'s Pulse,
+    maintenance: &'s Busy,
     intake: &'s Intake,
     /// To a handler, which can publish.
     announcer: Sender<Work>,
@@ -428,6 +430,7 @@ impl Watch<'_> {
 
     /// Looks at what the threads are waiting for.
     fn look(&mut self) {
+        self.intake.wake();
         if self.intake.is_full() && self.pulse.consuming.for_how_long().is_some() {
             // The answer waits behind messages that are not read yet.
             self.pulse.consuming.touch();
@@ -468,8 +471,9 @@ impl Watch<'_> {
             })
         });
         self.report(Part::Handling, held_up);
-        let stuck = self.watched.iter().any(|watched| {
-            let wait = watched.postgres.for_how_long();
+        let in_postgres = self.watched.iter().map(|watched| &watched.postgres);
+        let stuck = in_postgres.chain([self.maintenance]).any(|busy| {
+            let wait = busy.for_how_long();
             wait.is_some_and(|wait| wait > STUCK)
         });
         if stuck {

@@ -28,7 +28,7 @@ pub enum StoreError {
     #[error(transparent)]
     Transient(anyhow::Error),
     /// Postgres refuses the content, and will the next time: a NUL in a text, a value out of range.
-    #[error("Postgres refuses the content: {0}")]
+    #[error("what is in Postgres, or should be, is refused: {0}")]
     Refused(String),
 }
 
@@ -108,7 +108,7 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
         // The last one lets go of the jobs that a replica has locked which hangs.
         .options(
             "-c lock_timeout=30s -c statement_timeout=5min \
-             -c idle_in_transaction_session_timeout=2min",
+             -c idle_in_transaction_session_timeout=3min",
         )
         .connect_timeout(config::CONNECT_TIMEOUT)
         .keepalives_idle(Duration::from_secs(15))
@@ -369,7 +369,8 @@ impl Transaction<'_> {
     /// The states of these jobs, all of which are in the answer, and the database's time.
     ///
     /// # Errors
-    /// The connection is lost, or a row is not one that this program or the Python service writes.
+    /// The connection is lost. A row is not one that this program or the Python service writes:
+    /// [`StoreError::Refused`].
     pub fn load(
         &mut self,
         job_ids: &[Uuid],
@@ -400,8 +401,9 @@ impl Transaction<'_> {
         for row in &rows {
             now = row.try_get("now")?;
             let job_id: Uuid = row.try_get("job_id")?;
-            let state = state(row)
-                .map_err(|error| StoreError::Transient(error.context(format!("job {job_id}"))))?;
+            let state = state(row).map_err(|error| {
+                StoreError::Refused(format!("the row of job {job_id}: {error:#}"))
+            })?;
             states.insert(job_id, state);
         }
         Ok((states, now))

@@ -72,7 +72,7 @@ pub fn plan(
             Some(guard) if due(guard) => plan.drop.push(database.clone()),
             Some(_) => {}
             // A job's output ESDL has a UUID; what is called otherwise is not a job's.
-            None if Uuid::try_parse(database).is_ok() => plan.mark.push(database.clone()),
+            None if is_uuid(database) => plan.mark.push(database.clone()),
             None => plan.foreign += 1,
         }
     }
@@ -85,12 +85,26 @@ pub fn plan(
     plan
 }
 
+/// As ESDL editors write it: somebody else's hash, which is as long, is none.
+fn is_uuid(name: &str) -> bool {
+    let hyphenated = |id: Uuid| id.hyphenated().to_string();
+    Uuid::try_parse(name).is_ok_and(|id| hyphenated(id).eq_ignore_ascii_case(name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use rstest::rstest;
 
     const ID: &str = "6f0a1f0e-2f5e-4d0b-9b6a-0f3f3b7c5a11";
+
+    #[test]
+    fn a_hash_is_no_uuid() {
+        assert!(is_uuid(ID) && is_uuid(&ID.to_uppercase()));
+        assert!(!is_uuid(&ID.replace('-', "")));
+        assert!(!is_uuid(&format!("{{{ID}}}")));
+        assert!(!is_uuid("telegraf"));
+    }
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()

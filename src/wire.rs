@@ -216,9 +216,9 @@ pub fn dead_letter(
     properties: Map<String, Value>,
     body: Vec<u8>,
 ) -> Outgoing {
-    /// Headers have to fit into one frame, 4 KiB in the worst case of a broker's settings and 128
-    /// KiB by default.
-    const MAX_PROPERTIES: usize = 64 * 1024;
+    /// Headers have to fit into one frame, 128 KiB by RabbitMQ's default. As AMQP writes them they
+    /// may be three times as long as their JSON.
+    const MAX_PROPERTIES: usize = 24 * 1024;
     const MAX_REASON: usize = 2000;
     let size = serde_json::to_vec(&properties).map_or(usize::MAX, |json| json.len());
     let properties = if size <= MAX_PROPERTIES {

@@ -216,6 +216,13 @@ pub(crate) fn found(value: &Value) -> String {
 
 fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
     let type_name = node.required_text("workflow_type_name", faults)?;
+    if type_name.starts_with("amq.") {
+        faults.push(format!(
+            "{}.workflow_type_name: found {type_name:.60?}, expected something else than amq.…, for it \
+             names a queue, and RabbitMQ keeps such names to itself",
+            node.path
+        ));
+    }
     if type_name.is_empty() || type_name.len() > MAX_TYPE_NAME || type_name.contains('\0') {
         faults.push(format!(
             "{}.workflow_type_name: found {} bytes, expected 1 to {MAX_TYPE_NAME} without NUL, for \
@@ -462,6 +469,11 @@ mod tests {
     #[case::name_of_wrong_type(
         r#"[{"workflow_type_name": 3}]"#,
         "$[0].workflow_type_name: found 3, expected a text"
+    )]
+    #[case::name_of_rabbitmqs(
+        r#"[{"workflow_type_name": "amq.a", "workflow_type_description_name": "A"}]"#,
+        "$[0].workflow_type_name: found \"amq.a\", expected something else than amq.…, for it names a \
+         queue, and RabbitMQ keeps such names to itself"
     )]
     #[case::empty_name(
         r#"[{"workflow_type_name": "", "workflow_type_description_name": "A"}]"#,

@@ -1,18 +1,24 @@
 //! How much is in hand, in bytes. RabbitMQ limits what it delivers by count only, and a few messages
 //! may be as large as thousands of others. So a consuming connection stops reading while there is
-//! enough in hand, and TCP holds back the rest. If that lasts for two heartbeats the connection is
-//! lost, as RabbitMQ would see to ten seconds later; the messages go back and come again.
+//! enough in hand, and TCP holds back the rest. While more is waiting, RabbitMQ gives the connection
+//! up after 30 seconds of that; the messages go back and come again.
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
 use mio::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 
+/// A connection that reads nothing for two heartbeats counts as lost, so a little is read all the
+/// same.
+const TRICKLE_PERIOD: Duration = Duration::from_secs(5);
+const TRICKLE: usize = 4 * 1024;
+
 /// The bytes of the messages that are in hand, of all connections that share the limit.
 pub struct Intake {
-    limit: usize,
+    limit: AtomicUsize,
     in_hand: AtomicUsize,
     /// Wake the connections' threads to read on.
     wakers: Mutex<Vec<SetReadiness>>,
@@ -23,7 +29,7 @@ impl Intake {
     /// socket buffers hold, that is the most there can be.
     pub fn new(limit: usize) -> Arc<Intake> {
         Arc::new(Intake {
-            limit,
+            limit: AtomicUsize::new(limit),
             in_hand: AtomicUsize::new(0),
             wakers: Mutex::new(Vec::new()),
         })
@@ -35,19 +41,30 @@ impl Intake {
 
     pub(super) fn give_back(&self, bytes: usize) {
         let before = self.in_hand.fetch_sub(bytes, Ordering::Relaxed);
-        if before >= self.limit && !self.is_full() {
-            let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
-            for waker in wakers.iter() {
-                // Readiness is told when it changes. A connection that is gone needs no telling.
-                let _ = waker.set_readiness(Ready::empty());
-                let _ = waker.set_readiness(Ready::readable());
-            }
+        if before >= self.limit.load(Ordering::Relaxed) && !self.is_full() {
+            self.wake();
+        }
+    }
+
+    /// Lifts the limit, for the end of the session.
+    pub(super) fn open(&self) {
+        self.limit.store(usize::MAX, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Lets connections look whether they may read; to be called from time to time.
+    pub fn wake(&self) {
+        let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        for waker in wakers.iter() {
+            // Readiness is told when it changes. A connection that is gone needs no telling.
+            let _ = waker.set_readiness(Ready::empty());
+            let _ = waker.set_readiness(Ready::readable());
         }
     }
 
     /// Whether nothing more is read for now.
     pub fn is_full(&self) -> bool {
-        self.in_hand.load(Ordering::Relaxed) >= self.limit
+        self.in_hand.load(Ordering::Relaxed) >= self.limit.load(Ordering::Relaxed)
     }
 }
 
@@ -56,6 +73,7 @@ pub(super) struct GatedStream {
     stream: TcpStream,
     intake: Arc<Intake>,
     woken: Registration,
+    last_read: Instant,
 }
 
 impl GatedStream {
@@ -67,16 +85,23 @@ impl GatedStream {
             stream,
             intake: Arc::clone(intake),
             woken,
+            last_read: Instant::now(),
         }
     }
 }
 
 impl Read for GatedStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.intake.is_full() {
+        let size = if !self.intake.is_full() {
+            buffer.len()
+        } else if self.last_read.elapsed() >= TRICKLE_PERIOD {
+            buffer.len().min(TRICKLE)
+        } else {
             return Err(io::ErrorKind::WouldBlock.into());
-        }
-        self.stream.read(buffer)
+        };
+        let read = self.stream.read(&mut buffer[..size])?;
+        self.last_read = Instant::now();
+        Ok(read)
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use rstest::rstest;
@@ -261,7 +262,7 @@ fn a_message_that_two_replicas_have_is_handled_once() {
     other.logged("a submission is ignored: the job was submitted already");
     let task = worker.take();
     assert_eq!(worker.waiting(), 0);
-    finish(&deployment, &client, &worker, &[task.clone()]);
+    finish(&deployment, &client, &worker, std::slice::from_ref(&task));
     assert_eq!(task.job, job);
 }
 
@@ -310,6 +311,27 @@ fn a_network_that_goes_silent_is_noticed_and_survived() {
     proxy.cut(End::Rst);
     assert_eq!(worker.take().job, job);
     service.wait_until_ready();
+}
+
+#[rstest]
+#[case(Weather::Delay(Duration::from_millis(200)))]
+#[case(Weather::Throttle(50_000))]
+fn a_slow_network_is_only_slow(#[case] weather: Weather) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let proxy = rabbitmq_proxy();
+    proxy.set(weather);
+    let variables = behind_a_proxy(&proxy);
+    let service = deployment.start_with(&borrowed(&variables));
+    let task = running_job(&client, &worker, None);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
 }
 
 #[test]

@@ -2,10 +2,13 @@
 
 use std::collections::HashSet;
 
-use amiquip::{AmqpValue, FieldTable, QueueDeleteOptions};
+use amiquip::{
+    AmqpProperties, AmqpValue, Exchange, FieldTable, Publish, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
 use omotes_orchestrator::wire::{
-    DEAD_LETTERS_QUEUE, JobDelete, JobSubmission, job_result::ResultType,
-    job_status_update::JobStatus,
+    AVAILABLE_WORKFLOWS_KEY, DEAD_LETTERS_QUEUE, JobDelete, JobSubmission, OMOTES_EXCHANGE,
+    job_result::ResultType, job_status_update::JobStatus,
 };
 use prost::Message;
 use serde_json::Value;
@@ -189,6 +192,126 @@ fn a_task_queue_declared_otherwise_is_an_error_result_that_says_so() {
     let worker = Worker::new(&deployment, "workflow_2");
     let job = client.submit("workflow_2");
     assert_eq!(worker.take().job, job);
+}
+
+#[test]
+fn a_task_queue_that_is_somebodys_alone_is_an_error_result_that_says_so() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let celery = Peer::new(&deployment, &deployment.celery_vhost());
+    let alone = QueueDeclareOptions {
+        exclusive: true,
+        ..QueueDeclareOptions::default()
+    };
+    celery.channel.queue_declare("workflow_1", alone).unwrap();
+    let service = deployment.start();
+    let job = client.submit("workflow_1");
+    let (result_type, logs) = client.outcome(job);
+    assert_eq!(result_type, ResultType::Error);
+    assert!(
+        logs.contains("the task queue \"workflow_1\" is not ours"),
+        "{logs}"
+    );
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
+}
+
+#[test]
+fn a_queue_that_takes_nothing_more_holds_up_nobody() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let (job, submission) = client.submission("workflow_1");
+    client.listen(job);
+    let full = |queue: &str, key: &str| {
+        let overflow = AmqpValue::LongString("reject-publish".to_owned());
+        let options = QueueDeclareOptions {
+            durable: true,
+            arguments: FieldTable::from([
+                ("x-max-length".to_owned(), AmqpValue::LongInt(1)),
+                ("x-overflow".to_owned(), overflow),
+            ]),
+            ..QueueDeclareOptions::default()
+        };
+        let channel = &client.peer.channel;
+        channel.queue_declare(queue, options).unwrap();
+        channel
+            .queue_bind(queue, OMOTES_EXCHANGE, key, FieldTable::new())
+            .unwrap();
+        client.peer.send(queue, b"full");
+    };
+    // Of a client that has stopped reading: of everything that clients hear.
+    full("workflows", AVAILABLE_WORKFLOWS_KEY);
+    full("status", &format!("jobs.{job}.status"));
+    full("progress", &format!("jobs.{job}.progress"));
+    full("result", &format!("jobs.{job}.result"));
+    let service = deployment.start();
+    client.send(&submission);
+    let task = worker.take();
+    worker.start(&task);
+    worker.progress(&task, 0.5);
+    worker.succeed(&task, OUTPUT);
+    // The client's own queue, by its name.
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    service.logged(&format!(
+        "a queue for jobs.{job}.progress takes nothing more"
+    ));
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
+}
+
+#[test]
+fn a_row_that_cannot_be_read_holds_up_nobody_else() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start_single_file();
+    let broken = running_job(&client, &worker, None);
+    let good = running_job(&client, &worker, None);
+    let sql = "UPDATE job SET registered_at = 'infinity' WHERE job_id = $1";
+    deployment.sql().execute(sql, &[&broken.job]).unwrap();
+    worker.succeed(&broken, OUTPUT);
+    worker.succeed(&good, OUTPUT);
+    assert_eq!(client.outcome(good.job).0, ResultType::Succeeded);
+    let letter = worker.peer.next(DEAD_LETTERS_QUEUE);
+    let reason = text(letter.header("reason"));
+    assert!(
+        reason.contains(&format!("the row of job {}", broken.job)),
+        "{reason}"
+    );
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
+}
+
+#[test]
+fn headers_that_would_not_fit_are_left_out_of_a_dead_letter() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let service = deployment.start();
+    let numbers = vec![AmqpValue::ShortShortInt(0); 32_000];
+    let headers = FieldTable::from([("x".to_owned(), AmqpValue::FieldArray(numbers))]);
+    let properties = AmqpProperties::default().with_headers(headers);
+    let publish = Publish::with_properties(b"\xff", "job_submissions", properties);
+    Exchange::direct(&client.peer.channel)
+        .publish(publish)
+        .unwrap();
+    let letter = client.peer.next(DEAD_LETTERS_QUEUE);
+    let left_out = text(letter.header("properties"));
+    assert!(left_out.starts_with("left out: "), "{left_out}");
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
 }
 
 #[test]

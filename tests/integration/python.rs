@@ -70,7 +70,7 @@ impl CeleryWorker {
             &format!("a worker that is ready: {}", log.display()),
             || {
                 let files = [log.clone(), log.with_extension("err")];
-                let said = files.map(|file| std::fs::read_to_string(file).unwrap());
+                let said = files.map(|file| fs::read_to_string(file).unwrap());
                 said.iter()
                     .any(|said| said.contains(" ready."))
                     .then_some(())

@@ -250,7 +250,12 @@ private() {
   shift 2
   service=$(basename "$folder")
   case $command-$service in
-    start-rabbitmq) start_rabbitmq "$folder" "$1" '' omotes secret omotes omotes_celery ;;
+    start-rabbitmq)
+      start_rabbitmq "$folder" "$1" '' omotes secret omotes omotes_celery && return
+      # It may have lost the race for one of its other ports.
+      tail -n 20 "$folder/output" >&2
+      stop_private "$folder" fast
+      start_rabbitmq "$folder" "$1" '' omotes secret omotes omotes_celery ;;
     start-postgres)
       # After a kill the old server's processes may take a moment to go.
       wait_until 30 "Postgres starts in $folder" start_postgres "$folder" "$1" omotes secret omotes ;;
@@ -391,7 +396,8 @@ start() {
   trap 'exit 130' INT TERM
   ensure_services
   cargo build --release --locked --bin omotes-orchestrator
-  RUST_BACKTRACE=1 run_child target/release/omotes-orchestrator run "$@"
+  # The stack is for deeply nested headers; see the README on what somebody hostile can do.
+  RUST_BACKTRACE=1 RUST_MIN_STACK=67108864 run_child target/release/omotes-orchestrator run "$@"
 }
 
 # Three services of one's own on free ports, their whereabouts in variables.

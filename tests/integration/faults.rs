@@ -315,6 +315,37 @@ fn headers_that_would_not_fit_are_left_out_of_a_dead_letter() {
 }
 
 #[test]
+fn deeply_nested_headers_do_no_harm() {
+    // Enough to overflow the usual stack of a thread.
+    const DEPTH: usize = 4_000;
+    let builder = std::thread::Builder::new().stack_size(512 * 1024 * 1024);
+    let test = builder.spawn(|| {
+        let deployment = Deployment::new();
+        let client = Client::new(&deployment);
+        let service = deployment.start();
+        let nested = (0..DEPTH).fold(AmqpValue::Void, |inner, _| {
+            AmqpValue::FieldArray(vec![inner])
+        });
+        let headers = FieldTable::from([("x".to_owned(), nested)]);
+        let properties = AmqpProperties::default().with_headers(headers);
+        let publish = Publish::with_properties(b"\xff", "job_submissions", properties);
+        Exchange::direct(&client.peer.channel)
+            .publish(publish)
+            .unwrap();
+        // Taking the letter would overflow this program's stack.
+        eventually("a dead letter", || {
+            (client.peer.queue_length(DEAD_LETTERS_QUEUE) == 1).then_some(())
+        });
+        assert!(
+            !service
+                .log()
+                .contains("the session with RabbitMQ has ended")
+        );
+    });
+    test.unwrap().join().unwrap();
+}
+
+#[test]
 fn a_task_queue_that_was_deleted_is_declared_again() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);

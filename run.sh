@@ -176,7 +176,7 @@ EOF
     cd "$folder"
     as_user_apart rabbitmq "$(rabbitmq_program rabbitmq-server)" >"$folder/output" 2>&1 &
   )
-  wait_until 90 "RabbitMQ (see $folder/output)" answers "$port" || return 1
+  wait_until 180 "RabbitMQ (see $folder/output)" answers "$port" || return 1
   [ -z "$management" ] || wait_until 30 "RabbitMQ's management" answers "$management"
 }
 

@@ -1,13 +1,13 @@
 //! Those who live through it: a client that submits and cancels, one that collects the results, and
 //! workers. Each connects again, and says again what was not confirmed, for as long as it takes.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::Connection;
+use amiquip::{Channel, Connection, QueueDeleteOptions};
 use anyhow::Context;
 use crossbeam_channel::{after, bounded, unbounded};
 use omotes_orchestrator::broker::{self, Link, Publisher, Received};
@@ -31,6 +31,8 @@ pub const PROGRESS: &str = "omotes_task_progress_events";
 const ESDL: &str =
     "<?xml version='1.0'?><esdl:EnergySystem xmlns:esdl='http://www.tno.nl/esdl' id='in'/>";
 const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
+/// How long the queue of a result is kept after the first one.
+const QUEUE_KEPT: Duration = Duration::from_secs(20);
 /// How long a task takes, and one that is too slow for its client.
 const TASK: Duration = Duration::from_millis(150);
 const SLOW_TASK: Duration = Duration::from_secs(4);
@@ -52,6 +54,8 @@ pub struct World {
     pub records: Mutex<BTreeMap<Uuid, (Plan, Record)>>,
     /// Jobs that have been submitted and not heard of.
     pub waiting: Mutex<BTreeSet<Uuid>>,
+    /// Jobs whose result has come, and when. Their queues stay for a while, for what else may come.
+    heard: Mutex<VecDeque<(Instant, Uuid)>>,
     pub bad: Mutex<BTreeSet<Uuid>>,
     pub revoked: Mutex<HashSet<String>>,
     /// Tasks whose worker has died over them once.
@@ -75,6 +79,7 @@ impl World {
             celery,
             records: Mutex::default(),
             waiting: Mutex::default(),
+            heard: Mutex::default(),
             bad: Mutex::default(),
             revoked: Mutex::default(),
             crashed: Mutex::default(),
@@ -174,28 +179,44 @@ impl World {
                         record.results.push((result.result_type(), result.logs));
                     });
                     got.ack(&channel)?;
-                    lock(&self.waiting).remove(&job);
+                    if lock(&self.waiting).remove(&job) {
+                        lock(&self.heard).push_back((Instant::now(), job));
+                    }
                 }
+            }
+            // RabbitMQ takes minutes to start with thousands of queues after it was killed.
+            loop {
+                let old = |(at, _): &mut (Instant, Uuid)| at.elapsed() > QUEUE_KEPT;
+                let Some((_, job)) = lock(&self.heard).pop_front_if(old) else {
+                    break;
+                };
+                self.drain(&channel, job)?;
+                channel.queue_delete(wire::result_queue(job), QueueDeleteOptions::default())?;
             }
             pause(Duration::from_millis(50));
         }
     }
 
-    /// Looks once more into the queues of all jobs, for results that came later.
+    /// Looks once more into the queues that are left, for results that came later.
     ///
     /// # Errors
     /// The broker is gone.
     pub fn sweep(&self) -> anyhow::Result<()> {
         let mut connection = open(&self.sdk)?;
         let channel = connection.open_channel(None)?;
-        let jobs: Vec<_> = lock(&self.records).keys().copied().collect();
+        let jobs: Vec<_> = lock(&self.heard).iter().map(|(_, job)| *job).collect();
         for job in jobs {
-            while let Some(got) = channel.basic_get(wire::result_queue(job), true)? {
-                let result = JobResult::decode(got.delivery.body.as_slice())?;
-                self.note(job, |record| {
-                    record.results.push((result.result_type(), result.logs));
-                });
-            }
+            self.drain(&channel, job)?;
+        }
+        Ok(())
+    }
+
+    fn drain(&self, channel: &Channel, job: Uuid) -> anyhow::Result<()> {
+        while let Some(got) = channel.basic_get(wire::result_queue(job), true)? {
+            let result = JobResult::decode(got.delivery.body.as_slice())?;
+            self.note(job, |record| {
+                record.results.push((result.result_type(), result.logs));
+            });
         }
         Ok(())
     }

@@ -412,6 +412,20 @@ private_stack() {
   for service in "${running[@]}"; do wait "$service" || die "a service did not start; see $folder"; done
 }
 
+# Points the orchestrator to the RabbitMQ and the Postgres on these ports.
+use_private() {
+  local prefix
+  for prefix in SDK TASK CELERY; do
+    export "${prefix}_RABBITMQ_HOSTNAME=127.0.0.1" "${prefix}_RABBITMQ_PORT=$RABBITMQ"
+    export "${prefix}_RABBITMQ_USERNAME=omotes" "${prefix}_RABBITMQ_PASSWORD=secret"
+    export "${prefix}_RABBITMQ_VIRTUALHOST=omotes_celery"
+  done
+  export SDK_RABBITMQ_VIRTUALHOST=omotes
+  export POSTGRESQL_HOST=127.0.0.1 POSTGRESQL_PORT=$POSTGRES POSTGRESQL_DATABASE=omotes
+  export POSTGRESQL_USERNAME=omotes POSTGRESQL_PASSWORD=secret
+  export RUST_BACKTRACE=1 LOG_LEVEL=INFO
+}
+
 remove_stack() {
   local folder=$1 service
   for service in rabbitmq postgres influxdb; do
@@ -432,7 +446,7 @@ end_demo() {
 }
 
 demo() {
-  local log=target/demo/orchestrator.log status=0 prefix
+  local log=target/demo/orchestrator.log status=0
   say "building"
   cargo build --locked --bins --examples
   mkdir -p target/demo
@@ -441,16 +455,9 @@ demo() {
   remove_stack target/demo
   say "starting RabbitMQ, Postgres and InfluxDB of its own"
   private_stack target/demo ''
-  for prefix in SDK TASK CELERY; do
-    export "${prefix}_RABBITMQ_HOSTNAME=127.0.0.1" "${prefix}_RABBITMQ_PORT=$RABBITMQ"
-    export "${prefix}_RABBITMQ_USERNAME=omotes" "${prefix}_RABBITMQ_PASSWORD=secret"
-    export "${prefix}_RABBITMQ_VIRTUALHOST=omotes_celery"
-  done
-  export SDK_RABBITMQ_VIRTUALHOST=omotes
-  export POSTGRESQL_HOST=127.0.0.1 POSTGRESQL_PORT=$POSTGRES POSTGRESQL_DATABASE=omotes
-  export POSTGRESQL_USERNAME=omotes POSTGRESQL_PASSWORD=secret
+  use_private
   export INFLUXDB_HOST=127.0.0.1 INFLUXDB_PORT=$INFLUXDB INFLUXDB_USERNAME=omotes INFLUXDB_PASSWORD=secret
-  export WORKFLOW_CONFIG_PATH=config/workflow_config.json RUST_BACKTRACE=1 LOG_LEVEL=INFO
+  export WORKFLOW_CONFIG_PATH=config/workflow_config.json
   HTTP_BIND=127.0.0.1:$(free_port)
   export HTTP_BIND
   target/debug/omotes-orchestrator run 2>"$log" & demo_children+=($!)
@@ -540,7 +547,7 @@ run_tests() {
 
 # The orchestrator among failures of everything around it; see examples/chaos.
 chaos() {
-  local folder=$PWD/target/chaos prefix server
+  local folder=$PWD/target/chaos server
   need rabbitmq-server postgresql
   say "building"
   cargo build --release --locked --bin omotes-orchestrator --example chaos
@@ -556,16 +563,9 @@ chaos() {
   say "starting RabbitMQ and Postgres of its own"
   private start "$folder/rabbitmq" "$RABBITMQ"
   private start "$folder/postgres" "$POSTGRES"
-  for prefix in SDK TASK CELERY; do
-    export "${prefix}_RABBITMQ_HOSTNAME=127.0.0.1" "${prefix}_RABBITMQ_PORT=$RABBITMQ"
-    export "${prefix}_RABBITMQ_USERNAME=omotes" "${prefix}_RABBITMQ_PASSWORD=secret"
-    export "${prefix}_RABBITMQ_VIRTUALHOST=omotes_celery"
-  done
-  export SDK_RABBITMQ_VIRTUALHOST=omotes
-  export POSTGRESQL_HOST=127.0.0.1 POSTGRESQL_PORT=$POSTGRES POSTGRESQL_DATABASE=omotes
-  export POSTGRESQL_USERNAME=omotes POSTGRESQL_PASSWORD=secret INFLUXDB_HOST=
-  export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
-  export HTTP_BIND=127.0.0.1:0 RUST_BACKTRACE=1 LOG_LEVEL=INFO
+  use_private
+  export INFLUXDB_HOST='' TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
+  export HTTP_BIND=127.0.0.1:0
   export WORKFLOW_CONFIG_PATH=$folder/workflows.json
   echo '[{"workflow_type_name": "chaos", "workflow_type_description_name": "chaos"}]' \
     >"$WORKFLOW_CONFIG_PATH"

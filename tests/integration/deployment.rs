@@ -66,23 +66,23 @@ impl Server {
 }
 
 impl Deployment {
-    /// One with servers of its own.
-    pub fn with_own_servers() -> Deployment {
+    fn on(own: Option<OwnServers>) -> Deployment {
         let name = format!("test_{}", Uuid::new_v4().simple());
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
         fs::create_dir_all(&folder).unwrap();
+        Deployment { name, folder, own }
+    }
+
+    /// One with servers of its own.
+    pub fn with_own_servers() -> Deployment {
         let free_port = || {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             listener.local_addr().unwrap().port()
         };
-        let deployment = Deployment {
-            name,
-            folder,
-            own: Some(OwnServers {
-                rabbitmq: free_port(),
-                postgres: free_port(),
-            }),
-        };
+        let deployment = Deployment::on(Some(OwnServers {
+            rabbitmq: free_port(),
+            postgres: free_port(),
+        }));
         for server in Server::ALL {
             deployment.start_server(server);
         }
@@ -119,14 +119,7 @@ impl Deployment {
     }
 
     pub fn new() -> Deployment {
-        let name = format!("test_{}", Uuid::new_v4().simple());
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
-        fs::create_dir_all(&folder).unwrap();
-        let deployment = Deployment {
-            name,
-            folder,
-            own: None,
-        };
+        let deployment = Deployment::on(None);
         let user = setting("RABBITMQ_USER");
         for vhost in [deployment.sdk_vhost(), deployment.celery_vhost()] {
             management("PUT", &format!("vhosts/{vhost}"), Some(json!({})));

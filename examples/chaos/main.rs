@@ -242,6 +242,8 @@ fn report(
          results told once more",
         records.len()
     );
+    let queues_lost = records.values().filter(|(_, record)| record.queue_lost);
+    println!("{} queues of clients lost by RabbitMQ", queues_lost.count());
     println!(
         "{} bad messages, {} dead letters; {:.0} s",
         bad.len(),

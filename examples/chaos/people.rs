@@ -173,7 +173,13 @@ impl World {
         loop {
             let waiting: Vec<_> = lock(&self.waiting).iter().copied().collect();
             for job in waiting {
-                while let Some(got) = channel.basic_get(wire::result_queue(job), false)? {
+                loop {
+                    let got = channel.basic_get(wire::result_queue(job), false);
+                    if let Err(amiquip::Error::ServerClosedChannel { code: 404, .. }) = &got {
+                        self.note(job, |record| record.queue_lost = true);
+                        lock(&self.waiting).remove(&job);
+                    }
+                    let Some(got) = got? else { break };
                     let result = JobResult::decode(got.delivery.body.as_slice())?;
                     self.note(job, |record| {
                         record.results.push((result.result_type(), result.logs));

@@ -174,7 +174,11 @@ EOF
     # shellcheck source=/dev/null
     . "$folder/environment"
     cd "$folder"
-    as_user_apart rabbitmq "$(rabbitmq_program rabbitmq-server)" >"$folder/output" 2>&1 &
+    # A file per durable queue: with more queues than files, a start after a kill hangs for good
+    # (RabbitMQ 3.10). runuser has reset the limit.
+    # shellcheck disable=SC2016
+    as_user_apart rabbitmq bash -c 'ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"; exec "$0"' \
+      "$(rabbitmq_program rabbitmq-server)" >"$folder/output" 2>&1 &
   )
   wait_until 180 "RabbitMQ (see $folder/output)" answers "$port" || return 1
   [ -z "$management" ] || wait_until 30 "RabbitMQ's management" answers "$management"

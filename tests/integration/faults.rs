@@ -253,12 +253,13 @@ fn a_queue_that_takes_nothing_more_holds_up_nobody() {
     let task = worker.take();
     worker.start(&task);
     worker.progress(&task, 0.5);
-    worker.succeed(&task, OUTPUT);
-    // The client's own queue, by its name.
-    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    // Before the result, which comes by another queue and would make it late.
     service.logged(&format!(
         "a queue for jobs.{job}.progress takes nothing more"
     ));
+    worker.succeed(&task, OUTPUT);
+    // The client's own queue, by its name.
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
     assert!(
         !service
             .log()

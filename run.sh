@@ -268,6 +268,14 @@ private() {
     kill-postgres) kill -KILL "$(head -n 1 "$folder/data/postmaster.pid")" ;;
     stop-*) stop_private "$folder" ;;
     remove-*) stop_private "$folder" fast; remove_folder "$folder" ;;
+    # No file grows beyond so many bytes: writing fails as on a full disk. As the server's own user,
+    # for root may lack the right in a container.
+    limit-postgres)
+      local pid
+      pid=$(head -n 1 "$folder/data/postmaster.pid")
+      for pid in "$pid" $(cat "/proc/$pid/task/$pid/children"); do
+        as_user postgres prlimit --pid "$pid" "--fsize=$1:"
+      done ;;
     ctl-rabbitmq)
       # shellcheck source=/dev/null
       . "$folder/environment"

@@ -1,5 +1,5 @@
-//! The way of a message once it is here: decode, lock, load, decide, write, publish, commit,
-//! acknowledge; a batch at a time, in one Postgres transaction each.
+//! The way of a message once it is here: decode, lock, load, decide, write, publish, commit, tell,
+//! settle, acknowledge; a batch at a time, in one Postgres transaction each.
 
 use std::any::Any;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -261,6 +261,9 @@ impl<'s> Handler<'s> {
             // A fault of ours that one message brings to light must not hold up the others.
             let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
             self.watched.postgres.idle();
+            if !matches!(attempt, Ok(Ok(()))) {
+                batch.iter_mut().for_each(Item::repeat);
+            }
             let trouble = match attempt {
                 Ok(Err(Trouble::Database(error))) => error,
                 Ok(done) => {
@@ -280,13 +283,6 @@ impl<'s> Handler<'s> {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }
             self.watched.set_trouble(Some(format!("{trouble:#}")));
-            // It may have been committed without that being heard. What tells a START from its
-            // repetition is its message id or, without one, this.
-            for (_, command) in batch.iter_mut().filter_map(|item| item.job.as_mut()) {
-                if let Command::Start { redelivered, .. } = command {
-                    *redelivered = true;
-                }
-            }
             match stop.recv_timeout(pause.mul_f64(0.5 + fastrand::f64())) {
                 Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LAST_RETRY),
                 Err(RecvTimeoutError::Disconnected) => return Err(Trouble::Stopped),
@@ -296,12 +292,12 @@ impl<'s> Handler<'s> {
     }
 
     fn attempt(&mut self, batch: &[Item]) -> Result<(), Trouble> {
-        let mut aside = Outbox::default();
+        let mut told = Outbox::default();
         for item in batch {
-            self.put_aside(item, &mut aside);
+            self.put_aside(item, &mut told);
         }
         if batch.iter().all(|item| item.job.is_none()) {
-            return self.publish(&aside);
+            return self.publish(&told);
         }
         self.watched.postgres.touch();
         // Dropped on any error, and then looked over by the pool.
@@ -309,7 +305,16 @@ impl<'s> Handler<'s> {
             Some(connection) => connection,
             None => self.setting.store.connection()?,
         };
-        self.transact(batch, aside, &mut connection)?;
+        let ending = self.transact(batch, &mut told, &mut connection)?;
+        fault_point::reached("after commit");
+        self.publish(&told)?;
+        fault_point::reached("after telling");
+        if !ending.is_empty() {
+            self.watched.postgres.touch();
+            connection.settle(&ending)?;
+            self.watched.postgres.idle();
+            fault_point::reached("after settling");
+        }
         self.connection = Some(connection);
         Ok(())
     }
@@ -348,12 +353,14 @@ impl<'s> Handler<'s> {
         }
     }
 
+    /// Decides about a batch and commits that. Adds to `told` what clients are to hear of it, and
+    /// returns the jobs that are at their end when they have.
     fn transact(
         &mut self,
         batch: &[Item],
-        mut outbox: Outbox,
+        told: &mut Outbox,
         connection: &mut Connection,
-    ) -> Result<(), Trouble> {
+    ) -> Result<Vec<Uuid>, Trouble> {
         let setting = self.setting;
         let catalogue = setting.catalogue.get();
         let jobs = || batch.iter().filter_map(|item| item.job.as_ref());
@@ -370,6 +377,8 @@ impl<'s> Handler<'s> {
         let (before, now) = transaction.load(&ids)?;
 
         let mut after: HashMap<Uuid, State> = HashMap::new();
+        let mut ending = BTreeSet::new();
+        let mut outbox = Outbox::default();
         let mut series = SeriesChanges::default();
         let mut events = Vec::new();
         for (id, command) in jobs() {
@@ -377,6 +386,15 @@ impl<'s> Handler<'s> {
                 .get(id)
                 .or_else(|| before.get(id))
                 .unwrap_or(&State::Unknown);
+            let settled;
+            let state = match state {
+                // It will be told and settled with this batch.
+                State::Ending(job) if ending.contains(id) => {
+                    settled = State::Ended(job.ended.clone());
+                    &settled
+                }
+                state => state,
+            };
             let context = job::Context {
                 now,
                 new_task_id: Uuid::new_v4(),
@@ -387,6 +405,12 @@ impl<'s> Handler<'s> {
             let decision = job::decide(*id, state, command, &context);
             for publication in decision.publications {
                 self.write_out(publication, now, &mut outbox);
+            }
+            if !decision.announcements.is_empty() {
+                ending.insert(*id);
+            }
+            for announcement in decision.announcements {
+                self.write_out(announcement, now, told);
             }
             if let Some(change) = decision.time_series {
                 note_series(*id, change, &mut series);
@@ -414,17 +438,17 @@ impl<'s> Handler<'s> {
         transaction.write_series(&series, now)?;
         self.watched.postgres.idle();
         fault_point::reached("before publish");
-        // Only now, for what Postgres refuses must not have been told to anybody. And before the
-        // commit, for what is committed must have been told.
+        // Only now, for what Postgres refuses must not have been asked of anybody. And before the
+        // commit, for a task that is committed must have been published.
         self.publish(&outbox)?;
         fault_point::reached("after publish");
         self.watched.postgres.touch();
         transaction.commit()?;
-        fault_point::reached("after commit");
+        self.watched.postgres.idle();
         for (id, reference, event, command) in events {
             report::log(id, &reference, &event, command);
         }
-        Ok(())
+        Ok(ending.into_iter().collect())
     }
 
     fn write_out(&self, publication: Publication<'_>, now: Timestamp, outbox: &mut Outbox) {
@@ -679,6 +703,14 @@ impl Item {
             }
         }
         item
+    }
+
+    /// It comes again, and may have been committed. What tells a START from its repetition is its
+    /// message id or, without one, the broker's word.
+    fn repeat(&mut self) {
+        if let Some((_, Command::Start { redelivered, .. })) = &mut self.job {
+            *redelivered = true;
+        }
     }
 
     /// Turns a message that is refused into what can still be done about it.

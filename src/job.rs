@@ -2,15 +2,21 @@
 //! [`Command`] to a [`Decision`]. It knows no broker, database, clock or random source.
 //!
 //! ```text
-//!              Submit                 Start                  Result
-//!  Unknown ────────────> Submitted ────────────> Running ────────────> Ended
-//!     │                    │   ▲                   │  │                 ▲ ▲
-//!     │                    │   │ Submit            │  └─ Cancel, too many │
-//!     │                    │ Registered            │     starts, Fail ───┘ │
-//!     │                    │ (only left by the     └───────────────────────┘
-//!     │                    │  Python service)
-//!     └──── Cancel, Refuse, unknown workflow ────────────────────────────> Ended
+//!            Submit               Start              Result              told
+//!  Unknown ──────────> Submitted ────────> Running ─────────> Ending ─────────> Ended
+//!   │  │                │   ▲                 │                ▲ ▲               ▲
+//!   │  │                │   │ Submit          │                │ │               │
+//!   │  │                │  Registered         └── Cancel, ... ─┘ │               │
+//!   │  │                │  (only left by the                     │               │
+//!   │  │                │   Python service)                      │               │
+//!   │  │                └──────── Cancel, TimeOut, ... ──────────┤               │
+//!   │  └────────────────────── Refuse, unknown workflow ─────────┘               │
+//!   └───────────────────────── Cancel before the submission ─────────────────────┘
 //! ```
+//!
+//! An outcome is committed before the client is told of it, and the row in `job` goes when that has
+//! been done. Whatever the service dies of in between, the command that led to the outcome comes
+//! again and leads to the same one; no other can.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -34,7 +40,16 @@ pub enum State {
     /// Neither a row nor a history: never seen, or forgotten after the history's retention.
     Unknown,
     Live(Job),
+    /// Its outcome is certain; whether the client has been told is not.
+    Ending(Ending),
     Ended(Ended),
+}
+
+/// A job that ends: its row in `job`, left as it was, beside the one in `job_history`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ending {
+    pub job: Job,
+    pub ended: Ended,
 }
 
 /// A job that has not ended: its row in `job` and those in `job_starts`.
@@ -220,8 +235,12 @@ pub enum TimeoutResult {
 pub struct Decision<'a> {
     /// The job's new state; None leaves its rows alone.
     pub next: Option<State>,
-    /// In the order in which they are to be sent.
+    /// To be sent before the new state is committed, in this order: what is committed has been
+    /// asked of the workers.
     pub publications: Vec<Publication<'a>>,
+    /// To be sent once it is committed, in this order: what clients are told holds. Then the job is
+    /// no longer [`State::Ending`].
+    pub announcements: Vec<Publication<'a>>,
     pub time_series: Option<TimeSeries<'a>>,
     pub event: Event,
 }
@@ -318,28 +337,75 @@ pub fn decide<'a>(
     command: &'a Command,
     context: &Context<'_>,
 ) -> Decision<'a> {
+    let standing = match state {
+        State::Unknown => Standing::Unknown,
+        State::Live(job) => Standing::Live(job),
+        State::Ended(ended) => Standing::Ended(ended),
+        State::Ending(ending) => {
+            let again = decide_for(job_id, Standing::Live(&ending.job), command, context);
+            match again.event {
+                Event::Ended(outcome) if outcome == ending.ended.outcome => {
+                    return Decision {
+                        next: None,
+                        ..again
+                    };
+                }
+                Event::Ended(_) if ending.may_still_end_by(command) => return again,
+                // The workflow definitions have changed since it was refused.
+                Event::Submitted { .. } if ending.ended.outcome == Outcome::Rejected => {
+                    let reason = "The orchestrator refused this job when it was submitted.";
+                    return ending.job.rejected(job_id, Cow::Borrowed(reason), context);
+                }
+                Event::Submitted { .. }
+                | Event::Started { .. }
+                | Event::Progressed
+                | Event::Ended(_)
+                | Event::CancelNoted
+                | Event::Revoked(_)
+                | Event::Ignored(_) => Standing::Ended(&ending.ended),
+            }
+        }
+    };
+    decide_for(job_id, standing, command, context)
+}
+
+/// How a job stands for whoever decides about it: one that is ending is for some as it was and for
+/// others at its end.
+#[derive(Clone, Copy)]
+enum Standing<'s> {
+    Unknown,
+    Live(&'s Job),
+    Ended(&'s Ended),
+}
+
+fn decide_for<'a>(
+    job_id: Uuid,
+    standing: Standing<'_>,
+    command: &'a Command,
+    context: &Context<'_>,
+) -> Decision<'a> {
     match command {
-        Command::Submit(submission) => submit(job_id, state, submission, context),
+        Command::Submit(submission) => submit(job_id, standing, submission, context),
         Command::Refuse {
             reason,
             workflow_type,
             reference,
         } => refuse(
             job_id,
-            state,
+            standing,
             Cow::Borrowed(reason),
             workflow_type,
             reference,
             context,
         ),
-        Command::Cancel => cancel(job_id, state, context),
-        Command::TimeOut => time_out(job_id, state, context),
-        Command::Expire => expire(job_id, state, context),
+        Command::Cancel => cancel(job_id, standing, context),
+        Command::TimeOut => time_out(job_id, standing, context),
+        Command::Expire => expire(job_id, standing, context),
         Command::Start {
             task_id,
             message_id,
             redelivered,
-        } => match own_task(state, task_id) {
+        } => match own_task(standing, task_id) {
             Own::Current(job) => start(job_id, job, message_id, *redelivered, context),
             Own::Done => Decision::ignored("the job has ended with this task's result"),
             Own::Stray(why) => revoke(task_id, why),
@@ -348,19 +414,17 @@ pub fn decide<'a>(
             task_id,
             fraction,
             message,
-        } => match own_task(state, task_id) {
+        } => match own_task(standing, task_id) {
             Own::Current(_) if !fraction.is_finite() => {
                 Decision::ignored("its progress is not a finite number")
             }
             Own::Current(_) => Decision {
-                next: None,
                 publications: vec![Publication::Progress {
                     job_id,
                     fraction: *fraction,
                     message,
                 }],
-                time_series: None,
-                event: Event::Progressed,
+                ..Decision::nothing(Event::Progressed)
             },
             Own::Done => Decision::ignored("the job has ended with this task's result"),
             Own::Stray(why) => revoke(task_id, why),
@@ -373,70 +437,58 @@ pub fn decide<'a>(
             esdl_messages,
         } => {
             let output_esdl = output_esdl.as_deref();
-            match own_task(state, task_id) {
+            match own_task(standing, task_id) {
                 Own::Current(job) => {
                     let (result_type, outcome) = match succeeded {
                         true => (ResultType::Succeeded, Outcome::Succeeded),
                         false => (ResultType::Error, Outcome::Failed),
                     };
                     let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
+                    let result = Publication::Result {
+                        job_id,
+                        result_type,
+                        output_esdl,
+                        logs: Cow::Borrowed(logs),
+                        esdl_messages,
+                    };
                     Decision {
-                        next: Some(State::Ended(job.ended(outcome, result_bytes, context.now))),
-                        publications: vec![Publication::Result {
-                            job_id,
-                            result_type,
-                            output_esdl,
-                            logs: Cow::Borrowed(logs),
-                            esdl_messages,
-                        }],
                         time_series: esdl_id(*succeeded, output_esdl).map(|esdl_id| {
                             TimeSeries::Keep {
                                 esdl_id,
                                 reference: Cow::Owned(job.reference.clone()),
                             }
                         }),
-                        event: Event::Ended(outcome),
+                        ..job.ends(outcome, result_bytes, [result], context)
                     }
                 }
                 Own::Done => Decision::ignored("the job has ended"),
                 Own::Stray(why) => Decision {
-                    time_series: late_series(state, task_id, *succeeded, output_esdl),
+                    time_series: late_series(standing, task_id, *succeeded, output_esdl),
                     ..Decision::ignored(why)
                 },
             }
         }
-        Command::Fail { reason, task_id } => match state {
-            State::Live(job) if task_id.is_none() || *task_id == job.task_id => Decision {
-                next: Some(State::Ended(job.ended(
-                    Outcome::Rejected,
-                    reason.len(),
-                    context.now,
-                ))),
-                publications: job
-                    .revocation()
-                    .into_iter()
-                    .chain([error_result(job_id, Cow::Borrowed(reason))])
-                    .collect(),
-                time_series: None,
-                event: Event::Ended(Outcome::Rejected),
-            },
-            State::Live(_) => Decision::ignored("it is not from the job's current task"),
-            State::Unknown => Decision::ignored("the job is unknown"),
-            State::Ended(_) => Decision::ignored("the job has ended"),
+        Command::Fail { reason, task_id } => match standing {
+            Standing::Live(job) if task_id.is_none() || *task_id == job.task_id => {
+                job.rejected(job_id, Cow::Borrowed(reason), context)
+            }
+            Standing::Live(_) => Decision::ignored("it is not from the job's current task"),
+            Standing::Unknown => Decision::ignored("the job is unknown"),
+            Standing::Ended(_) => Decision::ignored("the job has ended"),
         },
     }
 }
 
 fn submit<'a>(
     job_id: Uuid,
-    state: &State,
+    standing: Standing<'_>,
     submission: &'a Submission,
     context: &Context<'_>,
 ) -> Decision<'a> {
     let refused = |reason| {
         refuse(
             job_id,
-            state,
+            standing,
             Cow::Owned(reason),
             &submission.workflow_type,
             &submission.reference,
@@ -457,7 +509,7 @@ fn submit<'a>(
             faults.join("; ")
         ));
     }
-    match submission_expected(state) {
+    match submission_expected(standing) {
         Expected::Yes { registered_at } => Decision {
             next: Some(State::Live(Job {
                 workflow_type: submission.workflow_type.clone(),
@@ -484,11 +536,10 @@ fn submit<'a>(
                     status: ClientStatus::Enqueued,
                 },
             ],
-            time_series: None,
-            event: Event::Submitted {
+            ..Decision::nothing(Event::Submitted {
                 task_id: context.new_task_id,
                 faults,
-            },
+            })
         },
         Expected::Cancelled => cancelled_before_submission(
             job_id,
@@ -502,23 +553,27 @@ fn submit<'a>(
 
 fn refuse<'a>(
     job_id: Uuid,
-    state: &State,
+    standing: Standing<'_>,
     reason: Cow<'a, str>,
     workflow_type: &str,
     reference: &Option<String>,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    match submission_expected(state) {
-        Expected::Yes { registered_at } => Decision {
-            next: Some(State::Ended(Ended {
-                registered_at: registered_at.or(Some(context.now)),
-                result_bytes: to_i64(reason.len()),
-                ..Ended::without_task(Outcome::Rejected, workflow_type, reference, context.now)
-            })),
-            publications: vec![error_result(job_id, reason)],
-            time_series: None,
-            event: Event::Ended(Outcome::Rejected),
-        },
+    match submission_expected(standing) {
+        Expected::Yes { registered_at } => {
+            let job = Job {
+                workflow_type: workflow_type.to_owned(),
+                reference: reference.clone().unwrap_or_default(),
+                status: JobStatus::Registered,
+                task_id: None,
+                registered_at: registered_at.unwrap_or(context.now),
+                submitted_at: None,
+                running_at: None,
+                timeout_ms: None,
+                starts: Vec::new(),
+            };
+            job.rejected(job_id, reason, context)
+        }
         Expected::Cancelled => {
             cancelled_before_submission(job_id, workflow_type, reference, context)
         }
@@ -536,12 +591,12 @@ enum Expected {
     No(&'static str),
 }
 
-fn submission_expected(state: &State) -> Expected {
-    match state {
-        State::Unknown => Expected::Yes {
+fn submission_expected(standing: Standing<'_>) -> Expected {
+    match standing {
+        Standing::Unknown => Expected::Yes {
             registered_at: None,
         },
-        State::Live(job) => match job.status {
+        Standing::Live(job) => match job.status {
             JobStatus::Registered => Expected::Yes {
                 registered_at: Some(job.registered_at),
             },
@@ -549,8 +604,8 @@ fn submission_expected(state: &State) -> Expected {
                 Expected::No("the job was submitted already")
             }
         },
-        State::Ended(ended) if ended.registered_at.is_none() => Expected::Cancelled,
-        State::Ended(_) => Expected::No("the job has ended already"),
+        Standing::Ended(ended) if ended.registered_at.is_none() => Expected::Cancelled,
+        Standing::Ended(_) => Expected::No("the job has ended already"),
     }
 }
 
@@ -562,18 +617,26 @@ fn cancelled_before_submission<'a>(
 ) -> Decision<'a> {
     Decision {
         next: Some(State::Ended(Ended {
+            outcome: Outcome::Cancelled,
+            workflow_type: Some(workflow_type.to_owned()),
+            reference: Some(reference.clone().unwrap_or_default()),
+            task_id: None,
             registered_at: Some(context.now),
-            ..Ended::without_task(Outcome::Cancelled, workflow_type, reference, context.now)
+            submitted_at: None,
+            running_at: None,
+            finished_at: context.now,
+            starts: 0,
+            result_bytes: 0,
         })),
+        // Told before this is committed, since the outcome was when the cancel came.
         publications: cancellation(job_id).into(),
-        time_series: None,
-        event: Event::Ended(Outcome::Cancelled),
+        ..Decision::nothing(Event::Ended(Outcome::Cancelled))
     }
 }
 
-fn cancel<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a> {
-    match state {
-        State::Unknown => Decision {
+fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
+    match standing {
+        Standing::Unknown => Decision {
             next: Some(State::Ended(Ended {
                 outcome: Outcome::Cancelled,
                 workflow_type: None,
@@ -586,22 +649,15 @@ fn cancel<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a
                 starts: 0,
                 result_bytes: 0,
             })),
-            publications: Vec::new(),
             time_series: Some(TimeSeries::Retire),
-            event: Event::CancelNoted,
+            ..Decision::nothing(Event::CancelNoted)
         },
-        State::Live(job) => Decision {
-            next: Some(State::Ended(job.ended(Outcome::Cancelled, 0, context.now))),
-            publications: job
-                .revocation()
-                .into_iter()
-                .chain(cancellation(job_id))
-                .collect(),
+        Standing::Live(job) => Decision {
             time_series: Some(TimeSeries::Retire),
-            event: Event::Ended(Outcome::Cancelled),
+            ..job.ends(Outcome::Cancelled, 0, cancellation(job_id), context)
         },
         // Deleting a finished job is how a client gives up the series that it left.
-        State::Ended(_) => Decision {
+        Standing::Ended(_) => Decision {
             time_series: Some(TimeSeries::Retire),
             ..Decision::ignored("the job has ended already")
         },
@@ -610,7 +666,7 @@ fn cancel<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a
 
 /// Ends a job that runs for longer than its timeout. Whoever found it may have looked before it
 /// ended or was started again, so this looks once more.
-fn time_out<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a> {
+fn time_out<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
     let due = |job: &Job| {
         let timeout = SignedDuration::from_millis(job.timeout_ms.filter(|timeout| *timeout > 0)?);
         let running_at = job
@@ -618,12 +674,12 @@ fn time_out<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<
             .filter(|_| job.status == JobStatus::Running)?;
         (running_at.checked_add(timeout).ok()? <= context.now).then_some(timeout)
     };
-    let (job, timeout) = match state {
-        State::Live(job) => match due(job) {
+    let (job, timeout) = match standing {
+        Standing::Live(job) => match due(job) {
             Some(timeout) => (job, timeout),
             None => return Decision::ignored("it is within its timeout"),
         },
-        State::Unknown | State::Ended(_) => return Decision::ignored("the job has ended"),
+        Standing::Unknown | Standing::Ended(_) => return Decision::ignored("the job has ended"),
     };
     let logs =
         format!("The job was ended because it ran for longer than its timeout of {timeout:#}.");
@@ -645,28 +701,15 @@ fn time_out<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<
         logs: Cow::Owned(logs),
         esdl_messages: &[],
     };
-    Decision {
-        next: Some(State::Ended(job.ended(
-            Outcome::TimedOut,
-            result_bytes,
-            context.now,
-        ))),
-        publications: job
-            .revocation()
-            .into_iter()
-            .chain(status)
-            .chain([result])
-            .collect(),
-        time_series: None,
-        event: Event::Ended(Outcome::TimedOut),
-    }
+    let told = status.into_iter().chain([result]);
+    job.ends(Outcome::TimedOut, result_bytes, told, context)
 }
 
 /// Ends a job that nothing has been heard of for so long that nobody can be waiting for it.
-fn expire<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a> {
-    let job = match state {
-        State::Live(job) => job,
-        State::Unknown | State::Ended(_) => return Decision::ignored("the job has ended"),
+fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
+    let job = match standing {
+        Standing::Live(job) => job,
+        Standing::Unknown | Standing::Ended(_) => return Decision::ignored("the job has ended"),
     };
     let (since, what) = match job.status {
         JobStatus::Registered => (None, "registered"),
@@ -686,20 +729,9 @@ fn expire<'a>(job_id: Uuid, state: &State, context: &Context<'_>) -> Decision<'a
         "The job was given up because it had been {what} for longer than the {retention:#} that \
          unfinished jobs are kept."
     );
-    Decision {
-        next: Some(State::Ended(job.ended(
-            Outcome::Expired,
-            logs.len(),
-            context.now,
-        ))),
-        publications: job
-            .revocation()
-            .into_iter()
-            .chain([error_result(job_id, Cow::Owned(logs))])
-            .collect(),
-        time_series: None,
-        event: Event::Ended(Outcome::Expired),
-    }
+    let result_bytes = logs.len();
+    let told = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Expired, result_bytes, told, context)
 }
 
 fn start<'a>(
@@ -726,20 +758,8 @@ fn start<'a>(
         .and_then(|definition| definition.limits.delivery_limit)
         .unwrap_or(context.rules.delivery_limit);
     if job.starts.len() >= limit {
-        return Decision {
-            next: Some(State::Ended(job.ended(
-                Outcome::CrashLoop,
-                CRASH_LOOP_LOGS.len(),
-                context.now,
-            ))),
-            publications: job
-                .revocation()
-                .into_iter()
-                .chain([error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))])
-                .collect(),
-            time_series: None,
-            event: Event::Ended(Outcome::CrashLoop),
-        };
+        let told = [error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))];
+        return job.ends(Outcome::CrashLoop, CRASH_LOOP_LOGS.len(), told, context);
     }
     let mut job = job.clone();
     job.status = JobStatus::Running;
@@ -759,8 +779,7 @@ fn start<'a>(
             job_id,
             status: ClientStatus::Running,
         }],
-        time_series: None,
-        event: Event::Started { starts },
+        ..Decision::nothing(Event::Started { starts })
     }
 }
 
@@ -773,46 +792,44 @@ enum Own<'s> {
     Stray(&'static str),
 }
 
-fn own_task<'s>(state: &'s State, task_id: &str) -> Own<'s> {
-    match state {
-        State::Unknown => Own::Stray("the job is unknown"),
-        State::Live(job) if job.task_id.as_deref() == Some(task_id) => Own::Current(job),
-        State::Live(_) => Own::Stray("it is not the job's current task"),
-        State::Ended(ended)
+fn own_task<'s>(standing: Standing<'s>, task_id: &str) -> Own<'s> {
+    match standing {
+        Standing::Unknown => Own::Stray("the job is unknown"),
+        Standing::Live(job) if job.task_id.as_deref() == Some(task_id) => Own::Current(job),
+        Standing::Live(_) => Own::Stray("it is not the job's current task"),
+        Standing::Ended(ended)
             if ended.outcome.by_its_task() && ended.task_id.as_deref() == Some(task_id) =>
         {
             Own::Done
         }
-        State::Ended(_) => Own::Stray("the job has ended"),
+        Standing::Ended(_) => Own::Stray("the job has ended"),
     }
 }
 
 fn revoke<'a>(task_id: &'a str, why: &'static str) -> Decision<'a> {
     Decision {
-        next: None,
         publications: vec![Publication::Revoke {
             task_id: Cow::Borrowed(task_id),
         }],
-        time_series: None,
-        event: Event::Revoked(why),
+        ..Decision::nothing(Event::Revoked(why))
     }
 }
 
 /// The series of a task that delivered although its job had been deleted.
 fn late_series<'a>(
-    state: &State,
+    standing: Standing<'_>,
     task_id: &str,
     succeeded: bool,
     output_esdl: Option<&str>,
 ) -> Option<TimeSeries<'a>> {
-    match state {
-        State::Ended(ended) if ended.task_id.as_deref() == Some(task_id) => {
+    match standing {
+        Standing::Ended(ended) if ended.task_id.as_deref() == Some(task_id) => {
             esdl_id(succeeded, output_esdl).map(|esdl_id| TimeSeries::RetireLate {
                 esdl_id,
                 reference: Cow::Owned(ended.reference.clone().unwrap_or_default()),
             })
         }
-        State::Unknown | State::Live(_) | State::Ended(_) => None,
+        Standing::Unknown | Standing::Live(_) | Standing::Ended(_) => None,
     }
 }
 
@@ -853,13 +870,18 @@ fn to_i64(size: usize) -> i64 {
 }
 
 impl Decision<'_> {
-    fn ignored(why: &'static str) -> Self {
+    fn nothing(event: Event) -> Self {
         Decision {
             next: None,
             publications: Vec::new(),
+            announcements: Vec::new(),
             time_series: None,
-            event: Event::Ignored(why),
+            event,
         }
+    }
+
+    fn ignored(why: &'static str) -> Self {
+        Decision::nothing(Event::Ignored(why))
     }
 }
 
@@ -879,31 +901,56 @@ impl Job {
         }
     }
 
-    fn revocation<'a>(&self) -> Option<Publication<'a>> {
-        self.task_id.clone().map(|task_id| Publication::Revoke {
+    /// Ends it with this outcome: its task, unless that has done it, and then the client is told.
+    fn ends<'a>(
+        &self,
+        outcome: Outcome,
+        result_bytes: usize,
+        told: impl IntoIterator<Item = Publication<'a>>,
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let task = self.task_id.clone().filter(|_| !outcome.by_its_task());
+        let revocation = task.map(|task_id| Publication::Revoke {
             task_id: Cow::Owned(task_id),
-        })
+        });
+        Decision {
+            next: Some(State::Ending(Ending {
+                job: self.clone(),
+                ended: self.ended(outcome, result_bytes, context.now),
+            })),
+            announcements: revocation.into_iter().chain(told).collect(),
+            ..Decision::nothing(Event::Ended(outcome))
+        }
+    }
+
+    fn rejected<'a>(
+        &self,
+        job_id: Uuid,
+        reason: Cow<'a, str>,
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let told = [error_result(job_id, reason.clone())];
+        self.ends(Outcome::Rejected, reason.len(), told, context)
     }
 }
 
-impl Ended {
-    fn without_task(
-        outcome: Outcome,
-        workflow_type: &str,
-        reference: &Option<String>,
-        now: Timestamp,
-    ) -> Ended {
-        Ended {
-            outcome,
-            workflow_type: Some(workflow_type.to_owned()),
-            reference: Some(reference.clone().unwrap_or_default()),
-            task_id: None,
-            registered_at: None,
-            submitted_at: None,
-            running_at: None,
-            finished_at: now,
-            starts: 0,
-            result_bytes: 0,
+impl Ending {
+    /// Whether its outcome may become the one that this command leads to. The client has perhaps
+    /// been told what is certain, so mostly not.
+    fn may_still_end_by(&self, command: &Command) -> bool {
+        match command {
+            // Its task's result could not be told: an error is told instead ...
+            Command::Fail { .. } => self.ended.outcome.by_its_task(),
+            // ... and may not have been.
+            Command::Result { .. } => self.ended.outcome == Outcome::Rejected,
+            // What led to its outcome has not come again for as long as jobs are kept.
+            Command::Expire => true,
+            Command::Submit(_)
+            | Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::TimeOut => false,
         }
     }
 }
@@ -913,7 +960,7 @@ impl State {
     pub fn reference(&self) -> &str {
         match self {
             State::Unknown => "",
-            State::Live(job) => &job.reference,
+            State::Live(job) | State::Ending(Ending { job, .. }) => &job.reference,
             State::Ended(ended) => ended.reference.as_deref().unwrap_or_default(),
         }
     }

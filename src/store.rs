@@ -16,7 +16,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::config;
-use crate::job::{Ended, Job, JobStatus, Outcome, Start, State};
+use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Start, State};
 use crate::time_series::Guard;
 
 pub mod migrate;
@@ -214,6 +214,7 @@ impl Connection {
              WHERE job_id IN (
                  SELECT job_id FROM job_history
                  WHERE finished_at <= now() - $1 * interval '1 second'
+                   AND NOT EXISTS (SELECT FROM job WHERE job.job_id = job_history.job_id)
                  LIMIT $2
              )",
             &[&retention.as_secs_f64(), &limit],
@@ -302,6 +303,22 @@ impl Connection {
             &[&esdl_id, &in_use],
         )?;
         Ok(rows > 0)
+    }
+
+    /// Deletes the rows of these jobs, which have ended, and whose clients have been told.
+    ///
+    /// # Errors
+    /// The connection is lost, and then it is open whether they are deleted.
+    pub fn settle(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
+        let sql = "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1))
+                   DELETE FROM job WHERE job_id = ANY($1)";
+        let statement = match self.statements.get(sql) {
+            Some(statement) => statement.clone(),
+            None => self.client.prepare(sql)?,
+        };
+        self.client.execute(&statement, &[&job_ids])?;
+        self.statements.insert(sql, statement);
+        Ok(())
     }
 
     /// Begins a transaction, which is rolled back when dropped.
@@ -414,10 +431,9 @@ impl Transaction<'_> {
     /// # Errors
     /// A row is not as it was loaded, or the connection is lost: [`StoreError::Transient`]. A text
     /// is not one for Postgres: [`StoreError::Refused`].
-    pub fn write(&mut self, transitions: &[Transition<'_>]) -> Result<(), StoreError> {
+    pub fn write<'a>(&mut self, transitions: &[Transition<'a>]) -> Result<(), StoreError> {
         let mut inserted = Vec::new();
         let mut updated = Vec::new();
-        let mut deleted = Vec::new();
         let mut ended = Vec::new();
         let mut started: Vec<(Uuid, &Start)> = Vec::new();
         for &Transition {
@@ -426,35 +442,38 @@ impl Transaction<'_> {
             after,
         } in transitions
         {
-            match (before, after) {
-                (State::Live(before), State::Live(after)) => {
+            let row = |state: &'a State| match state {
+                State::Live(job) | State::Ending(Ending { job, .. }) => Some(job),
+                State::Unknown | State::Ended(_) => None,
+            };
+            match (row(before), row(after)) {
+                (Some(before), Some(after)) => {
                     if !same_row(before, after) {
                         updated.push((job_id, before, after));
                     }
                     let new = after.starts.iter().skip(before.starts.len());
                     started.extend(new.map(|start| (job_id, start)));
                 }
-                (State::Unknown | State::Ended(_), State::Live(after)) => {
+                (None, Some(after)) => {
                     inserted.push((job_id, after));
                     started.extend(after.starts.iter().map(|start| (job_id, start)));
                 }
-                (State::Live(_), State::Ended(after)) => {
-                    deleted.push(job_id);
-                    ended.push((job_id, after));
-                }
-                (State::Unknown | State::Ended(_), State::Ended(after)) => {
-                    if *before != State::Ended(after.clone()) {
-                        ended.push((job_id, after));
-                    }
-                }
-                (State::Unknown | State::Ended(_), State::Unknown) => {}
-                (State::Live(_), State::Unknown) => deleted.push(job_id),
+                // It goes when the client has been told.
+                (_, None) => {}
+            }
+            let outcome = |state: &'a State| match state {
+                State::Ending(Ending { ended, .. }) | State::Ended(ended) => Some(ended),
+                State::Unknown | State::Live(_) => None,
+            };
+            if let Some(after) = outcome(after)
+                && outcome(before) != Some(after)
+            {
+                ended.push((job_id, after));
             }
         }
         self.insert_jobs(&inserted)?;
         self.update_jobs(&updated)?;
         self.insert_starts(&started)?;
-        self.delete_jobs(&deleted)?;
         self.write_history(&ended)
     }
 
@@ -551,15 +570,6 @@ impl Transaction<'_> {
             &[&ids, &times, &messages],
         )?;
         Ok(())
-    }
-
-    fn delete_jobs(&mut self, ids: &[Uuid]) -> Result<(), StoreError> {
-        if ids.is_empty() {
-            return Ok(());
-        }
-        self.execute("DELETE FROM job_starts WHERE job_id = ANY($1)", &[&ids])?;
-        let rows = self.execute("DELETE FROM job WHERE job_id = ANY($1)", &[&ids])?;
-        expect_rows("deleting jobs", rows, ids.len())
     }
 
     fn write_history(&mut self, ended: &[(Uuid, &Ended)]) -> Result<(), StoreError> {
@@ -737,32 +747,45 @@ fn same_row(a: &Job, b: &Job) -> bool {
 }
 
 fn state(row: &Row) -> anyhow::Result<State> {
-    if let Some(status) = row.try_get::<_, Option<&str>>("status")? {
-        let times: Option<Vec<Timestamp>> = row.try_get("started_at")?;
-        let messages: Option<Vec<Option<String>>> = row.try_get("message_id")?;
-        return Ok(State::Live(Job {
-            workflow_type: row.try_get("workflow_type")?,
-            reference: row
-                .try_get::<_, Option<_>>("job_reference")?
-                .unwrap_or_default(),
-            status: status_named(status)?,
-            task_id: row.try_get("celery_id")?,
-            registered_at: row.try_get("registered_at")?,
-            submitted_at: row.try_get("submitted_at")?,
-            running_at: row.try_get("running_at")?,
-            timeout_ms: row.try_get("timeout_after_ms")?,
-            starts: times
-                .unwrap_or_default()
-                .into_iter()
-                .zip(messages.unwrap_or_default())
-                .map(|(at, message_id)| Start { at, message_id })
-                .collect(),
-        }));
-    }
-    let Some(outcome) = row.try_get::<_, Option<&str>>("outcome")? else {
-        return Ok(State::Unknown);
+    Ok(match (job(row)?, ended(row)?) {
+        (None, None) => State::Unknown,
+        (Some(job), None) => State::Live(job),
+        (Some(job), Some(ended)) => State::Ending(Ending { job, ended }),
+        (None, Some(ended)) => State::Ended(ended),
+    })
+}
+
+fn job(row: &Row) -> anyhow::Result<Option<Job>> {
+    let Some(status) = row.try_get::<_, Option<&str>>("status")? else {
+        return Ok(None);
     };
-    Ok(State::Ended(Ended {
+    let times: Option<Vec<Timestamp>> = row.try_get("started_at")?;
+    let messages: Option<Vec<Option<String>>> = row.try_get("message_id")?;
+    Ok(Some(Job {
+        workflow_type: row.try_get("workflow_type")?,
+        reference: row
+            .try_get::<_, Option<_>>("job_reference")?
+            .unwrap_or_default(),
+        status: status_named(status)?,
+        task_id: row.try_get("celery_id")?,
+        registered_at: row.try_get("registered_at")?,
+        submitted_at: row.try_get("submitted_at")?,
+        running_at: row.try_get("running_at")?,
+        timeout_ms: row.try_get("timeout_after_ms")?,
+        starts: times
+            .unwrap_or_default()
+            .into_iter()
+            .zip(messages.unwrap_or_default())
+            .map(|(at, message_id)| Start { at, message_id })
+            .collect(),
+    }))
+}
+
+fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
+    let Some(outcome) = row.try_get::<_, Option<&str>>("outcome")? else {
+        return Ok(None);
+    };
+    Ok(Some(Ended {
         outcome: outcome_named(outcome)?,
         workflow_type: row.try_get("ended_workflow_type")?,
         reference: row.try_get("ended_job_reference")?,

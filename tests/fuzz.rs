@@ -172,7 +172,7 @@ fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
         rules: &RULES,
     };
     let decision = decide(id, state, command, &context);
-    for publication in &decision.publications {
+    for publication in decision.publications.iter().chain(&decision.announcements) {
         let message = match publication {
             Publication::Task {
                 job_id,

@@ -78,6 +78,11 @@ fn ended(outcome: Outcome) -> State {
     State::Ended(job(JobStatus::Running).ended(outcome, 7, at(50)))
 }
 
+fn ending(job: Job, outcome: Outcome) -> State {
+    let ended = job.ended(outcome, 7, at(50));
+    State::Ending(Ending { job, ended })
+}
+
 fn submission(workflow: &str) -> Command {
     Command::Submit(Submission {
         workflow_type: workflow.to_owned(),
@@ -123,7 +128,7 @@ fn fail_of(task: Option<&str>) -> Command {
 }
 
 fn states() -> Vec<(&'static str, State)> {
-    let noted = cancel(job_id(), &State::Unknown, &context()).next;
+    let noted = cancel(job_id(), Standing::Unknown, &context()).next;
     let mut crashed_once = job(JobStatus::Running);
     crashed_once.starts.push(Start {
         at: at(4),
@@ -134,14 +139,15 @@ fn states() -> Vec<(&'static str, State)> {
     overdue.timeout_ms = Some(97_000);
     let mut ancient = job(JobStatus::Submitted);
     ancient.submitted_at = Some(at(-900));
+    let running = job(JobStatus::Running);
     vec![
         ("unknown", State::Unknown),
         ("registered", State::Live(job(JobStatus::Registered))),
         ("submitted", State::Live(job(JobStatus::Submitted))),
         ("running", State::Live(job(JobStatus::Running))),
-        ("started twice", State::Live(crashed_once)),
-        ("overdue", State::Live(overdue)),
-        ("ancient", State::Live(ancient)),
+        ("started twice", State::Live(crashed_once.clone())),
+        ("overdue", State::Live(overdue.clone())),
+        ("ancient", State::Live(ancient.clone())),
         ("succeeded", ended(Outcome::Succeeded)),
         ("failed", ended(Outcome::Failed)),
         ("cancelled", ended(Outcome::Cancelled)),
@@ -150,6 +156,28 @@ fn states() -> Vec<(&'static str, State)> {
         ("timed out", ended(Outcome::TimedOut)),
         ("expired", ended(Outcome::Expired)),
         ("cancel noted", noted.unwrap()),
+        (
+            "ending as succeeded",
+            ending(running.clone(), Outcome::Succeeded),
+        ),
+        (
+            "ending as cancelled",
+            ending(running.clone(), Outcome::Cancelled),
+        ),
+        ("ending as rejected", ending(running, Outcome::Rejected)),
+        (
+            "ending as refused",
+            ending(job(JobStatus::Registered), Outcome::Rejected),
+        ),
+        (
+            "ending as timed out",
+            ending(overdue.clone(), Outcome::TimedOut),
+        ),
+        (
+            "ending as crash loop",
+            ending(crashed_once.clone(), Outcome::CrashLoop),
+        ),
+        ("ending since long", ending(ancient, Outcome::Succeeded)),
     ]
 }
 
@@ -191,7 +219,9 @@ fn summary(decision: &Decision<'_>) -> String {
         }
         event => format!("{event:?}"),
     };
-    for publication in &decision.publications {
+    let announced = decision.announcements.iter();
+    let published = decision.publications.iter().map(|one| ("", one));
+    for (when, publication) in published.chain(announced.map(|one| ("then ", one))) {
         let one = match publication {
             Publication::Task { task_id, .. } if *task_id == new_task() => "task".to_owned(),
             Publication::Task { .. } => "WRONG TASK".to_owned(),
@@ -212,7 +242,7 @@ fn summary(decision: &Decision<'_>) -> String {
                 format!("result {result_type:?}{output} {logs:.12?}")
             }
         };
-        write!(text, "; {one}").unwrap();
+        write!(text, "; {when}{one}").unwrap();
     }
     match &decision.time_series {
         None => {}
@@ -226,6 +256,7 @@ fn summary(decision: &Decision<'_>) -> String {
         Some(State::Live(job)) => {
             write!(text, " -> {:?}, {} starts", job.status, job.starts.len()).unwrap();
         }
+        Some(State::Ending(job)) => write!(text, " -> ending {:?}", job.ended.outcome).unwrap(),
         Some(State::Ended(ended)) => write!(text, " -> ended {:?}", ended.outcome).unwrap(),
     }
     text
@@ -326,7 +357,7 @@ fn the_crash_loops_text_is_what_clients_compare() {
     state.starts.push(state.starts[0].clone());
     let command = start_of(TASK, "start-3");
     let decision = decide(job_id(), &State::Live(state), &command, &context());
-    let Publication::Result { logs, .. } = &decision.publications[1] else {
+    let Publication::Result { logs, .. } = &decision.announcements[1] else {
         panic!("{decision:?}");
     };
     assert_eq!(
@@ -339,7 +370,7 @@ fn the_crash_loops_text_is_what_clients_compare() {
 fn an_unknown_workflow_is_named() {
     let command = submission("no_such_workflow");
     let decision = decide(job_id(), &State::Unknown, &command, &context());
-    let [Publication::Result { logs, .. }] = decision.publications.as_slice() else {
+    let [Publication::Result { logs, .. }] = decision.announcements.as_slice() else {
         panic!("{decision:?}");
     };
     assert_eq!(
@@ -366,7 +397,11 @@ fn the_history_tells_the_jobs_whole_story() {
         starts: 1,
         result_bytes: i64::try_from(OUTPUT.len() + "logs".len()).unwrap(),
     };
-    assert_eq!(decision.next, Some(State::Ended(expected)));
+    let Some(State::Ending(ending)) = decision.next else {
+        panic!("{decision:?}");
+    };
+    assert_eq!(ending.ended, expected);
+    assert_eq!(State::Live(ending.job), state);
 }
 
 #[rstest]
@@ -404,7 +439,7 @@ fn a_timeout_says_its_limit_and_is_a_timeout_where_asked_for() {
             logs,
             ..
         },
-    ] = decision.publications.as_slice()
+    ] = decision.announcements.as_slice()
     else {
         panic!("{decision:?}");
     };
@@ -425,7 +460,7 @@ fn what_expires_says_what_it_was_doing(#[case] status: JobStatus, #[case] doing:
     };
     let state = State::Live(job(status));
     let decision = decide(job_id(), &state, &Command::Expire, &context);
-    let Some(Publication::Result { logs, .. }) = decision.publications.last() else {
+    let Some(Publication::Result { logs, .. }) = decision.announcements.last() else {
         panic!("{decision:?}");
     };
     assert_eq!(
@@ -496,7 +531,7 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
     assert_eq!(decision.event, Event::Ended(Outcome::Rejected));
     let expected = "The parameters do not fit the workflow simulator: x is missing; y is missing.";
     assert_eq!(
-        decision.publications,
+        decision.announcements,
         [error_result(job_id(), Cow::Borrowed(expected))]
     );
     // Delivered again while it runs: it was fit enough when it came.
@@ -514,13 +549,27 @@ enum Happening {
     /// A worker takes the oldest task that is published and not revoked, and starts it.
     TaskTaken,
     /// An event that some task has sent is delivered again.
-    Redelivered(usize),
+    SentAgain(usize),
     Progress(usize),
     Finished(usize),
-    /// So much of it that every limit is passed, and somebody notices.
+    /// Enough for the job's timeout, and somebody notices.
     TimePasses,
-    /// The orchestrator dies after it has published and before it has committed.
-    CrashBeforeCommit(Box<Happening>),
+    /// Enough for the retention as well; in so much of it everything is delivered.
+    MuchTimePasses,
+    /// The orchestrator dies over something.
+    Dies(Death, Box<Happening>),
+    /// What was not acknowledged when it died is delivered again.
+    Redelivered(usize),
+}
+
+/// How far it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Death {
+    BeforeCommit,
+    BeforeTelling,
+    BeforeSettling,
+    /// It lives.
+    Never,
 }
 
 fn happening() -> impl Strategy<Value = Happening> {
@@ -528,15 +577,22 @@ fn happening() -> impl Strategy<Value = Happening> {
         3 => Just(Happening::Submission),
         1 => Just(Happening::Cancel),
         4 => Just(Happening::TaskTaken),
-        2 => any::<usize>().prop_map(Happening::Redelivered),
+        2 => any::<usize>().prop_map(Happening::SentAgain),
         2 => any::<usize>().prop_map(Happening::Progress),
         3 => any::<usize>().prop_map(Happening::Finished),
         1 => Just(Happening::TimePasses),
+        1 => Just(Happening::MuchTimePasses),
     ]
     .boxed();
+    let death = prop_oneof![
+        Just(Death::BeforeCommit),
+        Just(Death::BeforeTelling),
+        Just(Death::BeforeSettling),
+    ];
     prop_oneof![
         4 => simple.clone(),
-        1 => simple.prop_map(|inner| Happening::CrashBeforeCommit(Box::new(inner))),
+        1 => any::<usize>().prop_map(Happening::Redelivered),
+        1 => (death, simple).prop_map(|(death, inner)| Happening::Dies(death, Box::new(inner))),
     ]
 }
 
@@ -550,24 +606,28 @@ struct World {
     taken: Vec<String>,
     revoked: BTreeSet<String>,
     sent: Vec<Command>,
-    /// Results told to the client, those of decisions that were committed apart.
+    /// What was not acknowledged.
+    unacknowledged: Vec<Command>,
+    deaths: usize,
+    /// Results told to the client.
     results: Vec<ResultType>,
-    committed_results: Vec<ResultType>,
 }
 
 impl World {
-    fn run(&mut self, happening: &Happening, commit: bool) {
+    fn run(&mut self, happening: &Happening, death: Death) {
         let command = match happening {
             Happening::Submission => submission("simulator"),
             Happening::Cancel => Command::Cancel,
             Happening::TimePasses => {
+                self.seconds_passed += 10;
+                // Nobody has to deliver it again: it is found again.
+                return self.apply(&Command::TimeOut, death);
+            }
+            Happening::MuchTimePasses => {
+                self.deliver_all();
                 self.seconds_passed += 2000;
-                self.apply(&Command::TimeOut, commit);
-                if !commit {
-                    // The next round finds the same, in the same order.
-                    self.apply(&Command::TimeOut, true);
-                }
-                Command::Expire
+                self.apply(&Command::TimeOut, Death::Never);
+                return self.apply(&Command::Expire, death);
             }
             Happening::TaskTaken => {
                 if self.waiting.is_empty() {
@@ -594,28 +654,41 @@ impl World {
                     _ => progress_of(task, 0.5),
                 }
             }
-            Happening::Redelivered(which) => {
+            Happening::SentAgain(which) => {
                 let Some(command) = self.sent.get(which % self.sent.len().max(1)) else {
                     return;
                 };
                 command.clone()
             }
-            Happening::CrashBeforeCommit(inner) => {
-                self.run(inner, false);
-                // What was not acknowledged comes again.
+            Happening::Dies(death, inner) => {
+                self.deaths += 1;
+                return self.run(inner, *death);
+            }
+            Happening::Redelivered(which) => {
+                if !self.unacknowledged.is_empty() {
+                    let which = which % self.unacknowledged.len();
+                    let command = self.unacknowledged.remove(which);
+                    self.apply(&command, Death::Never);
+                }
                 return;
             }
         };
         if command.task_id().is_some() {
             self.sent.push(command.clone());
         }
-        self.apply(&command, commit);
-        if !commit {
-            self.apply(&command, true);
+        self.apply(&command, death);
+        if death != Death::Never {
+            self.unacknowledged.push(command);
         }
     }
 
-    fn apply(&mut self, command: &Command, commit: bool) {
+    fn deliver_all(&mut self) {
+        while !self.unacknowledged.is_empty() {
+            self.run(&Happening::Redelivered(0), Death::Never);
+        }
+    }
+
+    fn apply(&mut self, command: &Command, death: Death) {
         self.tasks += 1;
         let rules = Rules {
             delivery_limit: 1,
@@ -629,70 +702,91 @@ impl World {
         };
         let state = self.state.clone().unwrap_or(State::Unknown);
         let decision = decide(job_id(), &state, command, &context);
-        for publication in &decision.publications {
+        self.publish(&decision.publications);
+        if death > Death::BeforeCommit
+            && let Some(next) = decision.next
+        {
+            self.state = Some(next);
+        }
+        if decision.announcements.is_empty() {
+            return;
+        }
+        if death > Death::BeforeTelling {
+            self.publish(&decision.announcements);
+        }
+        if death > Death::BeforeSettling
+            && let Some(State::Ending(job)) = &self.state
+        {
+            self.state = Some(State::Ended(job.ended.clone()));
+        }
+    }
+
+    fn publish(&mut self, publications: &[Publication<'_>]) {
+        for publication in publications {
             match publication {
                 Publication::Task { task_id, .. } => self.waiting.push(task_id.to_string()),
                 Publication::Revoke { task_id } => {
                     self.revoked.insert(task_id.to_string());
                 }
-                Publication::Result { result_type, .. } => {
-                    self.results.push(*result_type);
-                    if commit {
-                        self.committed_results.push(*result_type);
-                    }
-                }
+                Publication::Result { result_type, .. } => self.results.push(*result_type),
                 Publication::Status { .. } | Publication::Progress { .. } => {}
             }
         }
-        if commit && let Some(next) = decision.next {
-            self.state = Some(next);
-        }
     }
 
-    fn current_task(&self) -> Option<&str> {
-        match &self.state {
-            Some(State::Live(job)) => job.task_id.as_deref(),
-            Some(State::Ended(_) | State::Unknown) | None => None,
-        }
-    }
-
-    /// Every task that began and is not the current one has been told to end, or has delivered.
+    /// Every task that began and nobody waits for, and that has neither been told to end nor
+    /// delivered.
     fn strays(&self) -> Vec<&String> {
-        let delivered = match &self.state {
+        let expected = match &self.state {
+            Some(State::Live(job) | State::Ending(Ending { job, .. })) => job.task_id.as_deref(),
             Some(State::Ended(ended)) => ended.task_id.as_deref(),
-            Some(State::Live(_) | State::Unknown) | None => None,
+            Some(State::Unknown) | None => None,
         };
-        self.taken
-            .iter()
+        let unheard = |task: &str| {
+            let mut commands = self.unacknowledged.iter();
+            commands.any(|command| command.task_id() == Some(task))
+        };
+        let running = self.taken.iter();
+        running
             .filter(|task| {
                 !self.revoked.contains(*task)
-                    && self.current_task() != Some(task)
-                    && delivered != Some(task)
+                    && expected != Some(task.as_str())
+                    && !unheard(task.as_str())
             })
             .collect()
     }
 }
 
 proptest! {
-    /// Whatever the order, however often delivered, wherever the orchestrator dies: once all is
-    /// said and done the job has ended, with one outcome, and nothing runs that nobody waits for.
+    /// Whatever the order, however often delivered, wherever the orchestrator dies, and whatever
+    /// comes first afterwards: once all is said and done the job has ended, with one outcome, and
+    /// nothing runs that nobody waits for.
     #[test]
     fn any_story_ends_in_one_outcome(story in prop::collection::vec(happening(), 0..40)) {
         let mut world = World::default();
         for happening in &story {
-            world.run(happening, true);
+            world.run(happening, Death::Never);
             prop_assert!(world.strays().is_empty(), "{:?} run on", world.strays());
         }
-        // The rest of the story: the submission arrives, workers take what is waiting and finish.
-        world.run(&Happening::Submission, true);
-        while !world.waiting.is_empty() {
-            world.run(&Happening::TaskTaken, true);
+        // The rest of the story: the submission arrives, what was not acknowledged is delivered,
+        // what is due is found, workers take what is waiting and finish.
+        world.run(&Happening::Submission, Death::Never);
+        world.deliver_all();
+        world.apply(&Command::TimeOut, Death::Never);
+        if let Some(State::Ending(job)) = &world.state {
+            prop_assert_eq!(job.ended.outcome, Outcome::Expired);
+            world.apply(&Command::Expire, Death::Never);
         }
-        if let Some(task) = world.current_task().map(str::to_owned) {
-            world.apply(&result_of(&task, true), true);
+        while !world.waiting.is_empty() {
+            world.run(&Happening::TaskTaken, Death::Never);
+        }
+        if let Some(State::Live(job)) = &world.state
+            && let Some(task) = job.task_id.clone()
+        {
+            world.apply(&result_of(&task, true), Death::Never);
         }
         prop_assert!(matches!(world.state, Some(State::Ended(_))), "{:?}", world.state);
-        prop_assert_eq!(world.committed_results.len(), 1);
+        prop_assert!((1..=1 + world.deaths).contains(&world.results.len()), "{:?}", world.results);
         let outcomes: BTreeSet<_> = world.results.iter().map(|one| format!("{one:?}")).collect();
         prop_assert_eq!(outcomes.len(), 1, "{:?}", world.results);
         prop_assert!(world.strays().is_empty());

@@ -74,8 +74,7 @@ fn finish(deployment: &Deployment, client: &Client, worker: &Worker, tasks: &[Ta
     worker.start(task);
     worker.succeed(task, OUTPUT);
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
-    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
-    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    deployment.no_jobs_left();
 }
 
 #[rstest]
@@ -121,11 +120,12 @@ fn a_start_that_survives_a_kill_counts_once(#[case] point: &str) {
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
 }
 
-#[rstest]
-#[case("before publish", 1)]
-#[case("after publish", 2)]
-#[case("after commit", 1)]
-fn a_result_survives_a_kill(#[case] point: &str, #[case] results: usize) {
+/// A job that runs, and a service that is killed at this point over whatever `cause` does. The
+/// queue of the cause stays as it is until the next service is there.
+fn killed_over_the_end_of_a_job(
+    point: &str,
+    cause: impl FnOnce(&Client, &Worker, &Task),
+) -> (Deployment, Client, Worker, Task) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
@@ -133,32 +133,37 @@ fn a_result_survives_a_kill(#[case] point: &str, #[case] results: usize) {
     let task = running_job(&client, &worker, None);
     assert!(service.stop().success());
     let held = Held::at(point, &deployment, &[]);
-    worker.succeed(&task, OUTPUT);
+    cause(&client, &worker, &task);
     held.kill();
+    (deployment, client, worker, task)
+}
+
+#[rstest]
+#[case("before publish", 1)]
+#[case("after commit", 1)]
+#[case("after telling", 2)]
+#[case("after settling", 1)]
+fn a_result_survives_a_kill(#[case] point: &str, #[case] results: usize) {
+    let (deployment, client, worker, task) =
+        killed_over_the_end_of_a_job(point, |_, worker, task| worker.succeed(task, OUTPUT));
     let _next = deployment.start_single_file();
     worker.results_handled();
     for _ in 0..results {
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
     client.heard_nothing_more(task.job);
-    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    deployment.no_jobs_left();
     assert_eq!(deployment.count("SELECT count(*) FROM job_history"), 1);
 }
 
 #[rstest]
 #[case("before publish", 1)]
-#[case("after publish", 2)]
 #[case("after commit", 1)]
+#[case("after telling", 2)]
+#[case("after settling", 1)]
 fn a_cancel_survives_a_kill(#[case] point: &str, #[case] results: usize) {
-    let deployment = Deployment::new();
-    let client = Client::new(&deployment);
-    let worker = Worker::new(&deployment, "workflow_1");
-    let service = deployment.start();
-    let task = running_job(&client, &worker, None);
-    assert!(service.stop().success());
-    let held = Held::at(point, &deployment, &[]);
-    client.cancel(task.job);
-    held.kill();
+    let (deployment, client, worker, task) =
+        killed_over_the_end_of_a_job(point, |client, _, task| client.cancel(task.job));
     let _next = deployment.start_single_file();
     client.cancels_handled();
     for _ in 0..results {
@@ -167,7 +172,90 @@ fn a_cancel_survives_a_kill(#[case] point: &str, #[case] results: usize) {
         assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
     }
     client.heard_nothing_more(task.job);
-    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    deployment.no_jobs_left();
+}
+
+#[rstest]
+#[case("after commit", 1)]
+#[case("after telling", 2)]
+fn a_timeout_survives_a_kill(#[case] point: &str, #[case] results: usize) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let task = running_job(&client, &worker, Some(1));
+    assert!(service.stop().success());
+    let soon = [
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+    ];
+    Held::at(point, &deployment, &soon).kill();
+    // It has been told, or is about to be: the result comes too late.
+    worker.succeed(&task, OUTPUT);
+    let _next = deployment.start_with(&soon);
+    for _ in 0..results {
+        assert_eq!(client.status(task.job), JobStatus::Cancelled);
+        assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+    }
+    worker.results_handled();
+    client.heard_nothing_more(task.job);
+    deployment.no_jobs_left();
+}
+
+#[rstest]
+#[case("before publish", 1)]
+#[case("after commit", 1)]
+#[case("after telling", 2)]
+#[case("after settling", 1)]
+fn a_refusal_survives_a_kill(#[case] point: &str, #[case] results: usize) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let held = Held::at(point, &deployment, &[]);
+    let job = client.submit("no such workflow");
+    held.kill();
+    let _next = deployment.start_single_file();
+    client.submissions_handled();
+    for _ in 0..results {
+        assert_eq!(client.outcome(job).0, ResultType::Error);
+    }
+    client.heard_nothing_more(job);
+    deployment.no_jobs_left();
+}
+
+/// Whatever comes first afterwards, the client hears of one outcome only.
+#[rstest]
+#[case("after commit", 1)]
+#[case("after telling", 2)]
+fn a_cancel_cannot_overtake_a_result_that_was_killed(#[case] point: &str, #[case] results: usize) {
+    let (deployment, client, worker, task) =
+        killed_over_the_end_of_a_job(point, |_, worker, task| worker.succeed(task, OUTPUT));
+    let result = worker.peer.next("omotes_task_result_events");
+    let next = deployment.start_single_file();
+    client.cancel(task.job);
+    client.cancels_handled();
+    next.logged("a cancel is ignored: the job has ended already");
+    worker.peer.send("omotes_task_result_events", &result.body);
+    for _ in 0..results {
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    }
+    worker.results_handled();
+    client.heard_nothing_more(task.job);
+    deployment.no_jobs_left();
+}
+
+#[test]
+fn a_result_cannot_overtake_a_cancel_that_was_killed() {
+    let (deployment, client, worker, task) =
+        killed_over_the_end_of_a_job("after commit", |client, _, task| client.cancel(task.job));
+    let cancel = client.peer.next("job_deletions");
+    let _next = deployment.start_single_file();
+    worker.succeed(&task, OUTPUT);
+    worker.results_handled();
+    client.peer.send("job_deletions", &cancel.body);
+    assert_eq!(client.status(task.job), JobStatus::Cancelled);
+    assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+    client.cancels_handled();
+    client.heard_nothing_more(task.job);
 }
 
 #[test]

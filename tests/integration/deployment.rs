@@ -106,6 +106,12 @@ impl Deployment {
         self.private("ctl", Server::RabbitMq, arguments);
     }
 
+    /// Lets no file of Postgres grow beyond so many bytes, or "unlimited": writing then fails as on
+    /// a full disk, with Postgres's hint to look for free space.
+    pub fn limit_files(&self, bytes: &str) {
+        self.private("limit", Server::Postgres, &[bytes]);
+    }
+
     fn private(&self, command: &str, server: Server, arguments: &[&str]) {
         let folder = self.folder.join(server.name());
         let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
@@ -171,6 +177,12 @@ impl Deployment {
     /// The first column of the first row.
     pub fn count(&self, sql: &str) -> i64 {
         self.sql().query_one(sql, &[]).unwrap().get(0)
+    }
+
+    /// Waits until no job is left; it goes right after its client has been told.
+    pub fn no_jobs_left(&self) {
+        let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
+        eventually("no job is left", || (self.count(rows) == 0).then_some(()));
     }
 
     /// The environment of a service or a command on this deployment.

@@ -135,7 +135,7 @@ fn jobs_that_nothing_is_heard_of_are_given_up_with_a_reason() {
     eventually("the history", || {
         (outcomes(&deployment, "EXPIRED") == 3).then_some(())
     });
-    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    deployment.no_jobs_left();
     let revoked = [worker.revoked(), worker.revoked()];
     assert_eq!(revoked[0], running.id);
     assert_eq!(worker.take().id, revoked[1]);

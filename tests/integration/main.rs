@@ -14,6 +14,7 @@ mod dead_letters;
 mod deployment;
 mod events;
 mod faults;
+mod http;
 mod jobs;
 mod limits;
 mod peers;

@@ -179,8 +179,7 @@ fn a_client_and_a_worker_cannot_tell_the_difference(#[case] sdk: &str) {
             .contains("no_such_workflow is unknown")
     );
 
-    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
-    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    deployment.no_jobs_left();
     let kept = "SELECT count(*) FROM esdl_time_series_info WHERE esdl_id LIKE 'output-%'";
     assert_eq!(deployment.count(kept), 2);
     drop(worker);
@@ -236,8 +235,7 @@ fn five_clients_and_three_workers_finish_five_hundred_jobs() {
             assert_eq!(story["result"], "SUCCEEDED", "{story}");
         }
     }
-    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
-    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    deployment.no_jobs_left();
     let succeeded = "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'";
     assert_eq!(
         deployment.count(succeeded),

@@ -227,8 +227,7 @@ fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool
         worker.succeed(task, &format!("<e id='{}'/>", task.job));
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
-    let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
-    eventually("no rows", || (deployment.count(rows) == 0).then_some(()));
+    deployment.no_jobs_left();
     let series = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NULL";
     assert_eq!(deployment.count(series), 5);
     // A start of the job that the Python service ended is of nobody's.

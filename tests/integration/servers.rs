@@ -41,7 +41,7 @@ fn a_broker_that_is_killed_loses_nothing() {
     assert_eq!(task.job, waiting);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(waiting).0, ResultType::Succeeded);
-    assert_eq!(deployment.count("SELECT count(*) FROM job"), 0);
+    deployment.no_jobs_left();
 }
 
 #[test]
@@ -92,6 +92,39 @@ fn an_alarm_of_the_broker_is_told_and_survived(#[case] on: [&str; 2], #[case] of
     let task = worker.take();
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+}
+
+#[test]
+fn a_full_disk_of_postgres_is_told_and_survived() {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let running = running_job(&client, &worker, None);
+    // As large as a file of the write-ahead log.
+    deployment.limit_files("16777216");
+    let full = deployment.sql().batch_execute(
+        "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes, workflow_type)
+         SELECT gen_random_uuid(), now(), 0, 'FAILED', 0, repeat('x', 1000)
+         FROM generate_series(1, 30000)",
+    );
+    let full = format!("{:?}", full.unwrap_err());
+    assert!(full.contains("could not extend file"), "{full}");
+    let fill = "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+                SELECT gen_random_uuid(), now(), 0, 'FAILED', 0 FROM generate_series(1, 1000)";
+    while deployment.sql().batch_execute(fill).is_ok() {}
+    let fill = fill.replace("1000", "1");
+    while deployment.sql().batch_execute(&fill).is_ok() {}
+    worker.succeed(&running, OUTPUT);
+    let why = eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready).then_some(body["parts"]["handling"]["why"].as_str()?.to_owned())
+    });
+    assert!(why.contains("could not extend file"), "{why}");
+    service.logged("could not extend file");
+    deployment.limit_files("unlimited");
+    assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
+    service.wait_until_ready();
 }
 
 /// The most memory that the process has had, in MiB.

@@ -134,7 +134,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         drop(finished);
         signals_handle.close();
         if let Some(server) = &server {
-            server.unblock();
+            server.stop();
         }
         outcome
     })?;

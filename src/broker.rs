@@ -286,7 +286,7 @@ fn open(
             .heartbeat(HEARTBEAT_SECONDS)
             .connection_timeout(Some(CONNECT_TIMEOUT))
             .information(Some(format!("omotes-orchestrator {purpose}")));
-        let stream = mio::net::TcpStream::from_stream(stream)?;
+        let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
         let tuning = ConnectionTuning::default();
         let mut connection = match intake {
             None => Connection::insecure_open_stream(stream, options, tuning)?,

@@ -1,60 +1,56 @@
 //! The health endpoint, and the question that Docker asks it.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use jiff::Timestamp;
-use log::{debug, info};
-use tiny_http::{Header, Method, Request, Response, Server};
+use log::{error, info};
+use serde_json::json;
 
 use crate::health::Health;
+
+mod server;
+
+pub use server::{Request, Response, Server};
 
 /// Listens at `address`.
 ///
 /// # Errors
 /// The address is taken or not this machine's.
 pub fn listen(address: SocketAddr) -> anyhow::Result<Server> {
-    let server = Server::http(address)
-        .map_err(|error| anyhow!(error))
-        .with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
-    info!("health at http://{}/health/ready", server.server_addr());
+    let server =
+        Server::listen(address).with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
+    info!("health at http://{}/health/ready", server.address());
     Ok(server)
 }
 
-/// Answers until [`Server::unblock`] is called.
+/// Answers until [`Server::stop`] is called.
 pub fn serve(server: &Server, health: &Health) {
-    for request in server.incoming_requests() {
-        // A client that hangs up before its answer is no news.
-        if let Err(error) = answer(request, health) {
-            debug!("answering over HTTP: {error}");
-        }
+    if let Err(error) = server.serve(|request| answer(request, health)) {
+        error!("the HTTP endpoint has ended: {error}");
     }
 }
 
-fn answer(request: Request, health: &Health) -> io::Result<()> {
-    let path = request.url().split('?').next().unwrap_or_default();
-    let (status, body) = match (request.method(), path) {
-        (Method::Get | Method::Head, "/health/live") => (200, serde_json::json!({"live": true})),
-        (Method::Get | Method::Head, "/health/ready") => {
+fn answer(request: &Request, health: &Health) -> Response {
+    let path = request.target.split('?').next().unwrap_or_default();
+    let (status, body) = match (request.method.as_str(), path) {
+        ("GET" | "HEAD", "/health/live") => (200, json!({"live": true})),
+        ("GET" | "HEAD", "/health/ready") => {
             let (ready, body) = health.ready(Timestamp::now());
             (if ready { 200 } else { 503 }, body)
         }
-        (_, "/health/live" | "/health/ready") => {
-            (405, serde_json::json!({"error": "only GET and HEAD"}))
-        }
+        (_, "/health/live" | "/health/ready") => (405, json!({"error": "only GET and HEAD"})),
         _ => (
             404,
-            serde_json::json!({"error": "there are /health/live and /health/ready"}),
+            json!({"error": "there are /health/live and /health/ready"}),
         ),
     };
-    let json = Header::from_bytes("Content-Type", "application/json").expect("a valid header");
-    request.respond(
-        Response::from_string(format!("{body:#}\n"))
-            .with_status_code(status)
-            .with_header(json),
-    )
+    Response {
+        status,
+        content_type: "application/json",
+        body: format!("{body:#}\n").into_bytes(),
+    }
 }
 
 /// Asks the service that listens at `bind` whether it is ready.

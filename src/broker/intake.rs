@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use mio::net::TcpStream;
-use mio::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
+use mio_of_amiquip::net::TcpStream;
+use mio_of_amiquip::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 
 /// A connection that reads nothing for two heartbeats counts as lost, so a little is read all the
 /// same.

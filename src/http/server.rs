@@ -1,0 +1,278 @@
+//! A small HTTP/1.1 server on one thread that never waits for a client, so that slow ones, many and
+//! hostile ones hold up neither each other nor anything else. One request per connection.
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{debug, warn};
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token, Waker};
+
+/// A client that has not asked and read its answer by then is hung up on.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// With one more the oldest is hung up on.
+const MAX_CONNECTIONS: usize = 512;
+/// Of a request; browsers send less than one.
+const MAX_HEAD: usize = 16 * 1024;
+const MAX_HEADERS: usize = 100;
+const WAKER: Token = Token(0);
+const LISTENER: Token = Token(1);
+const FIRST_CONNECTION: usize = 2;
+
+/// The head of a request; a body is not read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    pub method: String,
+    /// Path and query, as they were sent.
+    pub target: String,
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Response {
+    pub status: u16,
+    pub content_type: &'static str,
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    fn text(status: u16, text: &str) -> Response {
+        Response {
+            status,
+            content_type: "text/plain; charset=utf-8",
+            body: format!("{text}\n").into_bytes(),
+        }
+    }
+
+    fn encode(mut self, head_only: bool) -> Vec<u8> {
+        let reason = match self.status {
+            200 => "OK",
+            400 => "Bad Request",
+            404 => "Not Found",
+            405 => "Method Not Allowed",
+            431 => "Request Header Fields Too Large",
+            503 => "Service Unavailable",
+            _ => "",
+        };
+        let mut bytes = format!(
+            "HTTP/1.1 {} {reason}\r\nContent-Type: {}\r\nContent-Length: {}\r\n\
+             Cache-Control: no-store\r\nConnection: close\r\n\r\n",
+            self.status,
+            self.content_type,
+            self.body.len()
+        )
+        .into_bytes();
+        if !head_only {
+            bytes.append(&mut self.body);
+        }
+        bytes
+    }
+}
+
+/// Listens, and answers while [`Server::serve`] runs.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    waker: Waker,
+    stopped: AtomicBool,
+    /// Only for the thread that serves.
+    sockets: Mutex<(Poll, TcpListener)>,
+}
+
+impl Server {
+    /// # Errors
+    /// The address is taken or not this machine's.
+    pub fn listen(address: SocketAddr) -> io::Result<Server> {
+        let mut listener = TcpListener::bind(address)?;
+        let poll = Poll::new()?;
+        let registry = poll.registry();
+        registry.register(&mut listener, LISTENER, Interest::READABLE)?;
+        Ok(Server {
+            address: listener.local_addr()?,
+            waker: Waker::new(registry, WAKER)?,
+            stopped: AtomicBool::new(false),
+            sockets: Mutex::new((poll, listener)),
+        })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Ends [`Server::serve`].
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        if let Err(error) = self.waker.wake() {
+            warn!("stopping the HTTP endpoint: {error}");
+        }
+    }
+
+    /// Answers requests until [`Server::stop`].
+    ///
+    /// # Errors
+    /// The operating system does not tell any more what happens to the sockets.
+    pub fn serve(&self, answer: impl Fn(&Request) -> Response) -> io::Result<()> {
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        let (poll, listener) = &mut *sockets;
+        let mut connections = Connections::default();
+        let mut events = Events::with_capacity(64);
+        while !self.stopped.load(Ordering::Relaxed) {
+            match poll.poll(&mut events, connections.deadline()) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                polled => polled?,
+            }
+            for event in &events {
+                match event.token() {
+                    WAKER => {}
+                    LISTENER => connections.accept(listener, poll)?,
+                    token => connections.go_on(token, &answer),
+                }
+            }
+            connections.hang_up_on_late_ones();
+        }
+        Ok(())
+    }
+}
+
+/// The connections by the order in which they came, which is that of their deadlines.
+#[derive(Default)]
+struct Connections {
+    by_token: BTreeMap<Token, Connection>,
+    last: usize,
+}
+
+impl Connections {
+    fn deadline(&self) -> Option<Duration> {
+        let (_, oldest) = self.by_token.first_key_value()?;
+        Some(DEADLINE.saturating_sub(oldest.since.elapsed()))
+    }
+
+    fn hang_up_on_late_ones(&mut self) {
+        while self.deadline() == Some(Duration::ZERO) {
+            self.by_token.pop_first();
+        }
+    }
+
+    /// Takes in all that wait.
+    fn accept(&mut self, listener: &TcpListener, poll: &Poll) -> io::Result<()> {
+        loop {
+            let mut stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                // It has hung up already, or there are too many open files: the next event tells.
+                Err(error) => {
+                    debug!("accepting an HTTP connection: {error}");
+                    return Ok(());
+                }
+            };
+            let token = Token(FIRST_CONNECTION + self.last);
+            self.last += 1;
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            poll.registry().register(&mut stream, token, interest)?;
+            let connection = Connection {
+                stream,
+                since: Instant::now(),
+                state: Progress::Asking(Vec::new()),
+            };
+            self.by_token.insert(token, connection);
+            if self.by_token.len() > MAX_CONNECTIONS {
+                self.by_token.pop_first();
+            }
+        }
+    }
+
+    /// Reads and writes what can be without waiting.
+    fn go_on(&mut self, token: Token, answer: &impl Fn(&Request) -> Response) {
+        let Some(connection) = self.by_token.get_mut(&token) else {
+            return;
+        };
+        match connection.go_on(answer) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+            Ok(()) => {}
+            // A client that hangs up before its answer is no news.
+            Err(error) => debug!("answering over HTTP: {error}"),
+        }
+        self.by_token.remove(&token);
+    }
+}
+
+struct Connection {
+    stream: TcpStream,
+    since: Instant,
+    state: Progress,
+}
+
+enum Progress {
+    /// What has come of the request.
+    Asking(Vec<u8>),
+    /// What has to go yet of the answer, and where that begins.
+    Answering(Vec<u8>, usize),
+    /// The client's turn to hang up. If we did, what it still sends would make the kernel throw the
+    /// answer away.
+    Answered,
+}
+
+impl Connection {
+    /// As far as it goes: to the end, or until something fails, be it that it would block.
+    fn go_on(&mut self, answer: &impl Fn(&Request) -> Response) -> io::Result<()> {
+        if let Progress::Asking(head) = &mut self.state {
+            let (response, head_only) = loop {
+                let mut chunk = [0; 4096];
+                match self.stream.read(&mut chunk) {
+                    Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                    Ok(length) => head.extend_from_slice(&chunk[..length]),
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(error),
+                }
+                match parse(head) {
+                    Parsed::Partial => {}
+                    Parsed::Faulty(response) => break (response, false),
+                    Parsed::Request(request) => {
+                        break (answer(&request), request.method == "HEAD");
+                    }
+                }
+            };
+            self.state = Progress::Answering(response.encode(head_only), 0);
+        }
+        if let Progress::Answering(bytes, sent) = &mut self.state {
+            while *sent < bytes.len() {
+                match self.stream.write(&bytes[*sent..]) {
+                    Ok(length) => *sent += length,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            self.stream.shutdown(Shutdown::Write)?;
+            self.state = Progress::Answered;
+        }
+        io::copy(&mut self.stream, &mut io::sink()).map(drop)
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Parsed {
+    /// There is more to come.
+    Partial,
+    Request(Request),
+    Faulty(Response),
+}
+
+fn parse(head: &[u8]) -> Parsed {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut request = httparse::Request::new(&mut headers);
+    match request.parse(head) {
+        Ok(httparse::Status::Complete(_)) => Parsed::Request(Request {
+            method: request.method.unwrap_or_default().to_owned(),
+            target: request.path.unwrap_or_default().to_owned(),
+        }),
+        Ok(httparse::Status::Partial) if head.len() < MAX_HEAD => Parsed::Partial,
+        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
+            Parsed::Faulty(Response::text(431, "The request's head is too long."))
+        }
+        Err(error) => Parsed::Faulty(Response::text(400, &format!("No HTTP request: {error}."))),
+    }
+}

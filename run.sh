@@ -20,6 +20,8 @@ Usage: ./run.sh [COMMAND]
   chaos [--jobs N] [--replicas R] [--minutes M] [--seed S]
                        Load on replicas while they and all around them fail; whether anything was
                        lost.
+  bench [--only PART] [--compare REPORT]
+                       Throughput, latency and cost, beside the least that anything could need.
   lint                 Formatting, clippy, and shellcheck and cargo-deny where installed.
 
 Services are started with docker compose where a docker daemon answers, else from installed
@@ -557,17 +559,18 @@ run_tests() {
   RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
 }
 
-# The orchestrator among failures of everything around it; see examples/chaos.
-chaos() {
-  local folder=$PWD/target/chaos server
+# Servers of its own for a program that drives replicas, and the environment of those.
+drive() {
+  local name=$1 folder=$PWD/target/$1 server
   need rabbitmq-server postgresql
   say "building"
-  cargo build --release --locked --bin omotes-orchestrator --example chaos
-  end_chaos() {
+  cargo build --release --locked --bin omotes-orchestrator --example "$name"
+  driven=target/$name
+  end_drive() {
     trap '' INT TERM
-    for server in rabbitmq postgres; do private remove "target/chaos/$server"; done
+    for server in rabbitmq postgres; do private remove "$driven/$server"; done
   }
-  trap end_chaos EXIT
+  trap end_drive EXIT
   trap 'exit 130' INT TERM
   mkdir -p "$folder"
   rm -f "$folder"/replica-*.log
@@ -576,13 +579,25 @@ chaos() {
   private start "$folder/rabbitmq" "$RABBITMQ"
   private start "$folder/postgres" "$POSTGRES"
   use_private
-  export INFLUXDB_HOST='' TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
-  export HTTP_BIND=127.0.0.1:0
+  export INFLUXDB_HOST='' HTTP_BIND=127.0.0.1:0
   export WORKFLOW_CONFIG_PATH=$folder/workflows.json
-  echo '[{"workflow_type_name": "chaos", "workflow_type_description_name": "chaos"}]' \
+  printf '[{"workflow_type_name": "%s", "workflow_type_description_name": "%s"}]\n' "$name" "$name" \
     >"$WORKFLOW_CONFIG_PATH"
-  target/release/examples/chaos --folder "$folder" --program target/release/omotes-orchestrator "$@" \
-    2>"$folder/chaos.log"
+}
+
+# The orchestrator among failures of everything around it; see examples/chaos.
+chaos() {
+  drive chaos
+  export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
+  target/release/examples/chaos --folder "$PWD/target/chaos" \
+    --program target/release/omotes-orchestrator "$@" 2>target/chaos/chaos.log
+}
+
+# See examples/bench.
+bench() {
+  drive bench
+  target/release/examples/bench --folder "$PWD/target/bench" \
+    --program target/release/omotes-orchestrator "$@"
 }
 
 lint() {
@@ -598,6 +613,7 @@ case ${1:-} in
   services) shift; services "$@" ;;
   test) shift; run_tests "$@" ;;
   chaos) shift; chaos "$@" ;;
+  bench) shift; bench "$@" ;;
   lint) lint ;;
   private) shift; private "$@" ;;
   '' | -*) start "$@" ;;

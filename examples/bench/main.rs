@@ -1,0 +1,183 @@
+//! How fast the service is, held against what broker and library allow: load on private services,
+//! and beside it, in the same run, the floor. `./run.sh bench` starts it with what it needs.
+#![allow(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "a program that reports, and nobody's library"
+)]
+
+mod floor;
+mod latency;
+mod load;
+mod report;
+mod site;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use omotes_orchestrator::config::Config;
+use uuid::Uuid;
+
+use crate::load::{Kind, Load};
+use crate::report::Report;
+use crate::site::Site;
+
+#[derive(Parser)]
+struct Options {
+    /// Shows the change against this report of an earlier run.
+    #[arg(long)]
+    compare: Option<PathBuf>,
+    /// Where the report goes as JSON.
+    #[arg(long, default_value = "target/bench/report.json")]
+    output: PathBuf,
+    /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
+    #[arg(long, default_value_t = 10_000)]
+    messages: usize,
+    /// Only these parts: sizes, replicas, history, backlog, latency.
+    #[arg(long)]
+    only: Vec<String>,
+    /// The service.
+    #[arg(long)]
+    program: PathBuf,
+    #[arg(long)]
+    folder: PathBuf,
+}
+
+/// Bytes of an ESDL, and how many fewer messages of that size make a backlog.
+const SIZES: [(&str, usize, usize); 3] = [
+    ("2 kB", 2_000, 1),
+    ("200 kB", 200_000, 20),
+    ("5 MB", 5_000_000, 250),
+];
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let config = Config::from_environment()?;
+    let mut bench = Bench {
+        site: Site::new(&options.folder, &options.program),
+        load: Load::new(&config),
+        config,
+        report: Report::default(),
+    };
+    let wanted = |part: &str| options.only.is_empty() || options.only.iter().any(|one| one == part);
+    let messages = options.messages;
+    // Creates tables and queues.
+    bench.site.start(1)?;
+    bench.site.stop()?;
+    bench.load.declare()?;
+    if wanted("sizes") {
+        for (name, bytes, fewer) in SIZES {
+            bench.throughput(name, bytes, (messages / fewer).max(20), 1, true)?;
+        }
+    }
+    if wanted("latency") {
+        bench.latency()?;
+    }
+    if wanted("replicas") {
+        bench.throughput("2 kB, 3 replicas", 2_000, messages, 3, false)?;
+    }
+    if wanted("backlog") {
+        bench.throughput("2 kB, backlog 1,000", 2_000, 1_000, 1, false)?;
+        bench.throughput("2 kB, backlog 100,000", 2_000, 100_000, 1, false)?;
+    }
+    if wanted("history") {
+        bench.site.fill_history(&bench.config.postgres, 1_000_000)?;
+        bench.throughput("2 kB, a million in the history", 2_000, messages, 1, false)?;
+    }
+    bench.report.print();
+    bench.report.save(&options.output)?;
+    if let Some(path) = &options.compare {
+        let before = Report::load(path).with_context(|| path.display().to_string())?;
+        bench.report.compare(&before);
+    }
+    Ok(())
+}
+
+struct Bench {
+    site: Site,
+    load: Load,
+    config: Config,
+    report: Report,
+}
+
+impl Bench {
+    /// Four backlogs, one after the other, each waiting before the service starts: submissions, the
+    /// starts of their tasks, progress, results.
+    fn throughput(
+        &mut self,
+        name: &str,
+        esdl: usize,
+        jobs: usize,
+        replicas: usize,
+        with_floor: bool,
+    ) -> anyhow::Result<()> {
+        let ids: Vec<Uuid> = (0..jobs).map(|_| Uuid::new_v4()).collect();
+        let mut tasks = Vec::new();
+        for kind in Kind::ALL {
+            if esdl > SIZES[0].1 && matches!(kind, Kind::Start | Kind::Progress) {
+                // They carry none.
+                continue;
+            }
+            let prepared = self.load.prepare(kind, &ids, &tasks, esdl);
+            self.load.publish(kind, &ids, prepared)?;
+            self.site.start(replicas)?;
+            let measured = self.load.measure(kind, jobs, &self.site)?;
+            self.site.stop()?;
+            let samples = self.load.samples(kind)?;
+            if kind == Kind::Submission {
+                tasks = self.load.take_tasks(jobs)?;
+            }
+            self.load.purge()?;
+            let floor = if with_floor {
+                Some(floor::run(&self.config, jobs, &samples)?)
+            } else {
+                None
+            };
+            let what = format!("{name}: {}", kind.name());
+            self.report
+                .rate(&format!("{what} per second"), measured.rate, floor);
+            for (whose, cpu) in ["the service", "RabbitMQ", "Postgres"]
+                .iter()
+                .zip(measured.cpu)
+            {
+                self.report
+                    .cost(&format!("{what}, CPU ms each of {whose}"), cpu);
+            }
+        }
+        let peak = self.site.peak_memory();
+        self.report.cost(&format!("{name}: peak RSS, MiB"), peak);
+        Ok(())
+    }
+
+    fn latency(&mut self) -> anyhow::Result<()> {
+        self.site.start(1)?;
+        self.report.cost("idle: RSS, MiB", self.site.memory());
+        // Of what it can do, as just measured or, where that was left out, as an earlier run had it.
+        let half = self
+            .report
+            .value("2 kB: submissions per second")
+            .unwrap_or(3000.0)
+            / 2.0;
+        for (name, rate) in [("idle", 0.0), ("half load", half)] {
+            let latencies = latency::measure(&self.config, &self.load, rate)?;
+            for (way, mut times) in [
+                ("submission to task", latencies.submissions),
+                ("result to client", latencies.results),
+            ] {
+                times.sort_unstable();
+                for percent in [50, 99] {
+                    let time: Duration = times[(times.len() - 1) * percent / 100];
+                    self.report.cost(
+                        &format!("{name}: {way}, p{percent} ms"),
+                        time.as_secs_f64() * 1000.0,
+                    );
+                }
+            }
+        }
+        self.site.stop()?;
+        self.load.purge()
+    }
+}

@@ -1,0 +1,172 @@
+//! The service's processes, and what they cost.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use crossbeam_channel::after;
+use omotes_orchestrator::config;
+
+/// How long a process may take to be ready, or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub fn pause(time: Duration) {
+    let _ = after(time).recv();
+}
+
+pub struct Site {
+    folder: PathBuf,
+    program: PathBuf,
+    replicas: Vec<Child>,
+    /// Of all that have been stopped, in MiB.
+    peak_memory: f64,
+}
+
+impl Site {
+    pub fn new(folder: &Path, program: &Path) -> Site {
+        Site {
+            folder: folder.to_owned(),
+            program: program.to_owned(),
+            replicas: Vec::new(),
+            peak_memory: 0.0,
+        }
+    }
+
+    /// Starts replicas; the first one is connected when this returns.
+    pub fn start(&mut self, replicas: usize) -> anyhow::Result<()> {
+        for number in 1..=replicas {
+            let log = self.folder.join(format!("replica-{number}.log"));
+            let child = Command::new(&self.program)
+                .arg("run")
+                .stdin(Stdio::null())
+                .stderr(File::create(&log)?)
+                .spawn()
+                .with_context(|| self.program.display().to_string())?;
+            self.replicas.push(child);
+        }
+        let log = self.folder.join("replica-1.log");
+        let deadline = Instant::now() + PATIENCE;
+        while !fs::read_to_string(&log)?.contains("connected; ") {
+            ensure!(Instant::now() < deadline, "not ready: {}", log.display());
+            pause(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Ends them in good order.
+    pub fn stop(&mut self) -> anyhow::Result<()> {
+        self.peak_memory = self.peak_memory.max(self.status("VmHWM:"));
+        for child in &mut self.replicas {
+            let id = child.id().to_string();
+            Command::new("kill").args(["-TERM", &id]).status()?;
+        }
+        for mut child in self.replicas.drain(..) {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                match child.try_wait()? {
+                    Some(status) => {
+                        ensure!(status.success(), "a replica ended with {status}");
+                        break;
+                    }
+                    None if Instant::now() > deadline => bail!("a replica does not end"),
+                    None => pause(Duration::from_millis(5)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Processor time so far of all replicas, of RabbitMQ and of Postgres.
+    pub fn cpu(&self) -> [Duration; 3] {
+        let folder = &self.folder;
+        let first_line = |path: &str| {
+            let text = fs::read_to_string(folder.join(path)).unwrap_or_default();
+            text.lines().next().unwrap_or_default().trim().to_owned()
+        };
+        let postmaster = first_line("postgres/data/postmaster.pid");
+        let backends = format!("/proc/{postmaster}/task/{postmaster}/children");
+        let backends = fs::read_to_string(backends).unwrap_or_default();
+        [
+            self.replicas
+                .iter()
+                .map(|child| cpu_of(&child.id().to_string()))
+                .sum(),
+            cpu_of(&first_line("rabbitmq/pid")),
+            backends.split_whitespace().map(cpu_of).sum(),
+        ]
+    }
+
+    /// Of the first replica, in MiB.
+    pub fn memory(&self) -> f64 {
+        self.status("VmRSS:")
+    }
+
+    /// The most that a replica has had since this was asked, in MiB.
+    pub fn peak_memory(&mut self) -> f64 {
+        std::mem::take(&mut self.peak_memory)
+    }
+
+    fn status(&self, field: &str) -> f64 {
+        let sizes = self.replicas.iter().filter_map(|child| {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+            let line = status.lines().find(|line| line.starts_with(field))?;
+            line.split_whitespace().nth(1)?.parse::<f64>().ok()
+        });
+        sizes.fold(0.0, f64::max) / 1024.0
+    }
+
+    /// Makes the history have so many jobs.
+    pub fn fill_history(&self, config: &config::Postgres, jobs: i32) -> anyhow::Result<()> {
+        let mut client = sql(config)?;
+        client.execute(
+            "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id, registered_at,
+                                      submitted_at, running_at, finished_at, starts, outcome,
+                                      result_bytes)
+             SELECT gen_random_uuid(), 'a reference', 'bench', gen_random_uuid()::text, now(), now(),
+                    now(), now(), 1, 'SUCCEEDED', 2000
+             FROM generate_series(1, $1)",
+            &[&jobs],
+        )?;
+        client.batch_execute("VACUUM ANALYZE job_history; CHECKPOINT")?;
+        Ok(())
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for child in &mut self.replicas {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// User and system time of a process, zero when it is gone.
+fn cpu_of(process: &str) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // What follows the name, which is in parentheses. In hundredths of a second.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let times = fields.split_whitespace().skip(11).take(2);
+    let ticks: u64 = times.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Duration::from_millis(ticks * 10)
+}
+
+fn sql(config: &config::Postgres) -> anyhow::Result<postgres::Client> {
+    let mut client = postgres::Config::new();
+    client
+        .host(&config.host)
+        .port(config.port)
+        .dbname(&config.database);
+    if let Some(username) = &config.username {
+        client.user(username);
+    }
+    if let Some(password) = &config.password {
+        client.password(password.reveal());
+    }
+    client
+        .connect(postgres::NoTls)
+        .context("connecting to Postgres")
+}

@@ -60,8 +60,8 @@ pub struct Service {
 /// How many messages a consumer has in hand at most. RabbitMQ keeps the rest.
 fn prefetch(inbox: Inbox) -> u16 {
     match inbox {
-        Inbox::Submissions | Inbox::Results => 200,
-        Inbox::Progress => 400,
+        Inbox::Submissions | Inbox::Results => 1000,
+        Inbox::Progress => 2000,
         Inbox::Cancels => 100,
         Inbox::WorkflowRequests => 20,
     }

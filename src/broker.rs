@@ -4,7 +4,7 @@
 //! frees it is the socket being shut down under it. So a [`Link`] keeps a second handle of its
 //! socket as a kill switch, for whoever watches over the calls.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::mem;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -41,6 +41,8 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 const PRECONDITION_FAILED: u16 = 406;
 /// AMQP's ACCESS_REFUSED and RESOURCE_LOCKED: no rights on a queue, or somebody's alone.
 const NOT_OURS: [u16; 2] = [403, 405];
+/// How long a message that is done with may wait for those before it to be acknowledged with them.
+const LAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(50);
 /// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
 const SLOWEST_PUBLISHING: u64 = 1024 * 1024;
 
@@ -388,8 +390,7 @@ pub fn consume(
     let mut messages = all_messages.clone();
     let mut stop = stop.clone();
     let mut stopping = false;
-    // A delivery is the only means to acknowledge; it waits here without its body.
-    let mut in_hand: HashMap<u64, (Delivery, usize)> = HashMap::new();
+    let mut in_hand = InHand::new(link, &channel, usize::from(prefetch) / 4);
     loop {
         select! {
             recv(messages) -> message => match message {
@@ -402,11 +403,7 @@ pub fn consume(
                         redelivered: delivery.redelivered,
                         properties: mem::take(&mut delivery.properties),
                     };
-                    let size = received.body.len();
-                    if let Some(intake) = &link.intake {
-                        intake.take(size);
-                    }
-                    in_hand.insert(received.tag, (delivery, size));
+                    in_hand.take(delivery, received.body.len());
                     hand_over(received);
                 }
                 Ok(ConsumerMessage::ClientCancelled) => messages = never(),
@@ -423,16 +420,13 @@ pub fn consume(
             recv(done) -> tag => match tag {
                 Ok(tag) => {
                     for tag in [tag].into_iter().chain(done.try_iter()) {
-                        if let Some((delivery, size)) = in_hand.remove(&tag) {
-                            delivery.ack(&channel)?;
-                            if let Some(intake) = &link.intake {
-                                intake.give_back(size);
-                            }
-                        }
+                        in_hand.finish(tag);
                     }
+                    in_hand.acknowledge_in_order()?;
                 }
                 Err(_) => break,
             },
+            default(in_hand.patience()) => in_hand.acknowledge_rest()?,
             recv(stop) -> _ => {
                 stop = never();
                 stopping = true;
@@ -444,9 +438,91 @@ pub fn consume(
             }
         }
     }
+    in_hand.acknowledge_rest()?;
     drop(consumer);
     drop(all_messages);
     channel.close().with_context(|| link.name.clone())
+}
+
+/// The deliveries that a consumer has not acknowledged. One acknowledgement for all up to a tag
+/// costs RabbitMQ a fraction of one for each, so what is done with waits a moment for what came
+/// before it.
+struct InHand<'c> {
+    link: &'c Link,
+    channel: &'c Channel,
+    /// A delivery is the only means to acknowledge; it waits here without its body, but with its
+    /// size.
+    deliveries: BTreeMap<u64, (Delivery, usize)>,
+    /// Those that are done with.
+    finished: BTreeSet<u64>,
+    /// How many of them may wait at most.
+    limit: usize,
+}
+
+impl<'c> InHand<'c> {
+    fn new(link: &'c Link, channel: &'c Channel, limit: usize) -> InHand<'c> {
+        InHand {
+            link,
+            channel,
+            deliveries: BTreeMap::new(),
+            finished: BTreeSet::new(),
+            limit,
+        }
+    }
+
+    fn take(&mut self, delivery: Delivery, size: usize) {
+        if let Some(intake) = &self.link.intake {
+            intake.take(size);
+        }
+        self.deliveries
+            .insert(delivery.delivery_tag(), (delivery, size));
+    }
+
+    fn finish(&mut self, tag: u64) {
+        let Some((_, size)) = self.deliveries.get(&tag) else {
+            return;
+        };
+        if self.finished.insert(tag)
+            && let Some(intake) = &self.link.intake
+        {
+            intake.give_back(*size);
+        }
+    }
+
+    /// Acknowledges all before the first that is not done with; the others too if they are many.
+    fn acknowledge_in_order(&mut self) -> Result<(), amiquip::Error> {
+        let mut last = None;
+        while let Some(first) = self.deliveries.first_entry()
+            && self.finished.remove(first.key())
+        {
+            last = Some(first.remove());
+        }
+        if let Some((delivery, _)) = last {
+            delivery.ack_multiple(self.channel)?;
+        }
+        if self.finished.len() > self.limit {
+            self.acknowledge_rest()?;
+        }
+        Ok(())
+    }
+
+    /// Acknowledges, one by one, what is done with although something before it is not.
+    fn acknowledge_rest(&mut self) -> Result<(), amiquip::Error> {
+        for tag in mem::take(&mut self.finished) {
+            if let Some((delivery, _)) = self.deliveries.remove(&tag) {
+                delivery.ack(self.channel)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How long what is done with may wait when nothing else happens.
+    fn patience(&self) -> Duration {
+        match self.finished.is_empty() {
+            true => DEADLINE,
+            false => LAST_ACKNOWLEDGEMENT,
+        }
+    }
 }
 
 /// What became of a message that the broker confirmed.

@@ -47,9 +47,10 @@ struct Options {
 }
 
 /// Bytes of an ESDL, and how many fewer messages of that size make a backlog.
-const SIZES: [(&str, usize, usize); 3] = [
+const SIZES: [(&str, usize, usize); 4] = [
     ("2 kB", 2_000, 1),
     ("200 kB", 200_000, 20),
+    ("1 MB", 1_000_000, 50),
     ("5 MB", 5_000_000, 250),
 ];
 

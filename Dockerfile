@@ -1,4 +1,6 @@
 FROM rust:1.95-slim-bookworm AS build
+# The allocator is built from C.
+RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 # The dependencies alone first: this layer stays while only the sources change.
 COPY Cargo.toml Cargo.lock ./

@@ -22,6 +22,7 @@ Usage: ./run.sh [COMMAND]
                        lost.
   bench [--only PART] [--compare REPORT]
                        Throughput, latency and cost, beside the least that anything could need.
+  bench --soak MINUTES Moderate load, and whether anything grows meanwhile.
   lint                 Formatting, clippy, and shellcheck and cargo-deny where installed.
 
 Services are started with docker compose where a docker daemon answers, else from installed
@@ -78,7 +79,7 @@ has_program() {
     rabbitmq-server) rabbitmq_program rabbitmq-server >/dev/null ;;
     postgresql) postgres_program initdb >/dev/null ;;
     influxdb) command -v influxd >/dev/null ;;
-    curl) command -v curl >/dev/null ;;
+    curl | make) command -v "$1" >/dev/null ;;
     python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
   esac
 }
@@ -403,13 +404,19 @@ run_child() {
   return "$status"
 }
 
+# The allocator is built from C.
+with_make() {
+  case $OSTYPE in linux*) need make ;; esac
+  "$@" --locked
+}
+
 start() {
   make_env
   load_env
   trap stop_started EXIT
   trap 'exit 130' INT TERM
   ensure_services
-  cargo build --release --locked --bin omotes-orchestrator
+  with_make cargo build --release --bin omotes-orchestrator
   # The stack is for deeply nested headers; see the README on what somebody hostile can do.
   RUST_BACKTRACE=1 RUST_MIN_STACK=67108864 run_child target/release/omotes-orchestrator run "$@"
 }
@@ -462,7 +469,7 @@ end_demo() {
 demo() {
   local log=target/demo/orchestrator.log status=0
   say "building"
-  cargo build --locked --bins --examples
+  with_make cargo build --bins --examples
   mkdir -p target/demo
   trap end_demo EXIT
   trap 'exit 130' INT TERM
@@ -551,7 +558,7 @@ run_tests() {
   trap '[ -n "$kept" ] || stop_test_services' EXIT
   trap 'exit 130' INT TERM
   make_venvs & local venvs=$!
-  cargo test --locked --all-targets --no-run
+  with_make cargo test --all-targets --no-run
   wait "$venvs" || die "the Python environments could not be made"
   start_test_services
   # Not `--all-targets` twice over: with arguments of one's own these say what to run.
@@ -564,7 +571,7 @@ drive() {
   local name=$1 folder=$PWD/target/$1 server
   need rabbitmq-server postgresql
   say "building"
-  cargo build --release --locked --bin omotes-orchestrator --example "$name"
+  with_make cargo build --release --bin omotes-orchestrator --example "$name"
   driven=target/$name
   end_drive() {
     trap '' INT TERM

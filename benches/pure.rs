@@ -27,7 +27,8 @@ fn esdl(bytes: usize) -> String {
         "<?xml version='1.0' encoding='UTF-8'?>\n<esdl:EnergySystem id=\"an id\">\n".to_owned();
     while esdl.len() < bytes {
         esdl.push_str(
-            "<asset xsi:type=\"esdl:Pipe\" id=\"7b8f\" name=\"Pipe_1\" length=\"120.5\"/>\n",
+            "    <asset xsi:type=\"esdl:Pipe\" id=\"3f0f9a52-5a2e-4c6b-9d3c-2b6f6f0f2b11\" name=\"Pipe_1\" \
+         length=\"120.5\" innerDiameter=\"0.1603\" outerDiameter=\"0.25\" diameter=\"DN150\"/>\n",
         );
     }
     esdl.push_str("</esdl:EnergySystem>\n");
@@ -107,6 +108,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
     let rules = Rules {
         delivery_limit: 2,
         retention: Duration::from_secs(1000),
+        telling: Duration::from_secs(300),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
     };

@@ -79,6 +79,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         rules: Rules {
             delivery_limit: config.delivery_limit,
             retention: config.job_retention,
+            telling: config.outcome_lost,
             timeout_result: config.timeout_result,
             reject_invalid_params: config.reject_invalid_params,
         },

@@ -31,6 +31,8 @@ pub struct Config {
     pub workflow_config_path: PathBuf,
     /// How long job rows and inactive time series are kept.
     pub job_retention: Duration,
+    /// How long after a job's end its client is told, at the latest, that its outcome was lost.
+    pub outcome_lost: Duration,
     /// No timeout is enforced this long after the start.
     pub timeout_start_buffer: Duration,
     /// Period of the check for timeouts and for what is past its retention.
@@ -164,6 +166,7 @@ impl Config {
             time_series_period: reader.period("TIME_SERIES_SCAN_SEC", 600),
             time_series_dry_run: reader.switch("TIME_SERIES_DRY_RUN"),
             job_retention: reader.seconds("JOB_RETENTION_SEC", 172_800),
+            outcome_lost: reader.seconds("OUTCOME_LOST_SEC", 300),
             timeout_start_buffer: reader.seconds("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", 60),
             timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
             timeout_result: reader.timeout_result(),

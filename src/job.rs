@@ -121,6 +121,8 @@ pub enum Outcome {
     TimedOut,
     /// It stayed in one state for longer than jobs are kept.
     Expired,
+    /// It had ended otherwise, but what its client was to hear got lost before it was told.
+    Lost,
 }
 
 impl Outcome {
@@ -132,7 +134,8 @@ impl Outcome {
             | Outcome::CrashLoop
             | Outcome::Rejected
             | Outcome::TimedOut
-            | Outcome::Expired => false,
+            | Outcome::Expired
+            | Outcome::Lost => false,
         }
     }
 }
@@ -169,7 +172,8 @@ pub enum Command {
     },
     /// Somebody has seen that the job runs for longer than its timeout.
     TimeOut,
-    /// Somebody has seen that the job has been in one state for longer than jobs are kept.
+    /// Somebody has seen that the job has been in one state for longer than jobs are kept, or that
+    /// it has been ending for too long.
     Expire,
     /// An event of the job that cannot be handled, and without which it would never end.
     Fail {
@@ -215,6 +219,9 @@ pub struct Rules {
     pub delivery_limit: usize,
     /// How long a job may stay in one state.
     pub retention: Duration,
+    /// How long after a job's end the client may be told of it at the latest, because what led to
+    /// it comes again. RabbitMQ loses that when it is killed before it has written it.
+    pub telling: Duration,
     pub timeout_result: TimeoutResult,
     /// Whether a job whose parameters do not fit its workflow's definition is refused, instead of
     /// left to its worker.
@@ -341,6 +348,11 @@ pub fn decide<'a>(
         State::Unknown => Standing::Unknown,
         State::Live(job) => Standing::Live(job),
         State::Ended(ended) => Standing::Ended(ended),
+        State::Ending(ending)
+            if *command == Command::Expire && ending.ended.outcome != Outcome::Expired =>
+        {
+            return lose(job_id, ending, context);
+        }
         State::Ending(ending) => {
             let again = decide_for(job_id, Standing::Live(&ending.job), command, context);
             match again.event {
@@ -734,6 +746,34 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
     job.ends(Outcome::Expired, result_bytes, told, context)
 }
 
+/// Tells what can be told of a job whose end nobody has told, and never will.
+fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a> {
+    let Ending { job, ended } = ending;
+    let told_by = ended.finished_at.checked_add(context.rules.telling);
+    if !told_by.is_ok_and(|end| end <= context.now) {
+        return Decision::ignored("what led to its end may come again");
+    }
+    let what = match ended.outcome {
+        Outcome::Cancelled => {
+            return Decision {
+                next: None,
+                ..cancel(job_id, Standing::Live(job), context)
+            };
+        }
+        Outcome::Succeeded => "succeeded, but its result",
+        Outcome::Failed => "failed, but its worker's message",
+        Outcome::CrashLoop
+        | Outcome::Rejected
+        | Outcome::TimedOut
+        | Outcome::Expired
+        | Outcome::Lost => "was ended by the orchestrator, but why",
+    };
+    let logs = format!("The job {what} was lost when RabbitMQ was interrupted. Submit it again.");
+    let result_bytes = logs.len();
+    let told = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Lost, result_bytes, told, context)
+}
+
 fn start<'a>(
     job_id: Uuid,
     job: &Job,
@@ -943,14 +983,13 @@ impl Ending {
             Command::Fail { .. } => self.ended.outcome.by_its_task(),
             // ... and may not have been.
             Command::Result { .. } => self.ended.outcome == Outcome::Rejected,
-            // What led to its outcome has not come again for as long as jobs are kept.
-            Command::Expire => true,
             Command::Submit(_)
             | Command::Refuse { .. }
             | Command::Cancel
             | Command::Start { .. }
             | Command::Progress { .. }
-            | Command::TimeOut => false,
+            | Command::TimeOut
+            | Command::Expire => false,
         }
     }
 }

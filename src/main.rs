@@ -38,6 +38,12 @@ use signal_hook::iterator::Signals;
 /// Exit code of a job that was cancelled; as a shell reports Ctrl-C.
 const EXIT_CANCELLED: u8 = 130;
 
+/// glibc's gives large buffers back to the kernel at each message, which costs as much again as all
+/// that is done with them.
+#[cfg(unix)]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// The OMOTES job orchestrator, between SDK clients and Celery workers.
 ///
 /// Configured by environment variables and an `.env` file in the working directory; the README

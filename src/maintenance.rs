@@ -80,7 +80,9 @@ fn round(
         // Never without the timeouts before them: a job that is past both has one outcome, also
         // when it is looked at again after a crash.
         let expired = connection.expired(config.job_retention, limit)?;
-        findings.extend(expired.into_iter().map(|id| (id, Command::Expire)));
+        let untold = connection.untold(config.outcome_lost, limit)?;
+        let given_up = expired.into_iter().chain(untold);
+        findings.extend(given_up.map(|id| (id, Command::Expire)));
     }
     if connection.claim(Task::History, config.timeout_check_period)? {
         let forgotten = connection.forget(config.history_retention, limit)?;

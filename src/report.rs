@@ -108,7 +108,8 @@ fn level(outcome: Outcome) -> Level {
         | Outcome::CrashLoop
         | Outcome::Rejected
         | Outcome::TimedOut
-        | Outcome::Expired => Level::Warn,
+        | Outcome::Expired
+        | Outcome::Lost => Level::Warn,
     }
 }
 
@@ -121,6 +122,7 @@ fn outcome_text(outcome: Outcome) -> &'static str {
         Outcome::Rejected => "refused",
         Outcome::TimedOut => "ended, for it ran for longer than its timeout",
         Outcome::Expired => "given up, for it was unfinished for longer than jobs are kept",
+        Outcome::Lost => "given up, for RabbitMQ has lost what its client was to hear",
     }
 }
 

@@ -203,6 +203,20 @@ impl Connection {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
+    /// Jobs that ended longer than `telling` ago without their clients being told, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn untold(&mut self, telling: Duration, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job_id FROM job JOIN job_history USING (job_id)
+             WHERE finished_at <= now() - $1 * interval '1 second'
+             LIMIT $2",
+            &[&telling.as_secs_f64(), &limit],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     /// Deletes what is known of jobs that ended longer than `retention` ago, at most `limit`, and
     /// returns of how many.
     ///
@@ -827,6 +841,7 @@ fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::Rejected => "REJECTED",
         Outcome::TimedOut => "TIMED_OUT",
         Outcome::Expired => "EXPIRED",
+        Outcome::Lost => "LOST",
     }
 }
 
@@ -839,6 +854,7 @@ fn outcome_named(name: &str) -> anyhow::Result<Outcome> {
         Outcome::Rejected,
         Outcome::TimedOut,
         Outcome::Expired,
+        Outcome::Lost,
     ]
     .into_iter()
     .find(|outcome| outcome_name(*outcome) == name)

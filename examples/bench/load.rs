@@ -1,5 +1,6 @@
 //! Backlogs for the service, and how fast it works them off.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use amiquip::{
@@ -76,7 +77,7 @@ pub struct Load {
     celery: RabbitMq,
     results: String,
     progress: String,
-    incoming: std::cell::Cell<usize>,
+    incoming: AtomicUsize,
 }
 
 impl Load {
@@ -87,7 +88,7 @@ impl Load {
             celery: config.celery_rabbitmq.clone(),
             results: config.task_result_queue.clone(),
             progress: config.task_progress_queue.clone(),
-            incoming: std::cell::Cell::new(0),
+            incoming: AtomicUsize::new(0),
         }
     }
 
@@ -112,7 +113,7 @@ impl Load {
         wire::worker_event(&self.progress, &event(task, start))
     }
 
-    fn progress(&self, task: &(Uuid, String)) -> Outgoing {
+    pub fn progress(&self, task: &(Uuid, String)) -> Outgoing {
         wire::worker_event(&self.progress, &event(task, ProgressType::Progress(0.5)))
     }
 
@@ -155,7 +156,7 @@ impl Load {
         let mut publisher = Publisher::new(&link, &busy);
         let mut messages = messages.peekable();
         while let Some(first) = messages.peek() {
-            self.incoming.set(first.body.len());
+            self.incoming.store(first.body.len(), Ordering::Relaxed);
             let at_once = (4 * 1024 * 1024 / first.body.len()).clamp(1, 500);
             let batch: Vec<_> = messages.by_ref().take(at_once).collect();
             publisher.publish(&batch)?;
@@ -228,7 +229,7 @@ impl Load {
     /// What one message of this kind was like, and what it caused.
     pub fn samples(&self, kind: Kind) -> anyhow::Result<Samples> {
         Ok(Samples {
-            incoming: self.incoming.get(),
+            incoming: self.incoming.load(Ordering::Relaxed),
             task: match kind {
                 Kind::Submission => Some(first(&self.celery, WORKFLOW)?),
                 Kind::Start | Kind::Progress | Kind::Result => None,
@@ -334,7 +335,8 @@ fn esdl_of(bytes: usize, job: Uuid) -> String {
          xmlns:esdl=\"http://www.tno.nl/esdl\" id=\"{job}\" name=\"a network\">\n"
     );
     let end = "</esdl:EnergySystem>\n";
-    let asset = "<asset xsi:type=\"esdl:Pipe\" id=\"7b8f\" name=\"Pipe_1\" length=\"120.5\"/>\n";
+    let asset = "    <asset xsi:type=\"esdl:Pipe\" id=\"3f0f9a52-5a2e-4c6b-9d3c-2b6f6f0f2b11\" name=\"Pipe_1\" \
+         length=\"120.5\" innerDiameter=\"0.1603\" outerDiameter=\"0.25\" diameter=\"DN150\"/>\n";
     while esdl.len() + asset.len() + end.len() <= bytes {
         esdl.push_str(asset);
     }

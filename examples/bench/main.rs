@@ -12,8 +12,9 @@ mod latency;
 mod load;
 mod report;
 mod site;
+mod soak;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -36,9 +37,12 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, replicas, history, backlog, latency.
+    /// Only these parts: sizes, one size as it is named, replicas, history, backlog, latency.
     #[arg(long)]
     only: Vec<String>,
+    /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
+    #[arg(long)]
+    soak: Option<u64>,
     /// The service.
     #[arg(long)]
     program: PathBuf,
@@ -69,8 +73,11 @@ fn main() -> anyhow::Result<()> {
     bench.site.start(1)?;
     bench.site.stop()?;
     bench.load.declare()?;
-    if wanted("sizes") {
-        for (name, bytes, fewer) in SIZES {
+    if let Some(minutes) = options.soak {
+        return bench.soak(&options.folder, Duration::from_secs(60 * minutes));
+    }
+    for (name, bytes, fewer) in SIZES {
+        if wanted("sizes") || wanted(name) {
             bench.throughput(name, bytes, (messages / fewer).max(20), 1, true)?;
         }
     }
@@ -178,6 +185,13 @@ impl Bench {
                 }
             }
         }
+        self.site.stop()?;
+        self.load.purge()
+    }
+
+    fn soak(&mut self, folder: &Path, time: Duration) -> anyhow::Result<()> {
+        self.site.start(1)?;
+        soak::run(&self.config, &self.load, &self.site, folder, time)?;
         self.site.stop()?;
         self.load.purge()
     }

@@ -103,6 +103,15 @@ impl Site {
         self.status("VmRSS:")
     }
 
+    /// How many entries the first replica's folder of this name in `/proc` has.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn count(&self, name: &str) -> anyhow::Result<usize> {
+        let id = self.replicas.first().context("no replica")?.id();
+        Ok(fs::read_dir(format!("/proc/{id}/{name}"))?.count())
+    }
+
     /// The most that a replica has had since this was asked, in MiB.
     pub fn peak_memory(&mut self) -> f64 {
         std::mem::take(&mut self.peak_memory)

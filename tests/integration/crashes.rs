@@ -156,6 +156,34 @@ fn a_result_survives_a_kill(#[case] point: &str, #[case] results: usize) {
     assert_eq!(deployment.count("SELECT count(*) FROM job_history"), 1);
 }
 
+/// RabbitMQ may lose what it has delivered and not yet written, when it is killed.
+#[test]
+fn an_outcome_that_the_broker_has_forgotten_ends_with_an_error() {
+    let (deployment, client, worker, task) =
+        killed_over_the_end_of_a_job("after commit", |_, worker, task| {
+            worker.succeed(task, OUTPUT);
+        });
+    let results = "omotes_task_result_events";
+    eventually("the result is back in its queue", || {
+        (worker.peer.queue_length(results) == 1).then_some(())
+    });
+    worker.peer.channel.queue_purge(results).unwrap();
+    let _next = deployment.start_with(&[
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("OUTCOME_LOST_SEC", "1"),
+    ]);
+    let (result_type, logs) = client.outcome(task.job);
+    assert_eq!(result_type, ResultType::Error);
+    assert!(
+        logs.starts_with("The job succeeded, but its result was lost"),
+        "{logs}"
+    );
+    deployment.no_jobs_left();
+    let lost = "SELECT count(*) FROM job_history WHERE outcome = 'LOST'";
+    assert_eq!(deployment.count(lost), 1);
+}
+
 #[rstest]
 #[case("before publish", 1)]
 #[case("after commit", 1)]

@@ -1,10 +1,10 @@
 //! The programs that the service talks to, played by the test: SDK clients and Celery workers.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use amiquip::{
-    AmqpProperties, AmqpValue, Channel, Connection, Exchange, ExchangeDeclareOptions, ExchangeType,
-    FieldTable, Publish, QueueDeclareOptions,
+    AmqpProperties, AmqpValue, Channel, Confirm, Connection, Exchange, ExchangeDeclareOptions,
+    ExchangeType, FieldTable, Publish, QueueDeclareOptions,
 };
 use omotes_orchestrator::wire::{
     self, EsdlMessage, JobDelete, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission,
@@ -24,7 +24,15 @@ pub const ESDL: &str = "<?xml version='1.0' encoding='UTF-8'?>\n<esdl:EnergySyst
 pub struct Peer {
     // Dropped first: it is closed on its connection.
     pub channel: Channel,
-    _connection: Connection,
+    connection: RefCell<Connection>,
+}
+
+fn publish(channel: &Channel, queue: &str, body: &[u8], message_id: &str) {
+    let properties = AmqpProperties::default()
+        .with_delivery_mode(2)
+        .with_message_id(message_id.to_owned());
+    let publish = Publish::with_properties(body, queue, properties);
+    Exchange::direct(channel).publish(publish).unwrap();
 }
 
 /// A message taken from a queue.
@@ -55,7 +63,7 @@ impl Peer {
         let channel = connection.open_channel(None).unwrap();
         Peer {
             channel,
-            _connection: connection,
+            connection: RefCell::new(connection),
         }
     }
 
@@ -65,11 +73,17 @@ impl Peer {
     }
 
     pub fn send_as(&self, queue: &str, body: &[u8], message_id: &str) {
-        let properties = AmqpProperties::default()
-            .with_delivery_mode(2)
-            .with_message_id(message_id.to_owned());
-        let publish = Publish::with_properties(body, queue, properties);
-        Exchange::direct(&self.channel).publish(publish).unwrap();
+        publish(&self.channel, queue, body, message_id);
+    }
+
+    /// When this returns, RabbitMQ has written it to its disk, or it has been acknowledged.
+    pub fn send_safely(&self, queue: &str, body: &[u8]) {
+        let channel = self.connection.borrow_mut().open_channel(None).unwrap();
+        let confirms = channel.listen_for_publisher_confirms().unwrap();
+        channel.enable_publisher_confirms().unwrap();
+        publish(&channel, queue, body, &Uuid::new_v4().simple().to_string());
+        assert!(matches!(confirms.recv().unwrap(), Confirm::Ack(_)));
+        channel.close().unwrap();
     }
 
     /// The next message of a queue, if there is one now.
@@ -338,8 +352,8 @@ impl Worker {
                 esdl_object_id: None,
             }],
         };
-        self.peer
-            .send("omotes_task_result_events", &result.encode_to_vec());
+        let body = result.encode_to_vec();
+        self.peer.send_safely("omotes_task_result_events", &body);
     }
 
     pub fn succeed(&self, task: &Task, output_esdl: &str) {

@@ -434,8 +434,7 @@ impl<'s> Handler<'s> {
             })
             .collect();
         self.watched.postgres.touch();
-        transaction.write(&transitions)?;
-        transaction.write_series(&series, now)?;
+        transaction.write(&transitions, &series, now)?;
         self.watched.postgres.idle();
         fault_point::reached("before publish");
         // Only now, for what Postgres refuses must not have been asked of anybody. And before the

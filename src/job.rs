@@ -67,8 +67,36 @@ pub struct Job {
     pub running_at: Option<Timestamp>,
     /// How long the job may run, in milliseconds.
     pub timeout_ms: Option<i64>,
+    /// None in rows of the Python service.
+    pub priority: Option<Priority>,
     /// Oldest first.
     pub starts: Vec<Start>,
+    /// What its task has said last, since its last start.
+    pub progress: Option<Progress>,
+}
+
+/// How far a task says it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// From 0.0 to 1.0.
+    pub fraction: f64,
+    /// Its beginning, if it is long.
+    pub message: String,
+    pub at: Timestamp,
+}
+
+impl Progress {
+    /// Characters that are kept of a message.
+    const MAX_MESSAGE: usize = 500;
+
+    fn new(fraction: f64, message: &str, at: Timestamp) -> Progress {
+        let storable = message.chars().filter(|character| *character != '\0');
+        Progress {
+            fraction,
+            message: storable.take(Progress::MAX_MESSAGE).collect(),
+            at,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -430,7 +458,11 @@ fn decide_for<'a>(
             Own::Current(_) if !fraction.is_finite() => {
                 Decision::ignored("its progress is not a finite number")
             }
-            Own::Current(_) => Decision {
+            Own::Current(job) => Decision {
+                next: Some(State::Live(Job {
+                    progress: Some(Progress::new(*fraction, message, context.now)),
+                    ..job.clone()
+                })),
                 publications: vec![Publication::Progress {
                     job_id,
                     fraction: *fraction,
@@ -535,7 +567,9 @@ fn submit<'a>(
                     .timeout_ms
                     .or(definition.limits.default_timeout_ms)
                     .map(i64::from),
+                priority: Some(submission.priority),
                 starts: Vec::new(),
+                progress: None,
             })),
             publications: vec![
                 Publication::Task {
@@ -582,7 +616,9 @@ fn refuse<'a>(
                 submitted_at: None,
                 running_at: None,
                 timeout_ms: None,
+                priority: None,
                 starts: Vec::new(),
+                progress: None,
             };
             job.rejected(job_id, reason, context)
         }
@@ -804,6 +840,7 @@ fn start<'a>(
     let mut job = job.clone();
     job.status = JobStatus::Running;
     job.running_at = job.running_at.or(Some(context.now));
+    job.progress = None;
     // The rows' key is their time, and a batch has one time for all its messages.
     let at = job.starts.last().map_or(context.now, |last| {
         context.now.max(last.at + SignedDuration::from_micros(1))

@@ -16,7 +16,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::config;
-use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Start, State};
+use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Start, State};
 use crate::time_series::Guard;
 
 pub mod migrate;
@@ -410,7 +410,8 @@ impl Transaction<'_> {
             "SELECT clock_timestamp() AS now, wanted.job_id,
                     job.status::text AS status, job.workflow_type, job.job_reference,
                     job.celery_id, job.registered_at, job.submitted_at, job.running_at,
-                    job.timeout_after_ms, starts.started_at, starts.message_id,
+                    job.timeout_after_ms, job.priority, job.progress, job.progress_message,
+                    job.progress_at, starts.started_at, starts.message_id,
                     ended.outcome, ended.workflow_type AS ended_workflow_type,
                     ended.job_reference AS ended_job_reference, ended.celery_id AS ended_celery_id,
                     ended.registered_at AS ended_registered_at,
@@ -440,14 +441,20 @@ impl Transaction<'_> {
         Ok((states, now))
     }
 
-    /// Writes what has become of the jobs.
+    /// Writes what has become of the jobs, and of the guard rows of their time series.
     ///
     /// # Errors
     /// A row is not as it was loaded, or the connection is lost: [`StoreError::Transient`]. A text
     /// is not one for Postgres: [`StoreError::Refused`].
-    pub fn write<'a>(&mut self, transitions: &[Transition<'a>]) -> Result<(), StoreError> {
+    pub fn write<'a>(
+        &mut self,
+        transitions: &[Transition<'a>],
+        series: &SeriesChanges,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
         let mut inserted = Vec::new();
         let mut updated = Vec::new();
+        let mut progressed = Vec::new();
         let mut ended = Vec::new();
         let mut started: Vec<(Uuid, &Start)> = Vec::new();
         for &Transition {
@@ -464,6 +471,8 @@ impl Transaction<'_> {
                 (Some(before), Some(after)) => {
                     if !same_row(before, after) {
                         updated.push((job_id, before, after));
+                    } else if before.progress != after.progress {
+                        progressed.push((job_id, after));
                     }
                     let new = after.starts.iter().skip(before.starts.len());
                     started.extend(new.map(|start| (job_id, start)));
@@ -485,10 +494,17 @@ impl Transaction<'_> {
                 ended.push((job_id, after));
             }
         }
+        let rows = [inserted.len(), updated.len(), started.len(), ended.len()];
+        if !progressed.is_empty() && rows == [0; 4] && *series == SeriesChanges::default() {
+            // The next progress makes good what a crash of Postgres takes away of it.
+            self.execute("SET LOCAL synchronous_commit TO off", &[])?;
+        }
+        self.update_progress(&progressed)?;
         self.insert_jobs(&inserted)?;
         self.update_jobs(&updated)?;
         self.insert_starts(&started)?;
-        self.write_history(&ended)
+        self.write_history(&ended)?;
+        self.write_series(series, now)
     }
 
     fn insert_jobs(&mut self, jobs: &[(Uuid, &Job)]) -> Result<(), StoreError> {
@@ -507,15 +523,20 @@ impl Transaction<'_> {
         let running: Vec<_> = jobs.iter().map(|(_, job)| job.running_at).collect();
         let timeouts: Vec<_> = jobs.iter().map(|(_, job)| job.timeout_ms).collect();
         let references: Vec<_> = jobs.iter().map(|(_, job)| &job.reference).collect();
+        let priorities: Vec<_> = jobs
+            .iter()
+            .map(|(_, job)| job.priority.map(priority_name))
+            .collect();
         self.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
-                              submitted_at, running_at, timeout_after_ms, job_reference)
+                              submitted_at, running_at, timeout_after_ms, job_reference, priority)
              SELECT job_id, celery_id, workflow_type, status::jobstatus, registered_at,
-                    submitted_at, running_at, timeout_after_ms, job_reference
+                    submitted_at, running_at, timeout_after_ms, job_reference, priority
              FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::text[], $5::timestamptz[],
-                         $6::timestamptz[], $7::timestamptz[], $8::bigint[], $9::varchar[])
+                         $6::timestamptz[], $7::timestamptz[], $8::bigint[], $9::varchar[],
+                         $10::varchar[])
                   AS new (job_id, celery_id, workflow_type, status, registered_at,
-                          submitted_at, running_at, timeout_after_ms, job_reference)",
+                          submitted_at, running_at, timeout_after_ms, job_reference, priority)",
             &[
                 &ids,
                 &tasks,
@@ -526,7 +547,25 @@ impl Transaction<'_> {
                 &running,
                 &timeouts,
                 &references,
+                &priorities,
             ],
+        )?;
+        Ok(())
+    }
+
+    fn update_progress(&mut self, jobs: &[(Uuid, &Job)]) -> Result<(), StoreError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
+        let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, job)| *job));
+        self.execute(
+            "UPDATE job
+             SET progress = new.progress, progress_message = new.message, progress_at = new.at
+             FROM unnest($1::uuid[], $2::float8[], $3::varchar[], $4::timestamptz[])
+                  AS new (job_id, progress, message, at)
+             WHERE job.job_id = new.job_id",
+            &[&ids, &fractions, &messages, &times],
         )?;
         Ok(())
     }
@@ -548,15 +587,22 @@ impl Transaction<'_> {
         let submitted: Vec<_> = jobs.iter().map(|(_, _, new)| new.submitted_at).collect();
         let running: Vec<_> = jobs.iter().map(|(_, _, new)| new.running_at).collect();
         let timeouts: Vec<_> = jobs.iter().map(|(_, _, new)| new.timeout_ms).collect();
+        let priorities: Vec<_> = jobs
+            .iter()
+            .map(|(_, _, new)| new.priority.map(priority_name))
+            .collect();
+        let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, _, new)| *new));
         let rows = self.execute(
             "UPDATE job
              SET status = new.status::jobstatus, celery_id = new.celery_id,
                  submitted_at = new.submitted_at, running_at = new.running_at,
-                 timeout_after_ms = new.timeout_after_ms
+                 timeout_after_ms = new.timeout_after_ms, priority = new.priority,
+                 progress = new.progress, progress_message = new.message, progress_at = new.at
              FROM unnest($1::uuid[], $2::text[], $3::text[], $4::varchar[], $5::timestamptz[],
-                         $6::timestamptz[], $7::bigint[])
+                         $6::timestamptz[], $7::bigint[], $8::varchar[], $9::float8[],
+                         $10::varchar[], $11::timestamptz[])
                   AS new (job_id, old_status, status, celery_id, submitted_at, running_at,
-                          timeout_after_ms)
+                          timeout_after_ms, priority, progress, message, at)
              WHERE job.job_id = new.job_id AND job.status = new.old_status::jobstatus",
             &[
                 &ids,
@@ -566,6 +612,10 @@ impl Transaction<'_> {
                 &submitted,
                 &running,
                 &timeouts,
+                &priorities,
+                &fractions,
+                &messages,
+                &times,
             ],
         )?;
         expect_rows("updating jobs", rows, jobs.len())
@@ -634,16 +684,9 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Writes guard rows. What is kept comes first, so that a job that succeeded and was deleted
-    /// within one batch ends up retired.
-    ///
-    /// # Errors
-    /// As [`Transaction::write`].
-    pub fn write_series(
-        &mut self,
-        changes: &SeriesChanges,
-        now: Timestamp,
-    ) -> Result<(), StoreError> {
+    /// What is kept comes first, so that a job that succeeded and was deleted within one batch ends
+    /// up retired.
+    fn write_series(&mut self, changes: &SeriesChanges, now: Timestamp) -> Result<(), StoreError> {
         self.upsert_series(
             &changes.keep,
             "INSERT INTO esdl_time_series_info
@@ -756,6 +799,24 @@ fn lock_key(job_id: &Uuid) -> i64 {
     (high ^ low).cast_signed()
 }
 
+type ProgressColumns<'a> = (
+    Vec<Option<f64>>,
+    Vec<Option<&'a str>>,
+    Vec<Option<Timestamp>>,
+);
+
+fn progress_columns<'a>(jobs: impl Iterator<Item = &'a Job>) -> ProgressColumns<'a> {
+    let mut columns = ProgressColumns::default();
+    for job in jobs {
+        let progress = job.progress.as_ref();
+        columns.0.push(progress.map(|progress| progress.fraction));
+        columns.1.push(progress.map(|progress| &*progress.message));
+        columns.2.push(progress.map(|progress| progress.at));
+    }
+    columns
+}
+
+/// But for the progress.
 fn same_row(a: &Job, b: &Job) -> bool {
     a.status == b.status && a.task_id == b.task_id && a.running_at == b.running_at
 }
@@ -786,12 +847,29 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
         submitted_at: row.try_get("submitted_at")?,
         running_at: row.try_get("running_at")?,
         timeout_ms: row.try_get("timeout_after_ms")?,
+        priority: row
+            .try_get::<_, Option<&str>>("priority")?
+            .map(priority_named)
+            .transpose()?,
+        progress: progress(row)?,
         starts: times
             .unwrap_or_default()
             .into_iter()
             .zip(messages.unwrap_or_default())
             .map(|(at, message_id)| Start { at, message_id })
             .collect(),
+    }))
+}
+
+fn progress(row: &Row) -> anyhow::Result<Option<Progress>> {
+    let Some(fraction) = row.try_get("progress")? else {
+        return Ok(None);
+    };
+    let message: Option<String> = row.try_get("progress_message")?;
+    Ok(Some(Progress {
+        fraction,
+        message: message.unwrap_or_default(),
+        at: row.try_get("progress_at")?,
     }))
 }
 
@@ -830,6 +908,21 @@ fn status_named(name: &str) -> anyhow::Result<JobStatus> {
     .into_iter()
     .find(|status| status_name(*status) == name)
     .ok_or_else(|| anyhow!("{name:?} is no job status"))
+}
+
+fn priority_name(priority: Priority) -> &'static str {
+    match priority {
+        Priority::Low => "LOW",
+        Priority::Medium => "MEDIUM",
+        Priority::High => "HIGH",
+    }
+}
+
+fn priority_named(name: &str) -> anyhow::Result<Priority> {
+    [Priority::Low, Priority::Medium, Priority::High]
+        .into_iter()
+        .find(|priority| priority_name(*priority) == name)
+        .ok_or_else(|| anyhow!("{name:?} is no priority"))
 }
 
 fn outcome_name(outcome: Outcome) -> &'static str {

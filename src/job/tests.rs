@@ -65,6 +65,7 @@ fn job(status: JobStatus) -> Job {
         submitted_at: submitted.then(|| at(2)),
         running_at: running.then(|| at(3)),
         timeout_ms: None,
+        priority: Some(Priority::Medium),
         starts: running
             .then(|| Start {
                 at: at(3),
@@ -72,6 +73,7 @@ fn job(status: JobStatus) -> Job {
             })
             .into_iter()
             .collect(),
+        progress: None,
     }
 }
 
@@ -311,9 +313,42 @@ fn a_submission_becomes_its_row_and_its_task() {
         submitted_at: Some(at(100)),
         running_at: None,
         timeout_ms: Some(1000),
+        priority: Some(Priority::Medium),
         starts: Vec::new(),
+        progress: None,
     };
     assert_eq!(decision.next, Some(State::Live(expected)));
+}
+
+#[test]
+fn the_last_progress_is_kept_until_the_next_start() {
+    let running = State::Live(job(JobStatus::Running));
+    let said = Command::Progress {
+        task_id: TASK.to_owned(),
+        fraction: 0.25,
+        message: format!("a\0b{}", "c".repeat(1000)),
+    };
+    let decision = decide(job_id(), &running, &said, &context());
+    let Some(State::Live(job)) = &decision.next else {
+        panic!("{decision:?}");
+    };
+    let kept = Progress {
+        fraction: 0.25,
+        message: format!("ab{}", "c".repeat(498)),
+        at: at(100),
+    };
+    assert_eq!(job.progress, Some(kept));
+    let again = start_of(TASK, "start-2");
+    let decision = decide(
+        job_id(),
+        decision.next.as_ref().unwrap(),
+        &again,
+        &context(),
+    );
+    let Some(State::Live(job)) = decision.next else {
+        panic!("{decision:?}");
+    };
+    assert_eq!(job.progress, None);
 }
 
 #[test]

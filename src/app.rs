@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
+use std::sync::Mutex;
 use std::sync::atomic::AtomicI64;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +26,8 @@ use crate::handler::panic_text;
 use crate::health::{Health, Part};
 use crate::http;
 use crate::job::Rules;
+use crate::metrics::Metrics;
+use crate::queues;
 use crate::session::{self, Service};
 use crate::store::migrate::{self, REVISIONS};
 use crate::store::{Store, StoreError};
@@ -59,20 +62,21 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
-    // One for each handler; one each for the probe, maintenance and the cleaner.
-    let connections = u32::try_from(config.handler_threads)? + 3;
+    // One for each handler; one each for the probe, maintenance, the cleaner, the page, and the
+    // look at RabbitMQ's queues.
+    let connections = u32::try_from(config.handler_threads)? + 5;
+    let host = gethostname::gethostname().to_string_lossy().into_owned();
     let (catalogue_changed, catalogue_news) = bounded(1);
     let service = Service {
         store: Store::new(&config.postgres, connections),
         catalogue: CurrentCatalogue::new(catalogue),
         catalogue_news,
         health: Health::starting(Timestamp::now()),
+        metrics: Metrics::default(),
+        queues: Mutex::default(),
+        host: host.clone(),
         celery_sender: celery::Sender {
-            origin: format!(
-                "gen{}@{}",
-                process::id(),
-                gethostname::gethostname().to_string_lossy()
-            ),
+            origin: format!("gen{}@{host}", process::id()),
             reply_to: Uuid::new_v4(),
         },
         revoke_clock: AtomicI64::new(1),
@@ -110,12 +114,19 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             wait_for_end(&signalled, &all_finished, stop);
         })?;
         if let Some(server) = &server {
-            named("http").spawn_scoped(scope, || http::serve(server, &service.health))?;
+            let (questions, asked) = bounded(http::MAX_WAITING);
+            named("http").spawn_scoped(scope, move || http::serve(server, service, &questions))?;
+            named("page").spawn_scoped(scope, || {
+                // Moved here, for the endpoint is there as long as its questions are answered.
+                let asked = asked;
+                http::answer(server, service, &asked, &stopped);
+            })?;
         }
 
         let mut aside = Vec::new();
         let outcome = prepare_database(service, &stopped).and_then(|()| {
             aside.push(named("probe").spawn_scoped(scope, || probe(service, &stopped))?);
+            aside.push(named("queues").spawn_scoped(scope, || queues::run(service, &stopped))?);
             if let Some(influxdb) = &service.config.influxdb {
                 aside.push(named("time-series").spawn_scoped(scope, || {
                     cleaner::run(&service.store, &service.config, influxdb, &stopped);

@@ -25,6 +25,7 @@ use uuid::Uuid;
 use self::intake::{GatedStream, Intake};
 use crate::busy::Busy;
 use crate::config::{self, CONNECT_TIMEOUT};
+use crate::overview::Depth;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, Outgoing, PIDBOX_EXCHANGE,
     SUBMISSIONS_QUEUE, TASK_QUEUE_MAX_PRIORITY,
@@ -39,6 +40,8 @@ const HEARTBEAT_SECONDS: u16 = 10;
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// AMQP's PRECONDITION_FAILED: a message above the size limit, a queue with other arguments.
 const PRECONDITION_FAILED: u16 = 406;
+/// AMQP's NOT_FOUND.
+const NOT_FOUND: u16 = 404;
 /// AMQP's ACCESS_REFUSED and RESOURCE_LOCKED: no rights on a queue, or somebody's alone.
 const NOT_OURS: [u16; 2] = [403, 405];
 /// How long a message that is done with may wait for those before it to be acknowledged with them.
@@ -240,6 +243,31 @@ impl Link {
         channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
         channel.close().context("declaring a private queue")?;
         Ok(queue)
+    }
+
+    /// How full these queues are, and who takes from them; None where there is no such queue.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn depths(&self, queues: &[&str]) -> anyhow::Result<Vec<Option<Depth>>> {
+        let mut depths = Vec::with_capacity(queues.len());
+        let mut channel = self.channel()?;
+        for queue in queues {
+            depths.push(match channel.queue_declare_passive(*queue) {
+                Ok(declared) => Some(Depth {
+                    messages: declared.declared_message_count().unwrap_or_default(),
+                    consumers: declared.declared_consumer_count().unwrap_or_default(),
+                }),
+                // A refusal closes the channel.
+                Err(amiquip::Error::ServerClosedChannel { code, .. }) if code == NOT_FOUND => {
+                    channel = self.channel()?;
+                    None
+                }
+                Err(error) => return Err(error).context(format!("{}: {queue}", self.name)),
+            });
+        }
+        channel.close().context("looking at queues")?;
+        Ok(depths)
     }
 
     /// Deletes a queue that this program declared.

@@ -41,6 +41,8 @@ pub struct Config {
     pub timeout_result: TimeoutResult,
     /// Whether jobs are refused whose parameters do not fit their workflow's definition.
     pub reject_invalid_params: bool,
+    /// Whether clients whose jobs wait without a worker are told so, by a progress of 0.0.
+    pub no_worker_notice: bool,
     /// How long it is known that a finished job has been.
     pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.
@@ -48,6 +50,8 @@ pub struct Config {
     pub handler_threads: usize,
     /// Where the health endpoint listens; None switches it off.
     pub http_bind: Option<SocketAddr>,
+    /// `user:password`, which everything but the health asks for.
+    pub http_basic_auth: Option<Secret>,
     pub log_level: LevelFilter,
 }
 
@@ -171,6 +175,7 @@ impl Config {
             timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
             timeout_result: reader.timeout_result(),
             reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
+            no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
             history_retention: reader.seconds("JOB_HISTORY_RETENTION_SEC", 30 * 24 * 60 * 60),
             workflow_config_path: reader
                 .text("WORKFLOW_CONFIG_PATH", "config/workflow_config.json")
@@ -178,6 +183,7 @@ impl Config {
             delivery_limit: reader.count("DELIVERY_LIMIT_THRESHOLD_PER_JOB", 1, 1_000_000),
             handler_threads: reader.count("HANDLER_THREADS", 4, 256),
             http_bind: reader.http_bind(),
+            http_basic_auth: reader.http_basic_auth(),
             log_level: reader.log_level(),
         };
         if reader.faults.is_empty() {
@@ -323,6 +329,18 @@ impl Reader<'_> {
             "" => Some(None),
             value => value.parse().ok().map(Some),
         })
+    }
+
+    fn http_basic_auth(&mut self) -> Option<Secret> {
+        let value = (self.variable)("HTTP_BASIC_AUTH").filter(|value| !value.is_empty())?;
+        match value.split_once(':') {
+            Some((user, password)) if !user.is_empty() && !password.is_empty() => {}
+            // Not shown, for it may be nothing but a password.
+            Some(_) | None => self
+                .faults
+                .push("HTTP_BASIC_AUTH: expected user:password".to_owned()),
+        }
+        Some(Secret(value))
     }
 
     fn log_level(&mut self) -> LevelFilter {

@@ -19,7 +19,8 @@ use crate::broker::{Delivered, PublishError, Publisher, Received};
 use crate::busy::Busy;
 use crate::celery;
 use crate::fault_point;
-use crate::job::{self, Command, Publication, Rules, State, TimeSeries};
+use crate::job::{self, Command, Ending, Publication, Rules, State, TimeSeries};
+use crate::metrics::{Metrics, Stage};
 use crate::report::{self, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
 use crate::wire::{self, Inbox, Outgoing, Request};
@@ -60,6 +61,7 @@ pub struct Setting<'s> {
     /// Lamport clock of the revokes, rising for the process's lifetime.
     pub revoke_clock: &'s AtomicI64,
     pub rules: &'s Rules,
+    pub metrics: &'s Metrics,
     /// The queue behind each inbox.
     pub queue_names: &'s HashMap<Inbox, String>,
 }
@@ -208,6 +210,7 @@ impl<'s> Handler<'s> {
                 }
                 Err(trouble) => return trouble.end(),
             }
+            self.setting.metrics.batch(batch.len());
             batch.iter().for_each(|item| self.acknowledge(item));
         }
     }
@@ -307,12 +310,15 @@ impl<'s> Handler<'s> {
         };
         let ending = self.transact(batch, &mut told, &mut connection)?;
         fault_point::reached("after commit");
+        let mut stopwatch = self.setting.metrics.stopwatch();
         self.publish(&told)?;
+        stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
         if !ending.is_empty() {
             self.watched.postgres.touch();
             connection.settle(&ending)?;
             self.watched.postgres.idle();
+            stopwatch.lap(Stage::Settle);
             fault_point::reached("after settling");
         }
         self.connection = Some(connection);
@@ -323,6 +329,7 @@ impl<'s> Handler<'s> {
     fn put_aside(&self, item: &Item, outbox: &mut Outbox) {
         let setting = self.setting;
         if item.list_workflows {
+            setting.metrics.workflows_told();
             debug!("telling clients the workflows");
             let catalogue = setting.catalogue.get();
             outbox
@@ -331,6 +338,7 @@ impl<'s> Handler<'s> {
         }
         if let (Some(reason), Work::Message { inbox, received }) = (&item.dead_letter, &item.work) {
             let queue = &setting.queue_names[inbox];
+            setting.metrics.dead_letter(*inbox);
             warn!(
                 "{}: put into {}: {}",
                 item.label(),
@@ -363,25 +371,31 @@ impl<'s> Handler<'s> {
     ) -> Result<Vec<Uuid>, Trouble> {
         let setting = self.setting;
         let catalogue = setting.catalogue.get();
-        let jobs = || batch.iter().filter_map(|item| item.job.as_ref());
+        let jobs = || {
+            let items = batch.iter();
+            items.filter_map(|item| Some((item.inbox(), item.job.as_ref()?)))
+        };
         let ids: Vec<Uuid> = jobs()
-            .map(|(id, _)| *id)
+            .map(|(_, (id, _))| *id)
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect();
 
+        let mut stopwatch = setting.metrics.stopwatch();
         let mut transaction = connection.transaction()?;
         self.watched.postgres.touch();
         transaction.lock(&ids)?;
+        stopwatch.lap(Stage::Lock);
         self.watched.postgres.touch();
         let (before, now) = transaction.load(&ids)?;
+        stopwatch.lap(Stage::Load);
 
         let mut after: HashMap<Uuid, State> = HashMap::new();
         let mut ending = BTreeSet::new();
         let mut outbox = Outbox::default();
         let mut series = SeriesChanges::default();
         let mut events = Vec::new();
-        for (id, command) in jobs() {
+        for (inbox, (id, command)) in jobs() {
             let state = after
                 .get(id)
                 .or_else(|| before.get(id))
@@ -419,7 +433,7 @@ impl<'s> Handler<'s> {
                 "" => command.reference(),
                 reference => reference,
             };
-            events.push((*id, reference.to_owned(), decision.event, command));
+            events.push((inbox, *id, reference.to_owned(), decision.event, command));
             if let Some(next) = decision.next {
                 after.insert(*id, next);
             }
@@ -433,19 +447,30 @@ impl<'s> Handler<'s> {
                 after,
             })
             .collect();
+        stopwatch.lap(Stage::Decide);
         self.watched.postgres.touch();
         transaction.write(&transitions, &series, now)?;
         self.watched.postgres.idle();
+        stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
         // Only now, for what Postgres refuses must not have been asked of anybody. And before the
         // commit, for a task that is committed must have been published.
         self.publish(&outbox)?;
+        stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
         self.watched.postgres.touch();
         transaction.commit()?;
         self.watched.postgres.idle();
-        for (id, reference, event, command) in events {
+        stopwatch.lap(Stage::Commit);
+        for (inbox, id, reference, event, command) in events {
+            setting.metrics.message(inbox, &event);
             report::log(id, &reference, &event, command);
+        }
+        for state in after.values() {
+            if let State::Ending(Ending { ended, .. }) = state {
+                let known = |workflow: &str| catalogue.definition(workflow).is_some();
+                setting.metrics.job_ended(ended, known);
+            }
         }
         Ok(ending.into_iter().collect())
     }
@@ -506,6 +531,21 @@ impl<'s> Handler<'s> {
         published
     }
 
+    fn count_published<'d>(&self, outcomes: impl Iterator<Item = &'d Delivered>) {
+        let [mut confirmed, mut unroutable, mut rejected] = [0; 3];
+        for outcome in outcomes {
+            match outcome {
+                Delivered::Yes => confirmed += 1,
+                Delivered::Unroutable => unroutable += 1,
+                Delivered::Rejected => rejected += 1,
+            }
+        }
+        let metrics = self.setting.metrics;
+        metrics.published("confirmed", confirmed);
+        metrics.published("unroutable", unroutable);
+        metrics.published("rejected", rejected);
+    }
+
     /// Publishes it all and waits for the confirms, of all connections at once.
     fn publish_all(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
         for queue in &outbox.tasks_for {
@@ -517,9 +557,12 @@ impl<'s> Handler<'s> {
         task.send(&outbox.task)?;
         // All of them before any is looked at, lest a confirm be taken for the next batch's.
         let (to_celery, to_sdk, to_task) = (celery.confirm(), sdk.confirm(), task.confirm());
-        let to_celery = undelivered(&outbox.celery, &to_celery?);
-        let to_sdk = undelivered(&outbox.sdk, &to_sdk?);
-        let to_task = undelivered(&outbox.task, &to_task?);
+        let (to_celery, to_sdk, to_task) = (to_celery?, to_sdk?, to_task?);
+        let outcomes = [&to_celery, &to_sdk, &to_task].into_iter().flatten();
+        self.count_published(outcomes);
+        let to_celery = undelivered(&outbox.celery, &to_celery);
+        let to_sdk = undelivered(&outbox.sdk, &to_sdk);
+        let to_task = undelivered(&outbox.task, &to_task);
         if let Some(task) = to_celery
             .rejected
             .iter()
@@ -674,6 +717,14 @@ fn note_series(job_id: Uuid, change: TimeSeries<'_>, changes: &mut SeriesChanges
 }
 
 impl Item {
+    /// Where its message came from; None for what the service found itself.
+    fn inbox(&self) -> Option<Inbox> {
+        match &self.work {
+            Work::Message { inbox, .. } => Some(*inbox),
+            Work::Finding { .. } | Work::Announce => None,
+        }
+    }
+
     fn new(work: Work) -> Item {
         let mut item = Item {
             job: None,

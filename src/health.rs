@@ -52,6 +52,16 @@ struct Condition {
     checked: Timestamp,
 }
 
+/// A part as others see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartView {
+    pub name: &'static str,
+    /// Why it does not work, if it does not.
+    pub why: Option<String>,
+    /// Since when it works, or does not.
+    pub since: Timestamp,
+}
+
 /// The condition of every part, shared between the threads that find it out.
 #[derive(Debug)]
 pub struct Health(Mutex<[Condition; 5]>);
@@ -81,6 +91,20 @@ impl Health {
 
     /// Whether everything works, and the answer of `/health/ready`.
     pub fn ready(&self, now: Timestamp) -> (bool, Value) {
+        let (ready, parts) = self.parts(now);
+        let parts = parts.into_iter().map(|part| {
+            let mut value = json!({"ok": part.why.is_none(), "since": part.since.to_string()});
+            if let Some(why) = part.why {
+                value["why"] = why.into();
+            }
+            (part.name.to_owned(), value)
+        });
+        let parts: serde_json::Map<_, _> = parts.collect();
+        (ready, json!({"ready": ready, "parts": parts}))
+    }
+
+    /// Whether everything works, and what is known of each part.
+    pub fn parts(&self, now: Timestamp) -> (bool, Vec<PartView>) {
         let mut conditions = self.lock();
         for part in [Part::Postgres, Part::Revisions] {
             let condition = &mut conditions[part as usize];
@@ -97,18 +121,14 @@ impl Health {
         let parts = Part::ALL
             .iter()
             .zip(conditions.iter())
-            .map(|(part, condition)| {
-                let ok = condition.fault.is_none();
-                let since = condition.since.to_string();
-                let mut value = json!({"ok": ok, "since": since});
-                if let Some(why) = &condition.fault {
-                    value["why"] = why.as_str().into();
-                }
-                (part.name().to_owned(), value)
+            .map(|(part, condition)| PartView {
+                name: part.name(),
+                why: condition.fault.clone(),
+                since: condition.since,
             })
-            .collect::<serde_json::Map<_, _>>();
+            .collect();
         let ready = conditions.iter().all(|condition| condition.fault.is_none());
-        (ready, json!({"ready": ready, "parts": parts}))
+        (ready, parts)
     }
 
     fn lock(&self) -> MutexGuard<'_, [Condition; 5]> {

@@ -1,18 +1,40 @@
-//! The health endpoint, and the question that Docker asks it.
+//! The HTTP endpoint: health, metrics, the status page and its data as JSON; and the question that
+//! Docker asks it.
 
+use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use crossbeam_channel::{Receiver, Sender, TrySendError, select};
 use jiff::Timestamp;
 use log::{error, info};
-use serde_json::json;
+use serde_json::{Value, json};
+use uuid::Uuid;
 
-use crate::health::Health;
+use crate::health::PartView;
+use crate::metrics;
+use crate::overview::{Filter, Overview};
+use crate::page::{self, Frame};
+use crate::report::one_line;
+use crate::session::Service;
+use crate::store::StoreError;
 
 mod server;
 
-pub use server::{Request, Response, Server};
+pub use server::{Request, Response, Server, Ticket};
+
+/// Requests that wait for the database; with one more the client is told to come again.
+pub const MAX_WAITING: usize = 64;
+const JSON: &str = "application/json";
+const HTML: &str = "text/html; charset=utf-8";
+const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /metrics, \
+                     /health/live and /health/ready";
+
+/// A request whose answer needs the database.
+pub type Question = (Ticket, Route);
 
 /// Listens at `address`.
 ///
@@ -21,36 +43,236 @@ pub use server::{Request, Response, Server};
 pub fn listen(address: SocketAddr) -> anyhow::Result<Server> {
     let server =
         Server::listen(address).with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
-    info!("health at http://{}/health/ready", server.address());
+    info!("status page at http://{}/", server.address());
     Ok(server)
 }
 
-/// Answers until [`Server::stop`] is called.
-pub fn serve(server: &Server, health: &Health) {
-    if let Err(error) = server.serve(|request| answer(request, health)) {
+/// Answers until [`Server::stop`] is called, and hands over what takes its time.
+pub fn serve(server: &Server, service: &Service, questions: &Sender<Question>) {
+    let answer = |request: &Request, ticket| match route(request, service) {
+        Ok(Route::Live) => Some(json_response(200, &json!({"live": true}))),
+        Ok(Route::Ready) => {
+            let (ready, body) = service.health.ready(Timestamp::now());
+            Some(json_response(if ready { 200 } else { 503 }, &body))
+        }
+        Ok(route) => match questions.try_send((ticket, route)) {
+            Ok(()) => None,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                Some(Response::text(503, "Too many requests at once."))
+            }
+        },
+        Err(refusal) => Some(refusal),
+    };
+    if let Err(error) = server.serve(answer) {
         error!("the HTTP endpoint has ended: {error}");
     }
 }
 
-fn answer(request: &Request, health: &Health) -> Response {
-    let path = request.target.split('?').next().unwrap_or_default();
-    let (status, body) = match (request.method.as_str(), path) {
-        ("GET" | "HEAD", "/health/live") => (200, json!({"live": true})),
-        ("GET" | "HEAD", "/health/ready") => {
-            let (ready, body) = health.ready(Timestamp::now());
-            (if ready { 200 } else { 503 }, body)
+/// Answers what [`serve`] hands over, until `stop` is disconnected.
+pub fn answer(
+    server: &Server,
+    service: &Service,
+    questions: &Receiver<Question>,
+    stop: &Receiver<Infallible>,
+) {
+    loop {
+        select! {
+            recv(questions) -> question => {
+                let Ok((ticket, route)) = question else { return };
+                let response = respond(service, &route).unwrap_or_else(|error| {
+                    // Of Postgres, which the health tells of as well.
+                    Response::text(503, &format!("{:#}", anyhow::Error::from(error)))
+                });
+                server.answer(ticket, response);
+            }
+            recv(stop) -> _ => return,
         }
-        (_, "/health/live" | "/health/ready") => (405, json!({"error": "only GET and HEAD"})),
-        _ => (
-            404,
-            json!({"error": "there are /health/live and /health/ready"}),
-        ),
+    }
+}
+
+/// What a request is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    Live,
+    Ready,
+    Metrics,
+    Overview,
+    Jobs(Filter),
+    Job(Uuid),
+    Page(Filter),
+    JobPage(Uuid),
+}
+
+fn route(request: &Request, service: &Service) -> Result<Route, Response> {
+    let (path, query) = request
+        .target
+        .split_once('?')
+        .unwrap_or((&request.target, ""));
+    let open = path.starts_with("/health/");
+    if let Some(user) = &service.config.http_basic_auth
+        && !open
+        && !authorized(request.authorization.as_deref(), user.reveal())
+    {
+        let mut refusal = Response::text(401, "A user and a password are needed.");
+        let challenge = "Basic realm=\"OMOTES orchestrator\", charset=\"UTF-8\"".to_owned();
+        refusal.headers.push(("WWW-Authenticate", challenge));
+        return Err(refusal);
+    }
+    let not_found = |text: &str| Err(json_response(404, &json!({"error": text})));
+    let job = |id: &str| id.parse::<Uuid>();
+    let filter =
+        || Filter::parse(query).map_err(|error| json_response(400, &json!({"error": error})));
+    let route = match path {
+        "/health/live" => Route::Live,
+        "/health/ready" => Route::Ready,
+        "/metrics" => Route::Metrics,
+        "/api/overview" => Route::Overview,
+        "/api/jobs" => Route::Jobs(filter()?),
+        "/" => Route::Page(filter()?),
+        _ => match (path.strip_prefix("/api/jobs/"), path.strip_prefix("/jobs/")) {
+            (Some(id), _) => match job(id) {
+                Ok(id) => Route::Job(id),
+                Err(_) => return not_found(&format!("{} is no job id", one_line(id))),
+            },
+            (None, Some(id)) => match job(id) {
+                Ok(id) => Route::JobPage(id),
+                Err(_) => return not_found(&format!("{} is no job id", one_line(id))),
+            },
+            (None, None) => return not_found(&format!("there are {PATHS}")),
+        },
     };
+    match request.method.as_str() {
+        "GET" | "HEAD" => Ok(route),
+        _ => Err(json_response(405, &json!({"error": "only GET and HEAD"}))),
+    }
+}
+
+/// Whether somebody says that they are `user:password`. Takes the same time for any wrong password
+/// of a length.
+fn authorized(header: Option<&str>, user: &str) -> bool {
+    let given = header
+        .and_then(|header| header.strip_prefix("Basic "))
+        .and_then(|encoded| BASE64_STANDARD.decode(encoded.trim()).ok())
+        .unwrap_or_default();
+    let pairs = given.iter().zip(user.as_bytes());
+    let differences = pairs.fold(0, |differences, (a, b)| differences | (a ^ b));
+    given.len() == user.len() && differences == 0
+}
+
+fn json_response(status: u16, body: &Value) -> Response {
     Response {
         status,
-        content_type: "application/json",
+        content_type: JSON,
+        headers: Vec::new(),
         body: format!("{body:#}\n").into_bytes(),
     }
+}
+
+fn html(status: u16, frame: &Frame<'_>, page: String) -> Response {
+    Response {
+        status,
+        content_type: HTML,
+        // What clients and workers send is shown; should any of it ever get through as markup, the
+        // browser runs nothing but the page's own script, and loads nothing.
+        headers: vec![(
+            "Content-Security-Policy",
+            format!(
+                "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{}'; \
+                 connect-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; \
+                 base-uri 'none'",
+                frame.nonce
+            ),
+        )],
+        body: page.into_bytes(),
+    }
+}
+
+fn respond(service: &Service, route: &Route) -> Result<Response, StoreError> {
+    let now = Timestamp::now();
+    let (_, parts) = service.health.parts(now);
+    let nonce = Uuid::new_v4().simple().to_string();
+    let frame = Frame {
+        nonce: &nonce,
+        now,
+        host: &service.host,
+        parts: &parts,
+    };
+    // Waiting for a connection that will not come would take longer than anybody waits.
+    if parts
+        .iter()
+        .any(|part| part.name == "postgres" && part.why.is_some())
+    {
+        return Ok(without_database(service, route, &frame, now));
+    }
+    let mut connection = service.store.connection()?;
+    let overview = service.overview(&mut connection)?;
+    Ok(match route {
+        Route::Live | Route::Ready => unreachable!("answered at once"),
+        Route::Metrics => metrics_text(service, &overview, now),
+        Route::Overview => json_response(200, &overview_json(&overview, &parts)),
+        Route::Jobs(filter) => {
+            let mut page = connection.jobs(filter)?;
+            overview.estimate(&mut page.jobs, now);
+            json_response(200, &json!(page))
+        }
+        Route::Page(filter) => {
+            let mut page = connection.jobs(filter)?;
+            overview.estimate(&mut page.jobs, now);
+            html(
+                200,
+                &frame,
+                page::overview(&frame, &overview, filter, &page),
+            )
+        }
+        Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
+            Some(mut story) => {
+                overview.estimate(std::slice::from_mut(&mut story.job), now);
+                match route {
+                    Route::JobPage(_) => html(200, &frame, page::job(&frame, &story)),
+                    _ => json_response(200, &json!(story)),
+                }
+            }
+            None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
+        },
+    })
+}
+
+fn without_database(
+    service: &Service,
+    route: &Route,
+    frame: &Frame<'_>,
+    now: Timestamp,
+) -> Response {
+    match route {
+        Route::Metrics => metrics_text(service, &Overview::default(), now),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame)),
+        Route::Live | Route::Ready | Route::Overview | Route::Jobs(_) | Route::Job(_) => {
+            json_response(503, &json!({"error": "Postgres does not answer"}))
+        }
+    }
+}
+
+fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Response {
+    Response {
+        status: 200,
+        content_type: metrics::CONTENT_TYPE,
+        headers: Vec::new(),
+        body: service
+            .metrics
+            .text(&service.health, overview, now)
+            .into_bytes(),
+    }
+}
+
+fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
+    let parts = parts
+        .iter()
+        .map(|part| json!({"name": part.name, "since": part.since, "why": part.why}));
+    json!({
+        "parts": parts.collect::<Vec<_>>(),
+        "workflows": overview.workflows(),
+        "queues": overview.queues,
+    })
 }
 
 /// Asks the service that listens at `bind` whether it is ready.

@@ -30,6 +30,7 @@ use crate::parameters;
 use crate::wire::EsdlMessage;
 use crate::workflow::Catalogue;
 
+const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
 /// Logs of the result of a job that crashed its workers; clients compare this text.
 pub const CRASH_LOOP_LOGS: &str =
     "Job cannot be processed due to being retried the maximum number of times.";
@@ -108,6 +109,23 @@ pub enum JobStatus {
     Running,
 }
 
+impl JobStatus {
+    pub const ALL: &[JobStatus] = &[
+        JobStatus::Registered,
+        JobStatus::Submitted,
+        JobStatus::Running,
+    ];
+
+    /// As the database has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            JobStatus::Registered => "REGISTERED",
+            JobStatus::Submitted => "SUBMITTED",
+            JobStatus::Running => "RUNNING",
+        }
+    }
+}
+
 /// One time that a worker began the job's task.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Start {
@@ -154,6 +172,31 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    pub const ALL: &[Outcome] = &[
+        Outcome::Succeeded,
+        Outcome::Failed,
+        Outcome::Cancelled,
+        Outcome::CrashLoop,
+        Outcome::Rejected,
+        Outcome::TimedOut,
+        Outcome::Expired,
+        Outcome::Lost,
+    ];
+
+    /// As the database has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Succeeded => "SUCCEEDED",
+            Outcome::Failed => "FAILED",
+            Outcome::Cancelled => "CANCELLED",
+            Outcome::CrashLoop => "CRASH_LOOP",
+            Outcome::Rejected => "REJECTED",
+            Outcome::TimedOut => "TIMED_OUT",
+            Outcome::Expired => "EXPIRED",
+            Outcome::Lost => "LOST",
+        }
+    }
+
     /// Whether the job's own task ended it, so that nothing is left to revoke.
     fn by_its_task(self) -> bool {
         match self {
@@ -203,6 +246,8 @@ pub enum Command {
     /// Somebody has seen that the job has been in one state for longer than jobs are kept, or that
     /// it has been ending for too long.
     Expire,
+    /// Somebody has seen that the job waits for a worker and that there is none.
+    NoWorker,
     /// An event of the job that cannot be handled, and without which it would never end.
     Fail {
         reason: String,
@@ -227,6 +272,19 @@ pub enum Priority {
     #[default]
     Medium,
     High,
+}
+
+impl Priority {
+    pub const ALL: &[Priority] = &[Priority::Low, Priority::Medium, Priority::High];
+
+    /// As the database has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Priority::Low => "LOW",
+            Priority::Medium => "MEDIUM",
+            Priority::High => "HIGH",
+        }
+    }
 }
 
 /// What a decision needs to know beside the job.
@@ -441,6 +499,7 @@ fn decide_for<'a>(
         Command::Cancel => cancel(job_id, standing, context),
         Command::TimeOut => time_out(job_id, standing, context),
         Command::Expire => expire(job_id, standing, context),
+        Command::NoWorker => no_worker(job_id, standing, context),
         Command::Start {
             task_id,
             message_id,
@@ -782,6 +841,29 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
     job.ends(Outcome::Expired, result_bytes, told, context)
 }
 
+/// Tells the client why nothing happens, once while the job waits.
+fn no_worker<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
+    match standing {
+        Standing::Live(job) if job.status == JobStatus::Submitted && job.progress.is_none() => {
+            Decision {
+                next: Some(State::Live(Job {
+                    progress: Some(Progress::new(0.0, NO_WORKER, context.now)),
+                    ..job.clone()
+                })),
+                publications: vec![Publication::Progress {
+                    job_id,
+                    fraction: 0.0,
+                    message: NO_WORKER,
+                }],
+                ..Decision::nothing(Event::Progressed)
+            }
+        }
+        Standing::Unknown | Standing::Live(_) | Standing::Ended(_) => {
+            Decision::ignored("the job does not wait, or its client knows")
+        }
+    }
+}
+
 /// Tells what can be told of a job whose end nobody has told, and never will.
 fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a> {
     let Ending { job, ended } = ending;
@@ -1026,7 +1108,8 @@ impl Ending {
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::TimeOut
-            | Command::Expire => false,
+            | Command::Expire
+            | Command::NoWorker => false,
         }
     }
 }
@@ -1053,6 +1136,7 @@ impl Command {
             Command::Result { .. } | Command::Fail { .. } => "a result",
             Command::TimeOut => "a timeout",
             Command::Expire => "the end of its retention",
+            Command::NoWorker => "the lack of a worker",
         }
     }
 
@@ -1067,6 +1151,7 @@ impl Command {
             | Command::Result { .. }
             | Command::TimeOut
             | Command::Expire
+            | Command::NoWorker
             | Command::Fail { .. } => "",
         }
     }
@@ -1082,6 +1167,7 @@ impl Command {
             | Command::Result { .. }
             | Command::TimeOut
             | Command::Expire
+            | Command::NoWorker
             | Command::Fail { .. } => None,
         }
     }
@@ -1097,7 +1183,8 @@ impl Command {
             | Command::Refuse { .. }
             | Command::Cancel
             | Command::TimeOut
-            | Command::Expire => None,
+            | Command::Expire
+            | Command::NoWorker => None,
         }
     }
 
@@ -1123,6 +1210,7 @@ impl Command {
             | Command::Progress { .. }
             | Command::TimeOut
             | Command::Expire
+            | Command::NoWorker
             | Command::Fail { .. } => None,
         }
     }

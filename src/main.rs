@@ -241,6 +241,8 @@ fn start_logger(level: LevelFilter) {
         // What other crates have to say below a warning is of no use to an operator.
         .filter_level(level.min(LevelFilter::Warn))
         .filter_module("omotes_orchestrator", level)
+        // It warns of what it reports to its caller as well, such as a queue that does not exist.
+        .filter_module("amiquip", level.min(LevelFilter::Error))
         .format(|out, record| {
             let style = out.default_level_style(record.level());
             let thread = thread::current();

@@ -2,6 +2,7 @@
 //! finds the jobs; what becomes of them is decided where everything else is.
 
 use std::convert::Infallible;
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -9,11 +10,10 @@ use log::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::busy::Busy;
-use crate::config::Config;
 use crate::handler::{self, Work};
 use crate::job::Command;
 use crate::session::Service;
-use crate::store::{Store, StoreError, Task};
+use crate::store::{StoreError, Task};
 
 /// How many jobs one round finds at most; the next round finds the others. A handler's queue of
 /// findings has room for as many.
@@ -37,7 +37,7 @@ pub fn run(service: &Service, handlers: &[Sender<Work>], busy: &Busy, stop: &Rec
         }
         let limits_too = quiet_since.elapsed() >= config.timeout_start_buffer;
         busy.touch();
-        let found = round(&service.store, config, limits_too);
+        let found = round(service, limits_too);
         busy.idle();
         if found.is_err() {
             quiet_since = Instant::now();
@@ -66,12 +66,9 @@ pub fn run(service: &Service, handlers: &[Sender<Work>], busy: &Busy, stop: &Rec
 }
 
 /// What is due now.
-fn round(
-    store: &Store,
-    config: &Config,
-    limits_too: bool,
-) -> Result<Vec<(Uuid, Command)>, StoreError> {
-    let mut connection = store.connection()?;
+fn round(service: &Service, limits_too: bool) -> Result<Vec<(Uuid, Command)>, StoreError> {
+    let config = &service.config;
+    let mut connection = service.store.connection()?;
     let limit = i64::from(MAX_FINDINGS);
     let mut findings = Vec::new();
     if limits_too && connection.claim(Task::Limits, config.timeout_check_period)? {
@@ -83,6 +80,17 @@ fn round(
         let untold = connection.untold(config.outcome_lost, limit)?;
         let given_up = expired.into_iter().chain(untold);
         findings.extend(given_up.map(|id| (id, Command::Expire)));
+    }
+    if config.no_worker_notice {
+        let queues = service.queues.lock();
+        let queues = queues.unwrap_or_else(PoisonError::into_inner).clone();
+        for workflow in queues
+            .iter()
+            .flat_map(|queues| queues.without_worker.keys())
+        {
+            let waiting = connection.waiting_without_notice(workflow, limit)?;
+            findings.extend(waiting.into_iter().map(|id| (id, Command::NoWorker)));
+        }
     }
     if connection.claim(Task::History, config.timeout_check_period)? {
         let forgotten = connection.forget(config.history_retention, limit)?;

@@ -61,7 +61,7 @@ pub fn log(id: Uuid, reference: &str, event: &Event, command: &Command) {
         Event::Ignored(why) => {
             let level = match command {
                 // Every job's last progress trails its result.
-                Command::Progress { .. } => Level::Debug,
+                Command::Progress { .. } | Command::NoWorker => Level::Debug,
                 Command::Submit(_)
                 | Command::Refuse { .. }
                 | Command::Cancel
@@ -97,7 +97,8 @@ fn reason(command: &Command) -> Option<String> {
         | Command::Progress { .. }
         | Command::Result { .. }
         | Command::TimeOut
-        | Command::Expire => None,
+        | Command::Expire
+        | Command::NoWorker => None,
     }
 }
 

@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::atomic::AtomicI64;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -27,7 +27,9 @@ use crate::handler::{self, Handler, Publishers, Setting, Watched, Work, panic_te
 use crate::health::{Health, Part};
 use crate::job::Rules;
 use crate::maintenance;
-use crate::store::Store;
+use crate::metrics::Metrics;
+use crate::overview::{Overview, Queues};
+use crate::store::{Connection, Store, StoreError};
 use crate::wire::{self, Inbox};
 use crate::workflow::CurrentCatalogue;
 
@@ -52,9 +54,37 @@ pub struct Service {
     /// Something comes in when the catalogue has been replaced.
     pub catalogue_news: Receiver<()>,
     pub health: Health,
+    pub metrics: Metrics,
+    /// RabbitMQ's queues, as they were a moment ago.
+    pub queues: Mutex<Option<Queues>>,
+    /// What this replica calls itself.
+    pub host: String,
     pub celery_sender: celery::Sender,
     pub revoke_clock: AtomicI64,
     pub rules: Rules,
+}
+
+impl Service {
+    /// What is going on in the deployment, but for the single jobs.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn overview(&self, connection: &mut Connection) -> Result<Overview, StoreError> {
+        let defined = self.catalogue.get().names();
+        let (connections, idle_connections) = self.store.connections();
+        Ok(Overview {
+            rows: connection.workflows(&defined)?,
+            defined,
+            queues: self
+                .queues
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            maintenance: connection.maintenance_runs()?,
+            connections,
+            idle_connections,
+        })
+    }
 }
 
 /// How many messages a consumer has in hand at most. RabbitMQ keeps the rest.
@@ -222,6 +252,7 @@ fn work(
         celery_sender: &service.celery_sender,
         revoke_clock: &service.revoke_clock,
         rules: &service.rules,
+        metrics: &service.metrics,
         queue_names,
     };
     let watched: Vec<Watched> = (0..config.handler_threads)
@@ -303,6 +334,7 @@ fn work(
         })?;
         threads += 1;
         drop(report);
+        service.metrics.session_begun();
         info!(
             "connected; {} workflows",
             service.catalogue.get().announcement().workflows.len()

@@ -20,6 +20,7 @@ use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Sta
 use crate::time_series::Guard;
 
 pub mod migrate;
+pub mod views;
 
 /// What went wrong with the database, by what can be done about it.
 #[derive(Debug, Error)]
@@ -76,6 +77,12 @@ impl Store {
             .error_handler(Box::new(last_failure.clone()))
             .build_unchecked(manager);
         Store { pool, last_failure }
+    }
+
+    /// How many connections there are, and how many of them nobody uses.
+    pub fn connections(&self) -> (u32, u32) {
+        let state = self.pool.state();
+        (state.connections, state.idle_connections)
     }
 
     /// A working connection.
@@ -514,10 +521,7 @@ impl Transaction<'_> {
         let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
         let tasks: Vec<_> = jobs.iter().map(|(_, job)| &job.task_id).collect();
         let workflows: Vec<_> = jobs.iter().map(|(_, job)| &job.workflow_type).collect();
-        let statuses: Vec<_> = jobs
-            .iter()
-            .map(|(_, job)| status_name(job.status))
-            .collect();
+        let statuses: Vec<_> = jobs.iter().map(|(_, job)| job.status.name()).collect();
         let registered: Vec<_> = jobs.iter().map(|(_, job)| job.registered_at).collect();
         let submitted: Vec<_> = jobs.iter().map(|(_, job)| job.submitted_at).collect();
         let running: Vec<_> = jobs.iter().map(|(_, job)| job.running_at).collect();
@@ -525,7 +529,7 @@ impl Transaction<'_> {
         let references: Vec<_> = jobs.iter().map(|(_, job)| &job.reference).collect();
         let priorities: Vec<_> = jobs
             .iter()
-            .map(|(_, job)| job.priority.map(priority_name))
+            .map(|(_, job)| job.priority.map(Priority::name))
             .collect();
         self.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
@@ -575,21 +579,15 @@ impl Transaction<'_> {
             return Ok(());
         }
         let ids: Vec<_> = jobs.iter().map(|(id, _, _)| id).collect();
-        let old_statuses: Vec<_> = jobs
-            .iter()
-            .map(|(_, old, _)| status_name(old.status))
-            .collect();
-        let statuses: Vec<_> = jobs
-            .iter()
-            .map(|(_, _, new)| status_name(new.status))
-            .collect();
+        let old_statuses: Vec<_> = jobs.iter().map(|(_, old, _)| old.status.name()).collect();
+        let statuses: Vec<_> = jobs.iter().map(|(_, _, new)| new.status.name()).collect();
         let tasks: Vec<_> = jobs.iter().map(|(_, _, new)| &new.task_id).collect();
         let submitted: Vec<_> = jobs.iter().map(|(_, _, new)| new.submitted_at).collect();
         let running: Vec<_> = jobs.iter().map(|(_, _, new)| new.running_at).collect();
         let timeouts: Vec<_> = jobs.iter().map(|(_, _, new)| new.timeout_ms).collect();
         let priorities: Vec<_> = jobs
             .iter()
-            .map(|(_, _, new)| new.priority.map(priority_name))
+            .map(|(_, _, new)| new.priority.map(Priority::name))
             .collect();
         let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, _, new)| *new));
         let rows = self.execute(
@@ -649,10 +647,7 @@ impl Transaction<'_> {
         let running: Vec<_> = ended.iter().map(|(_, job)| job.running_at).collect();
         let finished: Vec<_> = ended.iter().map(|(_, job)| job.finished_at).collect();
         let starts: Vec<_> = ended.iter().map(|(_, job)| job.starts).collect();
-        let outcomes: Vec<_> = ended
-            .iter()
-            .map(|(_, job)| outcome_name(job.outcome))
-            .collect();
+        let outcomes: Vec<_> = ended.iter().map(|(_, job)| job.outcome.name()).collect();
         let sizes: Vec<_> = ended.iter().map(|(_, job)| job.result_bytes).collect();
         self.execute(
             "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
@@ -841,7 +836,7 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
         reference: row
             .try_get::<_, Option<_>>("job_reference")?
             .unwrap_or_default(),
-        status: status_named(status)?,
+        status: named(JobStatus::ALL, JobStatus::name, status)?,
         task_id: row.try_get("celery_id")?,
         registered_at: row.try_get("registered_at")?,
         submitted_at: row.try_get("submitted_at")?,
@@ -849,7 +844,7 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
         timeout_ms: row.try_get("timeout_after_ms")?,
         priority: row
             .try_get::<_, Option<&str>>("priority")?
-            .map(priority_named)
+            .map(|name| named(Priority::ALL, Priority::name, name))
             .transpose()?,
         progress: progress(row)?,
         starts: times
@@ -878,7 +873,7 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
         return Ok(None);
     };
     Ok(Some(Ended {
-        outcome: outcome_named(outcome)?,
+        outcome: named(Outcome::ALL, Outcome::name, outcome)?,
         workflow_type: row.try_get("ended_workflow_type")?,
         reference: row.try_get("ended_job_reference")?,
         task_id: row.try_get("ended_celery_id")?,
@@ -891,65 +886,9 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
     }))
 }
 
-fn status_name(status: JobStatus) -> &'static str {
-    match status {
-        JobStatus::Registered => "REGISTERED",
-        JobStatus::Submitted => "SUBMITTED",
-        JobStatus::Running => "RUNNING",
-    }
-}
-
-fn status_named(name: &str) -> anyhow::Result<JobStatus> {
-    [
-        JobStatus::Registered,
-        JobStatus::Submitted,
-        JobStatus::Running,
-    ]
-    .into_iter()
-    .find(|status| status_name(*status) == name)
-    .ok_or_else(|| anyhow!("{name:?} is no job status"))
-}
-
-fn priority_name(priority: Priority) -> &'static str {
-    match priority {
-        Priority::Low => "LOW",
-        Priority::Medium => "MEDIUM",
-        Priority::High => "HIGH",
-    }
-}
-
-fn priority_named(name: &str) -> anyhow::Result<Priority> {
-    [Priority::Low, Priority::Medium, Priority::High]
-        .into_iter()
-        .find(|priority| priority_name(*priority) == name)
-        .ok_or_else(|| anyhow!("{name:?} is no priority"))
-}
-
-fn outcome_name(outcome: Outcome) -> &'static str {
-    match outcome {
-        Outcome::Succeeded => "SUCCEEDED",
-        Outcome::Failed => "FAILED",
-        Outcome::Cancelled => "CANCELLED",
-        Outcome::CrashLoop => "CRASH_LOOP",
-        Outcome::Rejected => "REJECTED",
-        Outcome::TimedOut => "TIMED_OUT",
-        Outcome::Expired => "EXPIRED",
-        Outcome::Lost => "LOST",
-    }
-}
-
-fn outcome_named(name: &str) -> anyhow::Result<Outcome> {
-    [
-        Outcome::Succeeded,
-        Outcome::Failed,
-        Outcome::Cancelled,
-        Outcome::CrashLoop,
-        Outcome::Rejected,
-        Outcome::TimedOut,
-        Outcome::Expired,
-        Outcome::Lost,
-    ]
-    .into_iter()
-    .find(|outcome| outcome_name(*outcome) == name)
-    .ok_or_else(|| anyhow!("{name:?} is no outcome of a job"))
+/// Which of `all` a text of the database names.
+fn named<T: Copy>(all: &[T], name_of: fn(T) -> &'static str, name: &str) -> anyhow::Result<T> {
+    let mut all = all.iter().copied();
+    all.find(|one| name_of(*one) == name)
+        .ok_or_else(|| anyhow!("{name:?} is none of what may be here"))
 }

@@ -94,6 +94,14 @@ impl Catalogue {
         self.definitions.get(workflow_type)
     }
 
+    /// All workflows' names.
+    pub fn names(&self) -> Vec<String> {
+        let workflows = self.announcement.workflows.iter();
+        workflows
+            .map(|workflow| workflow.type_name.clone())
+            .collect()
+    }
+
     /// What clients are told.
     pub fn announcement(&self) -> &AvailableWorkflows {
         &self.announcement

@@ -2,6 +2,7 @@
 //! hostile ones hold up neither each other nor anything else. One request per connection.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,21 +30,29 @@ pub struct Request {
     pub method: String,
     /// Path and query, as they were sent.
     pub target: String,
+    pub authorization: Option<String>,
 }
+
+/// The connection that an answer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(Token);
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
     pub status: u16,
     pub content_type: &'static str,
+    /// Beside those that every answer has.
+    pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
 }
 
 impl Response {
-    fn text(status: u16, text: &str) -> Response {
+    pub fn text(status: u16, text: &str) -> Response {
         Response {
             status,
             content_type: "text/plain; charset=utf-8",
+            headers: Vec::new(),
             body: format!("{text}\n").into_bytes(),
         }
     }
@@ -52,20 +61,26 @@ impl Response {
         let reason = match self.status {
             200 => "OK",
             400 => "Bad Request",
+            401 => "Unauthorized",
             404 => "Not Found",
             405 => "Method Not Allowed",
             431 => "Request Header Fields Too Large",
+            500 => "Internal Server Error",
             503 => "Service Unavailable",
             _ => "",
         };
-        let mut bytes = format!(
+        let mut head = format!(
             "HTTP/1.1 {} {reason}\r\nContent-Type: {}\r\nContent-Length: {}\r\n\
-             Cache-Control: no-store\r\nConnection: close\r\n\r\n",
+             Cache-Control: no-store\r\nConnection: close\r\n",
             self.status,
             self.content_type,
             self.body.len()
-        )
-        .into_bytes();
+        );
+        for (name, value) in &self.headers {
+            let _ = write!(head, "{name}: {value}\r\n");
+        }
+        head.push_str("\r\n");
+        let mut bytes = head.into_bytes();
         if !head_only {
             bytes.append(&mut self.body);
         }
@@ -79,6 +94,8 @@ pub struct Server {
     address: SocketAddr,
     waker: Waker,
     stopped: AtomicBool,
+    /// Answers that took their time.
+    late: Mutex<Vec<(Ticket, Response)>>,
     /// Only for the thread that serves.
     sockets: Mutex<(Poll, TcpListener)>,
 }
@@ -95,6 +112,7 @@ impl Server {
             address: listener.local_addr()?,
             waker: Waker::new(registry, WAKER)?,
             stopped: AtomicBool::new(false),
+            late: Mutex::new(Vec::new()),
             sockets: Mutex::new((poll, listener)),
         })
     }
@@ -106,16 +124,30 @@ impl Server {
     /// Ends [`Server::serve`].
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Gives the answer to a request that [`Server::serve`] got none for. By then the client may
+    /// have hung up.
+    pub fn answer(&self, ticket: Ticket, response: Response) {
+        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        late.push((ticket, response));
+        drop(late);
+        self.wake();
+    }
+
+    fn wake(&self) {
         if let Err(error) = self.waker.wake() {
-            warn!("stopping the HTTP endpoint: {error}");
+            warn!("waking the HTTP endpoint: {error}");
         }
     }
 
-    /// Answers requests until [`Server::stop`].
+    /// Answers requests until [`Server::stop`]. None is for an answer that comes by
+    /// [`Server::answer`], from another thread: this one must not wait.
     ///
     /// # Errors
     /// The operating system does not tell any more what happens to the sockets.
-    pub fn serve(&self, answer: impl Fn(&Request) -> Response) -> io::Result<()> {
+    pub fn serve(&self, answer: impl Fn(&Request, Ticket) -> Option<Response>) -> io::Result<()> {
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         let (poll, listener) = &mut *sockets;
         let mut connections = Connections::default();
@@ -127,7 +159,12 @@ impl Server {
             }
             for event in &events {
                 match event.token() {
-                    WAKER => {}
+                    WAKER => {
+                        let late = &mut *self.late.lock().unwrap_or_else(PoisonError::into_inner);
+                        for (Ticket(token), response) in late.drain(..) {
+                            connections.answer(token, response);
+                        }
+                    }
                     LISTENER => connections.accept(listener, poll)?,
                     token => connections.go_on(token, &answer),
                 }
@@ -185,12 +222,22 @@ impl Connections {
         }
     }
 
+    /// Begins to write an answer that was waited for.
+    fn answer(&mut self, token: Token, response: Response) {
+        if let Some(connection) = self.by_token.get_mut(&token)
+            && let Progress::Waiting { head_only } = connection.state
+        {
+            connection.state = Progress::Answering(response.encode(head_only), 0);
+            self.go_on(token, &|_, _| None);
+        }
+    }
+
     /// Reads and writes what can be without waiting.
-    fn go_on(&mut self, token: Token, answer: &impl Fn(&Request) -> Response) {
+    fn go_on(&mut self, token: Token, answer: &impl Fn(&Request, Ticket) -> Option<Response>) {
         let Some(connection) = self.by_token.get_mut(&token) else {
             return;
         };
-        match connection.go_on(answer) {
+        match connection.go_on(&|request| answer(request, Ticket(token))) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return,
             Ok(()) => {}
             // A client that hangs up before its answer is no news.
@@ -209,6 +256,8 @@ struct Connection {
 enum Progress {
     /// What has come of the request.
     Asking(Vec<u8>),
+    /// The answer takes its time.
+    Waiting { head_only: bool },
     /// What has to go yet of the answer, and where that begins.
     Answering(Vec<u8>, usize),
     /// The client's turn to hang up. If we did, what it still sends would make the kernel throw the
@@ -218,7 +267,7 @@ enum Progress {
 
 impl Connection {
     /// As far as it goes: to the end, or until something fails, be it that it would block.
-    fn go_on(&mut self, answer: &impl Fn(&Request) -> Response) -> io::Result<()> {
+    fn go_on(&mut self, answer: &impl Fn(&Request) -> Option<Response>) -> io::Result<()> {
         if let Progress::Asking(head) = &mut self.state {
             let (response, head_only) = loop {
                 let mut chunk = [0; 4096];
@@ -230,13 +279,16 @@ impl Connection {
                 }
                 match parse(head) {
                     Parsed::Partial => {}
-                    Parsed::Faulty(response) => break (response, false),
+                    Parsed::Faulty(response) => break (Some(response), false),
                     Parsed::Request(request) => {
                         break (answer(&request), request.method == "HEAD");
                     }
                 }
             };
-            self.state = Progress::Answering(response.encode(head_only), 0);
+            self.state = match response {
+                Some(response) => Progress::Answering(response.encode(head_only), 0),
+                None => Progress::Waiting { head_only },
+            };
         }
         if let Progress::Answering(bytes, sent) = &mut self.state {
             while *sent < bytes.len() {
@@ -248,6 +300,9 @@ impl Connection {
             }
             self.stream.shutdown(Shutdown::Write)?;
             self.state = Progress::Answered;
+        }
+        if let Progress::Waiting { .. } = self.state {
+            return Err(ErrorKind::WouldBlock.into());
         }
         io::copy(&mut self.stream, &mut io::sink()).map(drop)
     }
@@ -268,6 +323,11 @@ fn parse(head: &[u8]) -> Parsed {
         Ok(httparse::Status::Complete(_)) => Parsed::Request(Request {
             method: request.method.unwrap_or_default().to_owned(),
             target: request.path.unwrap_or_default().to_owned(),
+            authorization: request
+                .headers
+                .iter()
+                .find(|header| header.name.eq_ignore_ascii_case("authorization"))
+                .map(|header| String::from_utf8_lossy(header.value).into_owned()),
         }),
         Ok(httparse::Status::Partial) if head.len() < MAX_HEAD => Parsed::Partial,
         Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {

@@ -219,6 +219,7 @@ fn commands() -> Vec<(&'static str, Command)> {
         ("result of other task", result_of(OTHER_TASK, true)),
         ("time out", Command::TimeOut),
         ("expire", Command::Expire),
+        ("no worker", Command::NoWorker),
         ("fail", fail_of(None)),
         ("fail of task", fail_of(Some(TASK))),
         ("fail of other task", fail_of(Some(OTHER_TASK))),

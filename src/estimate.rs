@@ -1,0 +1,155 @@
+//! How long jobs will probably wait and run, from how long others of their workflow ran. Pure.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// With fewer runs nothing is said.
+pub const MIN_RUNS: usize = 5;
+/// How many of the last runs count.
+pub const MAX_RUNS: i64 = 100;
+
+/// How long the last successful runs of a workflow took.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Runs(Vec<Duration>);
+
+/// A time that half of the runs like this stay below, and one that nine of ten do.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Span {
+    #[serde(rename = "median_seconds", serialize_with = "seconds")]
+    pub median: Duration,
+    #[serde(rename = "p90_seconds", serialize_with = "seconds")]
+    pub p90: Duration,
+}
+
+fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
+}
+
+impl Runs {
+    /// None if there are too few of them.
+    pub fn new(mut runs: Vec<Duration>) -> Option<Runs> {
+        runs.sort_unstable();
+        (runs.len() >= MIN_RUNS).then_some(Runs(runs))
+    }
+
+    pub fn span(&self) -> Span {
+        Span {
+            median: quantile(&self.0, 50),
+            p90: quantile(&self.0, 90),
+        }
+    }
+
+    /// What is left for a job that has been running for so long: as for those of the runs that took
+    /// longer. None if none did.
+    pub fn remaining(&self, elapsed: Duration) -> Option<Span> {
+        let longer = self.0.partition_point(|run| *run <= elapsed);
+        let longer = &self.0[longer..];
+        (!longer.is_empty()).then(|| Span {
+            median: quantile(longer, 50).saturating_sub(elapsed),
+            p90: quantile(longer, 90).saturating_sub(elapsed),
+        })
+    }
+
+    /// How long the first `waiting` jobs of a queue wait, in the order in which `workers` take them,
+    /// while others have been running for the times in `running`. None without workers.
+    pub fn waits(&self, workers: usize, running: &[Duration], waiting: usize) -> Option<Vec<Span>> {
+        if workers == 0 {
+            return None;
+        }
+        let medians = self.starts(workers, running, waiting, |span| span.median);
+        let p90s = self.starts(workers, running, waiting, |span| span.p90);
+        let both = medians.into_iter().zip(p90s);
+        Some(both.map(|(median, p90)| Span { median, p90 }).collect())
+    }
+
+    fn starts(
+        &self,
+        workers: usize,
+        running: &[Duration],
+        waiting: usize,
+        of: impl Fn(Span) -> Duration,
+    ) -> Vec<Duration> {
+        let each = of(self.span());
+        // One that runs longer than all before it may end at any time.
+        let left = |elapsed: &Duration| self.remaining(*elapsed).map_or(Duration::ZERO, &of);
+        let mut busy: Vec<Duration> = running.iter().map(left).collect();
+        busy.sort_unstable();
+        // More may be running than there are workers now, such as jobs of a worker that died.
+        busy.truncate(workers);
+        busy.resize(workers, Duration::ZERO);
+        let mut free: BinaryHeap<Reverse<Duration>> = busy.into_iter().map(Reverse).collect();
+        let mut starts = Vec::with_capacity(waiting);
+        while starts.len() < waiting
+            && let Some(Reverse(start)) = free.pop()
+        {
+            starts.push(start);
+            free.push(Reverse(start.saturating_add(each)));
+        }
+        starts
+    }
+}
+
+/// Of times in ascending order, of which there is at least one.
+fn quantile(sorted: &[Duration], percent: usize) -> Duration {
+    sorted[(sorted.len() - 1) * percent / 100]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    fn secs(seconds: &[u64]) -> Vec<Duration> {
+        seconds.iter().copied().map(Duration::from_secs).collect()
+    }
+
+    fn runs() -> Runs {
+        Runs::new(secs(&[50, 10, 20, 40, 30, 60, 70, 80, 90, 100, 110])).unwrap()
+    }
+
+    #[test]
+    fn too_few_runs_say_nothing() {
+        assert_eq!(Runs::new(secs(&[1, 2, 3, 4])), None);
+        assert!(Runs::new(secs(&[1, 2, 3, 4, 5])).is_some());
+    }
+
+    #[rstest]
+    #[case::at_the_start(0, Some((60, 100)))]
+    #[case::halfway(65, Some((25, 35)))]
+    #[case::late(105, Some((5, 5)))]
+    #[case::later_than_all(110, None)]
+    fn what_is_left_is_as_for_runs_that_took_longer(
+        #[case] elapsed: u64,
+        #[case] left: Option<(u64, u64)>,
+    ) {
+        let left = left.map(|(median, p90)| Span {
+            median: Duration::from_secs(median),
+            p90: Duration::from_secs(p90),
+        });
+        assert_eq!(runs().remaining(Duration::from_secs(elapsed)), left);
+    }
+
+    #[rstest]
+    #[case::idle_workers(2, &[], &[0, 0, 60, 60])]
+    #[case::one_is_busy(2, &[50], &[0, 30, 60, 90])]
+    #[case::all_are_busy(1, &[0], &[60, 120])]
+    #[case::more_run_than_there_are_workers(1, &[0, 50], &[30, 90])]
+    #[case::one_is_overdue(1, &[200], &[0, 60])]
+    fn a_job_waits_for_those_before_it(
+        #[case] workers: usize,
+        #[case] running: &[u64],
+        #[case] medians: &[u64],
+    ) {
+        let waits = runs().waits(workers, &secs(running), medians.len());
+        let waits: Vec<_> = waits.unwrap().iter().map(|wait| wait.median).collect();
+        assert_eq!(waits, secs(medians));
+    }
+
+    #[test]
+    fn without_workers_nobody_knows() {
+        assert_eq!(runs().waits(0, &[], 3), None);
+    }
+}

@@ -1,0 +1,545 @@
+//! What operators see of the deployment: jobs, workflows, queues. The page, the API and the command
+//! line show it each in their way. Pure; the rows come from [`crate::store::views`].
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::estimate::{Runs, Span};
+use crate::job::{JobStatus, Outcome, Priority};
+
+/// Which jobs to show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filter {
+    /// Those that have ended, instead of those that have not.
+    pub finished: bool,
+    pub state: Option<JobState>,
+    pub workflow: Option<String>,
+    /// In the id, the reference, or the last message.
+    pub text: Option<String>,
+    pub limit: u16,
+    pub offset: u32,
+}
+
+/// Jobs shown at once where nothing else is asked for, and at most.
+pub const DEFAULT_LIMIT: u16 = 50;
+pub const MAX_LIMIT: u16 = 1000;
+
+impl Default for Filter {
+    fn default() -> Filter {
+        Filter {
+            finished: false,
+            state: None,
+            workflow: None,
+            text: None,
+            limit: DEFAULT_LIMIT,
+            offset: 0,
+        }
+    }
+}
+
+impl Filter {
+    /// What a query such as `finished=true&workflow=simulator` asks for. Empty values count as
+    /// missing, as forms send them.
+    ///
+    /// # Errors
+    /// Which part is not understood.
+    pub fn parse(query: &str) -> Result<Filter, String> {
+        let mut filter = Filter::default();
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            let faulty = |expected: &str| format!("{name}={value}: expected {expected}");
+            match &*name {
+                _ if value.is_empty() => {}
+                "state" => {
+                    let states = || format!("one of {}", JobState::names());
+                    let state = JobState::named(&value).ok_or_else(|| faulty(&states()))?;
+                    filter.finished |= matches!(state, JobState::Ended(_));
+                    filter.state = Some(state);
+                }
+                "workflow" => filter.workflow = Some(value.into_owned()),
+                "text" => filter.text = Some(value.into_owned()),
+                "finished" => {
+                    filter.finished = value.parse().map_err(|_| faulty("true or false"))?;
+                }
+                "limit" => {
+                    let limit = value.parse().ok();
+                    let limit = limit.filter(|limit| (1..=MAX_LIMIT).contains(limit));
+                    filter.limit =
+                        limit.ok_or_else(|| faulty(&format!("a number from 1 to {MAX_LIMIT}")))?;
+                }
+                "offset" => {
+                    filter.offset = value.parse().map_err(|_| faulty("a whole number"))?;
+                }
+                _ => return Err(format!("{name} is not known here")),
+            }
+        }
+        Ok(filter)
+    }
+
+    /// The query that asks for the same from another job on.
+    pub fn query(&self, offset: u32) -> String {
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        if self.finished {
+            query.append_pair("finished", "true");
+        }
+        if let Some(state) = self.state {
+            query.append_pair("state", state.name());
+        }
+        if let Some(workflow) = &self.workflow {
+            query.append_pair("workflow", workflow);
+        }
+        if let Some(text) = &self.text {
+            query.append_pair("text", text);
+        }
+        if self.limit != DEFAULT_LIMIT {
+            query.append_pair("limit", &self.limit.to_string());
+        }
+        if offset > 0 {
+            query.append_pair("offset", &offset.to_string());
+        }
+        query.finish()
+    }
+}
+
+/// Where a job is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobState {
+    Live(JobStatus),
+    Ended(Outcome),
+}
+
+impl JobState {
+    pub fn all() -> impl Iterator<Item = JobState> {
+        let live = JobStatus::ALL.iter().copied().map(JobState::Live);
+        live.chain(Outcome::ALL.iter().copied().map(JobState::Ended))
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            JobState::Live(status) => status.name(),
+            JobState::Ended(outcome) => outcome.name(),
+        }
+    }
+
+    /// By its name, in any case.
+    pub fn named(name: &str) -> Option<JobState> {
+        JobState::all().find(|state| state.name().eq_ignore_ascii_case(name))
+    }
+
+    pub fn names() -> String {
+        JobState::all()
+            .map(JobState::name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+}
+
+impl Serialize for JobState {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// A job as operators see it; without its ESDL and its parameters, which are the client's alone.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct JobView {
+    pub id: Uuid,
+    pub reference: String,
+    /// None when a cancel was all that ever came for this job.
+    pub workflow: Option<String>,
+    pub state: JobState,
+    #[serde(serialize_with = "priority")]
+    pub priority: Option<Priority>,
+    pub task_id: Option<String>,
+    pub registered_at: Option<Timestamp>,
+    pub submitted_at: Option<Timestamp>,
+    /// When a worker first started it.
+    pub running_at: Option<Timestamp>,
+    pub finished_at: Option<Timestamp>,
+    /// How long it may run; None when nothing limits it.
+    pub timeout_ms: Option<i64>,
+    pub starts: i64,
+    pub progress: Option<ProgressView>,
+    /// Size of the output ESDL and the logs together.
+    pub result_bytes: Option<i64>,
+    /// The jobs of its workflow that will be taken before it, and itself.
+    pub position: Option<i64>,
+    pub estimate: Option<Estimate>,
+}
+
+fn priority<S: serde::Serializer>(
+    priority: &Option<Priority>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    priority.map(Priority::name).serialize(serializer)
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ProgressView {
+    /// From 0.0 to 1.0.
+    pub fraction: f64,
+    pub message: String,
+    pub at: Timestamp,
+}
+
+/// What is to be expected of a job that has not ended.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Until it starts; None when it has, or when its workflow has no worker.
+    pub wait: Option<Span>,
+    /// From its start to its end, or what is left of that; None when it has been running for longer
+    /// than all before it.
+    pub run: Option<Span>,
+}
+
+impl JobView {
+    /// How long it waited for a worker, so far or until it was taken.
+    pub fn waited(&self, now: Timestamp) -> Option<SignedDuration> {
+        let until = self.running_at.or(self.finished_at).unwrap_or(now);
+        Some(until.duration_since(self.submitted_at?))
+    }
+
+    /// How long it ran, so far or until it ended.
+    pub fn ran(&self, now: Timestamp) -> Option<SignedDuration> {
+        let until = self.finished_at.unwrap_or(now);
+        Some(until.duration_since(self.running_at?))
+    }
+}
+
+/// Some of the jobs that a filter lets through.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Page {
+    pub jobs: Vec<JobView>,
+    /// How many there are in all, but counted no further than [`MAX_COUNT`].
+    pub total: i64,
+}
+
+/// Where counting ends.
+pub const MAX_COUNT: i64 = 100_000;
+
+/// A queue as RabbitMQ sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Queue {
+    /// The variables' prefix of the connection that it is looked at on.
+    pub connection: &'static str,
+    pub name: String,
+    /// None when there is no such queue.
+    pub depth: Option<Depth>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Depth {
+    /// Waiting for a consumer.
+    pub messages: u32,
+    pub consumers: u32,
+}
+
+/// All queues at one time.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Queues {
+    pub at: Timestamp,
+    pub queues: Vec<Queue>,
+    /// Since when jobs have been waiting for a workflow that has no worker.
+    pub without_worker: BTreeMap<String, Timestamp>,
+}
+
+impl Queues {
+    /// Of the workers of a workflow.
+    pub fn of_workflow(&self, workflow: &str) -> Option<Depth> {
+        let mut queues = self.queues.iter();
+        let queue = queues.find(|queue| queue.connection == "CELERY" && queue.name == workflow)?;
+        queue.depth
+    }
+
+    pub fn dead_letters(&self) -> u32 {
+        let letters = self
+            .queues
+            .iter()
+            .filter(|queue| queue.name == crate::wire::DEAD_LETTERS_QUEUE);
+        letters
+            .filter_map(|queue| queue.depth)
+            .map(|depth| depth.messages)
+            .sum()
+    }
+}
+
+/// What the database says of a workflow.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct WorkflowRows {
+    /// Jobs by status.
+    pub registered: i64,
+    pub submitted: i64,
+    pub running: i64,
+    pub oldest_waiting: Option<Timestamp>,
+    /// How long those have been running that are.
+    pub elapsed: Vec<Duration>,
+    pub runs: Option<Runs>,
+}
+
+/// A workflow with its jobs and its workers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WorkflowView {
+    pub name: String,
+    /// Whether the definitions have it.
+    pub defined: bool,
+    pub waiting: i64,
+    pub running: i64,
+    pub oldest_waiting: Option<Timestamp>,
+    /// Consumers of its task queue; None when that is not known.
+    pub workers: Option<u32>,
+    /// Since when jobs have been waiting without a worker.
+    pub without_worker_since: Option<Timestamp>,
+    /// From start to end, as of its last runs.
+    pub run: Option<Span>,
+}
+
+/// The whole deployment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Overview {
+    pub rows: BTreeMap<String, WorkflowRows>,
+    /// Names that the definitions have.
+    pub defined: Vec<String>,
+    /// None before RabbitMQ has been looked at.
+    pub queues: Option<Queues>,
+    /// When what one replica does for all of them was last begun.
+    pub maintenance: Vec<(String, Timestamp)>,
+    /// Connections to Postgres, of which so many are idle.
+    pub connections: u32,
+    pub idle_connections: u32,
+}
+
+impl Overview {
+    pub fn workflows(&self) -> Vec<WorkflowView> {
+        let defined = self.defined.iter().cloned();
+        let names: std::collections::BTreeSet<_> =
+            self.rows.keys().cloned().chain(defined).collect();
+        let none = WorkflowRows::default();
+        let view = |name: String| {
+            let rows = self.rows.get(&name).unwrap_or(&none);
+            let queues = self.queues.as_ref();
+            WorkflowView {
+                defined: self.defined.contains(&name),
+                waiting: rows.registered + rows.submitted,
+                running: rows.running,
+                oldest_waiting: rows.oldest_waiting,
+                workers: queues
+                    .map(|queues| queues.of_workflow(&name).map_or(0, |depth| depth.consumers)),
+                without_worker_since: queues
+                    .and_then(|queues| queues.without_worker.get(&name).copied()),
+                run: rows.runs.as_ref().map(Runs::span),
+                name,
+            }
+        };
+        names.into_iter().map(view).collect()
+    }
+
+    /// Since when the job has been waiting that has been waiting longest.
+    pub fn oldest_waiting(&self) -> Option<Timestamp> {
+        self.rows
+            .values()
+            .filter_map(|rows| rows.oldest_waiting)
+            .min()
+    }
+
+    /// Adds to each of these jobs what is to be expected of it.
+    pub fn estimate(&self, jobs: &mut [JobView], now: Timestamp) {
+        let mut waits: BTreeMap<&str, Option<Vec<Span>>> = BTreeMap::new();
+        let last = |workflow: &str| {
+            let positions = jobs
+                .iter()
+                .filter(|job| job.workflow.as_deref() == Some(workflow));
+            positions.filter_map(|job| job.position).max().unwrap_or(0)
+        };
+        for (workflow, rows) in &self.rows {
+            let Some(runs) = &rows.runs else { continue };
+            let workers = self
+                .queues
+                .as_ref()
+                .and_then(|queues| queues.of_workflow(workflow));
+            let workers = workers.map_or(0, |depth| depth.consumers as usize);
+            let last = usize::try_from(last(workflow)).unwrap_or(0);
+            waits.insert(workflow, runs.waits(workers, &rows.elapsed, last));
+        }
+        for job in jobs {
+            let Some((rows, waits)) = job
+                .workflow
+                .as_deref()
+                .and_then(|workflow| Some((self.rows.get(workflow)?, waits.get(workflow)?)))
+            else {
+                continue;
+            };
+            let Some(runs) = &rows.runs else { continue };
+            job.estimate = match job.state {
+                JobState::Live(JobStatus::Running) => {
+                    let elapsed = job.ran(now).unwrap_or_default();
+                    let elapsed = Duration::try_from(elapsed).unwrap_or_default();
+                    Some(Estimate {
+                        wait: None,
+                        run: runs.remaining(elapsed),
+                    })
+                }
+                JobState::Live(JobStatus::Submitted | JobStatus::Registered) => Some(Estimate {
+                    wait: job.position.and_then(|position| {
+                        let before = usize::try_from(position - 1).ok()?;
+                        waits.as_ref()?.get(before).copied()
+                    }),
+                    run: Some(runs.span()),
+                }),
+                JobState::Ended(_) => None,
+            };
+        }
+    }
+}
+
+/// A length of time as people say it: `5 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`.
+pub fn spoken(time: SignedDuration) -> String {
+    let seconds = time.as_secs().max(0);
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, 1..10) => two(minutes, "min", seconds % 60, "s"),
+        (0, 0, _) => format!("{minutes} min"),
+        (0, _, _) => two(hours, "h", minutes % 60, "min"),
+        (_, _, _) => two(days, "d", hours % 24, "h"),
+    }
+}
+
+fn two(large: i64, large_unit: &str, small: i64, small_unit: &str) -> String {
+    match small {
+        0 => format!("{large} {large_unit}"),
+        _ => format!("{large} {large_unit} {small} {small_unit}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case(-3, "0 s")]
+    #[case(59, "59 s")]
+    #[case(60, "1 min")]
+    #[case(200, "3 min 20 s")]
+    #[case(600, "10 min")]
+    #[case(7259, "2 h")]
+    #[case(7500, "2 h 5 min")]
+    #[case(90_000, "1 d 1 h")]
+    fn times_are_spoken(#[case] seconds: i64, #[case] expected: &str) {
+        assert_eq!(spoken(SignedDuration::from_secs(seconds)), expected);
+    }
+
+    #[rstest]
+    #[case::nothing("", Filter::default())]
+    #[case::empty_fields("text=&state=&workflow=", Filter::default())]
+    #[case::all(
+        "text=a+b%25&state=running&workflow=simulator&limit=7&offset=14",
+        Filter {
+            text: Some("a b%".to_owned()),
+            state: Some(JobState::Live(JobStatus::Running)),
+            workflow: Some("simulator".to_owned()),
+            limit: 7,
+            offset: 14,
+            ..Filter::default()
+        }
+    )]
+    #[case::an_outcome_is_of_finished_jobs(
+        "state=SUCCEEDED",
+        Filter {
+            finished: true,
+            state: Some(JobState::Ended(Outcome::Succeeded)),
+            ..Filter::default()
+        }
+    )]
+    fn a_query_is_a_filter_and_back(#[case] query: &str, #[case] expected: Filter) {
+        let filter = Filter::parse(query).unwrap();
+        assert_eq!(filter, expected);
+        assert_eq!(
+            Filter::parse(&filter.query(filter.offset)).unwrap(),
+            expected
+        );
+    }
+
+    #[rstest]
+    #[case("state=done", "state=done: expected one of REGISTERED")]
+    #[case("limit=0", "limit=0: expected a number from 1 to 1000")]
+    #[case("offset=-1", "offset=-1: expected a whole number")]
+    #[case("finished=yes", "finished=yes: expected true or false")]
+    #[case("order=up", "order is not known here")]
+    fn a_faulty_query_is_told(#[case] query: &str, #[case] error: &str) {
+        let found = Filter::parse(query).unwrap_err();
+        assert!(found.starts_with(error), "{found}");
+    }
+
+    fn waiting(position: i64) -> JobView {
+        JobView {
+            id: Uuid::nil(),
+            reference: String::new(),
+            workflow: Some("simulator".to_owned()),
+            state: JobState::Live(JobStatus::Submitted),
+            priority: None,
+            task_id: None,
+            registered_at: None,
+            submitted_at: None,
+            running_at: None,
+            finished_at: None,
+            timeout_ms: None,
+            starts: 0,
+            progress: None,
+            result_bytes: None,
+            position: Some(position),
+            estimate: None,
+        }
+    }
+
+    #[test]
+    fn jobs_are_estimated_by_their_place_and_what_runs() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let run = Duration::from_secs(100);
+        let rows = WorkflowRows {
+            elapsed: vec![Duration::from_secs(40)],
+            runs: Runs::new(vec![run; 5]),
+            ..WorkflowRows::default()
+        };
+        let mut overview = Overview {
+            rows: BTreeMap::from([("simulator".to_owned(), rows)]),
+            ..Overview::default()
+        };
+        let running = JobView {
+            state: JobState::Live(JobStatus::Running),
+            running_at: Some(at(0)),
+            position: None,
+            ..waiting(0)
+        };
+        let mut jobs = [running, waiting(1), waiting(3)];
+        let span = |seconds| {
+            let time = Duration::from_secs(seconds);
+            Some(Span {
+                median: time,
+                p90: time,
+            })
+        };
+        // Nobody knows of workers.
+        overview.estimate(&mut jobs, at(40));
+        assert_eq!(jobs[0].estimate.unwrap().run, span(60));
+        assert_eq!(jobs[1].estimate.unwrap().wait, None);
+        overview.queues = Some(Queues {
+            at: at(0),
+            queues: vec![Queue {
+                connection: "CELERY",
+                name: "simulator".to_owned(),
+                depth: Some(Depth {
+                    messages: 3,
+                    consumers: 1,
+                }),
+            }],
+            without_worker: BTreeMap::new(),
+        });
+        overview.estimate(&mut jobs, at(40));
+        let waits: Vec<_> = jobs.iter().map(|job| job.estimate.unwrap().wait).collect();
+        assert_eq!(waits, [None, span(60), span(260)]);
+    }
+}

@@ -1,0 +1,419 @@
+//! The status page: what [`crate::overview`] has, as HTML. It changes nothing, and shows neither
+//! ESDLs nor parameters.
+
+use jiff::{SignedDuration, Timestamp};
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use crate::estimate::Span;
+use crate::health::PartView;
+use crate::job::{JobStatus, Outcome, Priority};
+use crate::overview::{
+    Estimate, Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, WorkflowView, spoken,
+};
+use crate::store::views::Story;
+
+const STYLE: &str = include_str!("page/style.css");
+const SCRIPT: &str = include_str!("page/script.js");
+
+/// What is on every page.
+pub struct Frame<'a> {
+    /// Allows this page's script, and no other; fresh for each page.
+    pub nonce: &'a str,
+    pub now: Timestamp,
+    /// Which of the replicas answers.
+    pub host: &'a str,
+    pub parts: &'a [PartView],
+}
+
+/// All jobs and everything around them.
+pub fn overview(frame: &Frame<'_>, overview: &Overview, filter: &Filter, page: &Page) -> String {
+    let now = frame.now;
+    let workflows = overview.workflows();
+    let names: Vec<_> = workflows
+        .iter()
+        .map(|workflow| workflow.name.as_str())
+        .collect();
+    let busy = workflows.iter().filter(|workflow| {
+        workflow.waiting + workflow.running > 0 || workflow.workers.is_some_and(|count| count > 0)
+    });
+    let shown: Vec<_> = busy.collect();
+    let queues = overview.queues.as_ref();
+    let dead_letters = queues.map_or(0, Queues::dead_letters);
+    document(
+        frame,
+        "OMOTES jobs",
+        html! {
+            @for workflow in &workflows {
+                @if let Some(since) = workflow.without_worker_since {
+                    p.alarm.warn {
+                        b { (workflow.name) } " has no worker, and " (workflow.waiting)
+                        @if workflow.waiting == 1 { " job waits" } @else { " jobs wait" }
+                        " since " (ago(since, now)) "."
+                    }
+                }
+            }
+            @if dead_letters > 0 {
+                p.alarm.warn {
+                    (dead_letters) @if dead_letters == 1 { " message" } @else { " messages" }
+                    " could not be handled: see " code { "omotes-orchestrator dead-letters list" } "."
+                }
+            }
+            (workflow_table(&shown, workflows.len() - shown.len(), now))
+            (filters(filter, &names))
+            nav {
+                (tab("Not finished", !filter.finished, "/"))
+                (tab("Finished", filter.finished, "/?finished=true"))
+            }
+            @if filter.finished { (finished_table(&page.jobs, now)) } @else { (live_table(&page.jobs, now)) }
+            (paging(filter, page))
+            @if let Some(queues) = queues { (queue_table(queues, now)) }
+        },
+    )
+}
+
+/// The page of a database that does not answer.
+pub fn without_database(frame: &Frame<'_>) -> String {
+    document(
+        frame,
+        "OMOTES jobs",
+        html! {
+            p.alarm { "Postgres does not answer, so no jobs can be shown. Messages wait in RabbitMQ meanwhile." }
+        },
+    )
+}
+
+/// One job's whole story.
+pub fn job(frame: &Frame<'_>, story: &Story) -> String {
+    let (job, now) = (&story.job, frame.now);
+    let when = |time: Option<Timestamp>| {
+        html! {
+            @match time {
+                Some(time) => { (exactly(time)) " " span.dim { "(" (ago(time, now)) " ago)" } }
+                None => span.dim { "–" }
+            }
+        }
+    };
+    document(
+        frame,
+        &format!("Job {}", job.id),
+        html! {
+            nav { a href="/" { "← all jobs" } }
+            h2 { "Job " code { (job.id) } }
+            div.card { dl {
+                dt { "Reference" } dd { (or_dash(&job.reference)) }
+                dt { "Workflow" } dd { (job.workflow.as_deref().map_or(or_dash(""), or_dash)) }
+                dt { "State" } dd { (state(job.state)) }
+                @if let Some(priority) = job.priority { dt { "Priority" } dd { (priority_text(priority)) } }
+                @if let Some(position) = job.position { dt { "Place in its queue" } dd { (position) } }
+                dt { "Registered" } dd { (when(job.registered_at)) }
+                dt { "Submitted" } dd { (when(job.submitted_at)) }
+                dt { "First started" } dd { (when(job.running_at)) }
+                dt { "Finished" } dd { (when(job.finished_at)) }
+                @if let Some(waited) = job.waited(now) { dt { "Waited" } dd { (spoken(waited)) } }
+                @if let Some(ran) = job.ran(now) { dt { "Ran" } dd { (spoken(ran)) (timeout(job)) } }
+                @if let Some(progress) = &job.progress {
+                    dt { "Progress" }
+                    dd { (bar(progress.fraction)) div.message { (progress.message) } div.dim { (ago(progress.at, now)) " ago" } }
+                }
+                @if let Some(estimate) = &job.estimate { dt { "Estimate" } dd { (expectation(job, estimate)) } }
+                dt { "Starts" } dd {
+                    (job.starts)
+                    @for started_at in &story.started_at { div.dim { (exactly(*started_at)) } }
+                }
+                @if let Some(bytes) = job.result_bytes { dt { "Size of the result" } dd { (bytes) " bytes" } }
+                dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (id) }, None => span.dim { "–" } } }
+            } }
+        },
+    )
+}
+
+fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                link rel="icon" href="data:,";
+                title { (title) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                p.alarm #stale hidden { "The orchestrator does not answer. What is shown is not up to date." }
+                main {
+                    header {
+                        h1 { a href="/" { "OMOTES jobs" } }
+                        ul.parts {
+                            @for part in frame.parts {
+                                li class={ "part" @if part.why.is_some() { " bad" } } { (part.name) }
+                            }
+                        }
+                    }
+                    @for part in frame.parts {
+                        @if let Some(why) = &part.why {
+                            p.alarm { b { (part.name) } " since " (ago(part.since, frame.now)) ": " (why) }
+                        }
+                    }
+                    (content)
+                    footer { (exactly(frame.now)) ", " (frame.host) ", version " (env!("CARGO_PKG_VERSION")) }
+                }
+                script nonce=(frame.nonce) { (PreEscaped(SCRIPT)) }
+            }
+        }
+    };
+    page.into_string()
+}
+
+fn workflow_table(workflows: &[&WorkflowView], hidden: usize, now: Timestamp) -> Markup {
+    html! {
+        h2 { "Workflows" }
+        div.card { table {
+            thead { tr {
+                th { "Workflow" } th.number { "Waiting" } th.number { "Running" } th.number { "Workers" }
+                th { "Oldest waits" } th { "Takes (estimate)" }
+            } }
+            tbody {
+                @for workflow in workflows {
+                    tr id={ "workflow-" (workflow.name) } {
+                        td { a href={ "/?" (of_workflow(&workflow.name)) } { (workflow.name) }
+                            @if !workflow.defined { " " span.warn { "not defined" } } }
+                        td.number { (workflow.waiting) }
+                        td.number { (workflow.running) }
+                        td.number class=[workflow.without_worker_since.map(|_| "bad")] {
+                            @match workflow.workers { Some(workers) => (workers), None => "?" } }
+                        td.nowrap { @if let Some(since) = workflow.oldest_waiting { (ago(since, now)) } }
+                        td.nowrap.dim { @if let Some(run) = workflow.run { (span_text(run)) } }
+                    }
+                }
+                @if workflows.is_empty() { tr { td.dim colspan="6" { "No jobs and no workers." } } }
+            }
+        } }
+        @if hidden > 0 { p.dim { (hidden) " more without jobs or workers." } }
+    }
+}
+
+fn of_workflow(name: &str) -> String {
+    let filter = Filter {
+        workflow: Some(name.to_owned()),
+        ..Filter::default()
+    };
+    filter.query(0)
+}
+
+fn filters(filter: &Filter, workflows: &[&str]) -> Markup {
+    let states =
+        JobState::all().filter(|state| matches!(state, JobState::Ended(_)) == filter.finished);
+    html! {
+        form action="/" data-keep="" {
+            @if filter.finished { input type="hidden" name="finished" value="true"; }
+            input type="search" name="text" placeholder="id, reference or message" aria-label="text"
+                value=(filter.text.as_deref().unwrap_or_default());
+            select name="state" aria-label="state" {
+                option value="" { "any state" }
+                @for state in states {
+                    option value=(state.name()) selected[filter.state == Some(state)] { (state_text(state)) }
+                }
+            }
+            select name="workflow" aria-label="workflow" {
+                option value="" { "any workflow" }
+                @for name in workflows {
+                    option value=(name) selected[filter.workflow.as_deref() == Some(name)] { (name) }
+                }
+            }
+            button { "Filter" }
+        }
+    }
+}
+
+fn tab(title: &str, current: bool, target: &str) -> Markup {
+    html! { @if current { b { (title) } } @else { a href=(target) { (title) } } }
+}
+
+fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
+    html! {
+        div.card { table.jobs {
+            thead { tr {
+                th { "Job" } th { "Workflow" } th { "State" } th { "Progress" } th { "Since" }
+                th.number { "Starts" } th { "Estimate" }
+            } }
+            tbody {
+                @for job in jobs { tr id={ "job-" (job.id) } {
+                    td data-label="Job" { (name(job)) }
+                    td data-label="Workflow" { (job.workflow.as_deref().unwrap_or("–")) }
+                    td.nowrap data-label="State" {
+                        span { (state(job.state))
+                            @if let Some(position) = job.position { span.dim { " no. " (position) } }
+                            @if let Some(priority @ (Priority::High | Priority::Low)) = job.priority {
+                                span.dim { ", " (priority_text(priority)) } } }
+                    }
+                    td data-label="Progress" { span {
+                        @if let Some(progress) = &job.progress {
+                            (bar(progress.fraction)) div.message.dim { (progress.message) }
+                        } } }
+                    td.nowrap data-label="Since" { span {
+                        @match (job.ran(now), job.waited(now)) {
+                            (Some(ran), _) => { (spoken(ran)) (timeout(job)) }
+                            (None, Some(waited)) => (spoken(waited)),
+                            (None, None) => "–",
+                        } } }
+                    td.number data-label="Starts" { (job.starts) }
+                    td.dim data-label="Estimate" { span { @if let Some(estimate) = &job.estimate { (expectation(job, estimate)) } } }
+                } }
+                @if jobs.is_empty() { tr { td.dim colspan="7" { "No such jobs." } } }
+            }
+        } }
+    }
+}
+
+fn finished_table(jobs: &[JobView], now: Timestamp) -> Markup {
+    html! {
+        div.card { table.jobs {
+            thead { tr {
+                th { "Job" } th { "Workflow" } th { "Outcome" } th { "Finished" } th { "Waited" } th { "Ran" }
+                th.number { "Starts" }
+            } }
+            tbody {
+                @for job in jobs { tr id={ "job-" (job.id) } {
+                    td data-label="Job" { (name(job)) }
+                    td data-label="Workflow" { (job.workflow.as_deref().unwrap_or("–")) }
+                    td data-label="Outcome" { (state(job.state)) }
+                    td.nowrap data-label="Finished" { @if let Some(at) = job.finished_at { span { (ago(at, now)) " ago" } } }
+                    td.nowrap data-label="Waited" { @if let Some(time) = job.waited(now) { (spoken(time)) } }
+                    td.nowrap data-label="Ran" { @if let Some(time) = job.ran(now) { (spoken(time)) } }
+                    td.number data-label="Starts" { (job.starts) }
+                } }
+                @if jobs.is_empty() { tr { td.dim colspan="7" { "No such jobs." } } }
+            }
+        } }
+    }
+}
+
+fn paging(filter: &Filter, page: &Page) -> Markup {
+    let (first, limit) = (i64::from(filter.offset), i64::from(filter.limit));
+    let last = first + i64::try_from(page.jobs.len()).unwrap_or(0);
+    html! {
+        nav {
+            @if filter.offset > 0 {
+                a href={ "/?" (filter.query(filter.offset.saturating_sub(filter.limit.into()))) } { "← previous" }
+            }
+            @if !page.jobs.is_empty() {
+                span.dim { (first + 1) "–" (last) " of " (page.total) @if page.total == MAX_COUNT { " or more" } }
+            }
+            @if first + limit < page.total {
+                a href={ "/?" (filter.query(filter.offset + u32::from(filter.limit))) } { "next →" }
+            }
+        }
+    }
+}
+
+fn queue_table(queues: &Queues, now: Timestamp) -> Markup {
+    html! {
+        h2 { "Queues " span.dim { (ago(queues.at, now)) " ago" } }
+        div.card { table {
+            thead { tr { th { "Connection" } th { "Queue" } th.number { "Messages" } th.number { "Consumers" } } }
+            tbody {
+                @for queue in &queues.queues { @if let Some(depth) = queue.depth {
+                    tr id={ "queue-" (queue.connection) "-" (queue.name) } {
+                        td.dim { (queue.connection) } td { (queue.name) }
+                        td.number { (depth.messages) } td.number { (depth.consumers) }
+                    }
+                } }
+            }
+        } }
+    }
+}
+
+fn name(job: &JobView) -> Markup {
+    let id = job.id.to_string();
+    html! { a href={ "/jobs/" (id) } title=(id) {
+    @if job.reference.is_empty() { code { (id[..8]) } } @else { (job.reference) } } }
+}
+
+fn state(state: JobState) -> Markup {
+    let class = match state {
+        JobState::Live(_) => "",
+        JobState::Ended(Outcome::Succeeded) => "good",
+        JobState::Ended(Outcome::Cancelled) => "dim",
+        JobState::Ended(
+            Outcome::Failed
+            | Outcome::CrashLoop
+            | Outcome::Rejected
+            | Outcome::TimedOut
+            | Outcome::Expired
+            | Outcome::Lost,
+        ) => "bad",
+    };
+    html! { span class=(class) { (state_text(state)) } }
+}
+
+fn state_text(state: JobState) -> &'static str {
+    match state {
+        JobState::Live(JobStatus::Registered) => "registered",
+        JobState::Live(JobStatus::Submitted) => "waiting",
+        JobState::Live(JobStatus::Running) => "running",
+        JobState::Ended(Outcome::Succeeded) => "succeeded",
+        JobState::Ended(Outcome::Failed) => "failed",
+        JobState::Ended(Outcome::Cancelled) => "cancelled",
+        JobState::Ended(Outcome::CrashLoop) => "crashed too often",
+        JobState::Ended(Outcome::Rejected) => "refused",
+        JobState::Ended(Outcome::TimedOut) => "timed out",
+        JobState::Ended(Outcome::Expired) => "expired",
+        JobState::Ended(Outcome::Lost) => "lost",
+    }
+}
+
+fn priority_text(priority: Priority) -> &'static str {
+    match priority {
+        Priority::Low => "low priority",
+        Priority::Medium => "medium",
+        Priority::High => "high priority",
+    }
+}
+
+fn bar(fraction: f64) -> Markup {
+    html! { div.nowrap { progress max="1" value=(fraction.clamp(0.0, 1.0)) {} " " (format!("{:.0}", fraction * 100.0)) " %" } }
+}
+
+fn timeout(job: &JobView) -> Markup {
+    let limit = job.timeout_ms.filter(|timeout| *timeout > 0);
+    html! { @if let Some(limit) = limit { span.dim { " of " (spoken(SignedDuration::from_millis(limit))) } } }
+}
+
+fn expectation(job: &JobView, estimate: &Estimate) -> Markup {
+    html! {
+        @match job.state {
+            JobState::Live(JobStatus::Running) => {
+                @match estimate.run {
+                    Some(left) => { "ends in about " (span_text(left)) }
+                    None => "runs longer than those before it",
+                }
+            }
+            JobState::Live(_) | JobState::Ended(_) => {
+                @if let Some(wait) = estimate.wait { "starts in about " (span_text(wait)) ", " }
+                @if let Some(run) = estimate.run { "runs for about " (span_text(run)) }
+            }
+        }
+    }
+}
+
+/// A time that half stay below, and one that nearly all do.
+fn span_text(span: Span) -> String {
+    let text = |time| spoken(SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX));
+    let (median, p90) = (text(span.median), text(span.p90));
+    match median == p90 {
+        true => median,
+        false => format!("{median} (9 of 10 within {p90})"),
+    }
+}
+
+fn ago(time: Timestamp, now: Timestamp) -> String {
+    spoken(now.duration_since(time))
+}
+
+fn exactly(time: Timestamp) -> String {
+    format!("{time:.0}")
+}
+
+fn or_dash(text: &str) -> Markup {
+    html! { @if text.is_empty() { span.dim { "–" } } @else { (text) } }
+}

@@ -1,0 +1,215 @@
+//! Looks at RabbitMQ's queues from time to time: how many messages wait, and whether somebody takes
+//! them. On connections of its own, apart from the session's, which it never disturbs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::sync::PoisonError;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use jiff::{SignedDuration, Timestamp};
+use log::{debug, info, warn};
+
+use crate::broker::{DEADLINE, Link};
+use crate::config::{Config, RabbitMq};
+use crate::overview::{Queue, Queues};
+use crate::session::Service;
+use crate::wire;
+
+const PERIOD: Duration = Duration::from_secs(5);
+/// Workers may be on their way back, after a restart of RabbitMQ or their own.
+const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
+
+/// Looks every few seconds, until `stop` is disconnected.
+pub fn run(service: &Service, stop: &Receiver<Infallible>) {
+    let mut watch: Option<Watch> = None;
+    let mut lonely = Lonely::default();
+    loop {
+        let looked = match watch.take() {
+            Some(watch) => Ok(watch),
+            None => Watch::open(&service.config),
+        }
+        .and_then(|watch| {
+            let queues = watch.look(&service.config, &service.catalogue.get().names())?;
+            Ok((watch, queues))
+        });
+        let queues = match looked {
+            Ok((open, queues)) => {
+                watch = Some(open);
+                let now = Timestamp::now();
+                let without_worker = lonely.look(&queues, now);
+                Some(Queues {
+                    at: now,
+                    queues,
+                    without_worker,
+                })
+            }
+            // The session with RabbitMQ tells of the same trouble.
+            Err(error) => {
+                debug!("the queues cannot be looked at: {error:#}");
+                None
+            }
+        };
+        *service
+            .queues
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = queues;
+        match stop.recv_timeout(PERIOD) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+            Ok(never) => match never {},
+        }
+    }
+}
+
+/// The connections to look on: one for each vhost.
+pub struct Watch {
+    links: Vec<(RabbitMq, Link)>,
+}
+
+impl Watch {
+    /// # Errors
+    /// As [`Link::open`].
+    pub fn open(config: &Config) -> anyhow::Result<Watch> {
+        let mut links: Vec<(RabbitMq, Link)> = Vec::new();
+        for one in [
+            &config.sdk_rabbitmq,
+            &config.task_rabbitmq,
+            &config.celery_rabbitmq,
+        ] {
+            if !links.iter().any(|(known, _)| known == one) {
+                links.push((one.clone(), Link::open(one, "looking at queues")?));
+            }
+        }
+        Ok(Watch { links })
+    }
+
+    /// All queues that matter here: the service's own, and those of these workflows' tasks.
+    ///
+    /// # Errors
+    /// A connection is lost, or RabbitMQ takes too long.
+    pub fn look(&self, config: &Config, workflows: &[String]) -> anyhow::Result<Vec<Queue>> {
+        let (done, is_done) = bounded::<Infallible>(0);
+        thread::scope(|scope| {
+            thread::Builder::new()
+                .name("deadline".to_owned())
+                .spawn_scoped(scope, move || {
+                    if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(DEADLINE) {
+                        self.links.iter().for_each(|(_, link)| link.kill());
+                    }
+                })?;
+            let queues = self.look_at_all(config, workflows);
+            drop(done);
+            queues
+        })
+    }
+
+    fn look_at_all(&self, config: &Config, workflows: &[String]) -> anyhow::Result<Vec<Queue>> {
+        let letters = wire::DEAD_LETTERS_QUEUE;
+        let sdk = [wire::SUBMISSIONS_QUEUE, wire::CANCELS_QUEUE, letters];
+        let task = [
+            config.task_result_queue.as_str(),
+            &config.task_progress_queue,
+            letters,
+        ];
+        let task = match config.task_rabbitmq == config.sdk_rabbitmq {
+            true => &task[..2],
+            false => &task[..],
+        };
+        let celery: Vec<&str> = workflows.iter().map(String::as_str).collect();
+        let mut queues = Vec::new();
+        for (connection, rabbitmq, names) in [
+            ("SDK", &config.sdk_rabbitmq, &sdk[..]),
+            ("TASK", &config.task_rabbitmq, task),
+            ("CELERY", &config.celery_rabbitmq, &celery),
+        ] {
+            let mut links = self.links.iter();
+            let Some((_, link)) = links.find(|(known, _)| known == rabbitmq) else {
+                continue;
+            };
+            let depths = link.depths(names)?;
+            queues.extend(names.iter().zip(depths).map(|(name, depth)| Queue {
+                connection,
+                name: (*name).to_owned(),
+                depth,
+            }));
+        }
+        Ok(queues)
+    }
+}
+
+/// Workflows whose jobs wait although they have no worker.
+#[derive(Default)]
+struct Lonely {
+    since: BTreeMap<String, Timestamp>,
+    /// Those that the log knows of.
+    told: BTreeSet<String>,
+}
+
+impl Lonely {
+    /// Those that have been so for a while. Each outage is told once.
+    fn look(&mut self, queues: &[Queue], now: Timestamp) -> BTreeMap<String, Timestamp> {
+        let tasks = queues.iter().filter(|queue| queue.connection == "CELERY");
+        let lonely: BTreeSet<&str> = tasks
+            .filter(|queue| {
+                let depth = queue.depth;
+                depth.is_some_and(|depth| depth.consumers == 0 && depth.messages > 0)
+            })
+            .map(|queue| queue.name.as_str())
+            .collect();
+        self.since.retain(|name, _| lonely.contains(name.as_str()));
+        for name in lonely {
+            self.since.entry(name.to_owned()).or_insert(now);
+        }
+        let mut long = self.since.clone();
+        long.retain(|_, since| now.duration_since(*since) >= PATIENCE);
+        for name in long.keys().filter(|name| !self.told.contains(*name)) {
+            warn!("workflow {name}: jobs wait, and there is no worker");
+        }
+        for name in self.told.iter().filter(|name| !long.contains_key(*name)) {
+            info!("workflow {name}: no job waits without a worker any more");
+        }
+        self.told = long.keys().cloned().collect();
+        long
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::overview::Depth;
+
+    #[test]
+    fn an_outage_counts_when_it_lasts() {
+        let queues = |messages, consumers| {
+            [Queue {
+                connection: "CELERY",
+                name: "simulator".to_owned(),
+                depth: Some(Depth {
+                    messages,
+                    consumers,
+                }),
+            }]
+        };
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let mut lonely = Lonely::default();
+        for (second, messages, consumers, since) in [
+            (0, 0, 0, None),
+            (10, 1, 0, None),
+            (39, 2, 0, None),
+            (40, 2, 0, Some(10)),
+            (50, 2, 1, None),
+            (60, 2, 0, None),
+            (90, 2, 0, Some(60)),
+            (95, 0, 0, None),
+        ] {
+            let found = lonely.look(&queues(messages, consumers), at(second));
+            assert_eq!(
+                found.get("simulator").copied(),
+                since.map(at),
+                "after {second} s"
+            );
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! What operators want to see. Nothing here is on a message's way.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use postgres::Row;
+use uuid::Uuid;
+
+use super::{Connection, StoreError, named};
+use crate::estimate::{self, Runs};
+use crate::job::{JobStatus, Outcome, Priority};
+use crate::overview::{Filter, JobState, JobView, MAX_COUNT, Page, ProgressView, WorkflowRows};
+
+/// Jobs that have not ended, whose clients have perhaps not been told yet. In the order in which
+/// workers take them, those that they have taken first.
+const LIVE: &str = "
+    WITH live AS (
+        SELECT job_id, workflow_type, job_reference, status::text AS status, priority, celery_id, registered_at,
+               submitted_at, running_at, timeout_after_ms, progress, progress_message, progress_at,
+               CASE WHEN status = 'SUBMITTED' THEN
+                   row_number() OVER (
+                       PARTITION BY workflow_type, status
+                       ORDER BY CASE priority WHEN 'HIGH' THEN 0 WHEN 'LOW' THEN 2 ELSE 1 END,
+                                submitted_at, job_id)
+               END AS position
+        FROM job
+    ), wanted AS (
+        SELECT * FROM live
+        WHERE ($1::text IS NULL OR status = $1)
+          AND ($2::text IS NULL OR workflow_type = $2)
+          AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3
+               OR progress_message ILIKE $3)
+    ), page AS (
+        SELECT *, row_number() OVER (
+                   ORDER BY status = 'RUNNING' DESC, position, registered_at, job_id) AS place
+        FROM wanted ORDER BY place LIMIT $4 OFFSET $5
+    )
+    SELECT page.*, (SELECT count(*) FROM wanted) AS total,
+           (SELECT count(*) FROM job_starts WHERE job_starts.job_id = page.job_id) AS starts,
+           ended.outcome, ended.finished_at, ended.result_bytes
+    FROM page LEFT JOIN job_history AS ended USING (job_id)
+    ORDER BY place";
+
+const FINISHED: &str = "
+    WITH wanted AS (
+        SELECT * FROM job_history
+        WHERE ($1::text IS NULL OR outcome = $1)
+          AND ($2::text IS NULL OR workflow_type = $2)
+          AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3)
+    )
+    SELECT job_id, workflow_type, job_reference, NULL AS status, NULL AS priority, celery_id,
+           registered_at, submitted_at, running_at, NULL::bigint AS timeout_after_ms,
+           NULL::float8 AS progress, NULL AS progress_message, NULL::timestamptz AS progress_at,
+           NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
+           starts::bigint AS starts, outcome, finished_at, result_bytes
+    FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5";
+
+/// How a job came to where it is.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Story {
+    #[serde(flatten)]
+    pub job: JobView,
+    /// When workers began it, oldest first; not kept once it has ended.
+    pub started_at: Vec<Timestamp>,
+}
+
+impl Connection {
+    /// Some of the jobs that `filter` lets through.
+    ///
+    /// # Errors
+    /// The connection is lost, or a row is none that this program or the Python service writes.
+    pub fn jobs(&mut self, filter: &Filter) -> Result<Page, StoreError> {
+        let state = filter.state.map(JobState::name);
+        let text = filter.text.as_deref().map(like);
+        let limit = i64::from(filter.limit);
+        let offset = i64::from(filter.offset);
+        let rows = if filter.finished {
+            self.client.query(
+                FINISHED,
+                &[&state, &filter.workflow, &text, &limit, &offset, &MAX_COUNT],
+            )?
+        } else {
+            self.client
+                .query(LIVE, &[&state, &filter.workflow, &text, &limit, &offset])?
+        };
+        let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
+        Ok(Page {
+            jobs: jobs.map_err(StoreError::Transient)?,
+            total: rows.first().map_or(0, |row| row.get("total")),
+        })
+    }
+
+    /// One job, if it is known.
+    ///
+    /// # Errors
+    /// As [`Connection::jobs`].
+    pub fn story(&mut self, job_id: Uuid) -> Result<Option<Story>, StoreError> {
+        let by_id = Filter {
+            text: Some(job_id.to_string()),
+            ..Filter::default()
+        };
+        let finished = Filter {
+            finished: true,
+            ..by_id.clone()
+        };
+        let mut found = None;
+        for filter in [by_id, finished] {
+            let jobs = self.jobs(&filter)?.jobs;
+            found = found.or_else(|| jobs.into_iter().find(|job| job.id == job_id));
+        }
+        let Some(job) = found else { return Ok(None) };
+        let starts = self.client.query(
+            "SELECT started_at FROM job_starts WHERE job_id = $1 ORDER BY started_at",
+            &[&job_id],
+        )?;
+        Ok(Some(Story {
+            job,
+            started_at: starts.iter().map(|row| row.get(0)).collect(),
+        }))
+    }
+
+    /// What there is of each workflow: of those in `defined`, and of others that jobs have.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn workflows(
+        &mut self,
+        defined: &[String],
+    ) -> Result<BTreeMap<String, WorkflowRows>, StoreError> {
+        let rows = self.client.query(
+            "SELECT workflow_type,
+                    count(*) FILTER (WHERE status = 'REGISTERED') AS registered,
+                    count(*) FILTER (WHERE status = 'SUBMITTED') AS submitted,
+                    count(*) FILTER (WHERE status = 'RUNNING') AS running,
+                    min(coalesce(submitted_at, registered_at)) FILTER (WHERE status <> 'RUNNING')
+                        AS oldest_waiting,
+                    coalesce(array_agg(extract(epoch FROM now() - running_at)::float8)
+                             FILTER (WHERE status = 'RUNNING' AND running_at IS NOT NULL),
+                             '{}') AS elapsed
+             FROM job GROUP BY workflow_type",
+            &[],
+        )?;
+        let mut workflows: BTreeMap<String, WorkflowRows> = rows
+            .iter()
+            .map(|row| {
+                let counts = WorkflowRows {
+                    registered: row.get("registered"),
+                    submitted: row.get("submitted"),
+                    running: row.get("running"),
+                    oldest_waiting: row.get("oldest_waiting"),
+                    elapsed: seconds(row.get("elapsed")),
+                    runs: None,
+                };
+                (row.get("workflow_type"), counts)
+            })
+            .collect();
+        for name in defined {
+            workflows.entry(name.clone()).or_default();
+        }
+        let names: Vec<_> = workflows.keys().cloned().collect();
+        let rows = self.client.query(
+            "SELECT wanted.workflow_type, array_agg(runs.seconds) AS seconds
+             FROM unnest($1::varchar[]) AS wanted (workflow_type)
+             JOIN LATERAL (
+                 SELECT extract(epoch FROM finished_at - running_at)::float8 AS seconds
+                 FROM job_history AS ended
+                 WHERE ended.workflow_type = wanted.workflow_type AND outcome = 'SUCCEEDED'
+                   AND running_at IS NOT NULL
+                 ORDER BY finished_at DESC LIMIT $2
+             ) AS runs ON true
+             GROUP BY wanted.workflow_type",
+            &[&names, &estimate::MAX_RUNS],
+        )?;
+        for row in &rows {
+            let name: String = row.get("workflow_type");
+            workflows.entry(name).or_default().runs = Runs::new(seconds(row.get("seconds")));
+        }
+        Ok(workflows)
+    }
+
+    /// When what one replica does for all of them was last begun, by its name.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn maintenance_runs(&mut self) -> Result<Vec<(String, Timestamp)>, StoreError> {
+        let rows = self.client.query(
+            "SELECT task, last_run FROM maintenance_run ORDER BY task",
+            &[],
+        )?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    /// Jobs that wait for a worker of this workflow and have not been told anything, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn waiting_without_notice(
+        &mut self,
+        workflow: &str,
+        limit: i64,
+    ) -> Result<Vec<Uuid>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job_id FROM job
+             WHERE workflow_type = $1 AND status = 'SUBMITTED' AND progress IS NULL
+             ORDER BY submitted_at LIMIT $2",
+            &[&workflow, &limit],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+}
+
+/// A pattern for what contains this text.
+fn like(text: &str) -> String {
+    let escaped = text
+        .replace('\\', "\\\\")
+        .replace('%', "\\%")
+        .replace('_', "\\_");
+    // Postgres takes no NUL, and no text has one.
+    format!("%{}%", escaped.replace('\0', ""))
+}
+
+fn seconds(times: Vec<f64>) -> Vec<Duration> {
+    let time = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    times.into_iter().map(time).collect()
+}
+
+fn view(row: &Row) -> anyhow::Result<JobView> {
+    let outcome: Option<&str> = row.try_get("outcome")?;
+    let state = match outcome {
+        Some(outcome) => JobState::Ended(named(Outcome::ALL, Outcome::name, outcome)?),
+        None => {
+            let status: &str = row.try_get("status")?;
+            JobState::Live(named(JobStatus::ALL, JobStatus::name, status)?)
+        }
+    };
+    let priority: Option<&str> = row.try_get("priority")?;
+    let fraction: Option<f64> = row.try_get("progress")?;
+    let progress = fraction.map(|fraction| -> anyhow::Result<_> {
+        let message: Option<String> = row.try_get("progress_message")?;
+        Ok(ProgressView {
+            fraction,
+            message: message.unwrap_or_default(),
+            at: row.try_get("progress_at")?,
+        })
+    });
+    let reference: Option<String> = row.try_get("job_reference")?;
+    Ok(JobView {
+        id: row.try_get("job_id")?,
+        reference: reference.unwrap_or_default(),
+        workflow: row.try_get("workflow_type")?,
+        state,
+        priority: priority
+            .map(|name| named(Priority::ALL, Priority::name, name))
+            .transpose()?,
+        task_id: row.try_get("celery_id")?,
+        registered_at: row.try_get("registered_at")?,
+        submitted_at: row.try_get("submitted_at")?,
+        running_at: row.try_get("running_at")?,
+        finished_at: row.try_get("finished_at")?,
+        timeout_ms: row.try_get("timeout_after_ms")?,
+        starts: row.try_get("starts")?,
+        progress: progress.transpose()?,
+        result_bytes: row.try_get("result_bytes")?,
+        position: row.try_get("position")?,
+        estimate: None,
+    })
+}

@@ -79,7 +79,9 @@ has_program() {
     rabbitmq-server) rabbitmq_program rabbitmq-server >/dev/null ;;
     postgresql) postgres_program initdb >/dev/null ;;
     influxdb) command -v influxd >/dev/null ;;
-    curl | make) command -v "$1" >/dev/null ;;
+    chromium-driver) command -v chromedriver >/dev/null ;;
+    prometheus) command -v promtool >/dev/null ;;
+    chromium | curl | make) command -v "$1" >/dev/null ;;
     python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
   esac
 }
@@ -484,7 +486,7 @@ demo() {
   target/debug/omotes-orchestrator run 2>"$log" & demo_children+=($!)
   wait_until 60 "the orchestrator is ready" target/debug/omotes-orchestrator healthcheck \
     || { tail -n 30 "$log" >&2; exit 1; }
-  say "the orchestrator is ready: http://$HTTP_BIND/health/ready"
+  say "the orchestrator is ready; its page: http://$HTTP_BIND/"
   target/debug/examples/worker --workflow workflow_1 --seconds 5 2>target/demo/worker.log & demo_children+=($!)
   say "submitting examples/district.esdl"
   # In the foreground, so that Ctrl-C reaches it and cancels the job.
@@ -553,7 +555,7 @@ run_tests() {
     --stop) stop_test_services; return ;;
     --keep) kept=yes; shift ;;
   esac
-  need rabbitmq-server postgresql influxdb curl python3-venv
+  need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver prometheus
   mkdir -p "$TESTS"
   trap '[ -n "$kept" ] || stop_test_services' EXIT
   trap 'exit 130' INT TERM

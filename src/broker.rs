@@ -38,6 +38,8 @@ pub mod intake;
 const HEARTBEAT_SECONDS: u16 = 10;
 /// How long the broker may take over anything it is asked; a blocked one takes for ever.
 pub const DEADLINE: Duration = Duration::from_secs(30);
+/// The library, as it names itself in the log.
+pub const LIBRARY: &str = "amiquip";
 /// AMQP's PRECONDITION_FAILED: a message above the size limit, a queue with other arguments.
 const PRECONDITION_FAILED: u16 = 406;
 /// AMQP's NOT_FOUND.

@@ -13,12 +13,12 @@ use std::time::Duration;
 use std::{fs, panic, thread};
 
 use anyhow::{Context, anyhow, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crossbeam_channel::unbounded;
 use jiff::{SignedDuration, Timestamp};
 use log::LevelFilter;
-use omotes_orchestrator::broker::Link;
 use omotes_orchestrator::broker::dead_letters::{self, DeadLetter, Fate};
+use omotes_orchestrator::broker::{self, Link};
 use omotes_orchestrator::cleaner;
 use omotes_orchestrator::client::{self, Order};
 use omotes_orchestrator::config::Config;
@@ -34,6 +34,8 @@ use omotes_orchestrator::{app, http, wire};
 use serde_json::{Map, Value};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
+
+mod cli;
 
 /// Exit code of a job that was cancelled; as a shell reports Ctrl-C.
 const EXIT_CANCELLED: u8 = 130;
@@ -61,6 +63,11 @@ enum Command {
     Run,
     /// Ask the running service whether it is ready; exits with 0 if it is.
     Healthcheck,
+    /// List, show, watch and cancel jobs.
+    #[command(subcommand)]
+    Jobs(cli::jobs::Command),
+    /// Show how full RabbitMQ's queues are, who takes from them, and how that changes.
+    Queues(cli::queues::Queues),
     /// Look at or change the revision of the database's tables.
     #[command(subcommand)]
     Db(Db),
@@ -78,6 +85,8 @@ enum Command {
     /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
     /// was cancelled.
     Submit(Submit),
+    /// Print the completions of a shell, to be sourced or put where it looks for them.
+    Completions { shell: clap_complete::Shell },
 }
 
 #[derive(Subcommand)]
@@ -215,6 +224,15 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Some(address) => http::check(address)?,
             None => bail!("HTTP_BIND is empty, so nobody can be asked"),
         },
+        Command::Jobs(command) => return cli::jobs::run(&config()?, command),
+        Command::Queues(queues) => return cli::queues::run(&config()?, &queues),
+        Command::Completions { shell } => {
+            let mut completions = Vec::new();
+            let mut command = Cli::command();
+            let name = command.get_name().to_owned();
+            clap_complete::generate(shell, &mut command, name, &mut completions);
+            cli::print(&String::from_utf8_lossy(&completions))?;
+        }
         Command::Db(Db::History) => {
             for revision in REVISIONS {
                 println!("{}", describe(revision));
@@ -242,7 +260,7 @@ fn start_logger(level: LevelFilter) {
         .filter_level(level.min(LevelFilter::Warn))
         .filter_module("omotes_orchestrator", level)
         // It warns of what it reports to its caller as well, such as a queue that does not exist.
-        .filter_module("amiquip", level.min(LevelFilter::Error))
+        .filter_module(broker::LIBRARY, level.min(LevelFilter::Error))
         .format(|out, record| {
             let style = out.default_level_style(record.level());
             let thread = thread::current();

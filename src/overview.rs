@@ -2,6 +2,7 @@
 //! line show it each in their way. Pure; the rows come from [`crate::store::views`].
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -129,6 +130,23 @@ impl JobState {
         JobState::all().find(|state| state.name().eq_ignore_ascii_case(name))
     }
 
+    /// As operators say it.
+    pub fn text(self) -> &'static str {
+        match self {
+            JobState::Live(JobStatus::Registered) => "registered",
+            JobState::Live(JobStatus::Submitted) => "waiting",
+            JobState::Live(JobStatus::Running) => "running",
+            JobState::Ended(Outcome::Succeeded) => "succeeded",
+            JobState::Ended(Outcome::Failed) => "failed",
+            JobState::Ended(Outcome::Cancelled) => "cancelled",
+            JobState::Ended(Outcome::CrashLoop) => "crashed too often",
+            JobState::Ended(Outcome::Rejected) => "refused",
+            JobState::Ended(Outcome::TimedOut) => "timed out",
+            JobState::Ended(Outcome::Expired) => "expired",
+            JobState::Ended(Outcome::Lost) => "lost",
+        }
+    }
+
     pub fn names() -> String {
         JobState::all()
             .map(JobState::name)
@@ -195,6 +213,15 @@ pub struct Estimate {
     pub run: Option<Span>,
 }
 
+/// How a job came to where it is.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Story {
+    #[serde(flatten)]
+    pub job: JobView,
+    /// When workers began it, oldest first; not kept once it has ended.
+    pub started_at: Vec<Timestamp>,
+}
+
 impl JobView {
     /// How long it waited for a worker, so far or until it was taken.
     pub fn waited(&self, now: Timestamp) -> Option<SignedDuration> {
@@ -206,6 +233,39 @@ impl JobView {
     pub fn ran(&self, now: Timestamp) -> Option<SignedDuration> {
         let until = self.finished_at.unwrap_or(now);
         Some(until.duration_since(self.running_at?))
+    }
+}
+
+impl JobView {
+    /// What is to be expected of it, in words.
+    pub fn expectation(&self) -> Option<String> {
+        let Estimate { wait, run } = self.estimate?;
+        match self.state {
+            JobState::Live(JobStatus::Running) => Some(match run {
+                Some(left) => format!("ends in about {left}"),
+                None => "runs longer than those before it".to_owned(),
+            }),
+            JobState::Live(JobStatus::Registered | JobStatus::Submitted) => {
+                let run = format!("runs for about {}", run?);
+                Some(match wait {
+                    Some(wait) => format!("starts in about {wait}, {run}"),
+                    None => run,
+                })
+            }
+            JobState::Ended(_) => None,
+        }
+    }
+}
+
+/// `2 min (9 of 10 within 3 min)`.
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |time| spoken(SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX));
+        let (median, p90) = (text(self.median), text(self.p90));
+        match median == p90 {
+            true => f.write_str(&median),
+            false => write!(f, "{median} (9 of 10 within {p90})"),
+        }
     }
 }
 

@@ -4,13 +4,11 @@
 use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use crate::estimate::Span;
 use crate::health::PartView;
-use crate::job::{JobStatus, Outcome, Priority};
+use crate::job::{Outcome, Priority};
 use crate::overview::{
-    Estimate, Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, WorkflowView, spoken,
+    Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, WorkflowView, spoken,
 };
-use crate::store::views::Story;
 
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
@@ -115,7 +113,7 @@ pub fn job(frame: &Frame<'_>, story: &Story) -> String {
                     dt { "Progress" }
                     dd { (bar(progress.fraction)) div.message { (progress.message) } div.dim { (ago(progress.at, now)) " ago" } }
                 }
-                @if let Some(estimate) = &job.estimate { dt { "Estimate" } dd { (expectation(job, estimate)) } }
+                @if let Some(estimate) = job.expectation() { dt { "Estimate" } dd { (estimate) } }
                 dt { "Starts" } dd {
                     (job.starts)
                     @for started_at in &story.started_at { div.dim { (exactly(*started_at)) } }
@@ -182,7 +180,7 @@ fn workflow_table(workflows: &[&WorkflowView], hidden: usize, now: Timestamp) ->
                         td.number class=[workflow.without_worker_since.map(|_| "bad")] {
                             @match workflow.workers { Some(workers) => (workers), None => "?" } }
                         td.nowrap { @if let Some(since) = workflow.oldest_waiting { (ago(since, now)) } }
-                        td.nowrap.dim { @if let Some(run) = workflow.run { (span_text(run)) } }
+                        td.nowrap.dim { @if let Some(run) = workflow.run { (run) } }
                     }
                 }
                 @if workflows.is_empty() { tr { td.dim colspan="6" { "No jobs and no workers." } } }
@@ -211,7 +209,7 @@ fn filters(filter: &Filter, workflows: &[&str]) -> Markup {
             select name="state" aria-label="state" {
                 option value="" { "any state" }
                 @for state in states {
-                    option value=(state.name()) selected[filter.state == Some(state)] { (state_text(state)) }
+                    option value=(state.name()) selected[filter.state == Some(state)] { (state.text()) }
                 }
             }
             select name="workflow" aria-label="workflow" {
@@ -257,7 +255,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
                             (None, None) => "–",
                         } } }
                     td.number data-label="Starts" { (job.starts) }
-                    td.dim data-label="Estimate" { span { @if let Some(estimate) = &job.estimate { (expectation(job, estimate)) } } }
+                    td.dim data-label="Estimate" { span { @if let Some(estimate) = job.expectation() { (estimate) } } }
                 } }
                 @if jobs.is_empty() { tr { td.dim colspan="7" { "No such jobs." } } }
             }
@@ -343,23 +341,7 @@ fn state(state: JobState) -> Markup {
             | Outcome::Lost,
         ) => "bad",
     };
-    html! { span class=(class) { (state_text(state)) } }
-}
-
-fn state_text(state: JobState) -> &'static str {
-    match state {
-        JobState::Live(JobStatus::Registered) => "registered",
-        JobState::Live(JobStatus::Submitted) => "waiting",
-        JobState::Live(JobStatus::Running) => "running",
-        JobState::Ended(Outcome::Succeeded) => "succeeded",
-        JobState::Ended(Outcome::Failed) => "failed",
-        JobState::Ended(Outcome::Cancelled) => "cancelled",
-        JobState::Ended(Outcome::CrashLoop) => "crashed too often",
-        JobState::Ended(Outcome::Rejected) => "refused",
-        JobState::Ended(Outcome::TimedOut) => "timed out",
-        JobState::Ended(Outcome::Expired) => "expired",
-        JobState::Ended(Outcome::Lost) => "lost",
-    }
+    html! { span class=(class) { (state.text()) } }
 }
 
 fn priority_text(priority: Priority) -> &'static str {
@@ -377,33 +359,6 @@ fn bar(fraction: f64) -> Markup {
 fn timeout(job: &JobView) -> Markup {
     let limit = job.timeout_ms.filter(|timeout| *timeout > 0);
     html! { @if let Some(limit) = limit { span.dim { " of " (spoken(SignedDuration::from_millis(limit))) } } }
-}
-
-fn expectation(job: &JobView, estimate: &Estimate) -> Markup {
-    html! {
-        @match job.state {
-            JobState::Live(JobStatus::Running) => {
-                @match estimate.run {
-                    Some(left) => { "ends in about " (span_text(left)) }
-                    None => "runs longer than those before it",
-                }
-            }
-            JobState::Live(_) | JobState::Ended(_) => {
-                @if let Some(wait) = estimate.wait { "starts in about " (span_text(wait)) ", " }
-                @if let Some(run) = estimate.run { "runs for about " (span_text(run)) }
-            }
-        }
-    }
-}
-
-/// A time that half stay below, and one that nearly all do.
-fn span_text(span: Span) -> String {
-    let text = |time| spoken(SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX));
-    let (median, p90) = (text(span.median), text(span.p90));
-    match median == p90 {
-        true => median,
-        false => format!("{median} (9 of 10 within {p90})"),
-    }
 }
 
 fn ago(time: Timestamp, now: Timestamp) -> String {

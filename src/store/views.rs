@@ -10,7 +10,9 @@ use uuid::Uuid;
 use super::{Connection, StoreError, named};
 use crate::estimate::{self, Runs};
 use crate::job::{JobStatus, Outcome, Priority};
-use crate::overview::{Filter, JobState, JobView, MAX_COUNT, Page, ProgressView, WorkflowRows};
+use crate::overview::{
+    Filter, JobState, JobView, MAX_COUNT, Page, ProgressView, Story, WorkflowRows,
+};
 
 /// Jobs that have not ended, whose clients have perhaps not been told yet. In the order in which
 /// workers take them, those that they have taken first.
@@ -55,15 +57,6 @@ const FINISHED: &str = "
            NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
            starts::bigint AS starts, outcome, finished_at, result_bytes
     FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5";
-
-/// How a job came to where it is.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Story {
-    #[serde(flatten)]
-    pub job: JobView,
-    /// When workers began it, oldest first; not kept once it has ended.
-    pub started_at: Vec<Timestamp>,
-}
 
 impl Connection {
     /// Some of the jobs that `filter` lets through.

@@ -317,7 +317,7 @@ impl Service {
     }
 
     pub fn http(&self) -> SocketAddr {
-        let line = self.logged("health at http://");
+        let line = self.logged("status page at http://");
         let (_, rest) = line.split_once("http://").unwrap();
         rest.split('/').next().unwrap().parse().unwrap()
     }

@@ -7,6 +7,7 @@
     reason = "a test fails by panicking, says why, and is nobody's library"
 )]
 
+mod browser;
 mod cancelling;
 mod commands;
 mod crashes;
@@ -17,6 +18,7 @@ mod faults;
 mod http;
 mod jobs;
 mod limits;
+mod operating;
 mod peers;
 #[path = "../../examples/chaos/proxy.rs"]
 mod proxy;

@@ -1,0 +1,371 @@
+//! `jobs`: what the status page shows, and cancelling.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+use comfy_table::{Cell, Table};
+use console::{Style, Term, style};
+use crossbeam_channel::{after, select, unbounded};
+use jiff::{SignedDuration, Timestamp};
+use omotes_orchestrator::broker::{Link, Publisher};
+use omotes_orchestrator::busy::Busy;
+use omotes_orchestrator::config::Config;
+use omotes_orchestrator::job::{JobStatus, Outcome};
+use omotes_orchestrator::overview::{Filter, JobState, JobView, MAX_LIMIT, Page, spoken};
+use omotes_orchestrator::queues::Watch;
+use omotes_orchestrator::report::one_line;
+use omotes_orchestrator::store::Connection;
+use omotes_orchestrator::wire;
+use signal_hook::consts::SIGINT;
+use uuid::Uuid;
+
+use super::{connect, overview, print, table};
+
+const WATCH_PERIOD: Duration = Duration::from_secs(2);
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// List jobs that have not ended, in the order in which workers take them, or those that have.
+    ///
+    /// Estimates are from the last successful runs of the same workflow; there are none before it
+    /// has had five.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator jobs list --state running\n  \
+        omotes-orchestrator jobs list --finished --workflow simulator --limit 10\n  \
+        omotes-orchestrator jobs list --json | jq -r '.jobs[].id'")]
+    List(List),
+    /// Show one job's whole story. Exits with 1 when it is not known.
+    Show {
+        id: Uuid,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Cancel jobs, as their clients would. Exits with 1 when one of them is not known or has ended.
+    Cancel {
+        #[arg(required = true)]
+        ids: Vec<Uuid>,
+    },
+    /// Show the list again and again, until Ctrl-C.
+    Watch(List),
+}
+
+#[derive(Args)]
+pub(crate) struct List {
+    /// In this state: registered, submitted or running, or an outcome such as succeeded.
+    #[arg(long, value_parser = state)]
+    state: Option<JobState>,
+    #[arg(long)]
+    workflow: Option<String>,
+    /// With this text in the id, the reference or the last message.
+    #[arg(long)]
+    text: Option<String>,
+    /// Those that have ended, the last one first.
+    #[arg(long)]
+    finished: bool,
+    /// At most so many.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_LIMIT)))]
+    limit: u16,
+    /// As JSON, the same as `/api/jobs`.
+    #[arg(long)]
+    json: bool,
+}
+
+fn state(name: &str) -> Result<JobState, String> {
+    JobState::named(name).ok_or_else(|| format!("expected one of {}", JobState::names()))
+}
+
+impl List {
+    fn filter(&self) -> Filter {
+        Filter {
+            finished: self.finished || matches!(self.state, Some(JobState::Ended(_))),
+            state: self.state,
+            workflow: self.workflow.clone(),
+            text: self.text.clone(),
+            limit: self.limit,
+            offset: 0,
+        }
+    }
+}
+
+/// # Errors
+/// Postgres or, to cancel, RabbitMQ is not there.
+pub(crate) fn run(config: &Config, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::List(list) => {
+            let mut connection = connect(config)?;
+            let watch = Watch::open(config).ok();
+            let page = jobs(config, &mut connection, watch.as_ref(), &list.filter())?;
+            print(&if list.json {
+                serde_json::to_string_pretty(&page)? + "\n"
+            } else {
+                list_text(&page, &list)
+            })?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Show { id, json } => show(config, id, json),
+        Command::Cancel { ids } => cancel(config, &ids),
+        Command::Watch(list) => watch(config, &list),
+    }
+}
+
+fn jobs(
+    config: &Config,
+    connection: &mut Connection,
+    watch: Option<&Watch>,
+    filter: &Filter,
+) -> anyhow::Result<Page> {
+    let mut page = connection.jobs(filter)?;
+    if !filter.finished {
+        overview(config, connection, watch)?.estimate(&mut page.jobs, Timestamp::now());
+    }
+    Ok(page)
+}
+
+fn list_text(page: &Page, list: &List) -> String {
+    let filter = list.filter();
+    let now = Timestamp::now();
+    let mut text = match filter.finished {
+        true => finished_table(&page.jobs, now),
+        false => live_table(&page.jobs, now),
+    }
+    .trim_fmt();
+    text.push('\n');
+    let shown = i64::try_from(page.jobs.len()).unwrap_or(i64::MAX);
+    if shown < page.total {
+        let _ = writeln!(text, "{shown} of {}; --limit shows more", page.total);
+    }
+    text
+}
+
+fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
+    let mut table = table(&[
+        "id",
+        "reference",
+        "workflow",
+        "state",
+        "for",
+        "progress",
+        "estimate",
+    ]);
+    for job in jobs {
+        let progress = job.progress.as_ref().map_or_else(String::new, |progress| {
+            format!(
+                "{:.0} % {}",
+                progress.fraction * 100.0,
+                one_line(&progress.message)
+            )
+        });
+        let state = match job.position {
+            Some(position) => format!("{}, no. {position}", job.state.text()),
+            None => job.state.text().to_owned(),
+        };
+        table.add_row([
+            Cell::new(job.id),
+            Cell::new(one_line(&job.reference)),
+            Cell::new(one_line(job.workflow.as_deref().unwrap_or("-"))),
+            Cell::new(state),
+            Cell::new(
+                job.ran(now)
+                    .or_else(|| job.waited(now))
+                    .map_or_else(String::new, spoken),
+            ),
+            Cell::new(progress),
+            Cell::new(job.expectation().unwrap_or_default()),
+        ]);
+    }
+    table
+}
+
+fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
+    let mut table = table(&[
+        "id",
+        "reference",
+        "workflow",
+        "outcome",
+        "finished",
+        "waited",
+        "ran",
+    ]);
+    let time = |time: Option<SignedDuration>| time.map_or_else(String::new, spoken);
+    for job in jobs {
+        let finished = job
+            .finished_at
+            .map_or_else(String::new, |at| format!("{at:.0}"));
+        table.add_row([
+            Cell::new(job.id),
+            Cell::new(one_line(&job.reference)),
+            Cell::new(one_line(job.workflow.as_deref().unwrap_or("-"))),
+            Cell::new(job.state.text()),
+            Cell::new(finished),
+            Cell::new(time(job.waited(now))),
+            Cell::new(time(job.ran(now))),
+        ]);
+    }
+    table
+}
+
+fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
+    let mut connection = connect(config)?;
+    let Some(mut story) = connection.story(id)? else {
+        bail!("job {id} is unknown");
+    };
+    let watch = Watch::open(config).ok();
+    let now = Timestamp::now();
+    let overview = overview(config, &mut connection, watch.as_ref())?;
+    overview.estimate(std::slice::from_mut(&mut story.job), now);
+    if json {
+        print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let job = &story.job;
+    let time = |time: Option<Timestamp>| time.map(|time| format!("{time:.0}"));
+    let lines = [
+        ("reference", Some(one_line(&job.reference))),
+        ("workflow", job.workflow.as_deref().map(one_line)),
+        (
+            "state",
+            Some(colour(job.state).apply_to(job.state.text()).to_string()),
+        ),
+        (
+            "priority",
+            job.priority.map(|priority| priority.name().to_lowercase()),
+        ),
+        (
+            "place in its queue",
+            job.position.map(|position| position.to_string()),
+        ),
+        ("registered", time(job.registered_at)),
+        ("submitted", time(job.submitted_at)),
+        ("first started", time(job.running_at)),
+        ("finished", time(job.finished_at)),
+        ("waited", job.waited(now).map(spoken)),
+        ("ran", job.ran(now).map(spoken)),
+        (
+            "timeout",
+            job.timeout_ms
+                .map(|timeout| spoken(SignedDuration::from_millis(timeout))),
+        ),
+        (
+            "progress",
+            job.progress.as_ref().map(|progress| {
+                let percent = progress.fraction * 100.0;
+                format!(
+                    "{percent:.0} %, {:.0}: {}",
+                    progress.at,
+                    one_line(&progress.message)
+                )
+            }),
+        ),
+        ("estimate", job.expectation()),
+        ("starts", Some(job.starts.to_string())),
+        (
+            "result",
+            job.result_bytes.map(|bytes| format!("{bytes} bytes")),
+        ),
+        ("Celery task", job.task_id.as_deref().map(one_line)),
+    ];
+    let mut text = format!("{:<19}{id}\n", "job");
+    for (name, value) in lines {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            let _ = writeln!(text, "{name:<19}{value}");
+        }
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn colour(state: JobState) -> Style {
+    match state {
+        JobState::Live(JobStatus::Registered | JobStatus::Submitted | JobStatus::Running) => {
+            Style::new()
+        }
+        JobState::Ended(Outcome::Succeeded) => Style::new().green(),
+        JobState::Ended(Outcome::Cancelled) => Style::new().dim(),
+        JobState::Ended(
+            Outcome::Failed
+            | Outcome::CrashLoop
+            | Outcome::Rejected
+            | Outcome::TimedOut
+            | Outcome::Expired
+            | Outcome::Lost,
+        ) => Style::new().red(),
+    }
+}
+
+fn cancel(config: &Config, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
+    let mut connection = connect(config)?;
+    let mut code = ExitCode::SUCCESS;
+    let mut text = String::new();
+    let mut messages = Vec::new();
+    for id in ids {
+        let state = connection.story(*id)?.map(|story| story.job.state);
+        let what = match state {
+            Some(JobState::Live(_)) => {
+                messages.push(wire::job_delete(*id));
+                "is asked to end"
+            }
+            Some(JobState::Ended(_)) => "has ended already",
+            None => "is unknown",
+        };
+        if !matches!(state, Some(JobState::Live(_))) {
+            code = ExitCode::FAILURE;
+        }
+        let _ = writeln!(text, "job {id} {what}");
+    }
+    if !messages.is_empty() {
+        let link = Link::open(&config.sdk_rabbitmq, "cancelling")?;
+        let busy = Busy::default();
+        Publisher::new(&link, &busy).publish(&messages)?;
+        link.close()?;
+    }
+    print(&text)?;
+    Ok(code)
+}
+
+/// Overwrites the list with the next one, on a terminal.
+fn watch(config: &Config, list: &List) -> anyhow::Result<ExitCode> {
+    let terminal = Term::stdout();
+    if !terminal.is_term() {
+        bail!("this is for a terminal; `jobs list` is for everything else");
+    }
+    let (interrupt, interrupted) = unbounded();
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT])?;
+    let handle = signals.handle();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for signal in signals.forever() {
+                // Its receiver lives as long as signals can come.
+                let _ = interrupt.send(signal);
+            }
+        });
+        let outcome = (|| {
+            let mut connection = connect(config)?;
+            let queues = Watch::open(config).ok();
+            loop {
+                let (rows, _) = terminal.size();
+                let limit = rows.saturating_sub(4).clamp(1, list.limit);
+                let filter = Filter {
+                    limit,
+                    ..list.filter()
+                };
+                let page = jobs(config, &mut connection, queues.as_ref(), &filter)?;
+                let text = list_text(&page, list);
+                let head = style(format!("{:.0}  Ctrl-C ends this", Timestamp::now())).dim();
+                terminal.clear_screen()?;
+                let rows = usize::from(rows.saturating_sub(2));
+                let shown: Vec<_> = text.lines().take(rows).collect();
+                terminal.write_line(&format!("{head}\n{}", shown.join("\n")))?;
+                select! {
+                    recv(interrupted) -> _ => return Ok(ExitCode::SUCCESS),
+                    recv(after(WATCH_PERIOD)) -> _ => {}
+                }
+            }
+        })();
+        handle.close();
+        outcome
+    })
+}

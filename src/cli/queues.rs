@@ -1,0 +1,75 @@
+//! `queues`: how full RabbitMQ's queues are, who takes from them, and how that changes.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use comfy_table::{Cell, CellAlignment};
+use crossbeam_channel::after;
+use omotes_orchestrator::config::Config;
+use omotes_orchestrator::overview::{Depth, Queue};
+use omotes_orchestrator::queues::Watch;
+use serde_json::json;
+
+use super::{connect, defined, overview, print, table};
+
+#[derive(Args)]
+pub(crate) struct Queues {
+    /// Seconds between two looks, from which the change per second comes.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    interval: u64,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// # Errors
+/// RabbitMQ is not there.
+pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> {
+    let watch = Watch::open(config)?;
+    // Jobs may have workflows that the definitions here do not.
+    let of_jobs =
+        connect(config).and_then(|mut connection| overview(config, &mut connection, None));
+    let workflows: Vec<String> = match of_jobs {
+        Ok(overview) => overview.rows.into_keys().collect(),
+        Err(_) => defined(config),
+    };
+    let before = watch.look(config, &workflows)?;
+    let _ = after(Duration::from_secs(queues.interval)).recv();
+    let now = watch.look(config, &workflows)?;
+    let looks: Vec<_> = before
+        .iter()
+        .zip(&now)
+        .filter_map(|(before, now)| Some((now, before.depth?, now.depth?)))
+        .map(|(queue, before, now)| (queue, now, change(before, now, queues.interval)))
+        .collect();
+    if queues.json {
+        let looks = looks.iter().map(|(queue, depth, change)| {
+            let Queue {
+                connection, name, ..
+            } = queue;
+            json!({"connection": connection, "name": name, "messages": depth.messages,
+                   "consumers": depth.consumers, "change_per_second": change})
+        });
+        let looks: Vec<_> = looks.collect();
+        print(&(serde_json::to_string_pretty(&looks)? + "\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = table(&["connection", "queue", "messages", "consumers", "change/s"]);
+    for (queue, depth, change) in looks {
+        let number = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+        table.add_row([
+            Cell::new(queue.connection),
+            Cell::new(&queue.name),
+            number(depth.messages.to_string()),
+            number(depth.consumers.to_string()),
+            number(format!("{change:+.1}")),
+        ]);
+    }
+    print(&format!("{}\n", table.trim_fmt()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn change(before: Depth, now: Depth, seconds: u64) -> f64 {
+    (f64::from(now.messages) - f64::from(before.messages)) / seconds as f64
+}

@@ -1,0 +1,99 @@
+//! A headless Chromium, driven over the WebDriver protocol.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::deployment::eventually;
+
+/// A browser with one window; gone when dropped.
+pub struct Browser {
+    driver: Child,
+    session: String,
+}
+
+impl Browser {
+    /// `dark` is what the visitor prefers.
+    pub fn new(width: u32, height: u32, dark: bool) -> Browser {
+        let port = {
+            let free = TcpListener::bind("127.0.0.1:0").unwrap();
+            free.local_addr().unwrap().port()
+        };
+        let driver = Command::new("chromedriver")
+            .arg(format!("--port={port}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("chromedriver, which ./run.sh test installs");
+        let base = format!("http://127.0.0.1:{port}");
+        let scheme = if dark { "dark" } else { "light" };
+        let arguments = [
+            "--headless=new".to_owned(),
+            // Its sandbox needs rights that a container does not give.
+            "--no-sandbox".to_owned(),
+            "--disable-gpu".to_owned(),
+            "--disable-dev-shm-usage".to_owned(),
+            "--hide-scrollbars".to_owned(),
+            format!("--window-size={width},{height}"),
+            format!("--blink-settings=preferredColorScheme={}", u8::from(!dark)),
+        ];
+        let wanted = json!({"capabilities": {"alwaysMatch": {
+            "browserName": "chrome",
+            "goog:chromeOptions": {"args": arguments, "binary": "/usr/bin/chromium"},
+        }}});
+        let id = eventually(&format!("a browser that prefers {scheme}"), || {
+            let answer = post(&format!("{base}/session"), &wanted)?;
+            answer["value"]["sessionId"].as_str().map(str::to_owned)
+        });
+        Browser {
+            driver,
+            session: format!("{base}/session/{id}"),
+        }
+    }
+
+    pub fn open(&self, url: &str) {
+        post(&format!("{}/url", self.session), &json!({"url": url})).unwrap();
+    }
+
+    /// What the body of a function without arguments returns.
+    pub fn run(&self, script: &str) -> Value {
+        let body = json!({"script": script, "args": []});
+        let mut answer = post(&format!("{}/execute/sync", self.session), &body).unwrap();
+        answer["value"].take()
+    }
+
+    /// Waits until the page's text has this in it.
+    pub fn shows(&self, text: &str) {
+        eventually(&format!("{text:?} on the page"), || {
+            self.text().contains(text).then_some(())
+        });
+    }
+
+    pub fn text(&self) -> String {
+        let text = self.run("return document.body.innerText");
+        text.as_str().unwrap_or_default().to_owned()
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // Ends the browser, which the driver would leave behind.
+        let _ = ureq::delete(&self.session).call();
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+fn post(url: &str, body: &Value) -> Option<Value> {
+    let mut response = ureq::post(url)
+        .config()
+        .timeout_global(Some(Duration::from_secs(60)))
+        .build()
+        // Not in chunks, which the driver does not understand.
+        .send(body.to_string())
+        .ok()?;
+    response.body_mut().read_json().ok()
+}

@@ -1,0 +1,338 @@
+//! What operators see: the page in a real browser, the API, metrics, and the command line.
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use omotes_orchestrator::wire::job_submission::JobPriority;
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use rstest::rstest;
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::browser::Browser;
+use crate::deployment::{Deployment, Service, eventually};
+use crate::peers::{Client, Task, Worker, running_job};
+
+const OUTPUT: &str = "<e id='out-1'/>";
+
+fn json(service: &Service, path: &str) -> Value {
+    let (status, body) = service.get(path).unwrap();
+    assert_eq!(status, 200, "{body}");
+    serde_json::from_str(&body).unwrap()
+}
+
+fn submit(client: &Client, reference: &str) -> Uuid {
+    let (job, mut submission) = client.submission("workflow_1");
+    submission.job_reference = Some(reference.to_owned());
+    client.listen(job);
+    client.send(&submission);
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    job
+}
+
+#[rstest]
+#[case::wide_and_light(1400, 900, false)]
+#[case::narrow_and_dark(390, 800, true)]
+fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[case] dark: bool) {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    // Whatever clients call their jobs, it is text.
+    let job = submit(&client, "<script>document.title = 'hacked'</script>");
+    let browser = Browser::new(width, height, dark);
+    let page = format!("http://{}/", service.http());
+    browser.open(&page);
+    browser.shows("<script>document.title = 'hacked'</script>");
+    browser.shows("waiting no. 1");
+    assert_eq!(browser.run("return document.title"), "OMOTES jobs");
+    let scheme = "return matchMedia('(prefers-color-scheme: dark)').matches";
+    assert_eq!(browser.run(scheme), dark);
+    // Neither wider than the window, nor anything of it.
+    let fits = "return document.documentElement.scrollWidth <= innerWidth";
+    assert_eq!(browser.run(fits), true);
+
+    // From here on nobody loads the page, and what is typed stays.
+    let row = format!("document.getElementById('job-{job}')");
+    browser.run(&format!(
+        "{row}.mark = 'the same'; document.querySelector('input[name=text]').value = 'typed';"
+    ));
+    let task = worker.take();
+    worker.start(&task);
+    worker.progress(&task, 0.25);
+    browser.shows("running");
+    browser.shows("25 %");
+    let kept = "document.querySelector('input[name=text]').value";
+    assert_eq!(
+        browser.run(&format!("return [{row}.mark, {kept}]")),
+        serde_json::json!(["the same", "typed"])
+    );
+    worker.succeed(&task, OUTPUT);
+    browser.shows("No such jobs.");
+
+    browser.open(&format!("{page}?finished=true&workflow=workflow_1"));
+    browser.shows("succeeded");
+    browser.open(&format!("{page}jobs/{job}"));
+    browser.shows("First started");
+    browser.shows(&task.id);
+    assert!(!browser.text().contains("<esdl"), "{}", browser.text());
+    assert_eq!(browser.run("return document.title"), format!("Job {job}"));
+    assert!(service.stop().success());
+    browser.shows("The orchestrator does not answer.");
+}
+
+#[test]
+fn the_api_tells_of_jobs_in_their_order() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let done = running_job(&client, &worker, None);
+    worker.succeed(&done, OUTPUT);
+    assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
+    let running = running_job(&client, &worker, Some(60_000));
+    worker.progress(&running, 0.5);
+    let waiting = submit(&client, "a normal one");
+    let (urgent, mut submission) = client.submission("workflow_1");
+    submission.job_priority = Some(JobPriority::High.into());
+    client.listen(urgent);
+    client.send(&submission);
+    assert_eq!(client.status(urgent), JobStatus::Enqueued);
+
+    let jobs = eventually("the progress", || {
+        let page = json(&service, "/api/jobs");
+        (page["jobs"][0]["progress"]["fraction"] == 0.5).then_some(page)
+    });
+    assert_eq!(jobs["total"], 3);
+    let ids: Vec<_> = (0..3).map(|row| jobs["jobs"][row]["id"].as_str()).collect();
+    let expected = [running.job, urgent, waiting].map(|id| id.to_string());
+    assert_eq!(ids, expected.each_ref().map(|id| Some(id.as_str())));
+    assert_eq!(jobs["jobs"][0]["state"], "RUNNING");
+    assert_eq!(jobs["jobs"][0]["timeout_ms"], 60_000);
+    assert_eq!(jobs["jobs"][1]["priority"], "HIGH");
+    assert_eq!(jobs["jobs"][2]["position"], 2);
+
+    let filtered = json(&service, "/api/jobs?state=submitted&text=normal&limit=1");
+    assert_eq!(filtered["total"], 1);
+    assert_eq!(filtered["jobs"][0]["id"], waiting.to_string());
+    let finished = json(&service, "/api/jobs?finished=true");
+    assert_eq!(finished["jobs"][0]["state"], "SUCCEEDED");
+    let one = json(&service, &format!("/api/jobs/{}", running.job));
+    assert_eq!(one["started_at"].as_array().unwrap().len(), 1);
+    let overview = json(&service, "/api/overview");
+    let workflows = overview["workflows"].as_array().unwrap();
+    let of_jobs = workflows.iter().find(|one| one["name"] == "workflow_1");
+    assert_eq!(of_jobs.unwrap()["waiting"], 2);
+    for (path, status, text) in [
+        ("/api/jobs?state=done", 400, "state=done: expected one of"),
+        ("/api/jobs/123", 404, "123 is no job id"),
+        (&format!("/jobs/{}", Uuid::nil()), 404, "is unknown"),
+        ("/nothing", 404, "there are /"),
+    ] {
+        let (found, body) = service.get(path).unwrap();
+        assert_eq!(found, status, "{path}");
+        assert!(body.contains(text), "{path}: {body}");
+    }
+}
+
+#[test]
+fn jobs_are_estimated_from_those_before_them() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let job = submit(&client, "the next one");
+    let path = format!("/api/jobs/{job}");
+    assert_eq!(json(&service, &path)["estimate"], Value::Null);
+    let runs =
+        "INSERT INTO job_history (job_id, workflow_type, running_at, finished_at, starts, outcome,
+                                  result_bytes)
+         SELECT gen_random_uuid(), 'workflow_1', now() - minutes * interval '1 minute', now(), 1,
+                'SUCCEEDED', 1
+         FROM generate_series(1, 5) AS minutes";
+    deployment.sql().batch_execute(runs).unwrap();
+    let estimate = json(&service, &path)["estimate"].clone();
+    assert_eq!(estimate["run"]["median_seconds"], 180.0);
+    // Nobody takes it.
+    assert_eq!(estimate["wait"], Value::Null);
+    let consumer = worker
+        .peer
+        .channel
+        .basic_consume("workflow_1", Default::default());
+    eventually("a worker is seen", || {
+        let wait = &json(&service, &path)["estimate"]["wait"];
+        (wait["median_seconds"] == 0.0).then_some(())
+    });
+    drop(consumer);
+}
+
+#[test]
+fn a_password_protects_everything_but_the_health() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&[("HTTP_BASIC_AUTH", "operator:s3cret")]);
+    for path in ["/", "/metrics", "/api/jobs", "/jobs/1", "/nothing"] {
+        assert_eq!(service.get(path).unwrap().0, 401, "{path}");
+    }
+    for path in ["/health/live", "/health/ready"] {
+        assert_eq!(service.get(path).unwrap().0, 200, "{path}");
+    }
+    let status = |user: &str| {
+        let header = format!("Basic {}", BASE64_STANDARD.encode(user));
+        let request = ureq::get(format!("http://{}/", service.http()));
+        let request = request.header("Authorization", header).config();
+        let response = request.http_status_as_error(false).build().call();
+        response.unwrap().status().as_u16()
+    };
+    assert_eq!(status("operator:s3cret"), 200);
+    for wrong in ["operator:s3creT", "operator:", "", "operator:s3cret2"] {
+        assert_eq!(status(wrong), 401, "{wrong}");
+    }
+}
+
+#[test]
+fn metrics_are_prometheus_own_and_tell_what_happened() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let task = running_job(&client, &worker, None);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    let refused = client.submit("no such workflow");
+    assert_eq!(client.outcome(refused).0, ResultType::Error);
+    submit(&client, "a job that waits");
+    let expected = [
+        r#"omotes_orchestrator_messages_total{queue="submissions",outcome="submitted"} 2"#,
+        r#"omotes_orchestrator_messages_total{queue="results",outcome="ended"} 1"#,
+        r#"omotes_orchestrator_jobs_ended_total{workflow="workflow_1",outcome="SUCCEEDED"} 1"#,
+        // What a client makes up is no label.
+        r#"omotes_orchestrator_jobs_ended_total{workflow="other",outcome="REJECTED"} 1"#,
+        r#"omotes_orchestrator_jobs{workflow="workflow_1",state="waiting"} 1.0"#,
+        r#"omotes_orchestrator_part_up{part="broker"} 1.0"#,
+        r#"omotes_orchestrator_sessions_total 1"#,
+        r#"omotes_orchestrator_queue_messages{connection="SDK",queue="omotes_dead_letters"} 0.0"#,
+    ];
+    let text = eventually("all that has happened", || {
+        let (status, text) = service.get("/metrics")?;
+        let complete = expected
+            .iter()
+            .all(|line| text.lines().any(|one| one == *line));
+        (status == 200 && complete).then_some(text)
+    });
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool, which ./run.sh test installs");
+    promtool
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(text.as_bytes())
+        .unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    assert_eq!(text_of(&output), "");
+    assert!(output.status.success());
+}
+
+#[test]
+fn a_client_that_waits_without_a_worker_is_told_once() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&[
+        ("NO_WORKER_NOTICE", "true"),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+    ]);
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let job = submit(&client, "nobody there");
+    let (fraction, message) = client.progress(job);
+    assert_eq!(fraction, 0.0);
+    assert_eq!(
+        message,
+        "Waiting: no worker for this workflow is connected."
+    );
+    let line = service.logged("jobs wait, and there is no worker");
+    assert!(line.contains("workflow workflow_1"), "{line}");
+    let page = service.get("/").unwrap().1;
+    assert!(page.contains("has no worker, and 1 job waits"), "{page}");
+    let task = worker.take();
+    worker.start(&task);
+    assert_eq!(client.status(job), JobStatus::Running);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    client.heard_nothing_more(job);
+}
+
+fn text_of(output: &Output) -> String {
+    let both = [&output.stdout[..], &output.stderr[..]].concat();
+    String::from_utf8(both).unwrap()
+}
+
+#[test]
+fn the_command_line_lists_shows_and_cancels() {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let done: Task = running_job(&client, &worker, None);
+    worker.succeed(&done, OUTPUT);
+    assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
+    let waiting = submit(&client, "two\nlines");
+    let run = |arguments: &[&str]| {
+        let output = deployment.command(arguments).output().unwrap();
+        (output.status.code().unwrap(), text_of(&output))
+    };
+    let (code, list) = run(&["jobs", "list"]);
+    assert_eq!(code, 0, "{list}");
+    let row = list.lines().nth(1).unwrap();
+    assert!(row.contains(&waiting.to_string()), "{list}");
+    assert!(
+        row.contains("two\\nlines") && row.contains("waiting, no. 1"),
+        "{list}"
+    );
+    assert!(
+        !list.contains('\u{1b}'),
+        "no colour but on a terminal: {list:?}"
+    );
+    let (_, finished) = run(&["jobs", "list", "--state", "succeeded", "--json"]);
+    let finished: Value = serde_json::from_str(&finished).unwrap();
+    assert_eq!(finished["jobs"][0]["id"], done.job.to_string());
+    let (code, story) = run(&["jobs", "show", &done.job.to_string()]);
+    assert_eq!(code, 0, "{story}");
+    assert!(
+        story.contains("succeeded") && story.contains(&done.id),
+        "{story}"
+    );
+    let (code, queues) = run(&["queues", "--interval", "1", "--json"]);
+    assert_eq!(code, 0, "{queues}");
+    let queues: Value = serde_json::from_str(&queues).unwrap();
+    let queues = queues.as_array().unwrap();
+    let tasks = queues.iter().find(|queue| queue["name"] == "workflow_1");
+    assert_eq!(tasks.unwrap()["messages"], 1);
+
+    let (code, text) = run(&[
+        "jobs",
+        "cancel",
+        &waiting.to_string(),
+        &done.job.to_string(),
+    ]);
+    assert_eq!(code, 1);
+    assert_eq!(
+        text,
+        format!(
+            "job {waiting} is asked to end\njob {} has ended already\n",
+            done.job
+        )
+    );
+    assert_eq!(client.outcome(waiting).0, ResultType::Cancelled);
+    let (code, text) = run(&["jobs", "show", &Uuid::nil().to_string()]);
+    assert_eq!(code, 1);
+    assert!(text.ends_with("is unknown\n"), "{text}");
+    let (code, completions) = run(&["completions", "bash"]);
+    assert_eq!(code, 0);
+    assert!(completions.contains("dead-letters"));
+}

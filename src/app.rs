@@ -15,7 +15,7 @@ use crossbeam_channel::{
 };
 use jiff::Timestamp;
 use log::{error, info, warn};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
@@ -26,6 +26,7 @@ use crate::handler::panic_text;
 use crate::health::{Health, Part};
 use crate::http;
 use crate::job::Rules;
+use crate::logger;
 use crate::metrics::Metrics;
 use crate::queues;
 use crate::session::{self, Service};
@@ -89,7 +90,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         },
         config,
     };
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP])?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2])?;
     let signals_handle = signals.handle();
     let (stop, stopped) = bounded::<Infallible>(0);
     let (finished, all_finished) = bounded::<Infallible>(0);
@@ -100,11 +101,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let service = &service;
         named("signals").spawn_scoped(scope, move || {
             for number in signals.forever() {
-                if number == SIGHUP {
-                    reload(service, &catalogue_changed);
-                } else {
+                match number {
+                    SIGHUP => reload(service, &catalogue_changed),
+                    SIGUSR1 => logger::change_level(true),
+                    SIGUSR2 => logger::change_level(false),
                     // Its receiver lives as long as signals can come.
-                    let _ = signal.send(number);
+                    _ => drop(signal.send(number)),
                 }
             }
         })?;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use log::LevelFilter;
 
 use crate::job::TimeoutResult;
+use crate::logger::Format;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -53,6 +54,7 @@ pub struct Config {
     /// `user:password`, which everything but the health asks for.
     pub http_basic_auth: Option<Secret>,
     pub log_level: LevelFilter,
+    pub log_format: Format,
 }
 
 /// How to reach one vhost.
@@ -185,6 +187,7 @@ impl Config {
             http_bind: reader.http_bind(),
             http_basic_auth: reader.http_basic_auth(),
             log_level: reader.log_level(),
+            log_format: reader.log_format(),
         };
         if reader.faults.is_empty() {
             Ok(config)
@@ -341,6 +344,19 @@ impl Reader<'_> {
                 .push("HTTP_BASIC_AUTH: expected user:password".to_owned()),
         }
         Some(Secret(value))
+    }
+
+    fn log_format(&mut self) -> Format {
+        self.parsed(
+            "LOG_FORMAT",
+            Format::Text,
+            "text or json",
+            |value| match value.to_lowercase().as_str() {
+                "text" => Some(Format::Text),
+                "json" => Some(Format::Json),
+                _ => None,
+            },
+        )
     }
 
     fn log_level(&mut self) -> LevelFilter {

@@ -21,7 +21,7 @@ use crate::celery;
 use crate::fault_point;
 use crate::job::{self, Command, Ending, Publication, Rules, State, TimeSeries};
 use crate::metrics::{Metrics, Stage};
-use crate::report::{self, one_line};
+use crate::report::{self, Subject, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
 use crate::wire::{self, Inbox, Outgoing, Request};
 use crate::workflow::CurrentCatalogue;
@@ -429,11 +429,18 @@ impl<'s> Handler<'s> {
             if let Some(change) = decision.time_series {
                 note_series(*id, change, &mut series);
             }
-            let reference = match decision.next.as_ref().unwrap_or(state).reference() {
+            let state = decision.next.as_ref().unwrap_or(state);
+            let reference = match state.reference() {
                 "" => command.reference(),
                 reference => reference,
             };
-            events.push((inbox, *id, reference.to_owned(), decision.event, command));
+            let workflow = state.workflow_type().or(command.workflow_type());
+            let subject = Subject {
+                id: *id,
+                reference: reference.to_owned(),
+                workflow: workflow.unwrap_or_default().to_owned(),
+            };
+            events.push((inbox, subject, decision.event, command));
             if let Some(next) = decision.next {
                 after.insert(*id, next);
             }
@@ -462,9 +469,9 @@ impl<'s> Handler<'s> {
         transaction.commit()?;
         self.watched.postgres.idle();
         stopwatch.lap(Stage::Commit);
-        for (inbox, id, reference, event, command) in events {
+        for (inbox, subject, event, command) in events {
             setting.metrics.message(inbox, &event);
-            report::log(id, &reference, &event, command);
+            report::log(&subject, &event, command);
         }
         for state in after.values() {
             if let State::Ending(Ending { ended, .. }) = state {

@@ -1125,6 +1125,16 @@ impl State {
     }
 }
 
+impl State {
+    pub fn workflow_type(&self) -> Option<&str> {
+        match self {
+            State::Unknown => None,
+            State::Live(job) | State::Ending(Ending { job, .. }) => Some(&job.workflow_type),
+            State::Ended(ended) => ended.workflow_type.as_deref(),
+        }
+    }
+}
+
 impl Command {
     /// What it is, for messages.
     pub fn name(&self) -> &'static str {

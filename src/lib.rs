@@ -21,6 +21,7 @@ pub mod health;
 pub mod http;
 pub mod influx;
 pub mod job;
+pub mod logger;
 pub mod maintenance;
 pub mod metrics;
 pub mod overview;

@@ -5,20 +5,17 @@
     reason = "what a command says goes to standard output, why it failed to standard error"
 )]
 
-use std::backtrace::Backtrace;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-use std::{fs, panic, thread};
+use std::{fs, thread};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crossbeam_channel::unbounded;
-use jiff::{SignedDuration, Timestamp};
-use log::LevelFilter;
+use jiff::SignedDuration;
+use omotes_orchestrator::broker::Link;
 use omotes_orchestrator::broker::dead_letters::{self, DeadLetter, Fate};
-use omotes_orchestrator::broker::{self, Link};
 use omotes_orchestrator::cleaner;
 use omotes_orchestrator::client::{self, Order};
 use omotes_orchestrator::config::Config;
@@ -30,7 +27,7 @@ use omotes_orchestrator::time_series::PROTECTED;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
-use omotes_orchestrator::{app, http, wire};
+use omotes_orchestrator::{app, http, logger, wire};
 use serde_json::{Map, Value};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
@@ -213,7 +210,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run => {
             let config = config()?;
-            start_logger(config.log_level);
+            logger::start(config.log_level, config.log_format);
             if let Err(error) = app::run(config) {
                 // With the cause chain, and a stack trace where RUST_BACKTRACE asks for one.
                 log::error!("{error:?}");
@@ -251,32 +248,6 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Submit(submit) => return follow(&config()?, submit),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// `<time> <level> <thread> <message>`, on standard error.
-fn start_logger(level: LevelFilter) {
-    env_logger::Builder::new()
-        // What other crates have to say below a warning is of no use to an operator.
-        .filter_level(level.min(LevelFilter::Warn))
-        .filter_module("omotes_orchestrator", level)
-        // It warns of what it reports to its caller as well, such as a queue that does not exist.
-        .filter_module(broker::LIBRARY, level.min(LevelFilter::Error))
-        .format(|out, record| {
-            let style = out.default_level_style(record.level());
-            let thread = thread::current();
-            writeln!(
-                out,
-                "{:.3} {style}{:<5}{style:#} {} {}",
-                Timestamp::now(),
-                record.level(),
-                thread.name().unwrap_or("-"),
-                record.args()
-            )
-        })
-        .init();
-    panic::set_hook(Box::new(|panic| {
-        log::error!("{panic}\n{}", Backtrace::force_capture());
-    }));
 }
 
 fn database(config: &Config, command: &Db) -> anyhow::Result<()> {

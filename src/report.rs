@@ -1,7 +1,7 @@
 //! What the log says of a job: one line for each event that an operator cares about, always with
 //! the job's id and its client's reference. What a job does besides is for DEBUG.
 
-use log::{Level, debug, info, log, warn};
+use log::{Level, log, log_enabled};
 use uuid::Uuid;
 
 use crate::job::{Command, Event, Outcome};
@@ -32,31 +32,65 @@ pub fn job(id: Uuid, reference: &str) -> String {
     }
 }
 
+/// The job that a line is about.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Subject {
+    pub id: Uuid,
+    /// The client's own name for it, empty when there is none.
+    pub reference: String,
+    /// Empty when it is not known.
+    pub workflow: String,
+}
+
 /// Logs what became of a command.
-pub fn log(id: Uuid, reference: &str, event: &Event, command: &Command) {
-    let label = job(id, reference);
+pub fn log(subject: &Subject, event: &Event, command: &Command) {
+    let say = |level, task: Option<&str>, text: &str| {
+        log!(
+            level,
+            job:% = subject.id,
+            reference = subject.reference.as_str(),
+            workflow = subject.workflow.as_str(),
+            task = task.unwrap_or_default();
+            "{}: {text}",
+            job(subject.id, &subject.reference)
+        );
+    };
     match event {
         Event::Submitted { task_id, faults } => {
             let workflow = command.workflow_type().map(one_line).unwrap_or_default();
-            info!("{label}: submitted to {workflow} as task {task_id}");
+            let task = task_id.to_string();
+            let text = format!("submitted to {workflow} as task {task_id}");
+            say(Level::Info, Some(&task), &text);
             if !faults.is_empty() {
                 let faults = one_line(&faults.join("; "));
-                warn!("{label}: its parameters do not fit {workflow}: {faults}");
+                let text = format!("its parameters do not fit {workflow}: {faults}");
+                say(Level::Warn, Some(&task), &text);
             }
         }
-        Event::Started { starts: 1 } => info!("{label}: running"),
-        Event::Started { starts } => warn!("{label}: running, started {starts} times"),
-        Event::Progressed => debug!("{label}: {}", progress(command)),
+        Event::Started { starts: 1 } => say(Level::Info, command.task_id(), "running"),
+        Event::Started { starts } => {
+            let text = format!("running, started {starts} times");
+            say(Level::Warn, command.task_id(), &text);
+        }
+        Event::Progressed if log_enabled!(Level::Debug) => {
+            say(Level::Debug, command.task_id(), &progress(command));
+        }
+        Event::Progressed => {}
         Event::Ended(outcome) => {
             let why = reason(command)
                 .map(|why| format!(": {why}"))
                 .unwrap_or_default();
-            log!(level(*outcome), "{label}: {}{why}", outcome_text(*outcome));
+            let text = format!("{}{why}", outcome_text(*outcome));
+            say(level(*outcome), command.task_id(), &text);
         }
-        Event::CancelNoted => info!("{label}: cancelled before it was submitted, or long ago"),
+        Event::CancelNoted => {
+            let text = "cancelled before it was submitted, or long ago";
+            say(Level::Info, None, text);
+        }
         Event::Revoked(why) => {
             let task = command.task_id().map(one_line).unwrap_or_default();
-            warn!("{label}: task {task} is revoked: {why}");
+            let text = format!("task {task} is revoked: {why}");
+            say(Level::Warn, command.task_id(), &text);
         }
         Event::Ignored(why) => {
             let level = match command {
@@ -71,7 +105,8 @@ pub fn log(id: Uuid, reference: &str, event: &Event, command: &Command) {
                 | Command::Expire
                 | Command::Fail { .. } => Level::Info,
             };
-            log!(level, "{label}: {} is ignored: {why}", command.name());
+            let text = format!("{} is ignored: {why}", command.name());
+            say(level, command.task_id(), &text);
         }
     }
 }

@@ -116,7 +116,7 @@ fn watch<T>(
 fn channels(folder: &Path) -> anyhow::Result<usize> {
     let folder = folder.join("rabbitmq");
     let output = Command::new("./run.sh")
-        .args(["private", "ctl-rabbitmq"])
+        .args(["private", "ctl"])
         .arg(&folder)
         .args(["--quiet", "list_channels", "--no-table-headers", "pid"])
         .output()

@@ -15,7 +15,7 @@ mod site;
 mod soak;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -37,7 +37,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, replicas, history, backlog, latency.
+    /// Only these parts: sizes, one size as it is named, replicas, history, backlog, latency, page.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -90,6 +90,9 @@ fn main() -> anyhow::Result<()> {
     if wanted("backlog") {
         bench.throughput("2 kB, backlog 1,000", 2_000, 1_000, 1, false)?;
         bench.throughput("2 kB, backlog 100,000", 2_000, 100_000, 1, false)?;
+    }
+    if wanted("page") {
+        bench.page()?;
     }
     if wanted("history") {
         bench.site.fill_history(&bench.config.postgres, 1_000_000)?;
@@ -171,22 +174,57 @@ impl Bench {
             / 2.0;
         for (name, rate) in [("idle", 0.0), ("half load", half)] {
             let latencies = latency::measure(&self.config, &self.load, rate)?;
-            for (way, mut times) in [
+            for (way, times) in [
                 ("submission to task", latencies.submissions),
                 ("result to client", latencies.results),
             ] {
-                times.sort_unstable();
-                for percent in [50, 99] {
-                    let time: Duration = times[(times.len() - 1) * percent / 100];
-                    self.report.cost(
-                        &format!("{name}: {way}, p{percent} ms"),
-                        time.as_secs_f64() * 1000.0,
-                    );
-                }
+                self.percentiles(&format!("{name}: {way}"), times);
             }
         }
         self.site.stop()?;
         self.load.purge()
+    }
+
+    /// How long the status page takes, and what it is made of.
+    fn page(&mut self) -> anyhow::Result<()> {
+        const REQUESTS: usize = 200;
+        let (live, finished) = (10_000, 100_000);
+        let postgres = self.config.postgres.clone();
+        self.site.fill_jobs(&postgres, live, finished)?;
+        self.site.start(1)?;
+        let address = self.site.page()?;
+        for (name, path) in [
+            ("page", ""),
+            ("page of finished jobs", "?finished=true"),
+            (
+                "page of a text in no finished job",
+                "?finished=true&text=nothing",
+            ),
+            ("metrics", "metrics"),
+        ] {
+            let mut times = Vec::with_capacity(REQUESTS);
+            for _ in 0..REQUESTS {
+                let began = Instant::now();
+                let mut answer = ureq::get(format!("{address}{path}")).call()?;
+                answer.body_mut().read_to_string()?;
+                times.push(began.elapsed());
+            }
+            self.percentiles(
+                &format!("10,000 jobs, 100,000 in the history: {name}"),
+                times,
+            );
+        }
+        self.site.stop()?;
+        self.site.fill_jobs(&postgres, 0, 0)
+    }
+
+    fn percentiles(&mut self, what: &str, mut times: Vec<Duration>) {
+        times.sort_unstable();
+        for percent in [50, 99] {
+            let time: Duration = times[(times.len() - 1) * percent / 100];
+            let name = format!("{what}, p{percent} ms");
+            self.report.cost(&name, time.as_secs_f64() * 1000.0);
+        }
     }
 
     fn soak(&mut self, folder: &Path, time: Duration) -> anyhow::Result<()> {

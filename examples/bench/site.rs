@@ -126,6 +126,46 @@ impl Site {
         sizes.fold(0.0, f64::max) / 1024.0
     }
 
+    /// Where the first replica's status page is.
+    ///
+    /// # Errors
+    /// It has not said so.
+    pub fn page(&self) -> anyhow::Result<String> {
+        let log = fs::read_to_string(self.folder.join("replica-1.log"))?;
+        let line = log
+            .lines()
+            .find_map(|line| line.split_once("status page at "));
+        let (_, url) = line.context("no status page in the log")?;
+        Ok(url.trim().to_owned())
+    }
+
+    /// Makes so many jobs be there, a few of them running, and as many in the history; or none.
+    pub fn fill_jobs(
+        &self,
+        config: &config::Postgres,
+        live: i32,
+        finished: i32,
+    ) -> anyhow::Result<()> {
+        let mut client = sql(config)?;
+        client.batch_execute("TRUNCATE job_history; DELETE FROM job")?;
+        client.execute(
+            "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
+                              submitted_at, running_at, timeout_after_ms, job_reference, priority,
+                              progress, progress_message, progress_at)
+             SELECT gen_random_uuid(), gen_random_uuid()::text, 'bench',
+                    (CASE WHEN number > 100 THEN 'SUBMITTED' ELSE 'RUNNING' END)::jobstatus,
+                    now(), now() - number * interval '1 second', now(), 3600000,
+                    'variant ' || number, 'MEDIUM', 0.5, 'a message', now()
+             FROM generate_series(1, $1) AS number",
+            &[&live],
+        )?;
+        if finished > 0 {
+            self.fill_history(config, finished)?;
+        }
+        client.batch_execute("VACUUM ANALYZE job")?;
+        Ok(())
+    }
+
     /// Makes the history have so many jobs.
     pub fn fill_history(&self, config: &config::Postgres, jobs: i32) -> anyhow::Result<()> {
         let mut client = sql(config)?;

@@ -1,5 +1,7 @@
 //! What operators see: the page in a real browser, the API, metrics, and the command line.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
@@ -194,7 +196,10 @@ fn a_password_protects_everything_but_the_health() {
 #[test]
 fn metrics_are_prometheus_own_and_tell_what_happened() {
     let deployment = Deployment::new();
-    let service = deployment.start();
+    let service = deployment.start_with(&[
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+    ]);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let task = running_job(&client, &worker, None);
@@ -212,6 +217,7 @@ fn metrics_are_prometheus_own_and_tell_what_happened() {
         r#"omotes_orchestrator_jobs{workflow="workflow_1",state="waiting"} 1.0"#,
         r#"omotes_orchestrator_part_up{part="broker"} 1.0"#,
         r#"omotes_orchestrator_sessions_total 1"#,
+        "# TYPE omotes_orchestrator_maintenance_last_run_timestamp_seconds gauge",
         r#"omotes_orchestrator_queue_messages{connection="SDK",queue="omotes_dead_letters"} 0.0"#,
     ];
     let text = eventually("all that has happened", || {
@@ -221,22 +227,41 @@ fn metrics_are_prometheus_own_and_tell_what_happened() {
             .all(|line| text.lines().any(|one| one == *line));
         (status == 200 && complete).then_some(text)
     });
+    assert_eq!(promtool(&["check", "metrics"], &text), "");
+    // What the examples ask for is there.
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/deployment");
+    for file in ["alerts.yml", "grafana.json"] {
+        let asked = fs::read_to_string(format!("{examples}/{file}")).unwrap();
+        let names: BTreeSet<&str> = asked
+            .split(|character: char| !character.is_alphanumeric() && character != '_')
+            .filter(|word| word.starts_with("omotes_orchestrator_"))
+            .collect();
+        assert!(names.len() > 5, "{names:?}");
+        for name in names {
+            assert!(text.contains(name), "{file} asks for {name}");
+        }
+    }
+    promtool(
+        &["check", "config", &format!("{examples}/prometheus.yml")],
+        "",
+    );
+}
+
+/// What it says of the input, which is in order.
+fn promtool(arguments: &[&str], input: &str) -> String {
     let mut promtool = Command::new("promtool")
-        .args(["check", "metrics"])
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("promtool, which ./run.sh test installs");
-    promtool
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(text.as_bytes())
-        .unwrap();
+    let mut stdin = promtool.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
+    drop(stdin);
     let output = promtool.wait_with_output().unwrap();
-    assert_eq!(text_of(&output), "");
-    assert!(output.status.success());
+    assert!(output.status.success(), "{}", text_of(&output));
+    text_of(&output)
 }
 
 #[test]

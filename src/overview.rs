@@ -242,13 +242,13 @@ impl JobView {
         let Estimate { wait, run } = self.estimate?;
         match self.state {
             JobState::Live(JobStatus::Running) => Some(match run {
-                Some(left) => format!("ends in about {left}"),
+                Some(left) => format!("ends in {left}"),
                 None => "runs longer than those before it".to_owned(),
             }),
             JobState::Live(JobStatus::Registered | JobStatus::Submitted) => {
-                let run = format!("runs for about {}", run?);
+                let run = format!("takes {}", run?);
                 Some(match wait {
-                    Some(wait) => format!("starts in about {wait}, {run}"),
+                    Some(wait) => format!("starts in {wait}, {run}"),
                     None => run,
                 })
             }
@@ -257,14 +257,14 @@ impl JobView {
     }
 }
 
-/// `2 min (9 of 10 within 3 min)`.
+/// `2 min to 3 min`: what half of the runs like this stay below, and nine of ten.
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = |time| spoken(SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX));
         let (median, p90) = (text(self.median), text(self.p90));
         match median == p90 {
             true => f.write_str(&median),
-            false => write!(f, "{median} (9 of 10 within {p90})"),
+            false => write!(f, "{median} to {p90}"),
         }
     }
 }

@@ -13,6 +13,10 @@ use crate::overview::{
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
 
+/// What the two times of an estimate are.
+const ESTIMATE: &str =
+    "Half of the last runs like this stayed below the first time, nine of ten below the second.";
+
 /// What is on every page.
 pub struct Frame<'a> {
     /// Allows this page's script, and no other; fresh for each page.
@@ -113,7 +117,7 @@ pub fn job(frame: &Frame<'_>, story: &Story) -> String {
                     dt { "Progress" }
                     dd { (bar(progress.fraction)) div.message { (progress.message) } div.dim { (ago(progress.at, now)) " ago" } }
                 }
-                @if let Some(estimate) = job.expectation() { dt { "Estimate" } dd { (estimate) } }
+                @if let Some(estimate) = job.expectation() { dt title=(ESTIMATE) { "Estimate" } dd { (estimate) } }
                 dt { "Starts" } dd {
                     (job.starts)
                     @for started_at in &story.started_at { div.dim { (exactly(*started_at)) } }
@@ -168,7 +172,7 @@ fn workflow_table(workflows: &[&WorkflowView], hidden: usize, now: Timestamp) ->
         div.card { table {
             thead { tr {
                 th { "Workflow" } th.number { "Waiting" } th.number { "Running" } th.number { "Workers" }
-                th { "Oldest waits" } th { "Takes (estimate)" }
+                th { "Oldest waits" } th title=(ESTIMATE) { "Takes (estimate)" }
             } }
             tbody {
                 @for workflow in workflows {
@@ -232,7 +236,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
         div.card { table.jobs {
             thead { tr {
                 th { "Job" } th { "Workflow" } th { "State" } th { "Progress" } th { "Since" }
-                th.number { "Starts" } th { "Estimate" }
+                th.number { "Starts" } th title=(ESTIMATE) { "Estimate" }
             } }
             tbody {
                 @for job in jobs { tr id={ "job-" (job.id) } {

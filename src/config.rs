@@ -1,6 +1,7 @@
 //! The environment variables, which are the names and defaults that OMOTES deployments use.
 
 use std::fmt;
+use std::fs;
 use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use log::LevelFilter;
 
 use crate::job::TimeoutResult;
+use crate::tls::{Check, Identity, Roots, Tls};
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -59,6 +61,8 @@ pub struct RabbitMq {
     pub username: String,
     pub password: Secret,
     pub vhost: String,
+    /// None is without.
+    pub tls: Option<Tls>,
 }
 
 /// `user@host:port/vhost`, for messages.
@@ -70,6 +74,7 @@ impl fmt::Display for RabbitMq {
             username,
             vhost,
             password: _,
+            tls: _,
         } = self;
         write!(f, "{username}@{host}:{port}/{vhost}")
     }
@@ -83,6 +88,18 @@ pub struct Postgres {
     /// None is the operating system's user.
     pub username: Option<String>,
     pub password: Option<Secret>,
+    pub encryption: Encryption,
+}
+
+/// When connections to Postgres are in TLS.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Encryption {
+    Never,
+    /// If Postgres refuses them otherwise.
+    WhereRequired(Tls),
+    /// If Postgres can, and nothing goes wrong with it.
+    WhereOffered(Tls),
+    Always(Tls),
 }
 
 /// `host:port/database`, for messages.
@@ -138,7 +155,8 @@ impl fmt::Display for Faults {
 }
 
 impl Config {
-    /// The configuration that `variable` gives, which looks a variable up by its name.
+    /// The configuration that `variable` gives, which looks a variable up by its name, with what is
+    /// in the files that it names.
     ///
     /// # Errors
     /// All faults, each with the variable, its value and what was expected.
@@ -155,13 +173,7 @@ impl Config {
                 .queue_name("TASK_RESULT_QUEUE_NAME", "omotes_task_result_events"),
             task_progress_queue: reader
                 .queue_name("TASK_PROGRESS_QUEUE_NAME", "omotes_task_progress_events"),
-            postgres: Postgres {
-                host: reader.text("POSTGRESQL_HOST", "localhost"),
-                port: reader.port("POSTGRESQL_PORT", 5432),
-                database: reader.text("POSTGRESQL_DATABASE", "public"),
-                username: variable("POSTGRESQL_USERNAME"),
-                password: variable("POSTGRESQL_PASSWORD").map(Secret),
-            },
+            postgres: reader.postgres(),
             influxdb: reader.influxdb(),
             time_series_period: reader.period("TIME_SERIES_SCAN_SEC", 600),
             time_series_dry_run: reader.switch("TIME_SERIES_DRY_RUN"),
@@ -196,6 +208,17 @@ impl Config {
             std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
         })
     }
+}
+
+/// libpq's `sslmode`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
 }
 
 struct Reader<'a> {
@@ -277,14 +300,177 @@ impl Reader<'_> {
         })
     }
 
+    /// The file that a variable names; an empty name is none.
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        let path = (self.variable)(name).filter(|path| !path.is_empty());
+        path.map(PathBuf::from)
+    }
+
+    /// What the variable says, or the file that `<name>_FILE` names.
+    fn password(&mut self, name: &str) -> Option<Secret> {
+        let value = (self.variable)(name);
+        let file_name = format!("{name}_FILE");
+        let Some(path) = self.path(&file_name) else {
+            return value.map(Secret);
+        };
+        let file = path.display();
+        if value.is_some() {
+            self.faults
+                .push(format!("{file_name}: found {file}, but {name} is set too"));
+            return None;
+        }
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                let line = text.strip_suffix('\n').unwrap_or(&text);
+                Some(Secret(line.strip_suffix('\r').unwrap_or(line).to_owned()))
+            }
+            Err(error) => {
+                self.faults.push(format!("{file_name}: {file}: {error}"));
+                None
+            }
+        }
+    }
+
+    /// The authorities in a file.
+    fn roots(&mut self, name: &str, path: PathBuf) -> Roots {
+        let roots = Roots::File(path);
+        if let Err(error) = roots.read() {
+            self.faults.push(format!("{name}: {error:#}"));
+        }
+        roots
+    }
+
+    fn identity(&mut self, certificate_name: &str, key_name: &str) -> Option<Identity> {
+        let (certificate, key) = match (self.path(certificate_name), self.path(key_name)) {
+            (Some(certificate), Some(key)) => (certificate, key),
+            (None, None) => return None,
+            (Some(_), None) => {
+                self.faults.push(format!(
+                    "{key_name}: not set, although {certificate_name} is"
+                ));
+                return None;
+            }
+            (None, Some(_)) => {
+                self.faults.push(format!(
+                    "{certificate_name}: not set, although {key_name} is"
+                ));
+                return None;
+            }
+        };
+        let identity = Identity { certificate, key };
+        if let Err(error) = identity.check() {
+            self.faults
+                .push(format!("{certificate_name}, {key_name}: {error:#}"));
+        }
+        Some(identity)
+    }
+
     fn rabbitmq(&mut self, prefix: &str) -> RabbitMq {
         let name = |suffix| format!("{prefix}_RABBITMQ_{suffix}");
+        let tls = self.rabbitmq_tls(&name);
+        let default_port = if tls.is_some() { 5671 } else { 5672 };
         RabbitMq {
             host: self.text(&name("HOSTNAME"), "localhost"),
-            port: self.port(&name("PORT"), 5672),
+            port: self.port(&name("PORT"), default_port),
             username: self.text(&name("USERNAME"), "omotes"),
-            password: self.text(&name("PASSWORD"), "guest").into(),
+            password: self
+                .password(&name("PASSWORD"))
+                .unwrap_or_else(|| Secret("guest".to_owned())),
             vhost: self.text(&name("VIRTUALHOST"), "omotes"),
+            tls,
+        }
+    }
+
+    fn rabbitmq_tls(&mut self, name: &dyn Fn(&'static str) -> String) -> Option<Tls> {
+        let switch = name("TLS");
+        let files = ["TLS_CA_FILE", "TLS_CERT_FILE", "TLS_KEY_FILE"].map(name);
+        if !self.switch(&switch) {
+            // Whoever names certificates would not like to find the password sent without TLS.
+            for file in files {
+                if self.path(&file).is_some() {
+                    self.faults
+                        .push(format!("{file}: set, although {switch} is not true"));
+                }
+            }
+            return None;
+        }
+        let [authorities, certificate, key] = files;
+        let roots = match self.path(&authorities) {
+            Some(path) => self.roots(&authorities, path),
+            None => Roots::System,
+        };
+        Some(Tls {
+            check: Check::Name(roots),
+            identity: self.identity(&certificate, &key),
+        })
+    }
+
+    fn postgres(&mut self) -> Postgres {
+        let host = self.text("POSTGRESQL_HOST", "localhost");
+        let encryption = self.postgres_encryption();
+        Postgres {
+            // A socket in the file system needs no TLS, and has none.
+            encryption: if host.starts_with('/') {
+                Encryption::Never
+            } else {
+                encryption
+            },
+            host,
+            port: self.port("POSTGRESQL_PORT", 5432),
+            database: self.text("POSTGRESQL_DATABASE", "public"),
+            username: (self.variable)("POSTGRESQL_USERNAME"),
+            password: self.password("POSTGRESQL_PASSWORD"),
+        }
+    }
+
+    /// With the meanings that libpq gives to `sslmode` and `sslrootcert`.
+    fn postgres_encryption(&mut self) -> Encryption {
+        const MODE: &str = "POSTGRESQL_SSLMODE";
+        const ROOTS: &str = "POSTGRESQL_SSLROOTCERT";
+        let roots = match self.path(ROOTS) {
+            None => None,
+            Some(path) if path.as_os_str() == "system" => Some(Roots::System),
+            Some(path) => Some(self.roots(ROOTS, path)),
+        };
+        let system = roots == Some(Roots::System);
+        let default = if system {
+            SslMode::VerifyFull
+        } else {
+            SslMode::Prefer
+        };
+        let expected = "disable, allow, prefer, require, verify-ca or verify-full";
+        let mode = self.parsed(MODE, default, expected, |value| match value {
+            "disable" => Some(SslMode::Disable),
+            "allow" => Some(SslMode::Allow),
+            "prefer" => Some(SslMode::Prefer),
+            "require" => Some(SslMode::Require),
+            "verify-ca" => Some(SslMode::VerifyCa),
+            "verify-full" => Some(SslMode::VerifyFull),
+            _ => None,
+        });
+        let identity = self.identity("POSTGRESQL_SSLCERT", "POSTGRESQL_SSLKEY");
+        // Anybody can have a certificate that one of the system's authorities has signed.
+        if system && mode != SslMode::VerifyFull {
+            self.faults.push(format!(
+                "{MODE}: expected verify-full, as {ROOTS} is system"
+            ));
+        }
+        if roots.is_none() && [SslMode::VerifyCa, SslMode::VerifyFull].contains(&mode) {
+            self.faults.push(format!(
+                "{ROOTS}: not set, expected a PEM file, or system, as {MODE} is one that verifies"
+            ));
+        }
+        let check = match roots {
+            None => Check::Nothing,
+            Some(roots) if mode == SslMode::VerifyFull => Check::Name(roots),
+            Some(roots) => Check::Authority(roots),
+        };
+        let tls = Tls { check, identity };
+        match mode {
+            SslMode::Disable => Encryption::Never,
+            SslMode::Allow => Encryption::WhereRequired(tls),
+            SslMode::Prefer => Encryption::WhereOffered(tls),
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => Encryption::Always(tls),
         }
     }
 
@@ -300,7 +486,7 @@ impl Reader<'_> {
                 .filter(|name| !name.is_empty())
                 .collect(),
             username: (self.variable)("INFLUXDB_USERNAME"),
-            password: (self.variable)("INFLUXDB_PASSWORD").map(Secret),
+            password: self.password("INFLUXDB_PASSWORD"),
         };
         (!influxdb.host.is_empty()).then_some(influxdb)
     }
@@ -346,7 +532,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::authority::{Authority, write};
     use rstest::rstest;
+    use uuid::Uuid;
 
     fn read(variables: &[(&str, &str)]) -> Result<Config, Faults> {
         Config::read(&|name| {
@@ -451,5 +639,238 @@ mod tests {
             ("POSTGRESQL_PASSWORD", "hunter2"),
         ]);
         assert!(!format!("{config:?}").contains("hunter2"));
+    }
+
+    /// A folder with a password, an authority, and a certificate with its key; gone when dropped.
+    struct Files(PathBuf);
+
+    impl Files {
+        fn new() -> Files {
+            let folder = std::env::temp_dir().join(format!("config-{}", Uuid::new_v4()));
+            fs::create_dir(&folder).unwrap();
+            let authority = Authority::new();
+            let issued = authority.issue("client");
+            write(&folder, "password", "hunter2\n");
+            write(&folder, "ca.pem", &authority.pem());
+            write(&folder, "client.pem", &issued.certificate);
+            write(&folder, "client.key", &issued.key);
+            Files(folder)
+        }
+
+        fn path(&self, name: &str) -> String {
+            self.0.join(name).display().to_string()
+        }
+
+        fn roots(&self) -> Roots {
+            Roots::File(self.0.join("ca.pem"))
+        }
+
+        /// Reads variables, of which `@name` stands for the file of that name.
+        fn read(&self, variables: &[(&str, &str)]) -> Result<Config, String> {
+            let resolved: Vec<_> = variables
+                .iter()
+                .map(|(name, value)| match value.strip_prefix('@') {
+                    Some(file) => (*name, self.path(file)),
+                    None => (*name, (*value).to_owned()),
+                })
+                .collect();
+            let variables: Vec<_> = resolved
+                .iter()
+                .map(|(name, value)| (*name, value.as_str()))
+                .collect();
+            // The folder has another name each time.
+            read(&variables).map_err(|faults| faults.to_string().replace(&self.path(""), "@"))
+        }
+    }
+
+    impl Drop for Files {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    #[rstest]
+    #[case("hunter2", "hunter2")]
+    #[case("hunter2\n", "hunter2")]
+    #[case("hunter2\r\n", "hunter2")]
+    #[case("hunter2\n\n", "hunter2\n")]
+    #[case(" hunter2 \n", " hunter2 ")]
+    #[case("", "")]
+    fn a_password_may_be_in_a_file(#[case] content: &str, #[case] password: &str) {
+        let files = Files::new();
+        write(&files.0, "password", content);
+        let config = files
+            .read(&[
+                ("SDK_RABBITMQ_PASSWORD_FILE", "@password"),
+                ("POSTGRESQL_PASSWORD_FILE", "@password"),
+                ("INFLUXDB_PASSWORD_FILE", "@password"),
+                // As when it is not set.
+                ("TASK_RABBITMQ_PASSWORD_FILE", ""),
+                ("TASK_RABBITMQ_PASSWORD", "hunter3"),
+            ])
+            .unwrap();
+        assert_eq!(config.sdk_rabbitmq.password.reveal(), password);
+        assert_eq!(config.task_rabbitmq.password.reveal(), "hunter3");
+        assert_eq!(config.celery_rabbitmq.password.reveal(), "guest");
+        assert_eq!(config.postgres.password.unwrap().reveal(), password);
+        let influxdb = config.influxdb.unwrap();
+        assert_eq!(influxdb.password.unwrap().reveal(), password);
+    }
+
+    #[rstest]
+    #[case::both(
+        &[("SDK_RABBITMQ_PASSWORD_FILE", "@password"), ("SDK_RABBITMQ_PASSWORD", "hunter3")],
+        "SDK_RABBITMQ_PASSWORD_FILE: found @password, but SDK_RABBITMQ_PASSWORD is set too"
+    )]
+    #[case::no_file(
+        &[("POSTGRESQL_PASSWORD_FILE", "@absent")],
+        "POSTGRESQL_PASSWORD_FILE: @absent: No such file or directory (os error 2)"
+    )]
+    #[case::a_folder(
+        &[("INFLUXDB_PASSWORD_FILE", "@")],
+        "INFLUXDB_PASSWORD_FILE: @: Is a directory (os error 21)"
+    )]
+    #[case::no_authority(
+        &[("SDK_RABBITMQ_TLS", "true"), ("SDK_RABBITMQ_TLS_CA_FILE", "@absent")],
+        "SDK_RABBITMQ_TLS_CA_FILE: @absent: No such file or directory (os error 2)"
+    )]
+    #[case::a_key_for_an_authority(
+        &[("TASK_RABBITMQ_TLS", "true"), ("TASK_RABBITMQ_TLS_CA_FILE", "@client.key")],
+        "TASK_RABBITMQ_TLS_CA_FILE: @client.key: no certificate in PEM"
+    )]
+    #[case::a_certificate_without_key(
+        &[("CELERY_RABBITMQ_TLS", "true"), ("CELERY_RABBITMQ_TLS_CERT_FILE", "@client.pem")],
+        "CELERY_RABBITMQ_TLS_KEY_FILE: not set, although CELERY_RABBITMQ_TLS_CERT_FILE is"
+    )]
+    #[case::a_key_without_certificate(
+        &[("POSTGRESQL_SSLKEY", "@client.key")],
+        "POSTGRESQL_SSLCERT: not set, although POSTGRESQL_SSLKEY is"
+    )]
+    #[case::another_certificates_key(
+        &[("POSTGRESQL_SSLCERT", "@ca.pem"), ("POSTGRESQL_SSLKEY", "@client.key")],
+        "POSTGRESQL_SSLCERT, POSTGRESQL_SSLKEY: @client.key as the key of @ca.pem: keys may not be \
+         consistent: KeyMismatch"
+    )]
+    #[case::files_without_tls(
+        &[("SDK_RABBITMQ_TLS_CA_FILE", "@ca.pem")],
+        "SDK_RABBITMQ_TLS_CA_FILE: set, although SDK_RABBITMQ_TLS is not true"
+    )]
+    #[case::no_switch(
+        &[("SDK_RABBITMQ_TLS", "yes")],
+        "SDK_RABBITMQ_TLS: found \"yes\", expected true or false"
+    )]
+    #[case::no_mode(
+        &[("POSTGRESQL_SSLMODE", "on")],
+        "POSTGRESQL_SSLMODE: found \"on\", expected disable, allow, prefer, require, verify-ca or \
+         verify-full"
+    )]
+    #[case::nothing_to_verify_with(
+        &[("POSTGRESQL_SSLMODE", "verify-ca")],
+        "POSTGRESQL_SSLROOTCERT: not set, expected a PEM file, or system, as POSTGRESQL_SSLMODE is \
+         one that verifies"
+    )]
+    #[case::a_weak_mode_for_public_authorities(
+        &[("POSTGRESQL_SSLMODE", "verify-ca"), ("POSTGRESQL_SSLROOTCERT", "system")],
+        "POSTGRESQL_SSLMODE: expected verify-full, as POSTGRESQL_SSLROOTCERT is system"
+    )]
+    fn a_faulty_file_is_named(#[case] variables: &[(&str, &str)], #[case] fault: &str) {
+        assert_eq!(Files::new().read(variables).unwrap_err(), fault);
+    }
+
+    #[test]
+    fn each_vhost_has_its_own_tls() {
+        let files = Files::new();
+        let config = files
+            .read(&[
+                ("SDK_RABBITMQ_TLS", "true"),
+                ("TASK_RABBITMQ_TLS", "True"),
+                ("TASK_RABBITMQ_PORT", "5699"),
+                ("TASK_RABBITMQ_TLS_CA_FILE", "@ca.pem"),
+                ("TASK_RABBITMQ_TLS_CERT_FILE", "@client.pem"),
+                ("TASK_RABBITMQ_TLS_KEY_FILE", "@client.key"),
+                ("CELERY_RABBITMQ_TLS_CA_FILE", ""),
+            ])
+            .unwrap();
+        let sdk = config.sdk_rabbitmq;
+        assert_eq!(sdk.to_string(), "omotes@localhost:5671/omotes");
+        assert_eq!(
+            sdk.tls,
+            Some(Tls {
+                check: Check::Name(Roots::System),
+                identity: None
+            })
+        );
+        let task = config.task_rabbitmq;
+        assert_eq!(task.to_string(), "omotes@localhost:5699/omotes");
+        assert_eq!(
+            task.tls,
+            Some(Tls {
+                check: Check::Name(files.roots()),
+                identity: Some(Identity {
+                    certificate: files.path("client.pem").into(),
+                    key: files.path("client.key").into(),
+                })
+            })
+        );
+        let celery = config.celery_rabbitmq;
+        assert_eq!(celery.to_string(), "omotes@localhost:5672/omotes");
+        assert_eq!(celery.tls, None);
+    }
+
+    #[derive(Debug, Clone, Copy)]
+    enum Sure {
+        Nothing,
+        Authority,
+        Name,
+    }
+
+    #[rstest]
+    #[case(None, None, Some(Encryption::WhereOffered as fn(Tls) -> Encryption), Sure::Nothing)]
+    #[case(Some("disable"), None, None, Sure::Nothing)]
+    #[case(Some("allow"), None, Some(Encryption::WhereRequired as _), Sure::Nothing)]
+    #[case(Some("prefer"), None, Some(Encryption::WhereOffered as _), Sure::Nothing)]
+    #[case(Some("require"), None, Some(Encryption::Always as _), Sure::Nothing)]
+    #[case(None, Some("@ca.pem"), Some(Encryption::WhereOffered as _), Sure::Authority)]
+    #[case(Some("disable"), Some("@ca.pem"), None, Sure::Nothing)]
+    #[case(Some("allow"), Some("@ca.pem"), Some(Encryption::WhereRequired as _), Sure::Authority)]
+    #[case(Some("require"), Some("@ca.pem"), Some(Encryption::Always as _), Sure::Authority)]
+    #[case(Some("verify-ca"), Some("@ca.pem"), Some(Encryption::Always as _), Sure::Authority)]
+    #[case(Some("verify-full"), Some("@ca.pem"), Some(Encryption::Always as _), Sure::Name)]
+    #[case(Some("verify-full"), Some("system"), Some(Encryption::Always as _), Sure::Name)]
+    #[case(None, Some("system"), Some(Encryption::Always as _), Sure::Name)]
+    fn sslmode_has_libpqs_meanings(
+        #[case] mode: Option<&str>,
+        #[case] authorities: Option<&str>,
+        #[case] encryption: Option<fn(Tls) -> Encryption>,
+        #[case] sure: Sure,
+    ) {
+        let files = Files::new();
+        let mode = mode.map(|mode| ("POSTGRESQL_SSLMODE", mode));
+        let roots = authorities.map(|file| ("POSTGRESQL_SSLROOTCERT", file));
+        let variables: Vec<_> = mode.into_iter().chain(roots).collect();
+        let config = files.read(&variables).unwrap();
+        let roots = match authorities {
+            Some("system") => Roots::System,
+            Some(_) | None => files.roots(),
+        };
+        let tls = Tls {
+            check: match sure {
+                Sure::Nothing => Check::Nothing,
+                Sure::Authority => Check::Authority(roots),
+                Sure::Name => Check::Name(roots),
+            },
+            identity: None,
+        };
+        let expected = encryption.map_or(Encryption::Never, |encryption| encryption(tls));
+        assert_eq!(config.postgres.encryption, expected);
+    }
+
+    #[test]
+    fn a_socket_in_the_file_system_has_no_tls() {
+        let config = read(&[
+            ("POSTGRESQL_HOST", "/run/postgresql"),
+            ("POSTGRESQL_SSLMODE", "require"),
+        ]);
+        assert_eq!(config.unwrap().postgres.encryption, Encryption::Never);
     }
 }

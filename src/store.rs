@@ -4,20 +4,26 @@
 //! their states, and writes back what [`crate::job::decide`] made of them, all in one transaction.
 
 use std::collections::HashMap;
+use std::error::Error as _;
+use std::io::{self, ErrorKind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use jiff::Timestamp;
+use log::debug;
+use postgres::config::SslMode;
+use postgres::error::SqlState;
 use postgres::types::ToSql;
 use postgres::{Client, NoTls, Row, Statement};
-use r2d2_postgres::PostgresConnectionManager;
 use thiserror::Error;
+use tls_of_postgres::MakeRustlsConnect;
 use uuid::Uuid;
 
-use crate::config;
+use crate::config::{self, Encryption};
 use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Start, State};
 use crate::time_series::Guard;
+use crate::tls::Tls;
 
 pub mod migrate;
 
@@ -48,7 +54,7 @@ impl From<postgres::Error> for StoreError {
 /// Connections to the database.
 #[derive(Clone)]
 pub struct Store {
-    pool: r2d2::Pool<PostgresConnectionManager<NoTls>>,
+    pool: r2d2::Pool<Connector>,
     last_failure: LastFailure,
 }
 
@@ -57,16 +63,15 @@ pub struct Store {
 #[derive(Debug, Clone, Default)]
 struct LastFailure(Arc<Mutex<String>>);
 
-impl r2d2::HandleError<postgres::Error> for LastFailure {
-    fn handle_error(&self, error: postgres::Error) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = format!("{:#}", anyhow!(error));
+impl r2d2::HandleError<ConnectError> for LastFailure {
+    fn handle_error(&self, error: ConnectError) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
     }
 }
 
 impl Store {
     /// At most `connections` connections, none of which is opened before it is needed.
     pub fn new(config: &config::Postgres, connections: u32) -> Store {
-        let manager = PostgresConnectionManager::new(client_config(config), NoTls);
         let last_failure = LastFailure::default();
         let pool = r2d2::Pool::builder()
             .max_size(connections)
@@ -74,7 +79,7 @@ impl Store {
             .connection_timeout(config::CONNECT_TIMEOUT)
             // Whoever waits for the connection reports the failure.
             .error_handler(Box::new(last_failure.clone()))
-            .build_unchecked(manager);
+            .build_unchecked(Connector(config.clone()));
         Store { pool, last_failure }
     }
 
@@ -96,6 +101,96 @@ impl Store {
             statements: HashMap::new(),
         })
     }
+}
+
+/// Opens the pool's connections.
+#[derive(Debug)]
+struct Connector(config::Postgres);
+
+/// Why there is no connection, with the whole cause chain.
+#[derive(Debug, Error)]
+#[error("{0:#}")]
+struct ConnectError(anyhow::Error);
+
+impl r2d2::ManageConnection for Connector {
+    type Connection = Client;
+    type Error = ConnectError;
+
+    fn connect(&self) -> Result<Client, ConnectError> {
+        connect(&self.0).map_err(ConnectError)
+    }
+
+    fn is_valid(&self, client: &mut Client) -> Result<(), ConnectError> {
+        let answer = client.simple_query("");
+        answer.map_err(|error| ConnectError(error.into())).map(drop)
+    }
+
+    fn has_broken(&self, client: &mut Client) -> bool {
+        client.is_closed()
+    }
+}
+
+/// Connects; where `config` leaves a choice, in the second way if the first does not do, as libpq.
+fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
+    let mut client = client_config(config);
+    match &config.encryption {
+        Encryption::Never => Ok(plain(&mut client)?),
+        Encryption::WhereRequired(tls) => {
+            let tls = rustls(tls)?;
+            match plain(&mut client) {
+                Err(refusal) if is_refusal(&refusal) => {
+                    let encrypted = client.ssl_mode(SslMode::Require).connect(tls);
+                    encrypted.with_context(|| format!("{:#}; with TLS", anyhow!(refusal)))
+                }
+                connected => Ok(connected?),
+            }
+        }
+        Encryption::WhereOffered(tls) => {
+            match client.ssl_mode(SslMode::Prefer).connect(rustls(tls)?) {
+                Err(fault) if is_refusal(&fault) || may_be_of_tls(&fault) => {
+                    let fault = format!("{:#}", anyhow!(fault));
+                    debug!("Postgres at {config}: {fault}; trying without TLS");
+                    plain(&mut client).with_context(|| format!("{fault}; without TLS"))
+                }
+                connected => Ok(connected?),
+            }
+        }
+        Encryption::Always(tls) => Ok(client.ssl_mode(SslMode::Require).connect(rustls(tls)?)?),
+    }
+}
+
+fn plain(client: &mut postgres::Config) -> Result<Client, postgres::Error> {
+    client.ssl_mode(SslMode::Disable).connect(NoTls)
+}
+
+fn rustls(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {
+    Ok(MakeRustlsConnect::new(tls.client_config()?))
+}
+
+/// Whether the server wants none of this user's connections, or none of this kind. A wrong password
+/// is something else.
+fn is_refusal(error: &postgres::Error) -> bool {
+    error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
+}
+
+/// Whether the server was there, and then TLS was not what it or this client wanted.
+fn may_be_of_tls(error: &postgres::Error) -> bool {
+    let cause = error
+        .source()
+        .and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| {
+        [
+            // rustls's own, and a host that cannot be the name in a certificate.
+            ErrorKind::InvalidData,
+            ErrorKind::InvalidInput,
+            // The other side hung up.
+            ErrorKind::UnexpectedEof,
+            ErrorKind::ConnectionReset,
+            ErrorKind::ConnectionAborted,
+            ErrorKind::BrokenPipe,
+        ]
+        .contains(&cause.kind())
+    })
 }
 
 fn client_config(config: &config::Postgres) -> postgres::Config {
@@ -146,7 +241,7 @@ impl Task {
 
 /// One connection with the statements prepared on it so far.
 pub struct Connection {
-    client: r2d2::PooledConnection<PostgresConnectionManager<NoTls>>,
+    client: r2d2::PooledConnection<Connector>,
     statements: HashMap<&'static str, Statement>,
 }
 

@@ -79,6 +79,7 @@ fn the_pure_files_know_no_outside_world() {
         "new_v4",
         "fastrand",
         "log::",
+        "crate::tls",
     ];
     for (name, code) in sources() {
         if pure.contains(&name.as_str()) {
@@ -95,8 +96,21 @@ fn the_pure_files_know_no_outside_world() {
 #[test]
 fn one_file_names_the_broker_library() {
     only(
-        &["broker.rs", "broker/dead_letters.rs", "broker/intake.rs"],
+        &[
+            "broker.rs",
+            "broker/dead_letters.rs",
+            "broker/intake.rs",
+            "broker/tls_stream.rs",
+        ],
         &["amiquip"],
+    );
+}
+
+#[test]
+fn one_place_holds_tls() {
+    only(
+        &["tls.rs", "broker/tls_stream.rs"],
+        &["rustls::", "rustls_native_certs"],
     );
 }
 

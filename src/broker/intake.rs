@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use mio_of_amiquip::net::TcpStream;
+use amiquip::IoStream;
 use mio_of_amiquip::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 
 /// A connection that reads nothing for two heartbeats counts as lost, so a little is read all the
@@ -69,15 +69,15 @@ impl Intake {
 }
 
 /// A socket that is not read while there is enough in hand.
-pub(super) struct GatedStream {
-    stream: TcpStream,
+pub(super) struct GatedStream<S> {
+    stream: S,
     intake: Arc<Intake>,
     woken: Registration,
     last_read: Instant,
 }
 
-impl GatedStream {
-    pub(super) fn new(stream: TcpStream, intake: &Arc<Intake>) -> GatedStream {
+impl<S: IoStream> GatedStream<S> {
+    pub(super) fn new(stream: S, intake: &Arc<Intake>) -> GatedStream<S> {
         let (woken, waker) = Registration::new2();
         let mut wakers = intake.wakers.lock().unwrap_or_else(PoisonError::into_inner);
         wakers.push(waker);
@@ -90,7 +90,7 @@ impl GatedStream {
     }
 }
 
-impl Read for GatedStream {
+impl<S: IoStream> Read for GatedStream<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let size = if !self.intake.is_full() {
             buffer.len()
@@ -105,7 +105,7 @@ impl Read for GatedStream {
     }
 }
 
-impl Write for GatedStream {
+impl<S: IoStream> Write for GatedStream<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.write(buffer)
     }
@@ -115,9 +115,9 @@ impl Write for GatedStream {
     }
 }
 
-impl amiquip::IoStream for GatedStream {}
+impl<S: IoStream> IoStream for GatedStream<S> {}
 
-impl Evented for GatedStream {
+impl<S: IoStream> Evented for GatedStream<S> {
     fn register(
         &self,
         poll: &Poll,

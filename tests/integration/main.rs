@@ -7,6 +7,7 @@
     reason = "a test fails by panicking, says why, and is nobody's library"
 )]
 
+mod authority;
 mod cancelling;
 mod commands;
 mod crashes;
@@ -25,4 +26,5 @@ mod revisions;
 mod servers;
 mod stopping;
 mod time_series;
+mod tls;
 mod workflows;

@@ -215,9 +215,10 @@ start_postgres() {
       || { cat "$folder/initdb" >&2; return 1; }
     echo "include_if_exists '../conf'" >>"$folder/data/postgresql.conf"
   fi
-  as_user postgres "$bin/pg_ctl" -D "$folder/data" -l "$folder/output" -w -t 60 \
+  # From its folder, for a path in `conf` may be relative to it.
+  (cd "$folder" && as_user postgres "$bin/pg_ctl" -D "$folder/data" -l "$folder/output" -w -t 60 \
     -o "-p $port -c listen_addresses=127.0.0.1 -c unix_socket_directories=$folder -c max_connections=300" \
-    start >/dev/null || { tail -n 20 "$folder/output" >&2; return 1; }
+    start >/dev/null) || { tail -n 20 "$folder/output" >&2; return 1; }
   if [ "$database" != postgres ]; then
     # It may be there from the last time.
     PGPASSWORD=$password psql -q -h 127.0.0.1 -p "$port" -U "$user" -d postgres \

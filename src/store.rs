@@ -4,27 +4,22 @@
 //! their states, and writes back what [`crate::job::decide`] made of them, all in one transaction.
 
 use std::collections::HashMap;
-use std::error::Error as _;
-use std::io::{self, ErrorKind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use jiff::Timestamp;
-use log::debug;
-use postgres::config::SslMode;
-use postgres::error::SqlState;
 use postgres::types::ToSql;
-use postgres::{Client, NoTls, Row, Statement};
+use postgres::{Client, Row, Statement};
 use thiserror::Error;
-use tls_of_postgres::MakeRustlsConnect;
 use uuid::Uuid;
 
-use crate::config::{self, Encryption};
+use self::connect::{ConnectError, Connector};
+use crate::config;
 use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Start, State};
 use crate::time_series::Guard;
-use crate::tls::Tls;
 
+mod connect;
 pub mod migrate;
 
 /// What went wrong with the database, by what can be done about it.
@@ -79,7 +74,7 @@ impl Store {
             .connection_timeout(config::CONNECT_TIMEOUT)
             // Whoever waits for the connection reports the failure.
             .error_handler(Box::new(last_failure.clone()))
-            .build_unchecked(Connector(config.clone()));
+            .build_unchecked(Connector::new(config.clone()));
         Store { pool, last_failure }
     }
 
@@ -101,122 +96,6 @@ impl Store {
             statements: HashMap::new(),
         })
     }
-}
-
-/// Opens the pool's connections.
-#[derive(Debug)]
-struct Connector(config::Postgres);
-
-/// Why there is no connection, with the whole cause chain.
-#[derive(Debug, Error)]
-#[error("{0:#}")]
-struct ConnectError(anyhow::Error);
-
-impl r2d2::ManageConnection for Connector {
-    type Connection = Client;
-    type Error = ConnectError;
-
-    fn connect(&self) -> Result<Client, ConnectError> {
-        connect(&self.0).map_err(ConnectError)
-    }
-
-    fn is_valid(&self, client: &mut Client) -> Result<(), ConnectError> {
-        let answer = client.simple_query("");
-        answer.map_err(|error| ConnectError(error.into())).map(drop)
-    }
-
-    fn has_broken(&self, client: &mut Client) -> bool {
-        client.is_closed()
-    }
-}
-
-/// Connects; where `config` leaves a choice, in the second way if the first does not do, as libpq.
-fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
-    let mut client = client_config(config);
-    match &config.encryption {
-        Encryption::Never => Ok(plain(&mut client)?),
-        Encryption::WhereRequired(tls) => {
-            let tls = rustls(tls)?;
-            match plain(&mut client) {
-                Err(refusal) if is_refusal(&refusal) => {
-                    let encrypted = client.ssl_mode(SslMode::Require).connect(tls);
-                    encrypted.with_context(|| format!("{:#}; with TLS", anyhow!(refusal)))
-                }
-                connected => Ok(connected?),
-            }
-        }
-        Encryption::WhereOffered(tls) => {
-            match client.ssl_mode(SslMode::Prefer).connect(rustls(tls)?) {
-                Err(fault) if is_refusal(&fault) || may_be_of_tls(&fault) => {
-                    let fault = format!("{:#}", anyhow!(fault));
-                    debug!("Postgres at {config}: {fault}; trying without TLS");
-                    plain(&mut client).with_context(|| format!("{fault}; without TLS"))
-                }
-                connected => Ok(connected?),
-            }
-        }
-        Encryption::Always(tls) => Ok(client.ssl_mode(SslMode::Require).connect(rustls(tls)?)?),
-    }
-}
-
-fn plain(client: &mut postgres::Config) -> Result<Client, postgres::Error> {
-    client.ssl_mode(SslMode::Disable).connect(NoTls)
-}
-
-fn rustls(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {
-    Ok(MakeRustlsConnect::new(tls.client_config()?))
-}
-
-/// Whether the server wants none of this user's connections, or none of this kind. A wrong password
-/// is something else.
-fn is_refusal(error: &postgres::Error) -> bool {
-    error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
-}
-
-/// Whether the server was there, and then TLS was not what it or this client wanted.
-fn may_be_of_tls(error: &postgres::Error) -> bool {
-    let cause = error
-        .source()
-        .and_then(|cause| cause.downcast_ref::<io::Error>());
-    cause.is_some_and(|cause| {
-        [
-            // rustls's own, and a host that cannot be the name in a certificate.
-            ErrorKind::InvalidData,
-            ErrorKind::InvalidInput,
-            // The other side hung up.
-            ErrorKind::UnexpectedEof,
-            ErrorKind::ConnectionReset,
-            ErrorKind::ConnectionAborted,
-            ErrorKind::BrokenPipe,
-        ]
-        .contains(&cause.kind())
-    })
-}
-
-fn client_config(config: &config::Postgres) -> postgres::Config {
-    let mut client = Client::configure();
-    client
-        .host(&config.host)
-        .port(config.port)
-        .dbname(&config.database)
-        .application_name("omotes_orchestrator")
-        // The last one lets go of the jobs that a replica has locked which hangs.
-        .options(
-            "-c lock_timeout=30s -c statement_timeout=5min \
-             -c idle_in_transaction_session_timeout=3min",
-        )
-        .connect_timeout(config::CONNECT_TIMEOUT)
-        .keepalives_idle(Duration::from_secs(15))
-        .keepalives_interval(Duration::from_secs(5))
-        .keepalives_retries(3)
-        .tcp_user_timeout(Duration::from_secs(30));
-    if let Some(username) = &config.username {
-        client.user(username);
-    }
-    if let Some(password) = &config.password {
-        client.password(password.reveal());
-    }
-    client
 }
 
 /// What one replica does for all of them.

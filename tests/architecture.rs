@@ -126,8 +126,8 @@ fn one_place_holds_sql() {
 fn store_and_broker_do_not_know_each_other() {
     for (name, code) in sources() {
         match name.as_str() {
-            "broker.rs" | "broker/dead_letters.rs" => assert!(!code.contains("crate::store")),
-            "store.rs" | "store/migrate.rs" => assert!(!code.contains("crate::broker")),
+            name if name.starts_with("broker") => assert!(!code.contains("crate::store")),
+            name if name.starts_with("store") => assert!(!code.contains("crate::broker")),
             _ => {}
         }
     }

@@ -54,7 +54,7 @@ impl Secured {
                  ssl_ca_file = '../ca.pem'\n\
                  ssl_cert_file = '../server.pem'\n\
                  ssl_key_file = '../server.key'\n\
-                 hba_file = '../access'\n",
+                 hba_file = 'access'\n",
             );
             write(&postgres, "access", postgres_access);
             // And what the service is given.
@@ -167,11 +167,24 @@ fn jobs_go_through_in_tls_large_or_many() {
     service.logged("has been waiting for Postgres");
     let peak = service.peak_memory();
     eprintln!("peak memory with large messages in TLS: {peak} MiB");
+    assert!(peak < 250, "{peak} MiB");
     lock.rollback().unwrap();
     for task in &tasks {
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
     deployment.no_jobs_left();
+
+    let mut jobs: Vec<_> = (0..500)
+        .map(|_| {
+            let (job, submission) = client.submission("workflow_1");
+            client.send(&submission);
+            job
+        })
+        .collect();
+    let mut taken: Vec<_> = jobs.iter().map(|_| worker.take().job).collect();
+    jobs.sort();
+    taken.sort();
+    assert_eq!(taken, jobs);
     assert!(
         !service
             .log()

@@ -211,6 +211,7 @@ impl ServerCertVerifier for UncheckedName {
 mod tests {
     use std::env;
 
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
     use rstest::rstest;
     use rustls::{ClientConnection, ServerConfig, ServerConnection};
     use uuid::Uuid;
@@ -239,17 +240,7 @@ mod tests {
         }
 
         fn server(&self, name: &str) -> ServerConnection {
-            let Issued { certificate, key } = self.authority.issue(name);
-            let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-                .with_safe_default_protocol_versions()
-                .unwrap()
-                .with_no_client_auth()
-                .with_single_cert(
-                    vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()],
-                    PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
-                )
-                .unwrap();
-            ServerConnection::new(Arc::new(config)).unwrap()
+            server(&self.authority.issue(name))
         }
     }
 
@@ -257,6 +248,19 @@ mod tests {
         fn drop(&mut self) {
             fs::remove_dir_all(&self.folder).unwrap();
         }
+    }
+
+    fn server(issued: &Issued) -> ServerConnection {
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()],
+                PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap(),
+            )
+            .unwrap();
+        ServerConnection::new(Arc::new(config)).unwrap()
     }
 
     /// What becomes of a handshake in memory.
@@ -309,6 +313,35 @@ mod tests {
         };
         let outcome = handshake(&tls, name, files.server("localhost"));
         match outcome {
+            Ok(()) => assert_eq!(fault, ""),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(!fault.is_empty() && text.contains(fault), "{text}");
+            }
+        }
+    }
+
+    /// As the README has it.
+    #[rstest]
+    #[case::plain(IsCa::ExplicitNoCa, "")]
+    #[case::marked_as_an_authority(IsCa::Ca(BasicConstraints::Unconstrained), "CaUsedAsEndEntity")]
+    fn a_certificate_may_be_its_own_authority(#[case] is_ca: IsCa, #[case] fault: &str) {
+        let files = Files::new();
+        let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        params.is_ca = is_ca;
+        let key = KeyPair::generate().unwrap();
+        let own = Issued {
+            certificate: params.self_signed(&key).unwrap().pem(),
+            key: key.serialize_pem(),
+        };
+        write(&files.folder, "own.pem", &own.certificate);
+        let tls = |check| Tls {
+            check,
+            identity: None,
+        };
+        handshake(&tls(Check::Nothing), "localhost", server(&own)).unwrap();
+        let checked = tls(Check::Name(files.roots("own.pem")));
+        match handshake(&checked, "localhost", server(&own)) {
             Ok(()) => assert_eq!(fault, ""),
             Err(error) => {
                 let text = error.to_string();

@@ -1,5 +1,5 @@
 FROM rust:1.95-slim-bookworm AS build
-# The allocator is built from C.
+# The allocator and the TLS are built from C, with the compiler that is there.
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 # The dependencies alone first: this layer stays while only the sources change.
@@ -13,6 +13,9 @@ COPY src src
 RUN cargo build --release --locked --bin omotes-orchestrator
 
 FROM debian:bookworm-slim
+# The authorities that are trusted where no others are given.
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --no-create-home --shell /usr/sbin/nologin orchestrator
 COPY --from=build /build/target/release/omotes-orchestrator /usr/local/bin/
 # A file mounted over this one is all that a deployment needs.

@@ -145,13 +145,26 @@ remove_folder() {
   rm -rf "$folder"
 }
 
+# What is in FOLDER.extra goes into a service's folder, for the service's user alone; the lines of
+# `conf` there are added to its configuration.
+extra_files() {
+  local from=$1.extra folder=$2 user=$3
+  [ -d "$from" ] || return 0
+  cp "$from"/* "$folder/"
+  (cd "$from" && for file in *; do
+    chmod 600 "$folder/$file"
+    if is_root; then chown "$user" "$folder/$file"; fi
+  done)
+}
+
 json_text() { local text=${1//\\/\\\\}; printf '"%s"' "${text//\"/\\\"}"; }
 
 # start_rabbitmq FOLDER PORT MANAGEMENT_PORT|"" USER PASSWORD VHOST...
 start_rabbitmq() {
-  local folder=$1 port=$2 management=$3 user=$4 password=$5 vhost vhosts='' permissions=''
+  local folder=$1 port=$2 management=$3 user=$4 password=$5 vhost vhosts='' permissions='' given=$1
   shift 5
   folder=$(service_folder "$folder" rabbitmq)
+  extra_files "$given" "$folder" rabbitmq
   for vhost in "$@" /; do
     vhosts+="${vhosts:+,}{\"name\":$(json_text "$vhost")}"
     permissions+="${permissions:+,}{\"user\":$(json_text "$user"),\"vhost\":$(json_text "$vhost"),\"configure\":\".*\",\"write\":\".*\",\"read\":\".*\"}"
@@ -164,6 +177,7 @@ start_rabbitmq() {
     # What RabbitMQ 4 has by default.
     echo "max_message_size = 16777216"
     if [ -n "$management" ]; then echo "management.tcp.ip = 127.0.0.1"; echo "management.tcp.port = $management"; fi
+    if [ -f "$folder/conf" ]; then cat "$folder/conf"; fi
   } >"$folder/rabbitmq.conf"
   if [ -n "$management" ]; then echo '[rabbitmq_management].'; else echo '[].'; fi >"$folder/enabled_plugins"
   # An epmd and a cookie of its own, so that no other node is seen or left behind.
@@ -191,19 +205,22 @@ EOF
 
 # start_postgres FOLDER PORT USER PASSWORD DATABASE
 start_postgres() {
-  local folder=$1 port=$2 user=$3 password=$4 database=$5 bin
+  local folder=$1 port=$2 user=$3 password=$4 database=$5 bin given=$1
   bin=$(dirname "$(postgres_program initdb)")
   folder=$(service_folder "$folder" postgres)
+  extra_files "$given" "$folder" postgres
   if [ ! -d "$folder/data" ]; then
     printf '%s\n' "$password" >"$folder/password"
     if is_root; then chown postgres "$folder/password"; fi
     as_user postgres "$bin/initdb" -D "$folder/data" -U "$user" --auth=scram-sha-256 \
       --pwfile="$folder/password" --encoding=UTF8 --locale=C >"$folder/initdb" 2>&1 \
       || { cat "$folder/initdb" >&2; return 1; }
+    echo "include_if_exists '../conf'" >>"$folder/data/postgresql.conf"
   fi
-  as_user postgres "$bin/pg_ctl" -D "$folder/data" -l "$folder/output" -w -t 60 \
+  # From its folder, for a path in `conf` may be relative to it.
+  (cd "$folder" && as_user postgres "$bin/pg_ctl" -D "$folder/data" -l "$folder/output" -w -t 60 \
     -o "-p $port -c listen_addresses=127.0.0.1 -c unix_socket_directories=$folder -c max_connections=300" \
-    start >/dev/null || { tail -n 20 "$folder/output" >&2; return 1; }
+    start >/dev/null) || { tail -n 20 "$folder/output" >&2; return 1; }
   if [ "$database" != postgres ]; then
     # It may be there from the last time.
     PGPASSWORD=$password psql -q -h 127.0.0.1 -p "$port" -U "$user" -d postgres \

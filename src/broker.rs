@@ -1,4 +1,4 @@
-//! RabbitMQ: the only file that names amiquip, beside [`dead_letters`] and [`intake`] below it.
+//! RabbitMQ: the only file that names amiquip, beside what is below it.
 //!
 //! amiquip blocks without end when the broker stops reading (an alarm) or answering, and what
 //! frees it is the socket being shut down under it. So a [`Link`] keeps a second handle of its
@@ -14,7 +14,8 @@ use std::time::Duration;
 use amiquip::{
     AmqpProperties, AmqpValue, Auth, Channel, Confirm, Connection, ConnectionBlockedNotification,
     ConnectionOptions, ConnectionTuning, ConsumerMessage, ConsumerOptions, Delivery,
-    ExchangeDeclareOptions, ExchangeType, FieldTable, Publish, QueueDeclareOptions, Return,
+    ExchangeDeclareOptions, ExchangeType, FieldTable, IoStream, Publish, QueueDeclareOptions,
+    Return,
 };
 use anyhow::{Context, anyhow, bail};
 use crossbeam_channel::{Receiver, RecvTimeoutError, never, select};
@@ -23,9 +24,11 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use self::intake::{GatedStream, Intake};
+use self::tls_stream::TlsStream;
 use crate::busy::Busy;
 use crate::config::{self, CONNECT_TIMEOUT};
 use crate::overview::Depth;
+use crate::tls::Tls;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, Outgoing, PIDBOX_EXCHANGE,
     SUBMISSIONS_QUEUE, TASK_QUEUE_MAX_PRIORITY,
@@ -33,6 +36,7 @@ use crate::wire::{
 
 pub mod dead_letters;
 pub mod intake;
+mod tls_stream;
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;
@@ -296,6 +300,8 @@ fn open(
     TcpStream,
     Receiver<ConnectionBlockedNotification>,
 )> {
+    // Before anything is asked of the network.
+    let tls = config.tls.as_ref().map(Tls::client_config).transpose()?;
     let addresses = (config.host.as_str(), config.port).to_socket_addrs()?;
     let mut last_error = anyhow!("{} has no address", config.host);
     for address in addresses {
@@ -318,19 +324,35 @@ fn open(
             .heartbeat(HEARTBEAT_SECONDS)
             .connection_timeout(Some(CONNECT_TIMEOUT))
             .information(Some(format!("omotes-orchestrator {purpose}")));
-        let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
-        let tuning = ConnectionTuning::default();
-        let mut connection = match intake {
-            None => Connection::insecure_open_stream(stream, options, tuning)?,
-            Some(intake) => {
-                let stream = GatedStream::new(stream, intake);
-                Connection::insecure_open_stream(stream, options, tuning)?
+        let mut connection = match tls {
+            None => {
+                let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
+                speak(stream, options, intake)?
+            }
+            Some(tls) => {
+                let stream = TlsStream::open(stream, &config.host, tls, CONNECT_TIMEOUT)
+                    .with_context(|| format!("TLS with {address}"))?;
+                speak(stream, options, intake)?
             }
         };
         let blocked = connection.listen_for_connection_blocked()?;
         return Ok((connection, kill_switch, blocked));
     }
     Err(last_error)
+}
+
+fn speak<S: IoStream>(
+    stream: S,
+    options: ConnectionOptions<Auth>,
+    intake: Option<&Arc<Intake>>,
+) -> Result<Connection, amiquip::Error> {
+    let tuning = ConnectionTuning::default();
+    match intake {
+        None => Connection::insecure_open_stream(stream, options, tuning),
+        Some(intake) => {
+            Connection::insecure_open_stream(GatedStream::new(stream, intake), options, tuning)
+        }
+    }
 }
 
 fn durable(arguments: FieldTable) -> QueueDeclareOptions {

@@ -1,6 +1,7 @@
 //! The environment variables, which are the names and defaults that OMOTES deployments use.
 
 use std::fmt;
+use std::fs;
 use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use log::LevelFilter;
 
 use crate::job::TimeoutResult;
 use crate::logger::Format;
+use crate::tls::{Check, Identity, Roots, Tls};
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -65,6 +67,8 @@ pub struct RabbitMq {
     pub username: String,
     pub password: Secret,
     pub vhost: String,
+    /// None is without.
+    pub tls: Option<Tls>,
 }
 
 /// `user@host:port/vhost`, for messages.
@@ -76,6 +80,7 @@ impl fmt::Display for RabbitMq {
             username,
             vhost,
             password: _,
+            tls: _,
         } = self;
         write!(f, "{username}@{host}:{port}/{vhost}")
     }
@@ -89,6 +94,18 @@ pub struct Postgres {
     /// None is the operating system's user.
     pub username: Option<String>,
     pub password: Option<Secret>,
+    pub encryption: Encryption,
+}
+
+/// When connections to Postgres are in TLS.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Encryption {
+    Never,
+    /// If Postgres refuses them otherwise.
+    WhereRequired(Tls),
+    /// If Postgres can, and nothing goes wrong with it.
+    WhereOffered(Tls),
+    Always(Tls),
 }
 
 /// `host:port/database`, for messages.
@@ -144,7 +161,8 @@ impl fmt::Display for Faults {
 }
 
 impl Config {
-    /// The configuration that `variable` gives, which looks a variable up by its name.
+    /// The configuration that `variable` gives, which looks a variable up by its name, with what is
+    /// in the files that it names.
     ///
     /// # Errors
     /// All faults, each with the variable, its value and what was expected.
@@ -161,13 +179,7 @@ impl Config {
                 .queue_name("TASK_RESULT_QUEUE_NAME", "omotes_task_result_events"),
             task_progress_queue: reader
                 .queue_name("TASK_PROGRESS_QUEUE_NAME", "omotes_task_progress_events"),
-            postgres: Postgres {
-                host: reader.text("POSTGRESQL_HOST", "localhost"),
-                port: reader.port("POSTGRESQL_PORT", 5432),
-                database: reader.text("POSTGRESQL_DATABASE", "public"),
-                username: variable("POSTGRESQL_USERNAME"),
-                password: variable("POSTGRESQL_PASSWORD").map(Secret),
-            },
+            postgres: reader.postgres(),
             influxdb: reader.influxdb(),
             time_series_period: reader.period("TIME_SERIES_SCAN_SEC", 600),
             time_series_dry_run: reader.switch("TIME_SERIES_DRY_RUN"),
@@ -205,6 +217,17 @@ impl Config {
             std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
         })
     }
+}
+
+/// libpq's `sslmode`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
 }
 
 struct Reader<'a> {
@@ -286,14 +309,177 @@ impl Reader<'_> {
         })
     }
 
+    /// The file that a variable names; an empty name is none.
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        let path = (self.variable)(name).filter(|path| !path.is_empty());
+        path.map(PathBuf::from)
+    }
+
+    /// What the variable says, or the file that `<name>_FILE` names.
+    fn password(&mut self, name: &str) -> Option<Secret> {
+        let value = (self.variable)(name);
+        let file_name = format!("{name}_FILE");
+        let Some(path) = self.path(&file_name) else {
+            return value.map(Secret);
+        };
+        let file = path.display();
+        if value.is_some() {
+            self.faults
+                .push(format!("{file_name}: found {file}, but {name} is set too"));
+            return None;
+        }
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                let line = text.strip_suffix('\n').unwrap_or(&text);
+                Some(Secret(line.strip_suffix('\r').unwrap_or(line).to_owned()))
+            }
+            Err(error) => {
+                self.faults.push(format!("{file_name}: {file}: {error}"));
+                None
+            }
+        }
+    }
+
+    /// The authorities in a file.
+    fn roots(&mut self, name: &str, path: PathBuf) -> Roots {
+        let roots = Roots::File(path);
+        if let Err(error) = roots.read() {
+            self.faults.push(format!("{name}: {error:#}"));
+        }
+        roots
+    }
+
+    fn identity(&mut self, certificate_name: &str, key_name: &str) -> Option<Identity> {
+        let (certificate, key) = match (self.path(certificate_name), self.path(key_name)) {
+            (Some(certificate), Some(key)) => (certificate, key),
+            (None, None) => return None,
+            (Some(_), None) => {
+                self.faults.push(format!(
+                    "{key_name}: not set, although {certificate_name} is"
+                ));
+                return None;
+            }
+            (None, Some(_)) => {
+                self.faults.push(format!(
+                    "{certificate_name}: not set, although {key_name} is"
+                ));
+                return None;
+            }
+        };
+        let identity = Identity { certificate, key };
+        if let Err(error) = identity.check() {
+            self.faults
+                .push(format!("{certificate_name}, {key_name}: {error:#}"));
+        }
+        Some(identity)
+    }
+
     fn rabbitmq(&mut self, prefix: &str) -> RabbitMq {
         let name = |suffix| format!("{prefix}_RABBITMQ_{suffix}");
+        let tls = self.rabbitmq_tls(&name);
+        let default_port = if tls.is_some() { 5671 } else { 5672 };
         RabbitMq {
             host: self.text(&name("HOSTNAME"), "localhost"),
-            port: self.port(&name("PORT"), 5672),
+            port: self.port(&name("PORT"), default_port),
             username: self.text(&name("USERNAME"), "omotes"),
-            password: self.text(&name("PASSWORD"), "guest").into(),
+            password: self
+                .password(&name("PASSWORD"))
+                .unwrap_or_else(|| Secret("guest".to_owned())),
             vhost: self.text(&name("VIRTUALHOST"), "omotes"),
+            tls,
+        }
+    }
+
+    fn rabbitmq_tls(&mut self, name: &dyn Fn(&'static str) -> String) -> Option<Tls> {
+        let switch = name("TLS");
+        let files = ["TLS_CA_FILE", "TLS_CERT_FILE", "TLS_KEY_FILE"].map(name);
+        if !self.switch(&switch) {
+            // Whoever names certificates would not like to find the password sent without TLS.
+            for file in files {
+                if self.path(&file).is_some() {
+                    self.faults
+                        .push(format!("{file}: set, although {switch} is not true"));
+                }
+            }
+            return None;
+        }
+        let [authorities, certificate, key] = files;
+        let roots = match self.path(&authorities) {
+            Some(path) => self.roots(&authorities, path),
+            None => Roots::System,
+        };
+        Some(Tls {
+            check: Check::Name(roots),
+            identity: self.identity(&certificate, &key),
+        })
+    }
+
+    fn postgres(&mut self) -> Postgres {
+        let host = self.text("POSTGRESQL_HOST", "localhost");
+        let encryption = self.postgres_encryption();
+        Postgres {
+            // A socket in the file system needs no TLS, and has none.
+            encryption: if host.starts_with('/') {
+                Encryption::Never
+            } else {
+                encryption
+            },
+            host,
+            port: self.port("POSTGRESQL_PORT", 5432),
+            database: self.text("POSTGRESQL_DATABASE", "public"),
+            username: (self.variable)("POSTGRESQL_USERNAME"),
+            password: self.password("POSTGRESQL_PASSWORD"),
+        }
+    }
+
+    /// With the meanings that libpq gives to `sslmode` and `sslrootcert`.
+    fn postgres_encryption(&mut self) -> Encryption {
+        const MODE: &str = "POSTGRESQL_SSLMODE";
+        const ROOTS: &str = "POSTGRESQL_SSLROOTCERT";
+        let roots = match self.path(ROOTS) {
+            None => None,
+            Some(path) if path.as_os_str() == "system" => Some(Roots::System),
+            Some(path) => Some(self.roots(ROOTS, path)),
+        };
+        let system = roots == Some(Roots::System);
+        let default = if system {
+            SslMode::VerifyFull
+        } else {
+            SslMode::Prefer
+        };
+        let expected = "disable, allow, prefer, require, verify-ca or verify-full";
+        let mode = self.parsed(MODE, default, expected, |value| match value {
+            "disable" => Some(SslMode::Disable),
+            "allow" => Some(SslMode::Allow),
+            "prefer" => Some(SslMode::Prefer),
+            "require" => Some(SslMode::Require),
+            "verify-ca" => Some(SslMode::VerifyCa),
+            "verify-full" => Some(SslMode::VerifyFull),
+            _ => None,
+        });
+        let identity = self.identity("POSTGRESQL_SSLCERT", "POSTGRESQL_SSLKEY");
+        // Anybody can have a certificate that one of the system's authorities has signed.
+        if system && mode != SslMode::VerifyFull {
+            self.faults.push(format!(
+                "{MODE}: expected verify-full, as {ROOTS} is system"
+            ));
+        }
+        if roots.is_none() && [SslMode::VerifyCa, SslMode::VerifyFull].contains(&mode) {
+            self.faults.push(format!(
+                "{ROOTS}: not set, expected a PEM file, or system, as {MODE} is one that verifies"
+            ));
+        }
+        let check = match roots {
+            None => Check::Nothing,
+            Some(roots) if mode == SslMode::VerifyFull => Check::Name(roots),
+            Some(roots) => Check::Authority(roots),
+        };
+        let tls = Tls { check, identity };
+        match mode {
+            SslMode::Disable => Encryption::Never,
+            SslMode::Allow => Encryption::WhereRequired(tls),
+            SslMode::Prefer => Encryption::WhereOffered(tls),
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => Encryption::Always(tls),
         }
     }
 
@@ -309,7 +495,7 @@ impl Reader<'_> {
                 .filter(|name| !name.is_empty())
                 .collect(),
             username: (self.variable)("INFLUXDB_USERNAME"),
-            password: (self.variable)("INFLUXDB_PASSWORD").map(Secret),
+            password: self.password("INFLUXDB_PASSWORD"),
         };
         (!influxdb.host.is_empty()).then_some(influxdb)
     }
@@ -378,112 +564,4 @@ impl Reader<'_> {
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    fn read(variables: &[(&str, &str)]) -> Result<Config, Faults> {
-        Config::read(&|name| {
-            variables
-                .iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
-        })
-    }
-
-    #[test]
-    fn the_defaults_are_those_in_force() {
-        let config = read(&[]).unwrap();
-        assert_eq!(config.sdk_rabbitmq, config.celery_rabbitmq);
-        assert_eq!(
-            config.task_rabbitmq.to_string(),
-            "omotes@localhost:5672/omotes"
-        );
-        assert_eq!(config.task_rabbitmq.password.reveal(), "guest");
-        assert_eq!(config.task_result_queue, "omotes_task_result_events");
-        assert_eq!(config.task_progress_queue, "omotes_task_progress_events");
-        assert_eq!(config.postgres.to_string(), "localhost:5432/public");
-        assert_eq!(config.postgres.username, None);
-        assert_eq!(config.delivery_limit, 1);
-        assert_eq!(config.http_bind, Some("127.0.0.1:8080".parse().unwrap()));
-        assert_eq!(config.log_level, LevelFilter::Info);
-    }
-
-    #[test]
-    fn each_connection_has_its_own_variables() {
-        let config = read(&[
-            ("TASK_RABBITMQ_HOSTNAME", "rabbit"),
-            ("TASK_RABBITMQ_PORT", "5673"),
-            ("TASK_RABBITMQ_VIRTUALHOST", "omotes_celery"),
-            ("CELERY_RABBITMQ_USERNAME", "celery"),
-        ])
-        .unwrap();
-        assert_eq!(
-            config.task_rabbitmq.to_string(),
-            "omotes@rabbit:5673/omotes_celery"
-        );
-        assert_eq!(
-            config.celery_rabbitmq.to_string(),
-            "celery@localhost:5672/omotes"
-        );
-    }
-
-    #[test]
-    fn an_empty_host_switches_influxdb_off() {
-        assert_eq!(read(&[("INFLUXDB_HOST", "")]).unwrap().influxdb, None);
-        let config = read(&[("TIME_SERIES_PROTECTED_DATABASES", "a, b,")]).unwrap();
-        assert_eq!(config.influxdb.unwrap().protected, ["a", "b"]);
-    }
-
-    #[test]
-    fn an_empty_bind_switches_http_off() {
-        assert_eq!(read(&[("HTTP_BIND", "")]).unwrap().http_bind, None);
-    }
-
-    #[rstest]
-    #[case("debug", LevelFilter::Debug)]
-    #[case("Info", LevelFilter::Info)]
-    #[case("WARNING", LevelFilter::Warn)]
-    #[case("error", LevelFilter::Error)]
-    #[case("CRITICAL", LevelFilter::Error)]
-    fn levels_have_pythons_names(#[case] name: &str, #[case] level: LevelFilter) {
-        assert_eq!(read(&[("LOG_LEVEL", name)]).unwrap().log_level, level);
-    }
-
-    #[test]
-    fn all_faults_are_reported_at_once() {
-        let faults = read(&[
-            ("SDK_RABBITMQ_PORT", "fivesixseventwo"),
-            ("POSTGRESQL_PORT", "0"),
-            ("DELIVERY_LIMIT_THRESHOLD_PER_JOB", "-1"),
-            ("JOB_RETENTION_SEC", "2 days"),
-            ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "0"),
-            ("TIMEOUT_RESULT_TYPE", "ERROR"),
-            ("HTTP_BIND", "8080"),
-            ("LOG_LEVEL", "LOUD"),
-            ("TASK_RESULT_QUEUE_NAME", ""),
-        ])
-        .unwrap_err();
-        assert_eq!(
-            faults.to_string(),
-            "SDK_RABBITMQ_PORT: found \"fivesixseventwo\", expected a port from 1 to 65535\n\
-             TASK_RESULT_QUEUE_NAME: found \"\", expected the name of a queue, 1 to 255 bytes\n\
-             POSTGRESQL_PORT: found \"0\", expected a port from 1 to 65535\n\
-             JOB_RETENTION_SEC: found \"2 days\", expected a whole number of seconds, up to 32 bits\n\
-             TIMEOUT_JOB_HANDLER_RERUN_SEC: found \"0\", expected a whole number of seconds from 1, up to 32 bits\n\
-             TIMEOUT_RESULT_TYPE: found \"ERROR\", expected CANCELLED or TIMEOUT\n\
-             DELIVERY_LIMIT_THRESHOLD_PER_JOB: found \"-1\", expected a whole number from 1 to 1000000\n\
-             HTTP_BIND: found \"8080\", expected an address and port such as 127.0.0.1:8080, or nothing\n\
-             LOG_LEVEL: found \"LOUD\", expected DEBUG, INFO, WARNING, ERROR or CRITICAL"
-        );
-    }
-
-    #[test]
-    fn a_password_is_not_shown() {
-        let config = read(&[
-            ("SDK_RABBITMQ_PASSWORD", "hunter2"),
-            ("POSTGRESQL_PASSWORD", "hunter2"),
-        ]);
-        assert!(!format!("{config:?}").contains("hunter2"));
-    }
-}
+mod tests;

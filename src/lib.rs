@@ -7,6 +7,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
 pub mod app;
+#[cfg(test)]
+#[path = "../tests/integration/authority.rs"]
+mod authority;
 pub mod broker;
 pub mod busy;
 pub mod celery;
@@ -32,5 +35,6 @@ pub mod report;
 pub mod session;
 pub mod store;
 pub mod time_series;
+pub mod tls;
 pub mod wire;
 pub mod workflow;

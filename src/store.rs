@@ -10,15 +10,16 @@ use std::time::Duration;
 use anyhow::anyhow;
 use jiff::Timestamp;
 use postgres::types::ToSql;
-use postgres::{Client, NoTls, Row, Statement};
-use r2d2_postgres::PostgresConnectionManager;
+use postgres::{Client, Row, Statement};
 use thiserror::Error;
 use uuid::Uuid;
 
+use self::connect::{ConnectError, Connector};
 use crate::config;
 use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Start, State};
 use crate::time_series::Guard;
 
+mod connect;
 pub mod migrate;
 pub mod views;
 
@@ -49,7 +50,7 @@ impl From<postgres::Error> for StoreError {
 /// Connections to the database.
 #[derive(Clone)]
 pub struct Store {
-    pool: r2d2::Pool<PostgresConnectionManager<NoTls>>,
+    pool: r2d2::Pool<Connector>,
     last_failure: LastFailure,
 }
 
@@ -58,16 +59,15 @@ pub struct Store {
 #[derive(Debug, Clone, Default)]
 struct LastFailure(Arc<Mutex<String>>);
 
-impl r2d2::HandleError<postgres::Error> for LastFailure {
-    fn handle_error(&self, error: postgres::Error) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = format!("{:#}", anyhow!(error));
+impl r2d2::HandleError<ConnectError> for LastFailure {
+    fn handle_error(&self, error: ConnectError) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
     }
 }
 
 impl Store {
     /// At most `connections` connections, none of which is opened before it is needed.
     pub fn new(config: &config::Postgres, connections: u32) -> Store {
-        let manager = PostgresConnectionManager::new(client_config(config), NoTls);
         let last_failure = LastFailure::default();
         let pool = r2d2::Pool::builder()
             .max_size(connections)
@@ -75,7 +75,7 @@ impl Store {
             .connection_timeout(config::CONNECT_TIMEOUT)
             // Whoever waits for the connection reports the failure.
             .error_handler(Box::new(last_failure.clone()))
-            .build_unchecked(manager);
+            .build_unchecked(Connector::new(config.clone()));
         Store { pool, last_failure }
     }
 
@@ -105,32 +105,6 @@ impl Store {
     }
 }
 
-fn client_config(config: &config::Postgres) -> postgres::Config {
-    let mut client = Client::configure();
-    client
-        .host(&config.host)
-        .port(config.port)
-        .dbname(&config.database)
-        .application_name("omotes_orchestrator")
-        // The last one lets go of the jobs that a replica has locked which hangs.
-        .options(
-            "-c lock_timeout=30s -c statement_timeout=5min \
-             -c idle_in_transaction_session_timeout=3min",
-        )
-        .connect_timeout(config::CONNECT_TIMEOUT)
-        .keepalives_idle(Duration::from_secs(15))
-        .keepalives_interval(Duration::from_secs(5))
-        .keepalives_retries(3)
-        .tcp_user_timeout(Duration::from_secs(30));
-    if let Some(username) = &config.username {
-        client.user(username);
-    }
-    if let Some(password) = &config.password {
-        client.password(password.reveal());
-    }
-    client
-}
-
 /// What one replica does for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Task {
@@ -153,7 +127,7 @@ impl Task {
 
 /// One connection with the statements prepared on it so far.
 pub struct Connection {
-    client: r2d2::PooledConnection<PostgresConnectionManager<NoTls>>,
+    client: r2d2::PooledConnection<Connector>,
     statements: HashMap<&'static str, Statement>,
 }
 

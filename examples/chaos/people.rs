@@ -392,6 +392,8 @@ fn open(config: &RabbitMq) -> anyhow::Result<Connection> {
         username,
         password,
         vhost,
+        // `run.sh` starts the server.
+        tls: _,
     } = config;
     let password = password.reveal();
     let url = format!("amqp://{username}:{password}@{host}:{port}/{vhost}");

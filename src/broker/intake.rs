@@ -8,13 +8,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use mio_of_amiquip::net::TcpStream;
+use amiquip::IoStream;
 use mio_of_amiquip::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 
 /// A connection that reads nothing for two heartbeats counts as lost, so a little is read all the
 /// same.
 const TRICKLE_PERIOD: Duration = Duration::from_secs(5);
 const TRICKLE: usize = 4 * 1024;
+/// amiquip reads for as long as there is something to read, and neither acknowledges nor sends
+/// heartbeats meanwhile. Where decrypting is slower than RabbitMQ that is without end, so after so
+/// many bytes there is nothing to read for once.
+const TURN: usize = 1024 * 1024;
 
 /// The bytes of the messages that are in hand, of all connections that share the limit.
 pub struct Intake {
@@ -55,11 +59,7 @@ impl Intake {
     /// Lets connections look whether they may read; to be called from time to time.
     pub fn wake(&self) {
         let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
-        for waker in wakers.iter() {
-            // Readiness is told when it changes. A connection that is gone needs no telling.
-            let _ = waker.set_readiness(Ready::empty());
-            let _ = waker.set_readiness(Ready::readable());
-        }
+        wakers.iter().for_each(tell);
     }
 
     /// Whether nothing more is read for now.
@@ -68,30 +68,47 @@ impl Intake {
     }
 }
 
-/// A socket that is not read while there is enough in hand.
-pub(super) struct GatedStream {
-    stream: TcpStream,
-    intake: Arc<Intake>,
-    woken: Registration,
-    last_read: Instant,
+/// Makes a connection's thread read.
+fn tell(waker: &SetReadiness) {
+    // Readiness is told when it changes. A connection that is gone needs no telling.
+    let _ = waker.set_readiness(Ready::empty());
+    let _ = waker.set_readiness(Ready::readable());
 }
 
-impl GatedStream {
-    pub(super) fn new(stream: TcpStream, intake: &Arc<Intake>) -> GatedStream {
+/// A socket that is not read while there is enough in hand.
+pub(super) struct GatedStream<S> {
+    stream: S,
+    intake: Arc<Intake>,
+    woken: Registration,
+    waker: SetReadiness,
+    last_read: Instant,
+    /// How many bytes have been read in this turn.
+    read: usize,
+}
+
+impl<S: IoStream> GatedStream<S> {
+    pub(super) fn new(stream: S, intake: &Arc<Intake>) -> GatedStream<S> {
         let (woken, waker) = Registration::new2();
         let mut wakers = intake.wakers.lock().unwrap_or_else(PoisonError::into_inner);
-        wakers.push(waker);
+        wakers.push(waker.clone());
         GatedStream {
             stream,
             intake: Arc::clone(intake),
             woken,
+            waker,
             last_read: Instant::now(),
+            read: 0,
         }
     }
 }
 
-impl Read for GatedStream {
+impl<S: IoStream> Read for GatedStream<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.read >= TURN {
+            self.read = 0;
+            tell(&self.waker);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let size = if !self.intake.is_full() {
             buffer.len()
         } else if self.last_read.elapsed() >= TRICKLE_PERIOD {
@@ -101,11 +118,12 @@ impl Read for GatedStream {
         };
         let read = self.stream.read(&mut buffer[..size])?;
         self.last_read = Instant::now();
+        self.read += read;
         Ok(read)
     }
 }
 
-impl Write for GatedStream {
+impl<S: IoStream> Write for GatedStream<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.write(buffer)
     }
@@ -115,9 +133,9 @@ impl Write for GatedStream {
     }
 }
 
-impl amiquip::IoStream for GatedStream {}
+impl<S: IoStream> IoStream for GatedStream<S> {}
 
-impl Evented for GatedStream {
+impl<S: IoStream> Evented for GatedStream<S> {
     fn register(
         &self,
         poll: &Poll,
@@ -144,5 +162,91 @@ impl Evented for GatedStream {
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
         self.stream.deregister(poll)?;
         poll.deregister(&self.woken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mio_of_amiquip::Events;
+
+    use super::*;
+
+    /// Where there is always something to read.
+    struct Endless;
+
+    impl Read for Endless {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            Ok(buffer.len())
+        }
+    }
+
+    impl Write for Endless {
+        fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+            Ok(buffer.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl IoStream for Endless {}
+
+    impl Evented for Endless {
+        fn register(&self, _: &Poll, _: Token, _: Ready, _: PollOpt) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn reregister(&self, _: &Poll, _: Token, _: Ready, _: PollOpt) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn deregister(&self, _: &Poll) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// How many bytes are read before there is nothing for once.
+    fn turn(stream: &mut GatedStream<Endless>) -> usize {
+        let mut buffer = [0; 4096];
+        let mut total = 0;
+        while let Ok(read) = stream.read(&mut buffer) {
+            total += read;
+            assert!(total <= TURN, "nobody else has a turn");
+        }
+        total
+    }
+
+    #[test]
+    fn reading_leaves_room_for_writing_and_goes_on() {
+        let intake = Intake::new(1);
+        let mut stream = GatedStream::new(Endless, &intake);
+        let poll = Poll::new().unwrap();
+        poll.register(&stream, Token(0), Ready::readable(), PollOpt::edge())
+            .unwrap();
+        let mut events = Events::with_capacity(1);
+        for _ in 0..3 {
+            assert_eq!(turn(&mut stream), TURN);
+            poll.poll(&mut events, Some(Duration::from_secs(60)))
+                .unwrap();
+            assert!(!events.is_empty(), "nobody tells that it goes on");
+        }
+    }
+
+    #[test]
+    fn nothing_is_read_while_there_is_enough_in_hand() {
+        let intake = Intake::new(10);
+        let mut stream = GatedStream::new(Endless, &intake);
+        let poll = Poll::new().unwrap();
+        poll.register(&stream, Token(0), Ready::readable(), PollOpt::edge())
+            .unwrap();
+        intake.take(10);
+        assert_eq!(turn(&mut stream), 0);
+        intake.give_back(1);
+        let mut events = Events::with_capacity(1);
+        poll.poll(&mut events, Some(Duration::from_secs(60)))
+            .unwrap();
+        assert!(!events.is_empty(), "nobody tells that it goes on");
+        assert_eq!(turn(&mut stream), TURN);
     }
 }

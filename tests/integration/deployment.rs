@@ -75,6 +75,12 @@ impl Deployment {
 
     /// One with servers of its own.
     pub fn with_own_servers() -> Deployment {
+        Deployment::with_own(&Server::ALL, |_| {})
+    }
+
+    /// One with these servers of its own and none of the others, which find what `prepare` puts
+    /// into [`Deployment::extra_folder`].
+    pub fn with_own(servers: &[Server], prepare: impl FnOnce(&Deployment)) -> Deployment {
         let free_port = || {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             listener.local_addr().unwrap().port()
@@ -83,10 +89,19 @@ impl Deployment {
             rabbitmq: free_port(),
             postgres: free_port(),
         }));
-        for server in Server::ALL {
-            deployment.start_server(server);
+        prepare(&deployment);
+        for server in servers {
+            deployment.start_server(*server);
         }
         deployment
+    }
+
+    /// What is in it comes into the server's own folder, and what is in `conf` there into its
+    /// configuration.
+    pub fn extra_folder(&self, server: Server) -> PathBuf {
+        let folder = self.folder.join(format!("{}.extra", server.name()));
+        fs::create_dir_all(&folder).unwrap();
+        folder
     }
 
     pub fn start_server(&self, server: Server) {
@@ -258,10 +273,14 @@ impl Deployment {
 
     /// A service that may or may not become ready.
     pub fn launch(&self, variables: &[(&str, &str)]) -> Service {
+        let mut command = self.command(&["run"]);
+        command.envs(variables.iter().copied());
+        self.launch_command(command)
+    }
+
+    pub fn launch_command(&self, mut command: Command) -> Service {
         let log = self.folder.join(format!("{}.log", Uuid::new_v4()));
-        let child = self
-            .command(&["run"])
-            .envs(variables.iter().copied())
+        let child = command
             .stdin(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()
@@ -348,6 +367,17 @@ impl Service {
 
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The most memory that the process has had, in MiB.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmHWM:"))
+            .unwrap();
+        let kibibytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kibibytes / 1024
     }
 
     pub fn signal(&self, name: &str) {

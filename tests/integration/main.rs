@@ -7,6 +7,7 @@
     reason = "a test fails by panicking, says why, and is nobody's library"
 )]
 
+mod authority;
 mod browser;
 mod cancelling;
 mod commands;
@@ -27,4 +28,5 @@ mod revisions;
 mod servers;
 mod stopping;
 mod time_series;
+mod tls;
 mod workflows;

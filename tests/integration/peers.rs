@@ -252,6 +252,19 @@ pub struct Task {
     pub id: String,
 }
 
+impl Task {
+    pub fn of(message: &Taken) -> Task {
+        let hex = message.json()[0][0]["__value__"]["hex"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        Task {
+            job: hex.parse().unwrap(),
+            id: message.properties.correlation_id().clone().unwrap(),
+        }
+    }
+}
+
 impl Worker {
     pub fn new(deployment: &Deployment, workflow: &str) -> Worker {
         let peer = Peer::new(deployment, &deployment.celery_vhost());
@@ -295,15 +308,7 @@ impl Worker {
     }
 
     pub fn take(&self) -> Task {
-        let message = self.take_message();
-        let hex = message.json()[0][0]["__value__"]["hex"]
-            .as_str()
-            .unwrap()
-            .to_owned();
-        Task {
-            job: hex.parse().unwrap(),
-            id: message.properties.correlation_id().clone().unwrap(),
-        }
+        Task::of(&self.take_message())
     }
 
     /// How many tasks wait.

@@ -1,14 +1,12 @@
 //! What becomes of the jobs when RabbitMQ and Postgres themselves are killed, short of memory or
 //! disk, or full of large messages.
 
-use std::fs;
-
 use omotes_orchestrator::wire::{
     JobSubmission, job_result::ResultType, job_status_update::JobStatus,
 };
 use rstest::rstest;
 
-use crate::deployment::{Deployment, Server, Service, eventually};
+use crate::deployment::{Deployment, Server, eventually};
 use crate::peers::{Client, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -127,17 +125,6 @@ fn a_full_disk_of_postgres_is_told_and_survived() {
     service.wait_until_ready();
 }
 
-/// The most memory that the process has had, in MiB.
-fn peak_memory(service: &Service) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", service.id())).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmHWM:"))
-        .unwrap();
-    let kibibytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    kibibytes / 1024
-}
-
 #[test]
 fn large_messages_pass_in_bounded_memory() {
     const RESULTS: usize = 20;
@@ -179,7 +166,7 @@ fn large_messages_pass_in_bounded_memory() {
         });
         assert_eq!(worker.take().job, job);
     }
-    let peak = peak_memory(&service);
+    let peak = service.peak_memory();
     eprintln!("peak memory with large messages: {peak} MiB");
     assert!(peak < 1024, "{peak} MiB");
     assert!(

@@ -1,0 +1,342 @@
+use super::*;
+use crate::authority::{Authority, write};
+use rstest::rstest;
+use uuid::Uuid;
+
+fn read(variables: &[(&str, &str)]) -> Result<Config, Faults> {
+    Config::read(&|name| {
+        variables
+            .iter()
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| (*value).to_owned())
+    })
+}
+
+#[test]
+fn the_defaults_are_those_in_force() {
+    let config = read(&[]).unwrap();
+    assert_eq!(config.sdk_rabbitmq, config.celery_rabbitmq);
+    assert_eq!(
+        config.task_rabbitmq.to_string(),
+        "omotes@localhost:5672/omotes"
+    );
+    assert_eq!(config.task_rabbitmq.password.reveal(), "guest");
+    assert_eq!(config.task_result_queue, "omotes_task_result_events");
+    assert_eq!(config.task_progress_queue, "omotes_task_progress_events");
+    assert_eq!(config.postgres.to_string(), "localhost:5432/public");
+    assert_eq!(config.postgres.username, None);
+    assert_eq!(config.delivery_limit, 1);
+    assert_eq!(config.http_bind, Some("127.0.0.1:8080".parse().unwrap()));
+    assert_eq!(config.log_level, LevelFilter::Info);
+}
+
+#[test]
+fn each_connection_has_its_own_variables() {
+    let config = read(&[
+        ("TASK_RABBITMQ_HOSTNAME", "rabbit"),
+        ("TASK_RABBITMQ_PORT", "5673"),
+        ("TASK_RABBITMQ_VIRTUALHOST", "omotes_celery"),
+        ("CELERY_RABBITMQ_USERNAME", "celery"),
+    ])
+    .unwrap();
+    assert_eq!(
+        config.task_rabbitmq.to_string(),
+        "omotes@rabbit:5673/omotes_celery"
+    );
+    assert_eq!(
+        config.celery_rabbitmq.to_string(),
+        "celery@localhost:5672/omotes"
+    );
+}
+
+#[test]
+fn an_empty_host_switches_influxdb_off() {
+    assert_eq!(read(&[("INFLUXDB_HOST", "")]).unwrap().influxdb, None);
+    let config = read(&[("TIME_SERIES_PROTECTED_DATABASES", "a, b,")]).unwrap();
+    assert_eq!(config.influxdb.unwrap().protected, ["a", "b"]);
+}
+
+#[test]
+fn an_empty_bind_switches_http_off() {
+    assert_eq!(read(&[("HTTP_BIND", "")]).unwrap().http_bind, None);
+}
+
+#[rstest]
+#[case("debug", LevelFilter::Debug)]
+#[case("Info", LevelFilter::Info)]
+#[case("WARNING", LevelFilter::Warn)]
+#[case("error", LevelFilter::Error)]
+#[case("CRITICAL", LevelFilter::Error)]
+fn levels_have_pythons_names(#[case] name: &str, #[case] level: LevelFilter) {
+    assert_eq!(read(&[("LOG_LEVEL", name)]).unwrap().log_level, level);
+}
+
+#[test]
+fn all_faults_are_reported_at_once() {
+    let faults = read(&[
+        ("SDK_RABBITMQ_PORT", "fivesixseventwo"),
+        ("POSTGRESQL_PORT", "0"),
+        ("DELIVERY_LIMIT_THRESHOLD_PER_JOB", "-1"),
+        ("JOB_RETENTION_SEC", "2 days"),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "0"),
+        ("TIMEOUT_RESULT_TYPE", "ERROR"),
+        ("HTTP_BIND", "8080"),
+        ("LOG_LEVEL", "LOUD"),
+        ("TASK_RESULT_QUEUE_NAME", ""),
+    ])
+    .unwrap_err();
+    assert_eq!(
+        faults.to_string(),
+        "SDK_RABBITMQ_PORT: found \"fivesixseventwo\", expected a port from 1 to 65535\n\
+         TASK_RESULT_QUEUE_NAME: found \"\", expected the name of a queue, 1 to 255 bytes\n\
+         POSTGRESQL_PORT: found \"0\", expected a port from 1 to 65535\n\
+         JOB_RETENTION_SEC: found \"2 days\", expected a whole number of seconds, up to 32 bits\n\
+         TIMEOUT_JOB_HANDLER_RERUN_SEC: found \"0\", expected a whole number of seconds from 1, up to 32 bits\n\
+         TIMEOUT_RESULT_TYPE: found \"ERROR\", expected CANCELLED or TIMEOUT\n\
+         DELIVERY_LIMIT_THRESHOLD_PER_JOB: found \"-1\", expected a whole number from 1 to 1000000\n\
+         HTTP_BIND: found \"8080\", expected an address and port such as 127.0.0.1:8080, or nothing\n\
+         LOG_LEVEL: found \"LOUD\", expected DEBUG, INFO, WARNING, ERROR or CRITICAL"
+    );
+}
+
+#[test]
+fn a_password_is_not_shown() {
+    let config = read(&[
+        ("SDK_RABBITMQ_PASSWORD", "hunter2"),
+        ("POSTGRESQL_PASSWORD", "hunter2"),
+    ]);
+    assert!(!format!("{config:?}").contains("hunter2"));
+}
+
+/// A folder with a password, an authority, and a certificate with its key; gone when dropped.
+struct Files(PathBuf);
+
+impl Files {
+    fn new() -> Files {
+        let folder = std::env::temp_dir().join(format!("config-{}", Uuid::new_v4()));
+        fs::create_dir(&folder).unwrap();
+        let authority = Authority::new();
+        let issued = authority.issue("client");
+        write(&folder, "password", "hunter2\n");
+        write(&folder, "ca.pem", &authority.pem());
+        write(&folder, "client.pem", &issued.certificate);
+        write(&folder, "client.key", &issued.key);
+        Files(folder)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+
+    fn roots(&self) -> Roots {
+        Roots::File(self.0.join("ca.pem"))
+    }
+
+    /// Reads variables, of which `@name` stands for the file of that name.
+    fn read(&self, variables: &[(&str, &str)]) -> Result<Config, String> {
+        let resolved: Vec<_> = variables
+            .iter()
+            .map(|(name, value)| match value.strip_prefix('@') {
+                Some(file) => (*name, self.path(file)),
+                None => (*name, (*value).to_owned()),
+            })
+            .collect();
+        let variables: Vec<_> = resolved
+            .iter()
+            .map(|(name, value)| (*name, value.as_str()))
+            .collect();
+        // The folder has another name each time.
+        read(&variables).map_err(|faults| faults.to_string().replace(&self.path(""), "@"))
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+#[rstest]
+#[case("hunter2", "hunter2")]
+#[case("hunter2\n", "hunter2")]
+#[case("hunter2\r\n", "hunter2")]
+#[case("hunter2\n\n", "hunter2\n")]
+#[case(" hunter2 \n", " hunter2 ")]
+#[case("", "")]
+fn a_password_may_be_in_a_file(#[case] content: &str, #[case] password: &str) {
+    let files = Files::new();
+    write(&files.0, "password", content);
+    let config = files
+        .read(&[
+            ("SDK_RABBITMQ_PASSWORD_FILE", "@password"),
+            ("POSTGRESQL_PASSWORD_FILE", "@password"),
+            ("INFLUXDB_PASSWORD_FILE", "@password"),
+            // As when it is not set.
+            ("TASK_RABBITMQ_PASSWORD_FILE", ""),
+            ("TASK_RABBITMQ_PASSWORD", "hunter3"),
+        ])
+        .unwrap();
+    assert_eq!(config.sdk_rabbitmq.password.reveal(), password);
+    assert_eq!(config.task_rabbitmq.password.reveal(), "hunter3");
+    assert_eq!(config.celery_rabbitmq.password.reveal(), "guest");
+    assert_eq!(config.postgres.password.unwrap().reveal(), password);
+    let influxdb = config.influxdb.unwrap();
+    assert_eq!(influxdb.password.unwrap().reveal(), password);
+}
+
+#[rstest]
+#[case::both(
+    &[("SDK_RABBITMQ_PASSWORD_FILE", "@password"), ("SDK_RABBITMQ_PASSWORD", "hunter3")],
+    "SDK_RABBITMQ_PASSWORD_FILE: found @password, but SDK_RABBITMQ_PASSWORD is set too"
+)]
+#[case::no_file(
+    &[("POSTGRESQL_PASSWORD_FILE", "@absent")],
+    "POSTGRESQL_PASSWORD_FILE: @absent: No such file or directory (os error 2)"
+)]
+#[case::a_folder(
+    &[("INFLUXDB_PASSWORD_FILE", "@")],
+    "INFLUXDB_PASSWORD_FILE: @: Is a directory (os error 21)"
+)]
+#[case::no_authority(
+    &[("SDK_RABBITMQ_TLS", "true"), ("SDK_RABBITMQ_TLS_CA_FILE", "@absent")],
+    "SDK_RABBITMQ_TLS_CA_FILE: @absent: No such file or directory (os error 2)"
+)]
+#[case::a_key_for_an_authority(
+    &[("TASK_RABBITMQ_TLS", "true"), ("TASK_RABBITMQ_TLS_CA_FILE", "@client.key")],
+    "TASK_RABBITMQ_TLS_CA_FILE: @client.key: no certificate in PEM"
+)]
+#[case::a_certificate_without_key(
+    &[("CELERY_RABBITMQ_TLS", "true"), ("CELERY_RABBITMQ_TLS_CERT_FILE", "@client.pem")],
+    "CELERY_RABBITMQ_TLS_KEY_FILE: not set, although CELERY_RABBITMQ_TLS_CERT_FILE is"
+)]
+#[case::a_key_without_certificate(
+    &[("POSTGRESQL_SSLKEY", "@client.key")],
+    "POSTGRESQL_SSLCERT: not set, although POSTGRESQL_SSLKEY is"
+)]
+#[case::another_certificates_key(
+    &[("POSTGRESQL_SSLCERT", "@ca.pem"), ("POSTGRESQL_SSLKEY", "@client.key")],
+    "POSTGRESQL_SSLCERT, POSTGRESQL_SSLKEY: @client.key as the key of @ca.pem: keys may not be \
+     consistent: KeyMismatch"
+)]
+#[case::files_without_tls(
+    &[("SDK_RABBITMQ_TLS_CA_FILE", "@ca.pem")],
+    "SDK_RABBITMQ_TLS_CA_FILE: set, although SDK_RABBITMQ_TLS is not true"
+)]
+#[case::no_switch(
+    &[("SDK_RABBITMQ_TLS", "yes")],
+    "SDK_RABBITMQ_TLS: found \"yes\", expected true or false"
+)]
+#[case::no_mode(
+    &[("POSTGRESQL_SSLMODE", "on")],
+    "POSTGRESQL_SSLMODE: found \"on\", expected disable, allow, prefer, require, verify-ca or \
+     verify-full"
+)]
+#[case::nothing_to_verify_with(
+    &[("POSTGRESQL_SSLMODE", "verify-ca")],
+    "POSTGRESQL_SSLROOTCERT: not set, expected a PEM file, or system, as POSTGRESQL_SSLMODE is \
+     one that verifies"
+)]
+#[case::a_weak_mode_for_public_authorities(
+    &[("POSTGRESQL_SSLMODE", "verify-ca"), ("POSTGRESQL_SSLROOTCERT", "system")],
+    "POSTGRESQL_SSLMODE: expected verify-full, as POSTGRESQL_SSLROOTCERT is system"
+)]
+fn a_faulty_file_is_named(#[case] variables: &[(&str, &str)], #[case] fault: &str) {
+    assert_eq!(Files::new().read(variables).unwrap_err(), fault);
+}
+
+#[test]
+fn each_vhost_has_its_own_tls() {
+    let files = Files::new();
+    let config = files
+        .read(&[
+            ("SDK_RABBITMQ_TLS", "true"),
+            ("TASK_RABBITMQ_TLS", "True"),
+            ("TASK_RABBITMQ_PORT", "5699"),
+            ("TASK_RABBITMQ_TLS_CA_FILE", "@ca.pem"),
+            ("TASK_RABBITMQ_TLS_CERT_FILE", "@client.pem"),
+            ("TASK_RABBITMQ_TLS_KEY_FILE", "@client.key"),
+            ("CELERY_RABBITMQ_TLS_CA_FILE", ""),
+        ])
+        .unwrap();
+    let sdk = config.sdk_rabbitmq;
+    assert_eq!(sdk.to_string(), "omotes@localhost:5671/omotes");
+    assert_eq!(
+        sdk.tls,
+        Some(Tls {
+            check: Check::Name(Roots::System),
+            identity: None
+        })
+    );
+    let task = config.task_rabbitmq;
+    assert_eq!(task.to_string(), "omotes@localhost:5699/omotes");
+    assert_eq!(
+        task.tls,
+        Some(Tls {
+            check: Check::Name(files.roots()),
+            identity: Some(Identity {
+                certificate: files.path("client.pem").into(),
+                key: files.path("client.key").into(),
+            })
+        })
+    );
+    let celery = config.celery_rabbitmq;
+    assert_eq!(celery.to_string(), "omotes@localhost:5672/omotes");
+    assert_eq!(celery.tls, None);
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Sure {
+    Nothing,
+    Authority,
+    Name,
+}
+
+#[rstest]
+#[case(None, None, Some(Encryption::WhereOffered as fn(Tls) -> Encryption), Sure::Nothing)]
+#[case(Some("disable"), None, None, Sure::Nothing)]
+#[case(Some("allow"), None, Some(Encryption::WhereRequired as _), Sure::Nothing)]
+#[case(Some("prefer"), None, Some(Encryption::WhereOffered as _), Sure::Nothing)]
+#[case(Some("require"), None, Some(Encryption::Always as _), Sure::Nothing)]
+#[case(None, Some("@ca.pem"), Some(Encryption::WhereOffered as _), Sure::Authority)]
+#[case(Some("disable"), Some("@ca.pem"), None, Sure::Nothing)]
+#[case(Some("allow"), Some("@ca.pem"), Some(Encryption::WhereRequired as _), Sure::Authority)]
+#[case(Some("require"), Some("@ca.pem"), Some(Encryption::Always as _), Sure::Authority)]
+#[case(Some("verify-ca"), Some("@ca.pem"), Some(Encryption::Always as _), Sure::Authority)]
+#[case(Some("verify-full"), Some("@ca.pem"), Some(Encryption::Always as _), Sure::Name)]
+#[case(Some("verify-full"), Some("system"), Some(Encryption::Always as _), Sure::Name)]
+#[case(None, Some("system"), Some(Encryption::Always as _), Sure::Name)]
+fn sslmode_has_libpqs_meanings(
+    #[case] mode: Option<&str>,
+    #[case] authorities: Option<&str>,
+    #[case] encryption: Option<fn(Tls) -> Encryption>,
+    #[case] sure: Sure,
+) {
+    let files = Files::new();
+    let mode = mode.map(|mode| ("POSTGRESQL_SSLMODE", mode));
+    let roots = authorities.map(|file| ("POSTGRESQL_SSLROOTCERT", file));
+    let variables: Vec<_> = mode.into_iter().chain(roots).collect();
+    let config = files.read(&variables).unwrap();
+    let roots = match authorities {
+        Some("system") => Roots::System,
+        Some(_) | None => files.roots(),
+    };
+    let tls = Tls {
+        check: match sure {
+            Sure::Nothing => Check::Nothing,
+            Sure::Authority => Check::Authority(roots),
+            Sure::Name => Check::Name(roots),
+        },
+        identity: None,
+    };
+    let expected = encryption.map_or(Encryption::Never, |encryption| encryption(tls));
+    assert_eq!(config.postgres.encryption, expected);
+}
+
+#[test]
+fn a_socket_in_the_file_system_has_no_tls() {
+    let config = read(&[
+        ("POSTGRESQL_HOST", "/run/postgresql"),
+        ("POSTGRESQL_SSLMODE", "require"),
+    ]);
+    assert_eq!(config.unwrap().postgres.encryption, Encryption::Never);
+}

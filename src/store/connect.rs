@@ -1,0 +1,146 @@
+//! How connections to Postgres are opened, with TLS or without.
+
+use std::error::Error as _;
+use std::io::{self, ErrorKind};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use log::debug;
+use postgres::config::SslMode;
+use postgres::error::SqlState;
+use postgres::{Client, NoTls};
+use thiserror::Error;
+use tls_of_postgres::MakeRustlsConnect;
+
+use crate::config::{self, Encryption};
+use crate::tls::Tls;
+
+/// Opens the pool's connections.
+#[derive(Debug)]
+pub(super) struct Connector(config::Postgres);
+
+impl Connector {
+    pub(super) fn new(config: config::Postgres) -> Connector {
+        Connector(config)
+    }
+}
+
+/// Why there is no connection, with the whole cause chain.
+#[derive(Debug, Error)]
+#[error("{0:#}")]
+pub(super) struct ConnectError(anyhow::Error);
+
+impl r2d2::ManageConnection for Connector {
+    type Connection = Client;
+    type Error = ConnectError;
+
+    fn connect(&self) -> Result<Client, ConnectError> {
+        connect(&self.0).map_err(ConnectError)
+    }
+
+    fn is_valid(&self, client: &mut Client) -> Result<(), ConnectError> {
+        let answer = client.simple_query("");
+        answer.map_err(|error| ConnectError(error.into())).map(drop)
+    }
+
+    fn has_broken(&self, client: &mut Client) -> bool {
+        client.is_closed()
+    }
+}
+
+/// Connects; where `config` leaves a choice, in the second way if the first does not do, as libpq.
+fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
+    let mut client = client_config(config);
+    match &config.encryption {
+        Encryption::Never => Ok(plain(&mut client)?),
+        Encryption::WhereRequired(tls) => {
+            let tls = rustls(tls)?;
+            match plain(&mut client) {
+                Err(refusal) if is_refusal(&refusal) => {
+                    let encrypted = client.ssl_mode(SslMode::Require).connect(tls);
+                    encrypted.with_context(|| format!("{:#}; with TLS", anyhow!(refusal)))
+                }
+                connected => Ok(connected?),
+            }
+        }
+        Encryption::WhereOffered(tls) => {
+            match client.ssl_mode(SslMode::Prefer).connect(rustls(tls)?) {
+                Err(fault) if is_refusal(&fault) || may_be_of_tls(&fault) => {
+                    let fault = format!("{:#}", anyhow!(fault));
+                    debug!("Postgres at {config}: {fault}; trying without TLS");
+                    plain(&mut client).map_err(|second| {
+                        let second = anyhow!(second);
+                        // Where the server has no TLS, the first time was without too.
+                        if format!("{second:#}") == fault {
+                            second
+                        } else {
+                            second.context(format!("{fault}; without TLS"))
+                        }
+                    })
+                }
+                connected => Ok(connected?),
+            }
+        }
+        Encryption::Always(tls) => Ok(client.ssl_mode(SslMode::Require).connect(rustls(tls)?)?),
+    }
+}
+
+fn plain(client: &mut postgres::Config) -> Result<Client, postgres::Error> {
+    client.ssl_mode(SslMode::Disable).connect(NoTls)
+}
+
+fn rustls(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {
+    Ok(MakeRustlsConnect::new(tls.client_config()?))
+}
+
+/// Whether the server wants none of this user's connections, or none of this kind. A wrong password
+/// is something else.
+fn is_refusal(error: &postgres::Error) -> bool {
+    error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
+}
+
+/// Whether the server was there, and then TLS was not what it or this client wanted.
+fn may_be_of_tls(error: &postgres::Error) -> bool {
+    let cause = error
+        .source()
+        .and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| {
+        [
+            // rustls's own, and a host that cannot be the name in a certificate.
+            ErrorKind::InvalidData,
+            ErrorKind::InvalidInput,
+            // The other side hung up.
+            ErrorKind::UnexpectedEof,
+            ErrorKind::ConnectionReset,
+            ErrorKind::ConnectionAborted,
+            ErrorKind::BrokenPipe,
+        ]
+        .contains(&cause.kind())
+    })
+}
+
+fn client_config(config: &config::Postgres) -> postgres::Config {
+    let mut client = Client::configure();
+    client
+        .host(&config.host)
+        .port(config.port)
+        .dbname(&config.database)
+        .application_name("omotes_orchestrator")
+        // The last one lets go of the jobs that a replica has locked which hangs.
+        .options(
+            "-c lock_timeout=30s -c statement_timeout=5min \
+             -c idle_in_transaction_session_timeout=3min",
+        )
+        .connect_timeout(config::CONNECT_TIMEOUT)
+        .keepalives_idle(Duration::from_secs(15))
+        .keepalives_interval(Duration::from_secs(5))
+        .keepalives_retries(3)
+        .tcp_user_timeout(Duration::from_secs(30));
+    if let Some(username) = &config.username {
+        client.user(username);
+    }
+    if let Some(password) = &config.password {
+        client.password(password.reveal());
+    }
+    client
+}

@@ -12,6 +12,7 @@ use omotes_orchestrator::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
 use omotes_orchestrator::workflow::Catalogue;
 
+pub(crate) mod configuration;
 pub(crate) mod jobs;
 pub(crate) mod queues;
 

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
+use serde::Serialize;
 
 use crate::job::TimeoutResult;
 use crate::logger::Format;
@@ -170,8 +171,72 @@ impl Config {
         let mut reader = Reader {
             variable,
             faults: Vec::new(),
+            settings: Vec::new(),
         };
-        let config = Config {
+        let config = reader.config();
+        if reader.faults.is_empty() {
+            Ok(config)
+        } else {
+            Err(Faults(reader.faults))
+        }
+    }
+
+    /// All variables with what is in force, in the order in which they are read. Faulty ones too.
+    pub fn settings(variable: &dyn Fn(&str) -> Option<String>) -> Vec<Setting> {
+        let mut reader = Reader {
+            variable,
+            faults: Vec::new(),
+            settings: Vec::new(),
+        };
+        reader.config();
+        reader.settings
+    }
+
+    /// The configuration of this process's environment.
+    ///
+    /// # Errors
+    /// As [`Config::read`].
+    pub fn from_environment() -> Result<Config, Faults> {
+        Config::read(&Config::variable)
+    }
+
+    /// A variable of this process's environment.
+    pub fn variable(name: &str) -> Option<String> {
+        std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+    }
+}
+
+/// libpq's `sslmode`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+/// A variable as it is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Setting {
+    pub name: String,
+    /// The default where it is not set. Not that of a password.
+    pub value: String,
+    pub is_given: bool,
+}
+
+struct Reader<'a> {
+    variable: &'a dyn Fn(&str) -> Option<String>,
+    faults: Vec<String>,
+    /// What has been looked up.
+    settings: Vec<Setting>,
+}
+
+impl Reader<'_> {
+    fn config(&mut self) -> Config {
+        let reader = self;
+        Config {
             sdk_rabbitmq: reader.rabbitmq("SDK"),
             task_rabbitmq: reader.rabbitmq("TASK"),
             celery_rabbitmq: reader.rabbitmq("CELERY"),
@@ -200,73 +265,63 @@ impl Config {
             http_basic_auth: reader.http_basic_auth(),
             log_level: reader.log_level(),
             log_format: reader.log_format(),
-        };
-        if reader.faults.is_empty() {
-            Ok(config)
-        } else {
-            Err(Faults(reader.faults))
         }
     }
 
-    /// The configuration of this process's environment.
-    ///
-    /// # Errors
-    /// As [`Config::read`].
-    pub fn from_environment() -> Result<Config, Faults> {
-        Config::read(&|name| {
-            std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
-        })
-    }
-}
-
-/// libpq's `sslmode`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum SslMode {
-    Disable,
-    Allow,
-    Prefer,
-    Require,
-    VerifyCa,
-    VerifyFull,
-}
-
-struct Reader<'a> {
-    variable: &'a dyn Fn(&str) -> Option<String>,
-    faults: Vec<String>,
-}
-
-impl Reader<'_> {
-    fn text(&self, name: &str, default: &str) -> String {
-        (self.variable)(name).unwrap_or_else(|| default.to_owned())
+    /// The variable's value, if it is set. Nothing else looks a variable up.
+    fn given(&mut self, name: &str, default: &str) -> Option<String> {
+        let value = (self.variable)(name);
+        let is_secret = name.ends_with("PASSWORD") || name == "HTTP_BASIC_AUTH";
+        let shown = match &value {
+            Some(value) if is_secret && !value.is_empty() => format!("{:?}", Secret(value.clone())),
+            Some(value) => value.clone(),
+            None if is_secret && !default.is_empty() => format!("{:?}", Secret(default.to_owned())),
+            None => default.to_owned(),
+        };
+        self.settings.push(Setting {
+            name: name.to_owned(),
+            value: shown,
+            is_given: value.is_some(),
+        });
+        value
     }
 
-    /// The variable as `parse` takes it, or `default` where it is unset or faulty.
+    fn text(&mut self, name: &str, default: &str) -> String {
+        self.given(name, default)
+            .unwrap_or_else(|| default.to_owned())
+    }
+
+    /// The variable, or `default` where it is unset or faulty, as `parse` takes it.
     fn parsed<T>(
         &mut self,
         name: &str,
-        default: T,
+        default: &str,
         expected: &str,
         parse: impl Fn(&str) -> Option<T>,
     ) -> T {
-        let Some(value) = (self.variable)(name) else {
-            return default;
-        };
-        parse(value.trim()).unwrap_or_else(|| {
+        let value = self.given(name, default);
+        let parsed = value.as_ref().and_then(|value| parse(value.trim()));
+        if let (Some(value), None) = (&value, &parsed) {
             self.faults
                 .push(format!("{name}: found {value:?}, expected {expected}"));
-            default
-        })
+        }
+        parsed
+            .or_else(|| parse(default))
+            .expect("a default is of its own kind")
     }
 
     fn port(&mut self, name: &str, default: u16) -> u16 {
-        self.parsed(name, default, "a port from 1 to 65535", |value| {
-            NonZeroU16::from_str(value).ok().map(NonZeroU16::get)
-        })
+        self.parsed(
+            name,
+            &default.to_string(),
+            "a port from 1 to 65535",
+            |value| NonZeroU16::from_str(value).ok().map(NonZeroU16::get),
+        )
     }
 
     fn count(&mut self, name: &str, default: usize, maximum: usize) -> usize {
         let expected = format!("a whole number from 1 to {maximum}");
-        self.parsed(name, default, &expected, |value| {
+        self.parsed(name, &default.to_string(), &expected, |value| {
             let count = value.parse().ok()?;
             (1..=maximum).contains(&count).then_some(count)
         })
@@ -274,7 +329,7 @@ impl Reader<'_> {
 
     fn seconds(&mut self, name: &str, default: u64) -> Duration {
         let expected = "a whole number of seconds, up to 32 bits";
-        self.parsed(name, Duration::from_secs(default), expected, |value| {
+        self.parsed(name, &default.to_string(), expected, |value| {
             let seconds: u32 = value.parse().ok()?;
             Some(Duration::from_secs(seconds.into()))
         })
@@ -282,17 +337,16 @@ impl Reader<'_> {
 
     fn period(&mut self, name: &str, default: u64) -> Duration {
         let expected = "a whole number of seconds from 1, up to 32 bits";
-        self.parsed(name, Duration::from_secs(default), expected, |value| {
+        self.parsed(name, &default.to_string(), expected, |value| {
             let seconds: NonZeroU32 = value.parse().ok()?;
             Some(Duration::from_secs(seconds.get().into()))
         })
     }
 
     fn timeout_result(&mut self) -> TimeoutResult {
-        let default = TimeoutResult::Cancelled;
         self.parsed(
             "TIMEOUT_RESULT_TYPE",
-            default,
+            "CANCELLED",
             "CANCELLED or TIMEOUT",
             |value| match value.to_uppercase().as_str() {
                 "CANCELLED" => Some(TimeoutResult::Cancelled),
@@ -304,20 +358,20 @@ impl Reader<'_> {
 
     fn queue_name(&mut self, name: &str, default: &str) -> String {
         let expected = "the name of a queue, 1 to 255 bytes";
-        self.parsed(name, default.to_owned(), expected, |value| {
+        self.parsed(name, default, expected, |value| {
             (1..=255).contains(&value.len()).then(|| value.to_owned())
         })
     }
 
     /// The file that a variable names; an empty name is none.
-    fn path(&self, name: &str) -> Option<PathBuf> {
-        let path = (self.variable)(name).filter(|path| !path.is_empty());
+    fn path(&mut self, name: &str) -> Option<PathBuf> {
+        let path = self.given(name, "").filter(|path| !path.is_empty());
         path.map(PathBuf::from)
     }
 
     /// What the variable says, or the file that `<name>_FILE` names.
-    fn password(&mut self, name: &str) -> Option<Secret> {
-        let value = (self.variable)(name);
+    fn password(&mut self, name: &str, default: &str) -> Option<Secret> {
+        let value = self.given(name, default);
         let file_name = format!("{name}_FILE");
         let Some(path) = self.path(&file_name) else {
             return value.map(Secret);
@@ -383,7 +437,7 @@ impl Reader<'_> {
             port: self.port(&name("PORT"), default_port),
             username: self.text(&name("USERNAME"), "omotes"),
             password: self
-                .password(&name("PASSWORD"))
+                .password(&name("PASSWORD"), "guest")
                 .unwrap_or_else(|| Secret("guest".to_owned())),
             vhost: self.text(&name("VIRTUALHOST"), "omotes"),
             tls,
@@ -427,8 +481,8 @@ impl Reader<'_> {
             host,
             port: self.port("POSTGRESQL_PORT", 5432),
             database: self.text("POSTGRESQL_DATABASE", "public"),
-            username: (self.variable)("POSTGRESQL_USERNAME"),
-            password: self.password("POSTGRESQL_PASSWORD"),
+            username: self.given("POSTGRESQL_USERNAME", ""),
+            password: self.password("POSTGRESQL_PASSWORD", ""),
         }
     }
 
@@ -442,11 +496,7 @@ impl Reader<'_> {
             Some(path) => Some(self.roots(ROOTS, path)),
         };
         let system = roots == Some(Roots::System);
-        let default = if system {
-            SslMode::VerifyFull
-        } else {
-            SslMode::Prefer
-        };
+        let default = if system { "verify-full" } else { "prefer" };
         let expected = "disable, allow, prefer, require, verify-ca or verify-full";
         let mode = self.parsed(MODE, default, expected, |value| match value {
             "disable" => Some(SslMode::Disable),
@@ -494,15 +544,15 @@ impl Reader<'_> {
                 .map(|name| name.trim().to_owned())
                 .filter(|name| !name.is_empty())
                 .collect(),
-            username: (self.variable)("INFLUXDB_USERNAME"),
-            password: self.password("INFLUXDB_PASSWORD"),
+            username: self.given("INFLUXDB_USERNAME", ""),
+            password: self.password("INFLUXDB_PASSWORD", ""),
         };
         (!influxdb.host.is_empty()).then_some(influxdb)
     }
 
     /// Off unless switched on.
     fn switch(&mut self, name: &str) -> bool {
-        self.parsed(name, false, "true or false", |value| {
+        self.parsed(name, "false", "true or false", |value| {
             match value.to_lowercase().as_str() {
                 "true" => Some(true),
                 "false" => Some(false),
@@ -512,16 +562,22 @@ impl Reader<'_> {
     }
 
     fn http_bind(&mut self) -> Option<SocketAddr> {
-        let default = Some(SocketAddr::from(([127, 0, 0, 1], 8080)));
         let expected = "an address and port such as 127.0.0.1:8080, or nothing";
-        self.parsed("HTTP_BIND", default, expected, |value| match value {
-            "" => Some(None),
-            value => value.parse().ok().map(Some),
-        })
+        self.parsed(
+            "HTTP_BIND",
+            "127.0.0.1:8080",
+            expected,
+            |value| match value {
+                "" => Some(None),
+                value => value.parse().ok().map(Some),
+            },
+        )
     }
 
     fn http_basic_auth(&mut self) -> Option<Secret> {
-        let value = (self.variable)("HTTP_BASIC_AUTH").filter(|value| !value.is_empty())?;
+        let value = self
+            .given("HTTP_BASIC_AUTH", "")
+            .filter(|value| !value.is_empty())?;
         match value.split_once(':') {
             Some((user, password)) if !user.is_empty() && !password.is_empty() => {}
             // Not shown, for it may be nothing but a password.
@@ -533,21 +589,18 @@ impl Reader<'_> {
     }
 
     fn log_format(&mut self) -> Format {
-        self.parsed(
-            "LOG_FORMAT",
-            Format::Text,
-            "text or json",
-            |value| match value.to_lowercase().as_str() {
+        self.parsed("LOG_FORMAT", "text", "text or json", |value| {
+            match value.to_lowercase().as_str() {
                 "text" => Some(Format::Text),
                 "json" => Some(Format::Json),
                 _ => None,
-            },
-        )
+            }
+        })
     }
 
     fn log_level(&mut self) -> LevelFilter {
         let expected = "DEBUG, INFO, WARNING, ERROR or CRITICAL";
-        self.parsed("LOG_LEVEL", LevelFilter::Info, expected, |value| {
+        self.parsed("LOG_LEVEL", "INFO", expected, |value| {
             match value.to_uppercase().as_str() {
                 "DEBUG" => Some(LevelFilter::Debug),
                 "INFO" => Some(LevelFilter::Info),

@@ -5,12 +5,13 @@
     reason = "what a command says goes to standard output, why it failed to standard error"
 )]
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-use std::{fs, thread};
+use std::{env, fs, thread};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
@@ -65,6 +66,10 @@ enum Command {
     Jobs(cli::jobs::Command),
     /// Show how full RabbitMQ's queues are, who takes from them, and how that changes.
     Queues(cli::queues::Queues),
+    /// Show the configuration in force and where each value comes from; passwords are not shown.
+    ///
+    /// Exits with 1 when it is faulty, and says why.
+    Config(cli::configuration::Configuration),
     /// Look at or change the revision of the database's tables.
     #[command(subcommand)]
     Db(Db),
@@ -200,12 +205,25 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<ExitCode> {
-    match dotenvy::from_path(".env") {
-        Ok(()) => {}
-        Err(error) if error.not_found() => {}
-        Err(error) => return Err(anyhow!(error).context(".env")),
+/// Adds what the file `.env` sets to the environment, which goes before it. Returns what it added.
+fn load_env_file() -> anyhow::Result<HashSet<String>> {
+    let path = Path::new(".env");
+    if !path.exists() {
+        return Ok(HashSet::new());
     }
+    let mut names = HashSet::new();
+    for pair in dotenvy::from_path_iter(path)? {
+        let (name, _) = pair?;
+        if env::var_os(&name).is_none() {
+            names.insert(name);
+        }
+    }
+    dotenvy::from_path(path)?;
+    Ok(names)
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    let from_file = load_env_file().context(".env")?;
     let config = || Config::from_environment().context("configuration");
     match command {
         Command::Run => {
@@ -222,6 +240,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             None => bail!("HTTP_BIND is empty, so nobody can be asked"),
         },
         Command::Jobs(command) => return cli::jobs::run(&config()?, command),
+        Command::Config(configuration) => {
+            return cli::configuration::run(&configuration, &from_file);
+        }
         Command::Queues(queues) => return cli::queues::run(&config()?, &queues),
         Command::Completions { shell } => {
             let mut completions = Vec::new();

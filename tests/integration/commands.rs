@@ -55,6 +55,32 @@ fn a_file_of_settings_is_read_and_the_environment_goes_before_it() {
 }
 
 #[test]
+fn the_configuration_in_force_is_shown_with_where_it_comes_from() {
+    let deployment = Deployment::new();
+    let settings = "LOG_LEVEL=ERROR\nHANDLER_THREADS=7\nHTTP_BASIC_AUTH=operator:hunter2\n";
+    fs::write(deployment.folder.join(".env"), settings).unwrap();
+    let (code, shown, _) = check(&deployment, &["config"]);
+    assert_eq!(code, Some(0), "{shown}");
+    let row = |name: &str| -> Vec<&str> {
+        let row = shown
+            .lines()
+            .find(|line| line.trim_start().starts_with(name));
+        row.unwrap().split_whitespace().skip(1).collect()
+    };
+    assert_eq!(row("HANDLER_THREADS"), ["7", ".env"]);
+    assert_eq!(row("LOG_LEVEL"), ["DEBUG", "environment"]);
+    assert_eq!(row("JOB_RETENTION_SEC"), ["172800", "default"]);
+    assert_eq!(row("HTTP_BASIC_AUTH"), ["***", ".env"]);
+    assert_eq!(row("POSTGRESQL_PASSWORD "), ["***", "environment"]);
+    let file = deployment.folder.join(".env");
+    fs::write(file, "HANDLER_THREADS=many\n").unwrap();
+    let (code, shown, said) = check(&deployment, &["config", "--json"]);
+    assert_eq!(code, Some(1));
+    assert!(shown.contains(r#""value": "many""#), "{shown}");
+    assert!(said.contains("HANDLER_THREADS: found"), "{said}");
+}
+
+#[test]
 fn a_faulty_definition_file_stops_the_start_with_its_path() {
     let deployment = Deployment::new();
     let file = deployment.folder.join("workflows.json");

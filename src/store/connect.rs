@@ -9,19 +9,28 @@ use log::debug;
 use postgres::config::SslMode;
 use postgres::error::SqlState;
 use postgres::{Client, NoTls};
+use r2d2::ManageConnection;
+use r2d2_postgres::PostgresConnectionManager;
 use thiserror::Error;
 use tls_of_postgres::MakeRustlsConnect;
 
 use crate::config::{self, Encryption};
 use crate::tls::Tls;
 
-/// Opens the pool's connections.
+/// Opens the pool's connections, each with TLS or without, as `r2d2_postgres` opens them. Which of the
+/// two, it leaves to whoever uses it; for an open connection it makes no difference.
 #[derive(Debug)]
-pub(super) struct Connector(config::Postgres);
+pub(super) struct Connector {
+    config: config::Postgres,
+    plain: PostgresConnectionManager<NoTls>,
+}
 
 impl Connector {
     pub(super) fn new(config: config::Postgres) -> Connector {
-        Connector(config)
+        Connector {
+            plain: PostgresConnectionManager::new(client_config(&config), NoTls),
+            config,
+        }
     }
 }
 
@@ -30,21 +39,21 @@ impl Connector {
 #[error("{0:#}")]
 pub(super) struct ConnectError(anyhow::Error);
 
-impl r2d2::ManageConnection for Connector {
+impl ManageConnection for Connector {
     type Connection = Client;
     type Error = ConnectError;
 
     fn connect(&self) -> Result<Client, ConnectError> {
-        connect(&self.0).map_err(ConnectError)
+        connect(&self.config).map_err(ConnectError)
     }
 
     fn is_valid(&self, client: &mut Client) -> Result<(), ConnectError> {
-        let answer = client.simple_query("");
-        answer.map_err(|error| ConnectError(error.into())).map(drop)
+        let valid = self.plain.is_valid(client);
+        valid.map_err(|error| ConnectError(error.into()))
     }
 
     fn has_broken(&self, client: &mut Client) -> bool {
-        client.is_closed()
+        self.plain.has_broken(client)
     }
 }
 
@@ -57,14 +66,14 @@ fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
             let tls = rustls(tls)?;
             match plain(&mut client) {
                 Err(refusal) if is_refusal(&refusal) => {
-                    let encrypted = client.ssl_mode(SslMode::Require).connect(tls);
+                    let encrypted = encrypted(client.ssl_mode(SslMode::Require), tls);
                     encrypted.with_context(|| format!("{:#}; with TLS", anyhow!(refusal)))
                 }
                 connected => Ok(connected?),
             }
         }
         Encryption::WhereOffered(tls) => {
-            match client.ssl_mode(SslMode::Prefer).connect(rustls(tls)?) {
+            match encrypted(client.ssl_mode(SslMode::Prefer), rustls(tls)?) {
                 Err(fault) if is_refusal(&fault) || may_be_of_tls(&fault) => {
                     let fault = format!("{:#}", anyhow!(fault));
                     debug!("Postgres at {config}: {fault}; trying without TLS");
@@ -81,12 +90,17 @@ fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
                 connected => Ok(connected?),
             }
         }
-        Encryption::Always(tls) => Ok(client.ssl_mode(SslMode::Require).connect(rustls(tls)?)?),
+        Encryption::Always(tls) => Ok(encrypted(client.ssl_mode(SslMode::Require), rustls(tls)?)?),
     }
 }
 
 fn plain(client: &mut postgres::Config) -> Result<Client, postgres::Error> {
-    client.ssl_mode(SslMode::Disable).connect(NoTls)
+    let client = client.ssl_mode(SslMode::Disable).clone();
+    PostgresConnectionManager::new(client, NoTls).connect()
+}
+
+fn encrypted(client: &postgres::Config, tls: MakeRustlsConnect) -> Result<Client, postgres::Error> {
+    PostgresConnectionManager::new(client.clone(), tls).connect()
 }
 
 fn rustls(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {

@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::mem;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use amiquip::{
@@ -18,7 +19,7 @@ use amiquip::{
     Return,
 };
 use anyhow::{Context, anyhow, bail};
-use crossbeam_channel::{Receiver, RecvTimeoutError, never, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, never, select};
 use serde_json::{Map, Number, Value};
 use thiserror::Error;
 use uuid::Uuid;
@@ -35,6 +36,7 @@ use crate::wire::{
 };
 
 pub mod dead_letters;
+pub mod inspection;
 pub mod intake;
 mod tls_stream;
 
@@ -289,6 +291,30 @@ impl Link {
     fn lost(&self, error: amiquip::Error, during: &str) -> PublishError {
         PublishError::Lost(anyhow!(error).context(format!("{}: {during}", self.name)))
     }
+}
+
+/// Runs `body`, and `kill` when it takes too long, which is to free every call that it waits in.
+///
+/// # Errors
+/// Those of `body`.
+pub fn within_deadline<T>(
+    time: Duration,
+    kill: impl FnOnce() + Send,
+    body: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let (done, is_done) = bounded::<Infallible>(0);
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("deadline".to_owned())
+            .spawn_scoped(scope, move || {
+                if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(time) {
+                    kill();
+                }
+            })?;
+        let outcome = body();
+        drop(done);
+        outcome
+    })
 }
 
 fn open(

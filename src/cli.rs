@@ -13,6 +13,7 @@ use omotes_orchestrator::store::{Connection, Store};
 use omotes_orchestrator::workflow::Catalogue;
 
 pub(crate) mod configuration;
+pub(crate) mod doctor;
 pub(crate) mod jobs;
 pub(crate) mod queues;
 

@@ -43,11 +43,7 @@ impl Influx {
     /// # Errors
     /// InfluxDB does not answer, or refuses to.
     pub fn databases(&self) -> anyhow::Result<Vec<String>> {
-        let mut request = self.agent.get(&self.url).query("q", "SHOW DATABASES");
-        if let Some(authorization) = &self.authorization {
-            request = request.header("Authorization", authorization);
-        }
-        let answer = self.answer(request.call())?;
+        let answer = self.show("SHOW DATABASES")?;
         let rows = &answer["results"][0]["series"][0]["values"];
         Ok(rows
             .as_array()
@@ -55,6 +51,23 @@ impl Influx {
             .flatten()
             .filter_map(|row| row[0].as_str().map(str::to_owned))
             .collect())
+    }
+
+    fn show(&self, query: &str) -> anyhow::Result<Value> {
+        let mut request = self.agent.get(&self.url).query("q", query);
+        if let Some(authorization) = &self.authorization {
+            request = request.header("Authorization", authorization);
+        }
+        self.answer(request.call())
+    }
+
+    /// Whether the user may list and drop all databases.
+    ///
+    /// # Errors
+    /// As [`Influx::databases`]; or the user may not.
+    pub fn check_rights(&self) -> anyhow::Result<()> {
+        // Needs the same rights, and changes nothing.
+        self.show("SHOW USERS").map(drop)
     }
 
     /// Drops a database with all that is in it; one that is not there is as good as dropped.

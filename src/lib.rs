@@ -16,6 +16,7 @@ pub mod celery;
 pub mod cleaner;
 pub mod client;
 pub mod config;
+pub mod doctor;
 pub mod esdl;
 pub mod estimate;
 mod fault_point;

@@ -70,6 +70,16 @@ enum Command {
     ///
     /// Exits with 1 when it is faulty, and says why.
     Config(cli::configuration::Configuration),
+    /// Look the deployment over: what is wrong with it, and what to do about it.
+    ///
+    /// Looks at each connection and its rights, mixed-up vhosts, queues declared otherwise, workflows
+    /// without a worker, limits of RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB,
+    /// and dead letters. Changes nothing that lasts. Exits with 1 when there is a warning or an error.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator doctor\n  \
+        omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \
+        omotes-orchestrator doctor --json | jq '.[] | select(.severity == \"error\")'")]
+    Doctor(cli::doctor::Doctor),
     /// Look at or change the revision of the database's tables.
     #[command(subcommand)]
     Db(Db),
@@ -243,6 +253,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config(configuration) => {
             return cli::configuration::run(&configuration, &from_file);
         }
+        Command::Doctor(doctor) => return cli::doctor::run(&config()?, &doctor),
         Command::Queues(queues) => return cli::queues::run(&config()?, &queues),
         Command::Completions { shell } => {
             let mut completions = Vec::new();

@@ -290,7 +290,7 @@ pub struct Queue {
     pub depth: Option<Depth>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Depth {
     /// Waiting for a consumer.
     pub messages: u32,

@@ -4,14 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::PoisonError;
-use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::{SignedDuration, Timestamp};
 use log::{debug, info, warn};
 
-use crate::broker::{DEADLINE, Link};
+use crate::broker::{self, DEADLINE, Link};
 use crate::config::{Config, RabbitMq};
 use crate::overview::{Queue, Queues};
 use crate::session::Service;
@@ -90,19 +89,8 @@ impl Watch {
     /// # Errors
     /// A connection is lost, or RabbitMQ takes too long.
     pub fn look(&self, config: &Config, workflows: &[String]) -> anyhow::Result<Vec<Queue>> {
-        let (done, is_done) = bounded::<Infallible>(0);
-        thread::scope(|scope| {
-            thread::Builder::new()
-                .name("deadline".to_owned())
-                .spawn_scoped(scope, move || {
-                    if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(DEADLINE) {
-                        self.links.iter().for_each(|(_, link)| link.kill());
-                    }
-                })?;
-            let queues = self.look_at_all(config, workflows);
-            drop(done);
-            queues
-        })
+        let kill = || self.links.iter().for_each(|(_, link)| link.kill());
+        broker::within_deadline(DEADLINE, kill, || self.look_at_all(config, workflows))
     }
 
     fn look_at_all(&self, config: &Config, workflows: &[String]) -> anyhow::Result<Vec<Queue>> {

@@ -171,7 +171,7 @@ impl Links {
 pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
     let intake = Intake::new(MAX_IN_HAND);
     let links = Links::open(&service.config, &intake)?;
-    let outcome = within_deadline(&links, || prepare(service, &links))
+    let outcome = broker::within_deadline(DEADLINE, || links.kill(), || prepare(service, &links))
         .and_then(|queues| work(service, &links, &intake, &queues, stop));
     if outcome.is_err() {
         // A connection that is lost in silence or blocked would keep its close waiting.
@@ -181,26 +181,6 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()>
     outcome.map_err(|error| match causes.is_empty() {
         true => error,
         false => error.context(format!("connections: {}", causes.join("; "))),
-    })
-}
-
-/// Frees `body` from a broker that does not answer.
-fn within_deadline<T>(
-    links: &Links,
-    body: impl FnOnce() -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
-    let (done, is_done) = bounded::<Infallible>(0);
-    thread::scope(|scope| {
-        thread::Builder::new()
-            .name("deadline".to_owned())
-            .spawn_scoped(scope, move || {
-                if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(DEADLINE) {
-                    links.kill();
-                }
-            })?;
-        let outcome = body();
-        drop(done);
-        outcome
     })
 }
 

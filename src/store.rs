@@ -20,6 +20,7 @@ use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Sta
 use crate::time_series::Guard;
 
 mod connect;
+pub mod inspection;
 pub mod migrate;
 pub mod views;
 

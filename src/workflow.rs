@@ -94,6 +94,14 @@ impl Catalogue {
         self.definitions.get(workflow_type)
     }
 
+    /// The longest timeout that a workflow gives its jobs.
+    pub fn longest_default_timeout_ms(&self) -> Option<u32> {
+        let definitions = self.definitions.values();
+        definitions
+            .filter_map(|definition| definition.limits.default_timeout_ms)
+            .max()
+    }
+
     /// All workflows' names.
     pub fn names(&self) -> Vec<String> {
         let workflows = self.announcement.workflows.iter();

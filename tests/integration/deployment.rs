@@ -127,8 +127,13 @@ impl Deployment {
         self.private("limit", Server::Postgres, &[bytes]);
     }
 
+    /// Where one of its own servers is.
+    pub fn folder_of(&self, server: Server) -> PathBuf {
+        self.folder.join(server.name())
+    }
+
     fn private(&self, command: &str, server: Server, arguments: &[&str]) {
-        let folder = self.folder.join(server.name());
+        let folder = self.folder_of(server);
         let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
             .args(["private", command, folder.to_str().unwrap()])
             .args(arguments)

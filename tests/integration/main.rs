@@ -14,6 +14,7 @@ mod commands;
 mod crashes;
 mod dead_letters;
 mod deployment;
+mod doctor;
 mod events;
 mod faults;
 mod http;

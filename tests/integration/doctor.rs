@@ -1,0 +1,302 @@
+//! `doctor`: each fault is planted in real servers, and found.
+
+use std::fs;
+use std::net::TcpListener;
+
+use amiquip::{ExchangeDeclareOptions, ExchangeType, QueueDeclareOptions, QueueDeleteOptions};
+use rstest::rstest;
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::deployment::{Deployment, Server, setting};
+use crate::peers::{Client, Peer, Worker};
+
+/// All that is not as it should be: severity, part, and what was found.
+fn findings(
+    deployment: &Deployment,
+    arguments: &[&str],
+    variables: &[(&str, &str)],
+) -> Vec<String> {
+    let arguments = [&["doctor", "--json"], arguments].concat();
+    let mut command = deployment.command(&arguments);
+    let output = command.envs(variables.iter().copied()).output().unwrap();
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+    let faulty: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding["severity"] == "warning" || finding["severity"] == "error")
+        .collect();
+    assert_eq!(output.status.code(), Some(i32::from(!faulty.is_empty())));
+    faulty
+        .iter()
+        .map(|finding| {
+            let text = |field: &str| finding[field].as_str().unwrap().to_owned();
+            assert!(!text("remedy").is_empty(), "{finding}");
+            format!("{} {}: {}", text("severity"), text("part"), text("found"))
+        })
+        .collect()
+}
+
+/// That there is one finding that begins and goes on like this, and no other.
+fn one(findings: &[String], beginning: &str, more: &str) {
+    assert_eq!(findings.len(), 1, "{findings:#?}");
+    let fits = findings[0].starts_with(beginning) && findings[0].contains(more);
+    assert!(fits, "{findings:#?}");
+}
+
+#[test]
+fn what_is_in_order_is_said_to_be() {
+    let deployment = Deployment::new();
+    // Before anything is there, and with everything.
+    assert_eq!(findings(&deployment, &[], &[]), Vec::<String>::new());
+    let service = deployment.start();
+    assert_eq!(findings(&deployment, &[], &[]), Vec::<String>::new());
+    assert!(service.stop().success());
+    let output = deployment.command(&["doctor"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(!text.contains('\u{1b}'), "{text:?}");
+    assert!(text.contains("the tables are at revision"), "{text}");
+}
+
+#[rstest]
+#[case::no_host(&[("SDK_RABBITMQ_HOSTNAME", "nowhere.invalid")], "error SDK RabbitMQ", "nowhere.invalid")]
+#[case::wrong_password(&[("TASK_RABBITMQ_PASSWORD", "wrong")], "error TASK RabbitMQ", "invalid credentials")]
+#[case::no_vhost(&[("CELERY_RABBITMQ_VIRTUALHOST", "nowhere")], "error CELERY RabbitMQ", "nowhere")]
+#[case::no_database(&[("POSTGRESQL_DATABASE", "nowhere")], "error Postgres", "nowhere")]
+#[case::wrong_user(&[("POSTGRESQL_USERNAME", "nobody")], "error Postgres", "nobody")]
+#[case::wrong_influxdb_password(&[("INFLUXDB_PASSWORD", "wrong")], "warning InfluxDB", "authorization failed")]
+#[case::no_definitions(&[("WORKFLOW_CONFIG_PATH", "/nowhere.json")], "error Workflows", "/nowhere.json")]
+fn a_wrong_variable_is_told(
+    #[case] variables: &[(&str, &str)],
+    #[case] beginning: &str,
+    #[case] more: &str,
+) {
+    let deployment = Deployment::new();
+    one(&findings(&deployment, &[], variables), beginning, more);
+}
+
+#[test]
+fn a_port_where_nobody_listens_is_told() {
+    let deployment = Deployment::new();
+    let port = {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap().port().to_string()
+    };
+    for (variable, beginning) in [
+        ("CELERY_RABBITMQ_PORT", "error CELERY RabbitMQ"),
+        ("POSTGRESQL_PORT", "error Postgres"),
+        ("INFLUXDB_PORT", "warning InfluxDB"),
+    ] {
+        let found = findings(&deployment, &[], &[(variable, &port)]);
+        one(&found, beginning, "onnection refused");
+    }
+}
+
+#[test]
+fn a_faulty_definition_file_is_told() {
+    let deployment = Deployment::new();
+    let file = deployment.folder.join("workflows.json");
+    fs::write(&file, r#"[{"workflow_type_name": 5}]"#).unwrap();
+    let path = file.display().to_string();
+    let found = findings(&deployment, &[], &[("WORKFLOW_CONFIG_PATH", &path)]);
+    one(&found, "error Workflows: ", "workflow_type_name");
+}
+
+#[test]
+fn what_is_wrong_in_the_database_is_told() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let mut sql = deployment.sql();
+    let found = || findings(&deployment, &[], &[]);
+
+    sql.batch_execute(
+        "INSERT INTO job (job_id, workflow_type, status, registered_at)
+         VALUES (gen_random_uuid(), 'renamed', 'REGISTERED', now())",
+    )
+    .unwrap();
+    let two = found();
+    assert_eq!(two.len(), 2, "{two:#?}");
+    let undefined = "warning Workflows: there are jobs of renamed";
+    assert!(two[0].starts_with(undefined), "{two:#?}");
+    let lonely = "error CELERY RabbitMQ: 1 jobs wait for renamed";
+    assert!(two[1].starts_with(lonely), "{two:#?}");
+    sql.batch_execute("DELETE FROM job").unwrap();
+
+    // An hour ahead, as far as anybody who asks can tell.
+    let name = deployment.database();
+    sql.batch_execute(&format!(
+        "CREATE SCHEMA ahead;
+         CREATE FUNCTION ahead.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+             AS $$ SELECT pg_catalog.clock_timestamp() + interval '1 hour' $$;
+         ALTER DATABASE {name} SET search_path = public, ahead, pg_catalog"
+    ))
+    .unwrap();
+    let skew = "warning Postgres: its clock and this machine's differ by";
+    one(&found(), skew, "");
+    sql.batch_execute(&format!(
+        "ALTER DATABASE {name} RESET search_path; DROP SCHEMA ahead CASCADE"
+    ))
+    .unwrap();
+
+    let user = format!("{name}_reader");
+    sql.batch_execute(&format!(
+        "CREATE ROLE {user} LOGIN PASSWORD 'secret';
+         GRANT SELECT ON ALL TABLES IN SCHEMA public TO {user}"
+    ))
+    .unwrap();
+    let as_reader = [
+        ("POSTGRESQL_USERNAME", user.as_str()),
+        ("POSTGRESQL_PASSWORD", "secret"),
+    ];
+    let lacking = findings(&deployment, &[], &as_reader);
+    sql.batch_execute(&format!("DROP OWNED BY {user}; DROP ROLE {user}"))
+        .unwrap();
+    one(&lacking, "error Postgres: the user lacks", "UPDATE on job,");
+
+    sql.batch_execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+        .unwrap();
+    one(&found(), "error Postgres: ", "ffffffffffff");
+}
+
+fn delete(peer: &Peer, queue: &str) {
+    let options = QueueDeleteOptions::default();
+    peer.channel.queue_delete(queue, options).unwrap();
+}
+
+#[test]
+fn what_others_have_made_of_the_broker_is_told() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let sdk = Peer::new(&deployment, &deployment.sdk_vhost());
+    let celery = Peer::new(&deployment, &deployment.celery_vhost());
+    let found = || findings(&deployment, &[], &[]);
+
+    // A worker that sends its results to the clients' vhost, and a client in the workers'.
+    sdk.declare("omotes_task_result_events");
+    sdk.send_safely("omotes_task_result_events", b"a result");
+    let mixed = "warning TASK RabbitMQ: omotes_task_result_events is used in the vhost";
+    one(&found(), mixed, "of SDK, not in");
+    delete(&sdk, "omotes_task_result_events");
+    celery.declare("job_submissions");
+    celery.send_safely("job_submissions", b"a submission");
+    let mixed = "warning SDK RabbitMQ: job_submissions is used in the vhost";
+    one(&found(), mixed, "_celery of");
+    delete(&celery, "job_submissions");
+
+    // Declared otherwise.
+    celery.declare("workflow_1");
+    let otherwise = "error CELERY RabbitMQ: workflow_1 is declared otherwise";
+    one(&found(), otherwise, "x-max-priority");
+    delete(&celery, "workflow_1");
+    let progress = "omotes_task_progress_events";
+    delete(&celery, progress);
+    let transient = QueueDeclareOptions::default();
+    celery.channel.queue_declare(progress, transient).unwrap();
+    let otherwise = "error TASK RabbitMQ: omotes_task_progress_events is declared otherwise";
+    one(&found(), otherwise, "durable");
+    delete(&celery, progress);
+    let exchange = || {
+        sdk.channel
+            .exchange_declare_passive("omotes_exchange")
+            .unwrap()
+    };
+    exchange().delete(Default::default()).unwrap();
+    let options = ExchangeDeclareOptions::default();
+    sdk.channel
+        .exchange_declare(ExchangeType::Topic, "omotes_exchange", options)
+        .unwrap();
+    let otherwise = "error SDK RabbitMQ: omotes_exchange is declared otherwise";
+    one(&found(), otherwise, "type");
+    exchange().delete(Default::default()).unwrap();
+
+    // What cannot be handled.
+    sdk.declare("omotes_dead_letters");
+    sdk.send_safely("omotes_dead_letters", b"a letter");
+    let letters = "warning SDK RabbitMQ: 1 messages that could not be handled";
+    one(&found(), letters, "omotes_dead_letters");
+}
+
+#[test]
+fn rights_and_limits_of_the_broker_are_told() {
+    let deployment = Deployment::with_own_servers();
+    assert!(deployment.start().stop().success());
+    let found = || findings(&deployment, &[], &[]);
+    let (vhost, user) = (deployment.sdk_vhost(), setting("RABBITMQ_USER"));
+    let permit = |configure: &str, write: &str, read: &str| {
+        let rights = [configure, write, read];
+        let arguments = [&["set_permissions", "-p", &vhost, &user][..], &rights].concat();
+        deployment.rabbitmqctl(&arguments);
+    };
+    for (configure, write, read, what) in [
+        ("^$", ".*", ".*", "no rights on job_submissions"),
+        (".*", ".*", "^amq", "no rights on job_submissions"),
+        (".*", "^$", ".*", "no right to publish"),
+    ] {
+        permit(configure, write, read);
+        let found = found();
+        let fits = |line: &String| line.starts_with("error SDK RabbitMQ: ") && line.contains(what);
+        assert!(
+            found.iter().any(fits),
+            "{configure} {write} {read}: {found:#?}"
+        );
+    }
+    deployment.rabbitmqctl(&["clear_permissions", "-p", &vhost, &user]);
+    one(&found(), "error SDK RabbitMQ: ", "omotes");
+    permit(".*", ".*", ".*");
+
+    // A message limit below what has been seen.
+    deployment
+        .sql()
+        .execute(
+            "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+             VALUES ($1, now(), 1, 'CANCELLED', 20000000)",
+            &[&Uuid::new_v4()],
+        )
+        .unwrap();
+    let limit = |bytes: &str| {
+        let script = format!(
+            "persistent_term:put(max_message_size, {bytes}), \
+             application:set_env(rabbit, max_message_size, {bytes})."
+        );
+        deployment.rabbitmqctl(&["eval", &script]);
+    };
+    limit("16777216");
+    let thrice = found();
+    assert_eq!(thrice.len(), 3, "{thrice:#?}");
+    let refused = "a message of 19 MiB is not taken";
+    assert!(
+        thrice.iter().all(|line| line.contains(refused)),
+        "{thrice:#?}"
+    );
+    limit("134217728");
+
+    // Longer than RabbitMQ waits for a worker's acknowledgement; and nobody there to do it.
+    let _service = deployment.start();
+    let client = Client::new(&deployment);
+    let (job, mut submission) = client.submission("workflow_1");
+    submission.timeout_ms = Some(120_000);
+    client.listen(job);
+    client.send(&submission);
+    client.status(job);
+    let script = "application:set_env(rabbit, consumer_timeout, 60000).";
+    deployment.rabbitmqctl(&["eval", script]);
+    let rabbitmqctl = format!(
+        "{}/run.sh private ctl {}",
+        env!("CARGO_MANIFEST_DIR"),
+        deployment.folder_of(Server::RabbitMq).display()
+    );
+    let arguments = ["--rabbitmqctl", &rabbitmqctl];
+    let both = findings(&deployment, &arguments, &[]);
+    assert_eq!(both.len(), 2, "{both:#?}");
+    let lonely = "error CELERY RabbitMQ: 1 jobs wait for workflow_1";
+    assert!(both[0].starts_with(lonely), "{both:#?}");
+    let short = "warning RabbitMQ: consumer_timeout is 1 min, and the timeout of a job 2 min";
+    assert!(both[1].starts_with(short), "{both:#?}");
+    let worker = Worker::new(&deployment, "workflow_1");
+    let tasks = worker
+        .peer
+        .channel
+        .basic_consume("workflow_1", Default::default());
+    one(&findings(&deployment, &arguments, &[]), short, "");
+    drop(tasks);
+}

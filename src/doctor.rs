@@ -28,6 +28,8 @@ use crate::workflow::Catalogue;
 
 /// How long a part may take to be looked at.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// How long rabbitmqctl may take, which starts a virtual machine, perhaps in a container.
+const TOOL_DEADLINE: Duration = Duration::from_secs(60);
 /// RabbitMQ's own, where nobody has set another.
 const DEFAULT_CONSUMER_TIMEOUT_MS: i64 = 30 * 60 * 1000;
 /// A clock that differs by more makes timeouts wrong that are read in a log or on the page.
@@ -629,8 +631,8 @@ fn setting(command: &str, name: &str) -> anyhow::Result<Value> {
         .name("rabbitmqctl".to_owned())
         .spawn(run)?;
     let output = answered
-        .recv_timeout(DEADLINE)
-        .map_err(|_| anyhow::anyhow!("no answer within {DEADLINE:?}"))?
+        .recv_timeout(TOOL_DEADLINE)
+        .map_err(|_| anyhow::anyhow!("no answer within {TOOL_DEADLINE:?}"))?
         .context("sh")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {

@@ -22,6 +22,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
@@ -77,7 +78,7 @@ pub struct Job {
 }
 
 /// How far a task says it is.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Progress {
     /// From 0.0 to 1.0.
     pub fraction: f64,

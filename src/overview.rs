@@ -10,7 +10,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::estimate::{Runs, Span};
-use crate::job::{JobStatus, Outcome, Priority};
+use crate::job::{JobStatus, Outcome, Priority, Progress};
 
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,12 +147,37 @@ impl JobState {
         }
     }
 
+    pub fn tone(self) -> Tone {
+        match self {
+            JobState::Live(_) => Tone::Plain,
+            JobState::Ended(Outcome::Succeeded) => Tone::Good,
+            JobState::Ended(Outcome::Cancelled) => Tone::Dim,
+            JobState::Ended(
+                Outcome::Failed
+                | Outcome::CrashLoop
+                | Outcome::Rejected
+                | Outcome::TimedOut
+                | Outcome::Expired
+                | Outcome::Lost,
+            ) => Tone::Bad,
+        }
+    }
+
     pub fn names() -> String {
         JobState::all()
             .map(JobState::name)
             .collect::<Vec<_>>()
             .join(", ")
     }
+}
+
+/// How a state is to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tone {
+    Plain,
+    Good,
+    Dim,
+    Bad,
 }
 
 impl Serialize for JobState {
@@ -180,7 +205,7 @@ pub struct JobView {
     /// How long it may run; None when nothing limits it.
     pub timeout_ms: Option<i64>,
     pub starts: i64,
-    pub progress: Option<ProgressView>,
+    pub progress: Option<Progress>,
     /// Size of the output ESDL and the logs together.
     pub result_bytes: Option<i64>,
     /// The jobs of its workflow that will be taken before it, and itself.
@@ -193,14 +218,6 @@ fn priority<S: serde::Serializer>(
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
     priority.map(Priority::name).serialize(serializer)
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ProgressView {
-    /// From 0.0 to 1.0.
-    pub fraction: f64,
-    pub message: String,
-    pub at: Timestamp,
 }
 
 /// What is to be expected of a job that has not ended.

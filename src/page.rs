@@ -5,9 +5,9 @@ use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::health::PartView;
-use crate::job::{Outcome, Priority};
+use crate::job::Priority;
 use crate::overview::{
-    Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, WorkflowView, spoken,
+    Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone, WorkflowView, spoken,
 };
 
 const STYLE: &str = include_str!("page/style.css");
@@ -332,18 +332,11 @@ fn name(job: &JobView) -> Markup {
 }
 
 fn state(state: JobState) -> Markup {
-    let class = match state {
-        JobState::Live(_) => "",
-        JobState::Ended(Outcome::Succeeded) => "good",
-        JobState::Ended(Outcome::Cancelled) => "dim",
-        JobState::Ended(
-            Outcome::Failed
-            | Outcome::CrashLoop
-            | Outcome::Rejected
-            | Outcome::TimedOut
-            | Outcome::Expired
-            | Outcome::Lost,
-        ) => "bad",
+    let class = match state.tone() {
+        Tone::Plain => "",
+        Tone::Good => "good",
+        Tone::Dim => "dim",
+        Tone::Bad => "bad",
     };
     html! { span class=(class) { (state.text()) } }
 }

@@ -13,8 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::broker::{Link, Publisher};
 use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::job::{JobStatus, Outcome};
-use omotes_orchestrator::overview::{Filter, JobState, JobView, MAX_LIMIT, Page, spoken};
+use omotes_orchestrator::overview::{Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken};
 use omotes_orchestrator::queues::Watch;
 use omotes_orchestrator::report::one_line;
 use omotes_orchestrator::store::Connection;
@@ -279,20 +278,11 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 fn colour(state: JobState) -> Style {
-    match state {
-        JobState::Live(JobStatus::Registered | JobStatus::Submitted | JobStatus::Running) => {
-            Style::new()
-        }
-        JobState::Ended(Outcome::Succeeded) => Style::new().green(),
-        JobState::Ended(Outcome::Cancelled) => Style::new().dim(),
-        JobState::Ended(
-            Outcome::Failed
-            | Outcome::CrashLoop
-            | Outcome::Rejected
-            | Outcome::TimedOut
-            | Outcome::Expired
-            | Outcome::Lost,
-        ) => Style::new().red(),
+    match state.tone() {
+        Tone::Plain => Style::new(),
+        Tone::Good => Style::new().green(),
+        Tone::Dim => Style::new().dim(),
+        Tone::Bad => Style::new().red(),
     }
 }
 

@@ -7,12 +7,10 @@ use jiff::Timestamp;
 use postgres::Row;
 use uuid::Uuid;
 
-use super::{Connection, StoreError, named};
+use super::{Connection, StoreError, named, progress};
 use crate::estimate::{self, Runs};
 use crate::job::{JobStatus, Outcome, Priority};
-use crate::overview::{
-    Filter, JobState, JobView, MAX_COUNT, Page, ProgressView, Story, WorkflowRows,
-};
+use crate::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
 
 /// Jobs that have not ended, whose clients have perhaps not been told yet. In the order in which
 /// workers take them, those that they have taken first.
@@ -228,15 +226,6 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
         }
     };
     let priority: Option<&str> = row.try_get("priority")?;
-    let fraction: Option<f64> = row.try_get("progress")?;
-    let progress = fraction.map(|fraction| -> anyhow::Result<_> {
-        let message: Option<String> = row.try_get("progress_message")?;
-        Ok(ProgressView {
-            fraction,
-            message: message.unwrap_or_default(),
-            at: row.try_get("progress_at")?,
-        })
-    });
     let reference: Option<String> = row.try_get("job_reference")?;
     Ok(JobView {
         id: row.try_get("job_id")?,
@@ -253,7 +242,7 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
         finished_at: row.try_get("finished_at")?,
         timeout_ms: row.try_get("timeout_after_ms")?,
         starts: row.try_get("starts")?,
-        progress: progress.transpose()?,
+        progress: progress(row)?,
         result_bytes: row.try_get("result_bytes")?,
         position: row.try_get("position")?,
         estimate: None,

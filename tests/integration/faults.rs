@@ -11,7 +11,6 @@ use omotes_orchestrator::wire::{
     job_result::ResultType, job_status_update::JobStatus,
 };
 use prost::Message;
-use serde_json::Value;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, management, server_client};
@@ -410,10 +409,14 @@ fn close_a_connection(vhost: &str) {
         let names: Vec<String> = list
             .as_array()?
             .iter()
-            .filter(|one| one["client_properties"]["information"] != Value::Null)
+            // Not the one on which the queues are looked at, which is no part of the session.
+            .filter(|one| {
+                let purpose = one["client_properties"]["information"].as_str();
+                purpose.is_some_and(|purpose| purpose.contains("consuming"))
+            })
             .filter_map(|one| Some(one["name"].as_str()?.to_owned()))
             .collect();
-        (names.len() >= 2).then_some(names)
+        (!names.is_empty()).then_some(names)
     });
     // One will do: the session ends as a whole, and the others with it.
     let encoded = connections[0].replace(' ', "%20").replace('>', "%3E");

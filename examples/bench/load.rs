@@ -254,8 +254,11 @@ impl Load {
         Ok(tasks)
     }
 
-    /// Empties what the clients have heard.
+    /// Empties what the clients have heard, and what the workers have not taken.
     pub fn purge(&self) -> anyhow::Result<()> {
+        let mut connection = open(&self.celery)?;
+        connection.open_channel(None)?.queue_purge(WORKFLOW)?;
+        connection.close()?;
         let mut connection = open(&self.sdk)?;
         let channel = connection.open_channel(None)?;
         channel.queue_delete(CLIENTS, QueueDeleteOptions::default())?;

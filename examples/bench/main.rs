@@ -182,7 +182,9 @@ impl Bench {
             }
         }
         self.site.stop()?;
-        self.load.purge()
+        self.load.purge()?;
+        // Those that only bothered have not ended.
+        self.site.fill_jobs(&self.config.postgres, 0, 0)
     }
 
     /// How long the status page takes, and what it is made of.

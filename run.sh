@@ -585,12 +585,15 @@ run_tests() {
   RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
 }
 
-# Servers of its own for a program that drives replicas, and the environment of those.
+# Servers of its own for a program that drives replicas, and the environment of those; none for
+# somebody who only asks for the program's help.
 drive() {
   local name=$1 folder=$PWD/target/$1 server
+  shift
   need rabbitmq-server postgresql
   say "building"
   with_make cargo build --release --bin omotes-orchestrator --example "$name"
+  case " $* " in *" --help "* | *" -h "*) exec "target/release/examples/$name" --help ;; esac
   driven=target/$name
   end_drive() {
     trap '' INT TERM
@@ -613,7 +616,7 @@ drive() {
 
 # The orchestrator among failures of everything around it; see examples/chaos.
 chaos() {
-  drive chaos
+  drive chaos "$@"
   export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
   target/release/examples/chaos --folder "$PWD/target/chaos" \
     --program target/release/omotes-orchestrator "$@" 2>target/chaos/chaos.log
@@ -621,7 +624,7 @@ chaos() {
 
 # See examples/bench.
 bench() {
-  drive bench
+  drive bench "$@"
   target/release/examples/bench --folder "$PWD/target/bench" \
     --program target/release/omotes-orchestrator "$@"
 }

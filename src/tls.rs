@@ -208,7 +208,7 @@ impl ServerCertVerifier for UncheckedName {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::env;
 
     use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
@@ -250,7 +250,8 @@ mod tests {
         }
     }
 
-    fn server(issued: &Issued) -> ServerConnection {
+    /// The other side of a connection.
+    pub(crate) fn server(issued: &Issued) -> ServerConnection {
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()

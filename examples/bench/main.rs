@@ -53,9 +53,9 @@ struct Options {
 /// Bytes of an ESDL, and how many fewer messages of that size make a backlog.
 const SIZES: [(&str, usize, usize); 4] = [
     ("2 kB", 2_000, 1),
-    ("200 kB", 200_000, 20),
-    ("1 MB", 1_000_000, 50),
-    ("5 MB", 5_000_000, 250),
+    ("200 kB", 200_000, 5),
+    ("1 MB", 1_000_000, 20),
+    ("5 MB", 5_000_000, 100),
 ];
 
 fn main() -> anyhow::Result<()> {
@@ -78,25 +78,25 @@ fn main() -> anyhow::Result<()> {
     }
     for (name, bytes, fewer) in SIZES {
         if wanted("sizes") || wanted(name) {
-            bench.throughput(name, bytes, (messages / fewer).max(20), 1, true)?;
+            bench.throughput(name, bytes, (messages / fewer).max(20), 1)?;
         }
     }
     if wanted("latency") {
         bench.latency()?;
     }
     if wanted("replicas") {
-        bench.throughput("2 kB, 3 replicas", 2_000, messages, 3, false)?;
+        bench.throughput("2 kB, 3 replicas", 2_000, messages, 3)?;
     }
     if wanted("backlog") {
-        bench.throughput("2 kB, backlog 1,000", 2_000, 1_000, 1, false)?;
-        bench.throughput("2 kB, backlog 100,000", 2_000, 100_000, 1, false)?;
+        bench.throughput("2 kB, backlog 1,000", 2_000, 1_000, 1)?;
+        bench.throughput("2 kB, backlog 100,000", 2_000, 100_000, 1)?;
     }
     if wanted("page") {
         bench.page()?;
     }
     if wanted("history") {
         bench.site.fill_history(&bench.config.postgres, 1_000_000)?;
-        bench.throughput("2 kB, a million in the history", 2_000, messages, 1, false)?;
+        bench.throughput("2 kB, a million in the history", 2_000, messages, 1)?;
     }
     bench.report.print();
     bench.report.save(&options.output)?;
@@ -123,7 +123,6 @@ impl Bench {
         esdl: usize,
         jobs: usize,
         replicas: usize,
-        with_floor: bool,
     ) -> anyhow::Result<()> {
         let ids: Vec<Uuid> = (0..jobs).map(|_| Uuid::new_v4()).collect();
         let mut tasks = Vec::new();
@@ -142,11 +141,7 @@ impl Bench {
                 tasks = self.load.take_tasks(jobs)?;
             }
             self.load.purge()?;
-            let floor = if with_floor {
-                Some(floor::run(&self.config, jobs, &samples)?)
-            } else {
-                None
-            };
+            let floor = floor::run(&self.config, jobs, &samples)?;
             let what = format!("{name}: {}", kind.name());
             self.report
                 .rate(&format!("{what} per second"), measured.rate, floor);

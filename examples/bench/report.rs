@@ -24,8 +24,8 @@ struct Figure {
 
 impl Report {
     /// A rate, and the floor's.
-    pub fn rate(&mut self, name: &str, value: f64, floor: Option<f64>) {
-        self.add(name, value, floor, true);
+    pub fn rate(&mut self, name: &str, value: f64, floor: f64) {
+        self.add(name, value, Some(floor), true);
     }
 
     /// Something that is better smaller.

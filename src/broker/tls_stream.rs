@@ -159,14 +159,11 @@ mod tests {
 
     use crossbeam_channel::bounded;
     use mio_of_amiquip::Events;
-    use rustls::crypto::ring;
-    use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    use rustls::{ServerConfig, ServerConnection, StreamOwned};
+    use rustls::{ServerConnection, StreamOwned};
 
     use super::*;
     use crate::authority::Authority;
-    use crate::tls::{Check, Tls};
+    use crate::tls::{self, Check, Tls};
 
     const PATIENCE: Duration = Duration::from_secs(60);
     /// More than the sockets of both sides hold.
@@ -188,17 +185,7 @@ mod tests {
     }
 
     fn with_server(server: impl FnOnce(Server) + Send + 'static) -> TlsStream {
-        let issued = Authority::new().issue("localhost");
-        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()],
-                PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap(),
-            )
-            .unwrap();
-        let tls = ServerConnection::new(Arc::new(config)).unwrap();
+        let tls = tls::tests::server(&Authority::new().issue("localhost"));
         open(move |socket| server(StreamOwned::new(tls, socket))).unwrap()
     }
 

@@ -21,6 +21,8 @@ pub struct Filter {
     pub workflow: Option<String>,
     /// In the id, the reference, or the last message.
     pub text: Option<String>,
+    /// This one and no other.
+    pub id: Option<Uuid>,
     pub limit: u16,
     pub offset: u32,
 }
@@ -36,6 +38,7 @@ impl Default for Filter {
             state: None,
             workflow: None,
             text: None,
+            id: None,
             limit: DEFAULT_LIMIT,
             offset: 0,
         }

@@ -85,7 +85,7 @@ impl List {
             workflow: self.workflow.clone(),
             text: self.text.clone(),
             limit: self.limit,
-            offset: 0,
+            ..Filter::default()
         }
     }
 }

@@ -31,6 +31,7 @@ const LIVE: &str = "
           AND ($2::text IS NULL OR workflow_type = $2)
           AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3
                OR progress_message ILIKE $3)
+          AND ($6::uuid IS NULL OR job_id = $6)
     ), page AS (
         SELECT *, row_number() OVER (
                    ORDER BY status = 'RUNNING' DESC, position, registered_at, job_id) AS place
@@ -48,6 +49,7 @@ const FINISHED: &str = "
         WHERE ($1::text IS NULL OR outcome = $1)
           AND ($2::text IS NULL OR workflow_type = $2)
           AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3)
+          AND ($7::uuid IS NULL OR job_id = $7)
     )
     SELECT job_id, workflow_type, job_reference, NULL AS status, NULL AS priority, celery_id,
            registered_at, submitted_at, running_at, NULL::bigint AS timeout_after_ms,
@@ -69,11 +71,21 @@ impl Connection {
         let rows = if filter.finished {
             self.client.query(
                 FINISHED,
-                &[&state, &filter.workflow, &text, &limit, &offset, &MAX_COUNT],
+                &[
+                    &state,
+                    &filter.workflow,
+                    &text,
+                    &limit,
+                    &offset,
+                    &MAX_COUNT,
+                    &filter.id,
+                ],
             )?
         } else {
-            self.client
-                .query(LIVE, &[&state, &filter.workflow, &text, &limit, &offset])?
+            self.client.query(
+                LIVE,
+                &[&state, &filter.workflow, &text, &limit, &offset, &filter.id],
+            )?
         };
         let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
         Ok(Page {
@@ -87,20 +99,19 @@ impl Connection {
     /// # Errors
     /// As [`Connection::jobs`].
     pub fn story(&mut self, job_id: Uuid) -> Result<Option<Story>, StoreError> {
-        let by_id = Filter {
-            text: Some(job_id.to_string()),
+        let live = Filter {
+            id: Some(job_id),
             ..Filter::default()
         };
         let finished = Filter {
             finished: true,
-            ..by_id.clone()
+            ..live.clone()
         };
-        let mut found = None;
-        for filter in [by_id, finished] {
-            let jobs = self.jobs(&filter)?.jobs;
-            found = found.or_else(|| jobs.into_iter().find(|job| job.id == job_id));
-        }
-        let Some(job) = found else { return Ok(None) };
+        let job = match self.jobs(&live)?.jobs.pop() {
+            Some(job) => Some(job),
+            None => self.jobs(&finished)?.jobs.pop(),
+        };
+        let Some(job) = job else { return Ok(None) };
         let starts = self.client.query(
             "SELECT started_at FROM job_starts WHERE job_id = $1 ORDER BY started_at",
             &[&job_id],

@@ -617,7 +617,7 @@ drive() {
 # The orchestrator among failures of everything around it; see examples/chaos.
 chaos() {
   drive chaos "$@"
-  export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0
+  export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0 OUTCOME_LOST_SEC=60
   target/release/examples/chaos --folder "$PWD/target/chaos" \
     --program target/release/omotes-orchestrator "$@" 2>target/chaos/chaos.log
 }

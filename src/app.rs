@@ -14,7 +14,7 @@ use crossbeam_channel::{
     Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select, unbounded,
 };
 use jiff::Timestamp;
-use log::{error, info, warn};
+use log::{debug, error, info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
@@ -271,10 +271,23 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
         if started.elapsed() > GOOD_SESSION {
             pause = FIRST_PAUSE;
         }
-        if !wait(&mut pause, stopped) {
+        if !wait(&mut pause, stopped) || !wait_for_postgres(service, stopped) {
             return;
         }
     }
+}
+
+/// Waits for a connection to Postgres, without which a session would only keep messages from other
+/// replicas. False when the service stops.
+fn wait_for_postgres(service: &Service, stopped: &Receiver<Infallible>) -> bool {
+    let mut pause = FIRST_PAUSE;
+    while let Err(error) = service.store.connection() {
+        debug!("no session without Postgres: {:#}", anyhow!(error));
+        if !wait(&mut pause, stopped) {
+            return false;
+        }
+    }
+    true
 }
 
 fn is_disconnected(stopped: &Receiver<Infallible>) -> bool {

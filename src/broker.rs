@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use amiquip::{
     AmqpProperties, AmqpValue, Auth, Channel, Confirm, Connection, ConnectionBlockedNotification,
-    ConnectionOptions, ConnectionTuning, ConsumerMessage, ConsumerOptions, Delivery,
+    ConnectionOptions, ConnectionTuning, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
     ExchangeDeclareOptions, ExchangeType, FieldTable, IoStream, Publish, QueueDeclareOptions,
     Return,
 };
@@ -52,7 +52,8 @@ const PRECONDITION_FAILED: u16 = 406;
 const NOT_FOUND: u16 = 404;
 /// AMQP's ACCESS_REFUSED and RESOURCE_LOCKED: no rights on a queue, or somebody's alone.
 const NOT_OURS: [u16; 2] = [403, 405];
-/// How long a message that is done with may wait for those before it to be acknowledged with them.
+/// When nothing has come in for so long, messages that are done with are no longer kept waiting for
+/// those before them to be acknowledged with them.
 const LAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(50);
 /// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
 const SLOWEST_PUBLISHING: u64 = 1024 * 1024;
@@ -467,13 +468,10 @@ pub fn consume(
     let all_messages = consumer.receiver().clone();
     let mut messages = all_messages.clone();
     let mut stop = stop.clone();
-    let mut stopping = false;
     let mut in_hand = InHand::new(link, &channel, usize::from(prefetch) / 4);
     loop {
         select! {
             recv(messages) -> message => match message {
-                // Handed out too late: it goes back to the queue when the channel closes.
-                Ok(ConsumerMessage::Delivery(_)) if stopping => {}
                 Ok(ConsumerMessage::Delivery(mut delivery)) => {
                     let received = Received {
                         tag: delivery.delivery_tag(),
@@ -484,7 +482,6 @@ pub fn consume(
                     in_hand.take(delivery, received.body.len());
                     hand_over(received);
                 }
-                Ok(ConsumerMessage::ClientCancelled) => messages = never(),
                 Ok(ConsumerMessage::ServerCancelled) => {
                     bail!("{}: the queue {queue} was deleted", link.name)
                 }
@@ -492,7 +489,11 @@ pub fn consume(
                     ConsumerMessage::ServerClosedChannel(error)
                     | ConsumerMessage::ServerClosedConnection(error),
                 ) => return Err(anyhow!(error).context(format!("{}: queue {queue}", link.name))),
-                Ok(ConsumerMessage::ClientClosedChannel | ConsumerMessage::ClientClosedConnection)
+                Ok(
+                    ConsumerMessage::ClientCancelled
+                    | ConsumerMessage::ClientClosedChannel
+                    | ConsumerMessage::ClientClosedConnection,
+                )
                 | Err(_) => bail!("{}: the connection is lost", link.name),
             },
             recv(done) -> tag => match tag {
@@ -507,12 +508,13 @@ pub fn consume(
             default(in_hand.patience()) => in_hand.acknowledge_rest()?,
             recv(stop) -> _ => {
                 stop = never();
-                stopping = true;
                 if let Some(intake) = &link.intake {
-                    // The answer to the cancel must get through.
+                    // The answer to the cancel must get through, behind all that RabbitMQ has
+                    // sent already.
                     intake.open();
                 }
-                consumer.cancel()?;
+                cancel(&consumer)?;
+                messages = never();
             }
         }
     }
@@ -520,6 +522,28 @@ pub fn consume(
     drop(consumer);
     drop(all_messages);
     channel.close().with_context(|| link.name.clone())
+}
+
+/// Ends the deliveries. Those that are on their way go back to the queue when the channel closes;
+/// meanwhile nobody keeps them, for they may be many and large.
+fn cancel(consumer: &Consumer<'_>) -> anyhow::Result<()> {
+    let late = consumer.receiver().clone();
+    let (cancelled, is_cancelled) = bounded::<Infallible>(0);
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("too-late".to_owned())
+            .spawn_scoped(scope, move || {
+                loop {
+                    select! {
+                        recv(late) -> message => if message.is_err() { return },
+                        recv(is_cancelled) -> _ => return,
+                    }
+                }
+            })?;
+        let outcome = consumer.cancel();
+        drop(cancelled);
+        Ok(outcome?)
+    })
 }
 
 /// The deliveries that a consumer has not acknowledged. One acknowledgement for all up to a tag

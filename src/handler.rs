@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select_biased};
@@ -32,6 +32,9 @@ const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Waits between attempts while Postgres does not work.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
+/// Without a connection to Postgres for so long, a replica lets go of its messages: others may have
+/// one.
+const CUT_OFF: Duration = Duration::from_secs(30);
 
 /// Something to handle.
 #[expect(
@@ -116,6 +119,8 @@ struct Item {
 enum Trouble {
     /// Postgres does not work; the same batch may go through later.
     Database(anyhow::Error),
+    /// There is not even a connection to it.
+    NoDatabase(anyhow::Error),
     /// Something in the batch is refused.
     Refused { reason: String, by: Refuser },
     /// The session is at its end.
@@ -260,6 +265,7 @@ impl<'s> Handler<'s> {
     /// Takes a batch through, with as many attempts as Postgres needs.
     fn handle(&mut self, batch: &mut [Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
         let mut pause = FIRST_RETRY;
+        let mut cut_off_since = None;
         loop {
             // A fault of ours that one message brings to light must not hold up the others.
             let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
@@ -268,7 +274,19 @@ impl<'s> Handler<'s> {
                 batch.iter_mut().for_each(Item::repeat);
             }
             let trouble = match attempt {
-                Ok(Err(Trouble::Database(error))) => error,
+                Ok(Err(Trouble::Database(error))) => {
+                    cut_off_since = None;
+                    error
+                }
+                Ok(Err(Trouble::NoDatabase(error))) => {
+                    let since = cut_off_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= CUT_OFF {
+                        return Err(Trouble::Session(error.context(
+                            "what is in hand is left to other replicas until Postgres is back",
+                        )));
+                    }
+                    error
+                }
                 Ok(done) => {
                     self.watched.set_trouble(None);
                     return done;
@@ -306,7 +324,10 @@ impl<'s> Handler<'s> {
         // Dropped on any error, and then looked over by the pool.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.setting.store.connection()?,
+            None => match self.setting.store.connection() {
+                Err(StoreError::Transient(error)) => return Err(Trouble::NoDatabase(error)),
+                connected => connected?,
+            },
         };
         let ending = self.transact(batch, &mut told, &mut connection)?;
         fault_point::reached("after commit");
@@ -460,6 +481,10 @@ impl<'s> Handler<'s> {
         self.watched.postgres.idle();
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
+        if batch.iter().map(|item| item.work.size()).sum::<usize>() > MAX_BATCH_BYTES {
+            // Publishing may take more than the minute that a transaction may be idle.
+            transaction.take_time()?;
+        }
         // Only now, for what Postgres refuses must not have been asked of anybody. And before the
         // commit, for a task that is committed must have been published.
         self.publish(&outbox)?;
@@ -473,10 +498,15 @@ impl<'s> Handler<'s> {
             setting.metrics.message(inbox, &event);
             report::log(&subject, &event, command);
         }
-        for state in after.values() {
-            if let State::Ending(Ending { ended, .. }) = state {
-                let known = |workflow: &str| catalogue.definition(workflow).is_some();
-                setting.metrics.job_ended(ended, known);
+        for (id, state) in &after {
+            let known = |workflow: &str| catalogue.definition(workflow).is_some();
+            match (before.get(id), state) {
+                // That it has ended is no news; what it is told may be another thing than before.
+                (Some(State::Ending(_) | State::Ended(_)), _) => {}
+                (_, State::Ending(Ending { ended, .. }) | State::Ended(ended)) => {
+                    setting.metrics.job_ended(ended, known);
+                }
+                (_, State::Unknown | State::Live(_)) => {}
             }
         }
         Ok(ending.into_iter().collect())
@@ -812,7 +842,9 @@ impl Trouble {
     fn end(self) -> anyhow::Result<()> {
         match self {
             Trouble::Stopped => Ok(()),
-            Trouble::Session(error) | Trouble::Database(error) => Err(error),
+            Trouble::Session(error) | Trouble::Database(error) | Trouble::NoDatabase(error) => {
+                Err(error)
+            }
             Trouble::Refused { reason, .. } => bail!(reason),
         }
     }

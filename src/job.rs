@@ -36,6 +36,9 @@ const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
 pub const CRASH_LOOP_LOGS: &str =
     "Job cannot be processed due to being retried the maximum number of times.";
 
+/// How the logs of the result end that a client gets instead of one that RabbitMQ has lost.
+pub const LOST_LOGS: &str = "was lost when RabbitMQ was interrupted. Submit it again.";
+
 /// What the database knows of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum State {
@@ -446,6 +449,8 @@ pub fn decide<'a>(
                 Event::Ended(outcome) if outcome == ending.ended.outcome => {
                     return Decision {
                         next: None,
+                        // Committed with the outcome; since then the client may have given them up.
+                        time_series: None,
                         ..again
                     };
                 }
@@ -887,7 +892,7 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
         | Outcome::Expired
         | Outcome::Lost => "was ended by the orchestrator, but why",
     };
-    let logs = format!("The job {what} was lost when RabbitMQ was interrupted. Submit it again.");
+    let logs = format!("The job {what} {LOST_LOGS}");
     let result_bytes = logs.len();
     let told = [error_result(job_id, Cow::Owned(logs))];
     job.ends(Outcome::Lost, result_bytes, told, context)

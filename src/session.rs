@@ -43,8 +43,9 @@ const WATCH_PERIOD: Duration = Duration::from_secs(1);
 const PULSE_PERIOD: Duration = Duration::from_secs(5);
 /// A wait that is longer makes the service unready.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// No statement and no transaction of ours lasts as long, where Postgres has a say in it.
-const STUCK: Duration = Duration::from_secs(6 * 60);
+/// All the statements of a batch together never last as long, where Postgres has a say in it: it
+/// ends each of them after two minutes.
+const STUCK: Duration = Duration::from_secs(20 * 60);
 
 /// What outlives a session.
 pub struct Service {

@@ -1,4 +1,4 @@
-//! Postgres: the only file that holds SQL beside `migrations/` and [`migrate`].
+//! Postgres: all SQL is here and below, and in `migrations/`.
 //!
 //! Each statement works on a whole batch of jobs. A handler locks the jobs of its batch, loads
 //! their states, and writes back what [`crate::job::decide`] made of them, all in one transaction.
@@ -185,7 +185,8 @@ impl Connection {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// Jobs that ended longer than `telling` ago without their clients being told, at most `limit`.
+    /// Jobs that ended longer than `telling` ago without their clients being told, at most `limit`;
+    /// but for those that [`Connection::overdue`] and [`Connection::expired`] find again.
     ///
     /// # Errors
     /// The connection is lost.
@@ -193,6 +194,7 @@ impl Connection {
         let rows = self.client.query(
             "SELECT job_id FROM job JOIN job_history USING (job_id)
              WHERE finished_at <= now() - $1 * interval '1 second'
+               AND outcome NOT IN ('TIMED_OUT', 'EXPIRED')
              LIMIT $2",
             &[&telling.as_secs_f64(), &limit],
         )?;
@@ -375,6 +377,18 @@ impl Transaction<'_> {
         self.execute(
             "SELECT pg_advisory_xact_lock(key) FROM unnest($1::bigint[]) AS key",
             &[&keys],
+        )?;
+        Ok(())
+    }
+
+    /// Lets Postgres wait for longer than usual between two statements of this transaction.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn take_time(&mut self) -> Result<(), StoreError> {
+        self.execute(
+            "SET LOCAL idle_in_transaction_session_timeout = '4min'",
+            &[],
         )?;
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use omotes_orchestrator::job::CRASH_LOOP_LOGS;
+use omotes_orchestrator::job::{CRASH_LOOP_LOGS, LOST_LOGS};
 use omotes_orchestrator::wire::job_result::ResultType;
 use uuid::Uuid;
 
@@ -50,6 +50,21 @@ impl Record {
         self.results.len().saturating_sub(1)
     }
 
+    /// Whether the result got lost in RabbitMQ, and its client was told so.
+    pub fn result_lost(&self) -> bool {
+        let worked = !self.delivered.is_empty() || self.crashed();
+        let told = self.results.first();
+        worked
+            && told
+                .is_some_and(|(kind, logs)| *kind == ResultType::Error && logs.ends_with(LOST_LOGS))
+    }
+
+    /// Whether a task was started twice, as a broker that is killed gives its tasks out again,
+    /// whatever the plan.
+    fn crashed(&self) -> bool {
+        self.starts.values().any(|starts| *starts > 1)
+    }
+
     pub fn check(&self, plan: Plan) -> Result<(), Violation> {
         let Some((result_type, logs)) = self.results.first() else {
             if self.queue_lost {
@@ -57,14 +72,13 @@ impl Record {
             }
             return Err(Violation::Lost);
         };
-        let kinds: BTreeSet<_> = self.results.iter().map(|(kind, _)| *kind as i32).collect();
-        if kinds.len() > 1 {
+        if self.results.iter().any(|other| *other != self.results[0]) {
             return Err(Violation::Contradictory(format!("{:?}", self.results)));
         }
-        // A broker that is killed gives its tasks out again, whatever the plan.
-        let crash_loop = *result_type == ResultType::Error
-            && logs == CRASH_LOOP_LOGS
-            && self.starts.values().any(|starts| *starts > 1);
+        if self.result_lost() {
+            return Ok(());
+        }
+        let crash_loop = logs == CRASH_LOOP_LOGS && self.crashed();
         let delivered = self.delivered.contains(result_type);
         let possible = match (plan, result_type) {
             (Plan::UnknownWorkflow, ResultType::Error) => logs.contains("is unknown by"),
@@ -124,6 +138,9 @@ mod tests {
             record(&[Succeeded, Cancelled], &[Succeeded]),
             Plan::Cancelled
         ));
+        let mut otherwise = record(&[Error, Error], &[Error]);
+        otherwise.results[1].1 = CRASH_LOOP_LOGS.to_owned();
+        assert!(violated(otherwise, Plan::Fails));
         assert!(violated(record(&[Succeeded], &[]), Plan::Plain));
         assert!(violated(record(&[Cancelled], &[]), Plan::Plain));
         assert!(violated(record(&[Error], &[]), Plan::Crashes));
@@ -133,6 +150,12 @@ mod tests {
         assert!(looped.check(Plan::Crashes).is_err());
         looped.starts.insert("task".to_owned(), 2);
         assert_eq!(looped.check(Plan::Crashes), Ok(()));
+        let mut lost = record(&[Error], &[]);
+        lost.results[0].1 = format!("The job succeeded, but its result {LOST_LOGS}");
+        assert!(lost.check(Plan::Plain).is_err());
+        lost.delivered.push(Succeeded);
+        assert_eq!(lost.check(Plan::Plain), Ok(()));
+        assert!(lost.result_lost());
     }
 
     #[test]

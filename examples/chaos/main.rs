@@ -243,7 +243,12 @@ fn report(
         records.len()
     );
     let queues_lost = records.values().filter(|(_, record)| record.queue_lost);
-    println!("{} queues of clients lost by RabbitMQ", queues_lost.count());
+    let results_lost = records.values().filter(|(_, record)| record.result_lost());
+    println!(
+        "{} queues of clients and {} results lost by RabbitMQ",
+        queues_lost.count(),
+        results_lost.count()
+    );
     println!(
         "{} bad messages, {} dead letters; {:.0} s",
         bad.len(),

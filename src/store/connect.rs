@@ -1,10 +1,11 @@
 //! How connections to Postgres are opened, with TLS or without.
 
 use std::error::Error as _;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use log::debug;
 use postgres::config::SslMode;
 use postgres::error::SqlState;
@@ -57,8 +58,40 @@ impl ManageConnection for Connector {
     }
 }
 
+/// Asks whether somebody answers at all, for connecting waits without end for the answer of a server
+/// that is stopped, or of a proxy whose server is gone. Postgres says yes or no to an encryption
+/// that is not used here, and makes no note of that in its log. Everything but silence is left to
+/// the connection itself.
+fn ask(config: &config::Postgres) -> anyhow::Result<()> {
+    // https://www.postgresql.org/docs/current/protocol-message-formats.html, GSSENCRequest
+    const QUESTION: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x30];
+    let Ok(addresses) = (config.host.as_str(), config.port).to_socket_addrs() else {
+        return Ok(());
+    };
+    for address in addresses {
+        let Ok(mut socket) = TcpStream::connect_timeout(&address, config::CONNECT_TIMEOUT) else {
+            continue;
+        };
+        socket.set_read_timeout(Some(config::CONNECT_TIMEOUT))?;
+        let answer = socket
+            .write_all(&QUESTION)
+            .and_then(|()| socket.read(&mut [0]));
+        if let Err(ErrorKind::WouldBlock | ErrorKind::TimedOut) =
+            answer.map_err(|error| error.kind())
+        {
+            bail!(
+                "{address} takes connections, and does not answer within {:?}",
+                config::CONNECT_TIMEOUT
+            );
+        }
+        return Ok(());
+    }
+    Ok(())
+}
+
 /// Connects; where `config` leaves a choice, in the second way if the first does not do, as libpq.
 fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
+    ask(config)?;
     let mut client = client_config(config);
     match &config.encryption {
         Encryption::Never => Ok(plain(&mut client)?),
@@ -140,10 +173,12 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
         .port(config.port)
         .dbname(&config.database)
         .application_name("omotes_orchestrator")
+        // Once a lock on a job has been waited for, what its last holder has committed must be seen.
         // The last one lets go of the jobs that a replica has locked which hangs.
         .options(
-            "-c lock_timeout=30s -c statement_timeout=5min \
-             -c idle_in_transaction_session_timeout=3min",
+            "-c default_transaction_isolation=read\\ committed \
+             -c lock_timeout=30s -c statement_timeout=2min \
+             -c idle_in_transaction_session_timeout=1min",
         )
         .connect_timeout(config::CONNECT_TIMEOUT)
         .keepalives_idle(Duration::from_secs(15))

@@ -34,7 +34,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 /// Without a connection to Postgres for so long, a replica lets go of its messages: others may have
 /// one.
-const CUT_OFF: Duration = Duration::from_secs(30);
+const CUT_OFF: Duration = Duration::from_secs(20);
 
 /// Something to handle.
 #[expect(

@@ -44,8 +44,8 @@ const PULSE_PERIOD: Duration = Duration::from_secs(5);
 /// A wait that is longer makes the service unready.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// All the statements of a batch together never last as long, where Postgres has a say in it: it
-/// ends each of them after two minutes.
-const STUCK: Duration = Duration::from_secs(20 * 60);
+/// ends each of them after 35 seconds.
+const STUCK: Duration = Duration::from_secs(6 * 60);
 
 /// What outlives a session.
 pub struct Service {

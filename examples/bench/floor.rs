@@ -1,6 +1,6 @@
 //! The least that anything on this broker and this library needs to do the same: consume the same
-//! messages and publish as many of the same size, confirmed; without a database, without looking
-//! into them.
+//! messages and publish as many of the same size, confirmed, to a queue of tasks and, by the clients'
+//! topic exchange, to those who listen to each job; without a database, without looking into them.
 
 use std::collections::{BTreeMap, HashSet};
 use std::thread;
@@ -13,7 +13,8 @@ use amiquip::{
 use anyhow::{Context, bail};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::wire::TASK_QUEUE_MAX_PRIORITY;
+use omotes_orchestrator::wire::{OMOTES_EXCHANGE, TASK_QUEUE_MAX_PRIORITY};
+use uuid::Uuid;
 
 use crate::load::{Sample, Samples, open};
 
@@ -43,6 +44,13 @@ pub fn run(config: &Config, messages: usize, samples: &Samples) -> anyhow::Resul
         }
         channel.queue_declare(queue, options)?;
     }
+    let keys: Vec<String> = (0..messages)
+        .map(|_| format!("jobs.{}.floor", Uuid::new_v4()))
+        .collect();
+    for key in &keys {
+        channel.queue_bind_nowait(CLIENTS, OMOTES_EXCHANGE, key.as_str(), FieldTable::new())?;
+    }
+    channel.queue_declare_passive(CLIENTS)?;
     let (confirms, _returns) = confirming(&channel)?;
     let body = vec![b'x'; samples.incoming];
     let at_once = (4 * 1024 * 1024 / samples.incoming.max(1)).clamp(1, 500);
@@ -51,18 +59,14 @@ pub fn run(config: &Config, messages: usize, samples: &Samples) -> anyhow::Resul
     while left > 0 {
         let count = left.min(at_once);
         for _ in 0..count {
-            publish(
-                &channel,
-                IN,
-                &body,
-                AmqpProperties::default().with_delivery_mode(2),
-            )?;
+            let properties = AmqpProperties::default().with_delivery_mode(2);
+            publish(&channel, "", IN, &body, properties)?;
         }
         await_confirms(&confirms, &mut tags, count)?;
         left -= count;
     }
 
-    let rate = relay(config, messages, samples)?;
+    let rate = relay(config, keys, samples)?;
     for queue in [IN, TASKS, CLIENTS] {
         channel.queue_delete(queue, QueueDeleteOptions::default())?;
     }
@@ -70,8 +74,10 @@ pub fn run(config: &Config, messages: usize, samples: &Samples) -> anyhow::Resul
     Ok(rate)
 }
 
-/// Works the queue off.
-fn relay(config: &Config, messages: usize, samples: &Samples) -> anyhow::Result<f64> {
+/// Works the queue off: one message for each of the clients' keys.
+fn relay(config: &Config, keys: Vec<String>, samples: &Samples) -> anyhow::Result<f64> {
+    let messages = keys.len() as u64;
+    let mut keys = keys.into_iter();
     let mut incoming = open(&config.sdk_rabbitmq)?;
     let mut to_clients = open(&config.sdk_rabbitmq)?;
     let mut to_workers = open(&config.sdk_rabbitmq)?;
@@ -99,10 +105,13 @@ fn relay(config: &Config, messages: usize, samples: &Samples) -> anyhow::Result<
     let mut finished = BTreeMap::new();
     let mut acknowledged = 0;
     let mut began = None;
-    while acknowledged < messages as u64 {
+    while acknowledged < messages {
         crossbeam_channel::select! {
             recv(deliveries) -> message => match message? {
-                ConsumerMessage::Delivery(delivery) => hand_over.send(delivery)?,
+                ConsumerMessage::Delivery(delivery) => {
+                    let key = keys.next().context("a message too many")?;
+                    hand_over.send((delivery, key))?;
+                }
                 other => bail!("{other:?}"),
             },
             recv(all_done) -> delivery => {
@@ -118,7 +127,7 @@ fn relay(config: &Config, messages: usize, samples: &Samples) -> anyhow::Result<
                 if let Some(last) = last {
                     last.ack_multiple(&consumer_channel)?;
                 }
-                if began.is_none() && acknowledged >= messages as u64 / 10 {
+                if began.is_none() && acknowledged >= messages / 10 {
                     began = Some((Instant::now(), acknowledged));
                 }
             }
@@ -138,7 +147,7 @@ fn relay(config: &Config, messages: usize, samples: &Samples) -> anyhow::Result<
 }
 
 fn work(
-    handed_over: &Receiver<Delivery>,
+    handed_over: &Receiver<(Delivery, String)>,
     done: &Sender<Delivery>,
     (clients, client): &(Channel, Sample),
     tasks: Option<&(Channel, Sample)>,
@@ -150,25 +159,26 @@ fn work(
     let (mut client_tags, mut task_tags) = (0, 0);
     while let Ok(first) = handed_over.recv() {
         let mut batch = vec![first];
-        let mut bytes = batch[0].body.len();
+        let mut bytes = batch[0].0.body.len();
         while batch.len() < MAX_BATCH && bytes < 8 * 1024 * 1024 {
             let Ok(next) = handed_over.try_recv() else {
                 break;
             };
-            bytes += next.body.len();
+            bytes += next.0.body.len();
             batch.push(next);
         }
-        for _ in &batch {
+        for (_, key) in &batch {
             if let Some((channel, task)) = tasks {
-                publish(channel, TASKS, &task_body, task.properties.clone())?;
+                publish(channel, "", TASKS, &task_body, task.properties.clone())?;
             }
-            publish(clients, CLIENTS, &client_body, client.properties.clone())?;
+            let properties = client.properties.clone();
+            publish(clients, OMOTES_EXCHANGE, key, &client_body, properties)?;
         }
         if let Some((confirms, _)) = &task_confirms {
             await_confirms(confirms, &mut task_tags, batch.len())?;
         }
         await_confirms(&client_confirms, &mut client_tags, batch.len())?;
-        for delivery in batch {
+        for (delivery, _) in batch {
             done.send(delivery)?;
         }
     }
@@ -184,11 +194,12 @@ fn confirming(channel: &Channel) -> anyhow::Result<(Receiver<Confirm>, Receiver<
 
 fn publish(
     channel: &Channel,
-    queue: &str,
+    exchange: &str,
+    key: &str,
     body: &[u8],
     properties: AmqpProperties,
 ) -> anyhow::Result<()> {
-    Ok(channel.basic_publish("", Publish::with_properties(body, queue, properties))?)
+    Ok(channel.basic_publish(exchange, Publish::with_properties(body, key, properties))?)
 }
 
 /// Waits for the confirms of `count` messages more than `tags` so far.

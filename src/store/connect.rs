@@ -58,6 +58,9 @@ impl ManageConnection for Connector {
     }
 }
 
+/// How long somebody who takes connections may take to say anything.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// Asks whether somebody answers at all, for connecting waits without end for the answer of a server
 /// that is stopped, or of a proxy whose server is gone. Postgres says yes or no to an encryption
 /// that is not used here, and makes no note of that in its log. Everything but silence is left to
@@ -72,17 +75,14 @@ fn ask(config: &config::Postgres) -> anyhow::Result<()> {
         let Ok(mut socket) = TcpStream::connect_timeout(&address, config::CONNECT_TIMEOUT) else {
             continue;
         };
-        socket.set_read_timeout(Some(config::CONNECT_TIMEOUT))?;
+        socket.set_read_timeout(Some(SILENCE))?;
         let answer = socket
             .write_all(&QUESTION)
             .and_then(|()| socket.read(&mut [0]));
         if let Err(ErrorKind::WouldBlock | ErrorKind::TimedOut) =
             answer.map_err(|error| error.kind())
         {
-            bail!(
-                "{address} takes connections, and does not answer within {:?}",
-                config::CONNECT_TIMEOUT
-            );
+            bail!("{address} takes connections, and says nothing for {SILENCE:?}");
         }
         return Ok(());
     }
@@ -177,7 +177,7 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
         // The last one lets go of the jobs that a replica has locked which hangs.
         .options(
             "-c default_transaction_isolation=read\\ committed \
-             -c lock_timeout=30s -c statement_timeout=2min \
+             -c lock_timeout=30s -c statement_timeout=35s \
              -c idle_in_transaction_session_timeout=1min",
         )
         .connect_timeout(config::CONNECT_TIMEOUT)

@@ -135,6 +135,8 @@ fn locked(client: &mut Client) -> anyhow::Result<Transaction<'_>> {
     transaction
         .execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK_KEY])
         .context("waiting for another replica that applies revisions")?;
+    // A revision may have to go through a long table.
+    transaction.batch_execute("SET LOCAL statement_timeout = 0")?;
     Ok(transaction)
 }
 

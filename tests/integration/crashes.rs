@@ -408,6 +408,65 @@ fn a_replica_that_hangs_holds_up_nobody_for_long() {
 }
 
 #[test]
+fn a_replica_that_hangs_in_a_transaction_holds_up_nobody_for_long() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let hanging = Held::at("before publish", &deployment, &[]);
+    let locked = client.submit("workflow_1");
+    hanging.reached();
+    hanging.service.signal("-STOP");
+    let other = deployment.start_with(&[("HANDLER_THREADS", "1")]);
+    // It has got the message, and waits for the job's lock.
+    other.logged("has been waiting for Postgres");
+    let behind = client.submit("workflow_1");
+    let tasks = [worker.take(), worker.take()];
+    // The lock may be waited for more than once, and then in any order.
+    let taken = HashSet::from([tasks[0].job, tasks[1].job]);
+    assert_eq!(taken, HashSet::from([locked, behind]));
+    hanging.service.signal("-CONT");
+    let hanging = hanging.go_on();
+    hanging.wait_until_ready();
+    for task in tasks {
+        worker.start(&task);
+        worker.succeed(&task, OUTPUT);
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    }
+    deployment.no_jobs_left();
+}
+
+#[test]
+fn a_replica_without_postgres_lets_go_of_its_messages() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let proxy = Proxy::new(deployment.postgres_port()).unwrap();
+    let port = proxy.port().to_string();
+    let cut_off = deployment.start_with(&[("POSTGRESQL_PORT", &port)]);
+    proxy.set(Weather::Refuse);
+    proxy.cut(End::Rst);
+    let job = client.submit("workflow_1");
+    cut_off.logged("messages wait for Postgres");
+    let other = deployment.start();
+    let task = worker.take();
+    assert_eq!(task.job, job);
+    // Nor does it take any while it cannot do anything about them.
+    let jobs = [(); 3].map(|()| client.submit("workflow_1"));
+    let mut tasks = vec![task];
+    tasks.extend(jobs.map(|_| worker.take()));
+    cut_off.logged("what is in hand is left to other replicas");
+    drop(other);
+    proxy.set(Weather::Fair);
+    cut_off.wait_until_ready();
+    for task in tasks {
+        worker.start(&task);
+        worker.succeed(&task, OUTPUT);
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    }
+    deployment.no_jobs_left();
+}
+
+#[test]
 fn a_network_that_goes_silent_is_noticed_and_survived() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);

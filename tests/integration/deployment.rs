@@ -376,13 +376,14 @@ impl Service {
 
     /// The most memory that the process has had, in MiB.
     pub fn peak_memory(&self) -> u64 {
+        self.peak_memory_if_running().unwrap()
+    }
+
+    fn peak_memory_if_running(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmHWM:"))
-            .unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
         let kibibytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        kibibytes / 1024
+        Some(kibibytes / 1024)
     }
 
     pub fn signal(&self, name: &str) {
@@ -401,6 +402,18 @@ impl Service {
     pub fn stop(mut self) -> ExitStatus {
         self.signal("-TERM");
         self.wait()
+    }
+
+    /// Asks it to stop and waits until it has; how it ended, and the most memory it had until then,
+    /// in MiB.
+    pub fn stop_watched(mut self) -> (ExitStatus, u64) {
+        self.signal("-TERM");
+        let mut peak = 0;
+        let status = eventually("the service ends", || {
+            peak = self.peak_memory_if_running().unwrap_or(peak);
+            self.child.try_wait().unwrap()
+        });
+        (status, peak)
     }
 
     pub fn wait(&mut self) -> ExitStatus {

@@ -1,6 +1,7 @@
 //! What is broken, refused or gone, and what becomes of the jobs meanwhile.
 
 use std::collections::HashSet;
+use std::net::TcpListener;
 
 use amiquip::{
     AmqpProperties, AmqpValue, Exchange, FieldTable, Publish, QueueDeclareOptions,
@@ -610,4 +611,19 @@ fn a_replica_that_is_killed_leaves_its_messages_to_the_others() {
     lock.rollback().unwrap();
     let _other = deployment.start();
     assert_eq!(worker.take().job, job);
+}
+
+#[test]
+fn a_postgres_that_says_nothing_is_not_waited_for() {
+    let deployment = Deployment::new();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port().to_string();
+    let mut command = deployment.command(&["db", "current"]);
+    let output = command.env("POSTGRESQL_PORT", port).output().unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("takes connections, and says nothing"),
+        "{said}"
+    );
 }

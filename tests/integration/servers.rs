@@ -153,6 +153,13 @@ fn large_messages_pass_in_bounded_memory() {
         .unwrap();
     let service = deployment.start();
     service.logged("has been waiting for Postgres");
+    // A stop hears all that RabbitMQ has sent already, and keeps none of it.
+    let (status, peak) = service.stop_watched();
+    eprintln!("peak memory at a stop: {peak} MiB");
+    assert!(status.success());
+    assert!(peak < 1024, "{peak} MiB");
+    let service = deployment.start();
+    service.logged("has been waiting for Postgres");
     lock.rollback().unwrap();
     for task in &tasks {
         let result = client.result(task.job);

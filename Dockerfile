@@ -4,13 +4,16 @@ RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf 
 WORKDIR /build
 # The dependencies alone first: this layer stays while only the sources change.
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
+# Some arm64 kernels have pages of 64 KiB, which the allocator has to know.
+RUN case "$(uname -m)" in aarch64) export JEMALLOC_SYS_WITH_LG_PAGE=16 ;; esac \
+    && mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
     && cargo build --release --locked --bin omotes-orchestrator \
     && rm -rf src target/release/.fingerprint/omotes-orchestrator-*
 COPY Cargo.toml build.rs ./
 COPY migrations migrations
 COPY src src
-RUN cargo build --release --locked --bin omotes-orchestrator
+RUN case "$(uname -m)" in aarch64) export JEMALLOC_SYS_WITH_LG_PAGE=16 ;; esac \
+    && cargo build --release --locked --bin omotes-orchestrator
 
 FROM debian:bookworm-slim
 # The authorities that are trusted where no others are given.

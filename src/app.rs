@@ -63,13 +63,13 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
-    // One for each handler; one each for the probe, maintenance, the cleaner, the page, and the
-    // look at RabbitMQ's queues.
-    let connections = u32::try_from(config.handler_threads)? + 5;
+    // One for each handler; one each for the probe, maintenance and the cleaner.
+    let connections = u32::try_from(config.handler_threads)? + 3;
     let host = gethostname::gethostname().to_string_lossy().into_owned();
     let (catalogue_changed, catalogue_news) = bounded(1);
     let service = Service {
         store: Store::new(&config.postgres, connections),
+        views: Store::for_viewers(&config.postgres),
         catalogue: CurrentCatalogue::new(catalogue),
         catalogue_news,
         health: Health::starting(Timestamp::now()),
@@ -115,20 +115,24 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             let stop = stop;
             wait_for_end(&signalled, &all_finished, stop);
         })?;
+        let mut aside = Vec::new();
         if let Some(server) = &server {
             let (questions, asked) = bounded(http::MAX_WAITING);
             named("http").spawn_scoped(scope, move || http::serve(server, service, &questions))?;
-            named("page").spawn_scoped(scope, || {
+            aside.push(named("page").spawn_scoped(scope, || {
                 // Moved here, for the endpoint is there as long as its questions are answered.
                 let asked = asked;
-                http::answer(server, service, &asked, &stopped);
-            })?;
+                restarted(&stopped, || http::answer(server, service, &asked, &stopped));
+            })?);
         }
 
-        let mut aside = Vec::new();
         let outcome = prepare_database(service, &stopped).and_then(|()| {
-            aside.push(named("probe").spawn_scoped(scope, || probe(service, &stopped))?);
-            aside.push(named("queues").spawn_scoped(scope, || queues::run(service, &stopped))?);
+            aside.push(named("probe").spawn_scoped(scope, || {
+                restarted(&stopped, || probe(service, &stopped));
+            })?);
+            aside.push(named("queues").spawn_scoped(scope, || {
+                restarted(&stopped, || queues::run(service, &stopped));
+            })?);
             if let Some(influxdb) = &service.config.influxdb {
                 aside.push(named("time-series").spawn_scoped(scope, || {
                     cleaner::run(&service.store, &service.config, influxdb, &stopped);
@@ -154,6 +158,15 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     })?;
     info!("stopped");
     Ok(())
+}
+
+/// Runs a thread's body, and after a panic, which the log has, again.
+fn restarted(stopped: &Receiver<Infallible>, body: impl Fn()) {
+    while catch_unwind(AssertUnwindSafe(&body)).is_err() {
+        if let Err(RecvTimeoutError::Disconnected) = stopped.recv_timeout(LAST_PAUSE) {
+            return;
+        }
+    }
 }
 
 /// Reads the workflow definitions again. Faulty ones change nothing.

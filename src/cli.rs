@@ -41,6 +41,7 @@ pub(crate) fn overview(
     let names: Vec<_> = rows.keys().cloned().collect();
     let queues = watch.and_then(|watch| watch.look(config, &names).ok());
     Ok(Overview {
+        has_rows: true,
         rows,
         defined,
         queues: queues.map(|queues| Queues {

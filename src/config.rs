@@ -376,6 +376,8 @@ impl Reader<'_> {
         let Some(path) = self.path(&file_name) else {
             return value.map(Secret);
         };
+        // What is in force is the file's.
+        self.settings.retain(|setting| setting.name != name);
         let file = path.display();
         if value.is_some() {
             self.faults

@@ -121,7 +121,7 @@ pub fn examine(config: &Config, rabbitmqctl: Option<&str>) -> Vec<Finding> {
     judge_workers(&names, &seen, waiting, &mut findings);
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
-    limits(rabbitmqctl, longest, &mut findings);
+    limits(rabbitmqctl, longest, config.job_retention, &mut findings);
     findings.0
 }
 
@@ -546,6 +546,7 @@ fn longest_job(
 fn limits(
     rabbitmqctl: Option<&str>,
     longest: Option<(i64, &'static str)>,
+    retention: Duration,
     findings: &mut Findings,
 ) {
     const PART: &str = "RabbitMQ";
@@ -559,7 +560,10 @@ fn limits(
         return;
     };
     match setting(command, "consumer_timeout") {
-        Ok(timeout) => findings.0.push(judge_consumer_timeout(timeout, longest)),
+        Ok(timeout) => {
+            let finding = judge_consumer_timeout(timeout, longest, retention);
+            findings.0.push(finding);
+        }
         Err(error) => findings.add(
             PART,
             Severity::Note,
@@ -581,7 +585,14 @@ enum Value {
     Default,
 }
 
-fn judge_consumer_timeout(timeout: Value, longest: Option<(i64, &'static str)>) -> Finding {
+fn judge_consumer_timeout(
+    timeout: Value,
+    longest: Option<(i64, &'static str)>,
+    retention: Duration,
+) -> Finding {
+    const REMEDY: &str = "Raise consumer_timeout in rabbitmq.conf above the longest job. A worker acknowledges its task \
+         when that is done; past the timeout it loses the task, which starts again.";
+    let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
     let timeout = match timeout {
         Value::Milliseconds(timeout) => Some(timeout),
         Value::Default => Some(DEFAULT_CONSUMER_TIMEOUT_MS),
@@ -603,8 +614,16 @@ fn judge_consumer_timeout(timeout: Value, longest: Option<(i64, &'static str)>) 
                 text(timeout),
                 text(longest)
             ),
-            "Raise consumer_timeout in rabbitmq.conf above the longest job. A worker acknowledges its task \
-             when that is done; past the timeout it loses the task, which starts again.",
+            REMEDY,
+        ),
+        (Some(timeout), _) if retention > timeout => finding(
+            Severity::Note,
+            format!(
+                "consumer_timeout is {}, longer than any job so far; one without a timeout may run for {}",
+                text(timeout),
+                text(retention)
+            ),
+            REMEDY,
         ),
         (Some(timeout), _) => finding(
             Severity::Ok,
@@ -677,18 +696,21 @@ mod tests {
     }
 
     #[rstest]
-    #[case::none(Value::None, Some(i64::MAX), Severity::Ok)]
-    #[case::longer_than_all(Value::Milliseconds(5000), Some(4999), Severity::Ok)]
-    #[case::as_long(Value::Milliseconds(5000), Some(5000), Severity::Warning)]
-    #[case::default(Value::Default, Some(1_800_001), Severity::Warning)]
-    #[case::no_jobs(Value::Default, None, Severity::Ok)]
+    #[case::none(Value::None, Some(i64::MAX), 6, Severity::Ok)]
+    #[case::longer_than_all(Value::Milliseconds(5000), Some(4999), 5, Severity::Ok)]
+    #[case::longer_than_all_so_far(Value::Milliseconds(5000), Some(4999), 6, Severity::Note)]
+    #[case::as_long(Value::Milliseconds(5000), Some(5000), 6, Severity::Warning)]
+    #[case::default(Value::Default, Some(1_800_001), 6, Severity::Warning)]
+    #[case::no_jobs(Value::Default, None, 1801, Severity::Note)]
     fn a_consumer_timeout_is_held_against_the_longest_job(
         #[case] timeout: Value,
         #[case] longest: Option<i64>,
+        #[case] retention: u64,
         #[case] severity: Severity,
     ) {
         let longest = longest.map(|longest| (longest, "a job that has run for so long"));
-        assert_eq!(judge_consumer_timeout(timeout, longest).severity, severity);
+        let finding = judge_consumer_timeout(timeout, longest, Duration::from_secs(retention));
+        assert_eq!(finding.severity, severity);
     }
 
     #[rstest]

@@ -92,9 +92,10 @@ impl Runs {
     }
 }
 
-/// Of times in ascending order, of which there is at least one.
+/// The least of these times that so many in a hundred do not exceed. They are in ascending order, and
+/// there is at least one.
 fn quantile(sorted: &[Duration], percent: usize) -> Duration {
-    sorted[(sorted.len() - 1) * percent / 100]
+    sorted[(sorted.len() * percent).div_ceil(100) - 1]
 }
 
 #[cfg(test)]
@@ -118,7 +119,7 @@ mod tests {
 
     #[rstest]
     #[case::at_the_start(0, Some((60, 100)))]
-    #[case::halfway(65, Some((25, 35)))]
+    #[case::halfway(65, Some((25, 45)))]
     #[case::late(105, Some((5, 5)))]
     #[case::later_than_all(110, None)]
     fn what_is_left_is_as_for_runs_that_took_longer(
@@ -146,6 +147,22 @@ mod tests {
         let waits = runs().waits(workers, &secs(running), medians.len());
         let waits: Vec<_> = waits.unwrap().iter().map(|wait| wait.median).collect();
         assert_eq!(waits, secs(medians));
+    }
+
+    #[rstest]
+    #[case(&[7], 7, 7)]
+    #[case(&[1, 2], 1, 2)]
+    #[case(&[1, 2, 3], 2, 3)]
+    #[case(&[1, 2, 3, 4, 5], 3, 5)]
+    #[case(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 5, 9)]
+    fn so_many_in_a_hundred_stay_within(
+        #[case] times: &[u64],
+        #[case] half: u64,
+        #[case] nine_of_ten: u64,
+    ) {
+        let [half, nine_of_ten] = [half, nine_of_ten].map(Duration::from_secs);
+        assert_eq!(quantile(&secs(times), 50), half);
+        assert_eq!(quantile(&secs(times), 90), nine_of_ten);
     }
 
     #[test]

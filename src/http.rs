@@ -3,7 +3,8 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use base64::Engine;
@@ -24,7 +25,7 @@ use crate::store::StoreError;
 
 mod server;
 
-pub use server::{Request, Response, Server, Ticket};
+pub use server::{DEADLINE, Request, Response, Server, Ticket};
 
 /// Requests that wait for the database; with one more the client is told to come again.
 pub const MAX_WAITING: usize = 64;
@@ -33,8 +34,8 @@ const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /metrics, \
                      /health/live and /health/ready";
 
-/// A request whose answer needs the database.
-pub type Question = (Ticket, Route);
+/// A request whose answer needs the database, and when it came.
+pub type Question = (Ticket, Route, Instant);
 
 /// Listens at `address`.
 ///
@@ -55,7 +56,7 @@ pub fn serve(server: &Server, service: &Service, questions: &Sender<Question>) {
             let (ready, body) = service.health.ready(Timestamp::now());
             Some(json_response(if ready { 200 } else { 503 }, &body))
         }
-        Ok(route) => match questions.try_send((ticket, route)) {
+        Ok(route) => match questions.try_send((ticket, route, Instant::now())) {
             Ok(()) => None,
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
                 Some(Response::text(503, "Too many requests at once."))
@@ -78,12 +79,15 @@ pub fn answer(
     loop {
         select! {
             recv(questions) -> question => {
-                let Ok((ticket, route)) = question else { return };
-                let response = respond(service, &route).unwrap_or_else(|error| {
-                    // Of Postgres, which the health tells of as well.
-                    Response::text(503, &format!("{:#}", anyhow::Error::from(error)))
-                });
-                server.answer(ticket, response);
+                let Ok((ticket, route, since)) = question else { return };
+                // By then its client has been hung up on.
+                if since.elapsed() < DEADLINE {
+                    // Should it panic, the client hears of it, not of nothing.
+                    let response = catch_unwind(AssertUnwindSafe(|| respond(service, &route)));
+                    let response = response
+                        .unwrap_or_else(|_| Response::text(500, "A fault; the log has it."));
+                    server.answer(ticket, response);
+                }
             }
             recv(stop) -> _ => return,
         }
@@ -187,7 +191,7 @@ fn html(status: u16, frame: &Frame<'_>, page: String) -> Response {
     }
 }
 
-fn respond(service: &Service, route: &Route) -> Result<Response, StoreError> {
+fn respond(service: &Service, route: &Route) -> Response {
     let now = Timestamp::now();
     let (_, parts) = service.health.parts(now);
     let nonce = Uuid::new_v4().simple().to_string();
@@ -198,18 +202,29 @@ fn respond(service: &Service, route: &Route) -> Result<Response, StoreError> {
         parts: &parts,
     };
     // Waiting for a connection that will not come would take longer than anybody waits.
-    if parts
-        .iter()
-        .any(|part| part.name == "postgres" && part.why.is_some())
+    let mut parts = parts.iter();
+    if let Some(why) = parts.find_map(|part| part.why.as_ref().filter(|_| part.name == "postgres"))
     {
-        return Ok(without_database(service, route, &frame, now));
+        return without_database(service, route, &frame, why);
     }
-    let mut connection = service.store.connection()?;
+    with_database(service, route, &frame).unwrap_or_else(|error| {
+        let why = format!("{:#}", anyhow::Error::from(error));
+        without_database(service, route, &frame, &why)
+    })
+}
+
+fn with_database(
+    service: &Service,
+    route: &Route,
+    frame: &Frame<'_>,
+) -> Result<Response, StoreError> {
+    let now = frame.now;
+    let mut connection = service.views.connection()?;
     let overview = service.overview(&mut connection)?;
     Ok(match route {
         Route::Live | Route::Ready => unreachable!("answered at once"),
         Route::Metrics => metrics_text(service, &overview, now),
-        Route::Overview => json_response(200, &overview_json(&overview, &parts)),
+        Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
         Route::Jobs(filter) => {
             let mut page = connection.jobs(filter)?;
             overview.estimate(&mut page.jobs, now);
@@ -218,36 +233,31 @@ fn respond(service: &Service, route: &Route) -> Result<Response, StoreError> {
         Route::Page(filter) => {
             let mut page = connection.jobs(filter)?;
             overview.estimate(&mut page.jobs, now);
-            html(
-                200,
-                &frame,
-                page::overview(&frame, &overview, filter, &page),
-            )
+            html(200, frame, page::overview(frame, &overview, filter, &page))
         }
         Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.estimate(std::slice::from_mut(&mut story.job), now);
                 match route {
-                    Route::JobPage(_) => html(200, &frame, page::job(&frame, &story)),
+                    Route::JobPage(_) => html(200, frame, page::job(frame, &story)),
                     _ => json_response(200, &json!(story)),
                 }
             }
-            None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
+            None => match route {
+                Route::JobPage(_) => html(404, frame, page::unknown_job(frame, *id)),
+                _ => json_response(404, &json!({"error": format!("job {id} is unknown")})),
+            },
         },
     })
 }
 
-fn without_database(
-    service: &Service,
-    route: &Route,
-    frame: &Frame<'_>,
-    now: Timestamp,
-) -> Response {
+fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
     match route {
-        Route::Metrics => metrics_text(service, &Overview::default(), now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame)),
+        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame, why)),
         Route::Live | Route::Ready | Route::Overview | Route::Jobs(_) | Route::Job(_) => {
-            json_response(503, &json!({"error": "Postgres does not answer"}))
+            let error = format!("Postgres does not answer: {}", one_line(why));
+            json_response(503, &json!({"error": error}))
         }
     }
 }

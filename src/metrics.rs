@@ -365,18 +365,21 @@ fn gauges(health: &Health, overview: &Overview, now: Timestamp) -> Registry {
             (labels("running"), workflow.running as f64),
         ]
     });
-    gauges.add("jobs", "Jobs that have not ended", None, jobs);
-    let oldest = overview.oldest_waiting();
-    let age = oldest.map_or(0.0, |since| {
-        now.duration_since(since).as_secs_f64().max(0.0)
-    });
-    let help = "How long the job has been waiting that has been waiting longest";
-    gauges.add(
-        "oldest_waiting_job",
-        help,
-        Some(Unit::Seconds),
-        [(vec![], age)],
-    );
+    // What is not known is left out: a zero would say that all is well.
+    if overview.has_rows {
+        gauges.add("jobs", "Jobs that have not ended", None, jobs);
+        let oldest = overview.oldest_waiting();
+        let age = oldest.map_or(0.0, |since| {
+            now.duration_since(since).as_secs_f64().max(0.0)
+        });
+        let help = "How long the job has been waiting that has been waiting longest";
+        gauges.add(
+            "oldest_waiting_job",
+            help,
+            Some(Unit::Seconds),
+            [(vec![], age)],
+        );
+    }
     let lonely = workflows.iter().map(|workflow| {
         let labels = vec![("workflow", name(&workflow.name, workflow.defined))];
         (labels, truth(workflow.without_worker_since.is_some()))

@@ -57,10 +57,10 @@ impl Filter {
             let faulty = |expected: &str| format!("{name}={value}: expected {expected}");
             match &*name {
                 _ if value.is_empty() => {}
+                _ if value.contains('\0') => return Err(format!("{name}: no text has a NUL")),
                 "state" => {
                     let states = || format!("one of {}", JobState::names());
                     let state = JobState::named(&value).ok_or_else(|| faulty(&states()))?;
-                    filter.finished |= matches!(state, JobState::Ended(_));
                     filter.state = Some(state);
                 }
                 "workflow" => filter.workflow = Some(value.into_owned()),
@@ -80,6 +80,7 @@ impl Filter {
                 _ => return Err(format!("{name} is not known here")),
             }
         }
+        filter.finished |= matches!(filter.state, Some(JobState::Ended(_)));
         Ok(filter)
     }
 
@@ -327,11 +328,11 @@ pub struct Queues {
 }
 
 impl Queues {
-    /// Of the workers of a workflow.
-    pub fn of_workflow(&self, workflow: &str) -> Option<Depth> {
+    /// How many workers a workflow has; None when that was not looked at.
+    pub fn workers(&self, workflow: &str) -> Option<u32> {
         let mut queues = self.queues.iter();
         let queue = queues.find(|queue| queue.connection == "CELERY" && queue.name == workflow)?;
-        queue.depth
+        Some(queue.depth.map_or(0, |depth| depth.consumers))
     }
 
     pub fn dead_letters(&self) -> u32 {
@@ -379,6 +380,8 @@ pub struct WorkflowView {
 /// The whole deployment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Overview {
+    /// Whether Postgres has answered. If not, nothing is known of `rows` and `maintenance`.
+    pub has_rows: bool,
     pub rows: BTreeMap<String, WorkflowRows>,
     /// Names that the definitions have.
     pub defined: Vec<String>,
@@ -405,8 +408,7 @@ impl Overview {
                 waiting: rows.registered + rows.submitted,
                 running: rows.running,
                 oldest_waiting: rows.oldest_waiting,
-                workers: queues
-                    .map(|queues| queues.of_workflow(&name).map_or(0, |depth| depth.consumers)),
+                workers: queues.and_then(|queues| queues.workers(&name)),
                 without_worker_since: queues
                     .and_then(|queues| queues.without_worker.get(&name).copied()),
                 run: rows.runs.as_ref().map(Runs::span),
@@ -438,8 +440,8 @@ impl Overview {
             let workers = self
                 .queues
                 .as_ref()
-                .and_then(|queues| queues.of_workflow(workflow));
-            let workers = workers.map_or(0, |depth| depth.consumers as usize);
+                .and_then(|queues| queues.workers(workflow));
+            let workers = workers.map_or(0, |workers| workers as usize);
             let last = usize::try_from(last(workflow)).unwrap_or(0);
             waits.insert(workflow, runs.waits(workers, &rows.elapsed, last));
         }

@@ -3,12 +3,14 @@
 
 use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
+use uuid::Uuid;
 
 use crate::health::PartView;
 use crate::job::Priority;
 use crate::overview::{
     Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone, WorkflowView, spoken,
 };
+use crate::report::one_line;
 
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
@@ -74,12 +76,25 @@ pub fn overview(frame: &Frame<'_>, overview: &Overview, filter: &Filter, page: &
 }
 
 /// The page of a database that does not answer.
-pub fn without_database(frame: &Frame<'_>) -> String {
+pub fn without_database(frame: &Frame<'_>, why: &str) -> String {
     document(
         frame,
         "OMOTES jobs",
         html! {
             p.alarm { "Postgres does not answer, so no jobs can be shown. Messages wait in RabbitMQ meanwhile." }
+            p.dim { (one_line(why)) }
+        },
+    )
+}
+
+/// The page of a job that nobody knows, or not any more.
+pub fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
+    document(
+        frame,
+        "OMOTES jobs",
+        html! {
+            nav { a href="/" { "← all jobs" } }
+            p.alarm { "job " (id) " is unknown" }
         },
     )
 }

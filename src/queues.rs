@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::PoisonError;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::{SignedDuration, Timestamp};
@@ -17,6 +17,9 @@ use crate::session::Service;
 use crate::wire;
 
 const PERIOD: Duration = Duration::from_secs(5);
+/// How long a task queue that does not exist is not asked for, unless a job waits for it.
+const ABSENT_PERIOD: Duration = Duration::from_secs(5 * 60);
+const CELERY: &str = "CELERY";
 /// Workers may be on their way back, after a restart of RabbitMQ or their own.
 const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 
@@ -24,13 +27,31 @@ const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 pub fn run(service: &Service, stop: &Receiver<Infallible>) {
     let mut watch: Option<Watch> = None;
     let mut lonely = Lonely::default();
+    let mut absent = Absent::default();
     loop {
+        // Jobs may have workflows that the definitions do not have any more.
+        let of_jobs = service.views.connection();
+        let of_jobs = of_jobs.and_then(|mut connection| connection.workflows_of_jobs());
+        let of_jobs = of_jobs.unwrap_or_default();
+        let mut names = service.catalogue.get().names();
+        names.extend(of_jobs.iter().cloned());
+        names.sort_unstable();
+        names.dedup();
         let looked = match watch.take() {
             Some(watch) => Ok(watch),
             None => Watch::open(&service.config),
         }
         .and_then(|watch| {
-            let queues = watch.look(&service.config, &service.catalogue.get().names())?;
+            let (known_absent, worth_a_look): (Vec<_>, Vec<_>) = names
+                .into_iter()
+                .partition(|name| !of_jobs.contains(name) && absent.is_known(name));
+            let mut queues = watch.look(&service.config, &worth_a_look)?;
+            absent.note(&queues);
+            queues.extend(known_absent.into_iter().map(|name| Queue {
+                connection: CELERY,
+                name,
+                depth: None,
+            }));
             Ok((watch, queues))
         });
         let queues = match looked {
@@ -58,6 +79,29 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
             Ok(never) => match never {},
+        }
+    }
+}
+
+/// Task queues that do not exist, as before the first job or worker of a workflow. RabbitMQ's log has
+/// an error for each time that somebody asks for one, so they are not asked for each time.
+#[derive(Default)]
+struct Absent {
+    since: BTreeMap<String, Instant>,
+}
+
+impl Absent {
+    fn is_known(&self, name: &str) -> bool {
+        let since = self.since.get(name);
+        since.is_some_and(|since| since.elapsed() < ABSENT_PERIOD)
+    }
+
+    fn note(&mut self, queues: &[Queue]) {
+        for queue in queues.iter().filter(|queue| queue.connection == CELERY) {
+            match queue.depth {
+                Some(_) => self.since.remove(&queue.name),
+                None => self.since.insert(queue.name.clone(), Instant::now()),
+            };
         }
     }
 }
@@ -110,7 +154,7 @@ impl Watch {
         for (connection, rabbitmq, names) in [
             ("SDK", &config.sdk_rabbitmq, &sdk[..]),
             ("TASK", &config.task_rabbitmq, task),
-            ("CELERY", &config.celery_rabbitmq, &celery),
+            (CELERY, &config.celery_rabbitmq, &celery),
         ] {
             let mut links = self.links.iter();
             let Some((_, link)) = links.find(|(known, _)| known == rabbitmq) else {
@@ -138,7 +182,7 @@ struct Lonely {
 impl Lonely {
     /// Those that have been so for a while. Each outage is told once.
     fn look(&mut self, queues: &[Queue], now: Timestamp) -> BTreeMap<String, Timestamp> {
-        let tasks = queues.iter().filter(|queue| queue.connection == "CELERY");
+        let tasks = queues.iter().filter(|queue| queue.connection == CELERY);
         let lonely: BTreeSet<&str> = tasks
             .filter(|queue| {
                 let depth = queue.depth;

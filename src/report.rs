@@ -24,6 +24,14 @@ pub fn one_line(text: &str) -> String {
         .collect()
 }
 
+/// A text's beginning.
+fn short(text: &str) -> &str {
+    match text.char_indices().nth(MAX_TEXT) {
+        Some((end, _)) => &text[..end],
+        None => text,
+    }
+}
+
 /// How a line names a job.
 pub fn job(id: Uuid, reference: &str) -> String {
     match reference {
@@ -48,9 +56,9 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
         log!(
             level,
             job:% = subject.id,
-            reference = subject.reference.as_str(),
-            workflow = subject.workflow.as_str(),
-            task = task.unwrap_or_default();
+            reference = short(&subject.reference),
+            workflow = short(&subject.workflow),
+            task = short(task.unwrap_or_default());
             "{}: {text}",
             job(subject.id, &subject.reference)
         );

@@ -29,7 +29,7 @@ use crate::job::Rules;
 use crate::maintenance;
 use crate::metrics::Metrics;
 use crate::overview::{Overview, Queues};
-use crate::store::{Connection, Store, StoreError};
+use crate::store::{Connection, Store, StoreError, Task};
 use crate::wire::{self, Inbox};
 use crate::workflow::CurrentCatalogue;
 
@@ -51,6 +51,8 @@ const STUCK: Duration = Duration::from_secs(6 * 60);
 pub struct Service {
     pub config: Config,
     pub store: Store,
+    /// The same database, for those who look on.
+    pub views: Store,
     pub catalogue: CurrentCatalogue,
     /// Something comes in when the catalogue has been replaced.
     pub catalogue_news: Receiver<()>,
@@ -71,20 +73,34 @@ impl Service {
     /// # Errors
     /// The connection is lost.
     pub fn overview(&self, connection: &mut Connection) -> Result<Overview, StoreError> {
-        let defined = self.catalogue.get().names();
-        let (connections, idle_connections) = self.store.connections();
+        let overview = self.overview_without_database();
+        let mut maintenance = connection.maintenance_runs()?;
+        if self.config.influxdb.is_none() {
+            // It may have been done before, and is not late now.
+            maintenance.retain(|(task, _)| task != Task::TimeSeries.name());
+        }
         Ok(Overview {
-            rows: connection.workflows(&defined)?,
-            defined,
+            has_rows: true,
+            rows: connection.workflows(&overview.defined)?,
+            maintenance,
+            ..overview
+        })
+    }
+
+    /// The same as far as it is known without Postgres.
+    pub fn overview_without_database(&self) -> Overview {
+        let (connections, idle_connections) = self.store.connections();
+        Overview {
+            defined: self.catalogue.get().names(),
             queues: self
                 .queues
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
-            maintenance: connection.maintenance_runs()?,
             connections,
             idle_connections,
-        })
+            ..Overview::default()
+        }
     }
 }
 

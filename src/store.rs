@@ -69,6 +69,15 @@ impl r2d2::HandleError<ConnectError> for LastFailure {
 impl Store {
     /// At most `connections` connections, none of which is opened before it is needed.
     pub fn new(config: &config::Postgres, connections: u32) -> Store {
+        Store::open(Connector::new(config.clone(), "35s"), connections)
+    }
+
+    /// For those who look on: what takes longer than anybody waits for a page is given up.
+    pub fn for_viewers(config: &config::Postgres) -> Store {
+        Store::open(Connector::new(config.clone(), "5s"), VIEWERS)
+    }
+
+    fn open(connector: Connector, connections: u32) -> Store {
         let last_failure = LastFailure::default();
         let pool = r2d2::Pool::builder()
             .max_size(connections)
@@ -76,7 +85,7 @@ impl Store {
             .connection_timeout(config::CONNECT_TIMEOUT)
             // Whoever waits for the connection reports the failure.
             .error_handler(Box::new(last_failure.clone()))
-            .build_unchecked(Connector::new(config.clone()));
+            .build_unchecked(connector);
         Store { pool, last_failure }
     }
 
@@ -106,6 +115,9 @@ impl Store {
     }
 }
 
+/// The status page, and the look at RabbitMQ's queues.
+const VIEWERS: u32 = 2;
+
 /// What one replica does for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Task {
@@ -117,7 +129,8 @@ pub enum Task {
 }
 
 impl Task {
-    fn name(self) -> &'static str {
+    /// As the database has it.
+    pub fn name(self) -> &'static str {
         match self {
             Task::Limits => "limits",
             Task::History => "history",

@@ -173,9 +173,10 @@ impl Site {
             "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id, registered_at,
                                       submitted_at, running_at, finished_at, starts, outcome,
                                       result_bytes)
-             SELECT gen_random_uuid(), 'a reference', 'bench', gen_random_uuid()::text, now(), now(),
-                    now(), now(), 1, 'SUCCEEDED', 2000
-             FROM generate_series(1, $1)",
+             SELECT gen_random_uuid(), 'a reference', 'bench', gen_random_uuid()::text, ended, ended,
+                    ended, ended, 1, 'SUCCEEDED', 2000
+             FROM (SELECT now() - number * interval '1 second' AS ended
+                   FROM generate_series(1, $1) AS number) AS times",
             &[&jobs],
         )?;
         // Not in one batch, which would be a transaction.

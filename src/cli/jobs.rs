@@ -10,14 +10,14 @@ use comfy_table::{Cell, Table};
 use console::{Style, Term, style};
 use crossbeam_channel::{after, select, unbounded};
 use jiff::{SignedDuration, Timestamp};
-use omotes_orchestrator::broker::{Link, Publisher};
+use omotes_orchestrator::broker::{Delivered, Link, Publisher};
 use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::overview::{Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken};
 use omotes_orchestrator::queues::Watch;
 use omotes_orchestrator::report::one_line;
 use omotes_orchestrator::store::Connection;
-use omotes_orchestrator::wire;
+use omotes_orchestrator::wire::{self, Outgoing};
 use signal_hook::consts::SIGINT;
 use uuid::Uuid;
 
@@ -35,7 +35,13 @@ pub(crate) enum Command {
         omotes-orchestrator jobs list --state running\n  \
         omotes-orchestrator jobs list --finished --workflow simulator --limit 10\n  \
         omotes-orchestrator jobs list --json | jq -r '.jobs[].id'")]
-    List(List),
+    List {
+        #[command(flatten)]
+        list: Selection,
+        /// As JSON, the same as `/api/jobs`.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show one job's whole story. Exits with 1 when it is not known.
     Show {
         id: Uuid,
@@ -49,11 +55,11 @@ pub(crate) enum Command {
         ids: Vec<Uuid>,
     },
     /// Show the list again and again, until Ctrl-C.
-    Watch(List),
+    Watch(Selection),
 }
 
 #[derive(Args)]
-pub(crate) struct List {
+pub(crate) struct Selection {
     /// In this state: registered, submitted or running, or an outcome such as succeeded.
     #[arg(long, value_parser = state)]
     state: Option<JobState>,
@@ -68,16 +74,13 @@ pub(crate) struct List {
     /// At most so many.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_LIMIT)))]
     limit: u16,
-    /// As JSON, the same as `/api/jobs`.
-    #[arg(long)]
-    json: bool,
 }
 
 fn state(name: &str) -> Result<JobState, String> {
     JobState::named(name).ok_or_else(|| format!("expected one of {}", JobState::names()))
 }
 
-impl List {
+impl Selection {
     fn filter(&self) -> Filter {
         Filter {
             finished: self.finished || matches!(self.state, Some(JobState::Ended(_))),
@@ -94,11 +97,16 @@ impl List {
 /// Postgres or, to cancel, RabbitMQ is not there.
 pub(crate) fn run(config: &Config, command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::List(list) => {
+        Command::List { list, json } => {
             let mut connection = connect(config)?;
-            let watch = Watch::open(config).ok();
-            let page = jobs(config, &mut connection, watch.as_ref(), &list.filter())?;
-            print(&if list.json {
+            let filter = list.filter();
+            let watch = if filter.finished {
+                None
+            } else {
+                Watch::open(config).ok()
+            };
+            let page = jobs(config, &mut connection, watch.as_ref(), &filter)?;
+            print(&if json {
                 serde_json::to_string_pretty(&page)? + "\n"
             } else {
                 list_text(&page, &list)
@@ -124,7 +132,7 @@ fn jobs(
     Ok(page)
 }
 
-fn list_text(page: &Page, list: &List) -> String {
+fn list_text(page: &Page, list: &Selection) -> String {
     let filter = list.filter();
     let now = Timestamp::now();
     let mut text = match filter.finished {
@@ -295,7 +303,11 @@ fn cancel(config: &Config, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
         let state = connection.story(*id)?.map(|story| story.job.state);
         let what = match state {
             Some(JobState::Live(_)) => {
-                messages.push(wire::job_delete(*id));
+                messages.push(Outgoing {
+                    // Without the orchestrator's queue it would vanish.
+                    mandatory: true,
+                    ..wire::job_delete(*id)
+                });
                 "is asked to end"
             }
             Some(JobState::Ended(_)) => "has ended already",
@@ -309,15 +321,18 @@ fn cancel(config: &Config, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
     if !messages.is_empty() {
         let link = Link::open(&config.sdk_rabbitmq, "cancelling")?;
         let busy = Busy::default();
-        Publisher::new(&link, &busy).publish(&messages)?;
+        let delivered = Publisher::new(&link, &busy).publish(&messages)?;
         link.close()?;
+        if !delivered.iter().all(|one| *one == Delivered::Yes) {
+            bail!("RabbitMQ has not taken the cancels: is an orchestrator running on this vhost?");
+        }
     }
     print(&text)?;
     Ok(code)
 }
 
 /// Overwrites the list with the next one, on a terminal.
-fn watch(config: &Config, list: &List) -> anyhow::Result<ExitCode> {
+fn watch(config: &Config, list: &Selection) -> anyhow::Result<ExitCode> {
     let terminal = Term::stdout();
     if !terminal.is_term() {
         bail!("this is for a terminal; `jobs list` is for everything else");
@@ -333,17 +348,27 @@ fn watch(config: &Config, list: &List) -> anyhow::Result<ExitCode> {
             }
         });
         let outcome = (|| {
-            let mut connection = connect(config)?;
-            let queues = Watch::open(config).ok();
+            let (mut connection, mut queues) = (None, None);
             loop {
+                // Both may come back.
+                queues = queues
+                    .filter(|watch: &Watch| watch.look(config, &[]).is_ok())
+                    .or_else(|| Watch::open(config).ok());
                 let (rows, _) = terminal.size();
                 let limit = rows.saturating_sub(4).clamp(1, list.limit);
                 let filter = Filter {
                     limit,
                     ..list.filter()
                 };
-                let page = jobs(config, &mut connection, queues.as_ref(), &filter)?;
-                let text = list_text(&page, list);
+                let text = connection
+                    .take()
+                    .map_or_else(|| connect(config), Ok)
+                    .and_then(|mut open| {
+                        let page = jobs(config, &mut open, queues.as_ref(), &filter)?;
+                        connection = Some(open);
+                        Ok(list_text(&page, list))
+                    })
+                    .unwrap_or_else(|error| format!("{error:#}"));
                 let head = style(format!("{:.0}  Ctrl-C ends this", Timestamp::now())).dim();
                 terminal.clear_screen()?;
                 let rows = usize::from(rows.saturating_sub(2));

@@ -14,12 +14,14 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
 
 /// A client that has not asked and read its answer by then is hung up on.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub const DEADLINE: Duration = Duration::from_secs(10);
 /// With one more the oldest is hung up on.
 const MAX_CONNECTIONS: usize = 512;
 /// Of a request; browsers send less than one.
 const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 100;
+/// Of what a client sends after its request.
+const MAX_IGNORED: usize = 256 * 1024;
 const WAKER: Token = Token(0);
 const LISTENER: Token = Token(1);
 const FIRST_CONNECTION: usize = 2;
@@ -200,7 +202,9 @@ impl Connections {
             let mut stream = match listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                // It has hung up already, or there are too many open files: the next event tells.
+                // It has hung up already.
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
+                // Too many open files, perhaps: the next event tells.
                 Err(error) => {
                     debug!("accepting an HTTP connection: {error}");
                     return Ok(());
@@ -261,8 +265,8 @@ enum Progress {
     /// What has to go yet of the answer, and where that begins.
     Answering(Vec<u8>, usize),
     /// The client's turn to hang up. If we did, what it still sends would make the kernel throw the
-    /// answer away.
-    Answered,
+    /// answer away. So many bytes of it are read yet.
+    Answered(usize),
 }
 
 impl Connection {
@@ -299,12 +303,21 @@ impl Connection {
                 }
             }
             self.stream.shutdown(Shutdown::Write)?;
-            self.state = Progress::Answered;
+            self.state = Progress::Answered(MAX_IGNORED);
         }
-        if let Progress::Waiting { .. } = self.state {
+        let Progress::Answered(left) = &mut self.state else {
             return Err(ErrorKind::WouldBlock.into());
+        };
+        let mut chunk = [0; 4096];
+        while *left > 0 {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(length) => *left = left.saturating_sub(length),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
-        io::copy(&mut self.stream, &mut io::sink()).map(drop)
+        Ok(())
     }
 }
 

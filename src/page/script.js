@@ -3,6 +3,7 @@
 "use strict";
 
 const PERIOD = 2000;
+const PATIENCE = 15000;
 
 function morph(old, fresh) {
   if (old.isEqualNode(fresh)) return;
@@ -47,10 +48,12 @@ function morph(old, fresh) {
 async function refresh() {
   const stale = document.getElementById("stale");
   try {
-    const answer = await fetch(location.href, { cache: "no-store" });
-    if (!answer.ok) throw new Error(answer.status);
+    const answer = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-    morph(document.querySelector("main"), fresh.querySelector("main"));
+    // A page of what does not work is a page too.
+    const main = fresh.querySelector("main");
+    if (!main) throw new Error(answer.status);
+    morph(document.querySelector("main"), main);
     stale.hidden = true;
   } catch (error) {
     stale.hidden = false;

@@ -23,14 +23,18 @@ use crate::tls::Tls;
 #[derive(Debug)]
 pub(super) struct Connector {
     config: config::Postgres,
+    statement_timeout: &'static str,
     plain: PostgresConnectionManager<NoTls>,
 }
 
 impl Connector {
-    pub(super) fn new(config: config::Postgres) -> Connector {
+    /// No statement takes longer than `statement_timeout`, a time as Postgres writes it.
+    pub(super) fn new(config: config::Postgres, statement_timeout: &'static str) -> Connector {
+        let client = client_config(&config, statement_timeout);
         Connector {
-            plain: PostgresConnectionManager::new(client_config(&config), NoTls),
+            plain: PostgresConnectionManager::new(client, NoTls),
             config,
+            statement_timeout,
         }
     }
 }
@@ -45,7 +49,7 @@ impl ManageConnection for Connector {
     type Error = ConnectError;
 
     fn connect(&self) -> Result<Client, ConnectError> {
-        connect(&self.config).map_err(ConnectError)
+        connect(&self.config, self.statement_timeout).map_err(ConnectError)
     }
 
     fn is_valid(&self, client: &mut Client) -> Result<(), ConnectError> {
@@ -90,9 +94,9 @@ fn ask(config: &config::Postgres) -> anyhow::Result<()> {
 }
 
 /// Connects; where `config` leaves a choice, in the second way if the first does not do, as libpq.
-fn connect(config: &config::Postgres) -> anyhow::Result<Client> {
+fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result<Client> {
     ask(config)?;
-    let mut client = client_config(config);
+    let mut client = client_config(config, statement_timeout);
     match &config.encryption {
         Encryption::Never => Ok(plain(&mut client)?),
         Encryption::WhereRequired(tls) => {
@@ -166,7 +170,7 @@ fn may_be_of_tls(error: &postgres::Error) -> bool {
     })
 }
 
-fn client_config(config: &config::Postgres) -> postgres::Config {
+fn client_config(config: &config::Postgres, statement_timeout: &str) -> postgres::Config {
     let mut client = Client::configure();
     client
         .host(&config.host)
@@ -175,11 +179,11 @@ fn client_config(config: &config::Postgres) -> postgres::Config {
         .application_name("omotes_orchestrator")
         // Once a lock on a job has been waited for, what its last holder has committed must be seen.
         // The last one lets go of the jobs that a replica has locked which hangs.
-        .options(
+        .options(&format!(
             "-c default_transaction_isolation=read\\ committed \
-             -c lock_timeout=30s -c statement_timeout=35s \
+             -c lock_timeout=30s -c statement_timeout={statement_timeout} \
              -c idle_in_transaction_session_timeout=1min",
-        )
+        ))
         .connect_timeout(config::CONNECT_TIMEOUT)
         .keepalives_idle(Duration::from_secs(15))
         .keepalives_interval(Duration::from_secs(5))

@@ -16,7 +16,8 @@ use crate::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, Workflo
 /// workers take them, those that they have taken first.
 const LIVE: &str = "
     WITH live AS (
-        SELECT job_id, workflow_type, job_reference, status::text AS status, priority, celery_id, registered_at,
+        SELECT job_id, workflow_type, left(job_reference, 300) AS job_reference,
+               status::text AS status, priority, celery_id, registered_at,
                submitted_at, running_at, timeout_after_ms, progress, progress_message, progress_at,
                CASE WHEN status = 'SUBMITTED' THEN
                    row_number() OVER (
@@ -44,14 +45,15 @@ const LIVE: &str = "
     ORDER BY place";
 
 const FINISHED: &str = "
-    WITH wanted AS (
+    WITH wanted AS NOT MATERIALIZED (
         SELECT * FROM job_history
         WHERE ($1::text IS NULL OR outcome = $1)
           AND ($2::text IS NULL OR workflow_type = $2)
           AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3)
           AND ($7::uuid IS NULL OR job_id = $7)
     )
-    SELECT job_id, workflow_type, job_reference, NULL AS status, NULL AS priority, celery_id,
+    SELECT job_id, left(workflow_type, 300) AS workflow_type,
+           left(job_reference, 300) AS job_reference, NULL AS status, NULL AS priority, celery_id,
            registered_at, submitted_at, running_at, NULL::bigint AS timeout_after_ms,
            NULL::float8 AS progress, NULL AS progress_message, NULL::timestamptz AS progress_at,
            NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
@@ -88,9 +90,22 @@ impl Connection {
             )?
         };
         let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
+        let total = match rows.first() {
+            Some(row) => row.try_get("total")?,
+            // The list has become shorter than where this page begins.
+            None if filter.offset > 0 => {
+                let first = Filter {
+                    offset: 0,
+                    limit: 1,
+                    ..filter.clone()
+                };
+                self.jobs(&first)?.total
+            }
+            None => 0,
+        };
         Ok(Page {
             jobs: jobs.map_err(StoreError::Transient)?,
-            total: rows.first().map_or(0, |row| row.get("total")),
+            total,
         })
     }
 
@@ -143,20 +158,18 @@ impl Connection {
              FROM job GROUP BY workflow_type",
             &[],
         )?;
-        let mut workflows: BTreeMap<String, WorkflowRows> = rows
-            .iter()
-            .map(|row| {
-                let counts = WorkflowRows {
-                    registered: row.get("registered"),
-                    submitted: row.get("submitted"),
-                    running: row.get("running"),
-                    oldest_waiting: row.get("oldest_waiting"),
-                    elapsed: seconds(row.get("elapsed")),
-                    runs: None,
-                };
-                (row.get("workflow_type"), counts)
-            })
-            .collect();
+        let mut workflows = BTreeMap::new();
+        for row in &rows {
+            let counts = WorkflowRows {
+                registered: row.try_get("registered")?,
+                submitted: row.try_get("submitted")?,
+                running: row.try_get("running")?,
+                oldest_waiting: row.try_get("oldest_waiting")?,
+                elapsed: seconds(row.try_get("elapsed")?),
+                runs: None,
+            };
+            workflows.insert(row.try_get::<_, String>("workflow_type")?, counts);
+        }
         for name in defined {
             workflows.entry(name.clone()).or_default();
         }
@@ -175,10 +188,21 @@ impl Connection {
             &[&names, &estimate::MAX_RUNS],
         )?;
         for row in &rows {
-            let name: String = row.get("workflow_type");
-            workflows.entry(name).or_default().runs = Runs::new(seconds(row.get("seconds")));
+            let name: String = row.try_get("workflow_type")?;
+            workflows.entry(name).or_default().runs = Runs::new(seconds(row.try_get("seconds")?));
         }
         Ok(workflows)
+    }
+
+    /// The workflows of the jobs that have not ended.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn workflows_of_jobs(&mut self) -> Result<Vec<String>, StoreError> {
+        let rows = self
+            .client
+            .query("SELECT DISTINCT workflow_type FROM job", &[])?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
     /// When what one replica does for all of them was last begun, by its name.

@@ -1,7 +1,7 @@
 //! What operators see: the page in a real browser, the API, metrics, and the command line.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::browser::Browser;
 use crate::deployment::{Deployment, Service, eventually};
 use crate::peers::{Client, Task, Worker, running_job};
+use crate::proxy::{End, Proxy, Weather};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -52,7 +53,7 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
     assert_eq!(browser.run("return document.title"), "OMOTES jobs");
     let scheme = "return matchMedia('(prefers-color-scheme: dark)').matches";
     assert_eq!(browser.run(scheme), dark);
-    // Neither wider than the window, nor anything of it.
+    // No page is wider than the window.
     let fits = "return document.documentElement.scrollWidth <= innerWidth";
     assert_eq!(browser.run(fits), true);
 
@@ -65,6 +66,7 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
     worker.start(&task);
     worker.progress(&task, 0.25);
     browser.shows("running");
+    assert_eq!(browser.run(fits), true);
     browser.shows("25 %");
     let kept = "document.querySelector('input[name=text]').value";
     assert_eq!(
@@ -76,13 +78,70 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
 
     browser.open(&format!("{page}?finished=true&workflow=workflow_1"));
     browser.shows("succeeded");
+    assert_eq!(browser.run(fits), true);
     browser.open(&format!("{page}jobs/{job}"));
     browser.shows("First started");
+    assert_eq!(browser.run(fits), true);
     browser.shows(&task.id);
     assert!(!browser.text().contains("<esdl"), "{}", browser.text());
     assert_eq!(browser.run("return document.title"), format!("Job {job}"));
     assert!(service.stop().success());
     browser.shows("The orchestrator does not answer.");
+}
+
+#[test]
+fn a_page_that_is_open_and_metrics_tell_of_an_outage() {
+    let deployment = Deployment::new();
+    let proxy = Proxy::new(deployment.postgres_port()).unwrap();
+    let port = proxy.port().to_string();
+    let service = deployment.start_with(&[("POSTGRESQL_PORT", &port)]);
+    let browser = Browser::new(1400, 900, false);
+    browser.open(&format!("http://{}/", service.http()));
+    browser.shows("Not finished");
+    proxy.set(Weather::Refuse);
+    proxy.cut(End::Rst);
+    browser.shows("Postgres does not answer");
+    let (status, text) = service.get("/metrics").unwrap();
+    assert_eq!(status, 200);
+    // What is not known is no zero.
+    assert!(!text.contains("omotes_orchestrator_oldest_waiting_job_seconds"));
+    let letters = r#"omotes_orchestrator_queue_messages{connection="SDK",queue="job_submissions"}"#;
+    assert!(text.contains(letters), "{text}");
+    proxy.set(Weather::Fair);
+    browser.shows("Not finished");
+}
+
+#[test]
+fn the_log_is_json_and_says_more_on_a_signal() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&[("LOG_FORMAT", "json"), ("LOG_LEVEL", "INFO")]);
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let job = submit(&client, "a \"first\" try\n");
+    let task = worker.take();
+    worker.start(&task);
+    worker.progress(&task, 0.25);
+    assert_eq!(client.status(job), JobStatus::Running);
+    assert_eq!(client.progress(job).0, 0.25);
+    service.signal("-USR1");
+    service.logged("the log's level is DEBUG now");
+    worker.progress(&task, 0.5);
+    service.logged("50 %");
+    service.signal("-USR2");
+    service.logged("the log's level is INFO now");
+    let mut lines_of_job = 0;
+    for line in service.log().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert!(line["thread"].is_string() && line["time"].is_string());
+        assert!(!line["message"].as_str().unwrap().contains("25 %"));
+        if line["job"] == job.to_string() {
+            assert_eq!(line["reference"], "a \"first\" try\n");
+            assert_eq!(line["workflow"], "workflow_1");
+            assert_eq!(line["task"], task.id);
+            lines_of_job += 1;
+        }
+    }
+    assert_eq!(lines_of_job, 3);
 }
 
 #[test]
@@ -238,7 +297,11 @@ fn metrics_are_prometheus_own_and_tell_what_happened() {
             .collect();
         assert!(names.len() > 5, "{names:?}");
         for name in names {
-            assert!(text.contains(name), "{file} asks for {name}");
+            let is_it = |line: &str| {
+                let rest = line.strip_prefix(name);
+                rest.is_some_and(|rest| rest.starts_with(['{', ' ']))
+            };
+            assert!(text.lines().any(is_it), "{file} asks for {name}");
         }
     }
     promtool(
@@ -295,6 +358,40 @@ fn a_client_that_waits_without_a_worker_is_told_once() {
 fn text_of(output: &Output) -> String {
     let both = [&output.stdout[..], &output.stderr[..]].concat();
     String::from_utf8(both).unwrap()
+}
+
+#[test]
+fn the_list_is_watched_on_a_terminal() {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let client = Client::new(&deployment);
+    let watch = deployment.command(&["jobs", "watch"]);
+    let seen = deployment.folder.join("terminal");
+    // A terminal of its own, and what is typed there.
+    let mut terminal = Command::new("script")
+        .arg("-qec")
+        .arg(format!("{} jobs watch", watch.get_program().display()))
+        .arg("/dev/null")
+        .envs(
+            watch
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        )
+        .stdin(Stdio::piped())
+        .stdout(File::create(&seen).unwrap())
+        .spawn()
+        .unwrap();
+    let shows = |text: &str| {
+        eventually(&format!("{text:?} on the terminal"), || {
+            fs::read_to_string(&seen).ok()?.contains(text).then_some(())
+        });
+    };
+    shows("Ctrl-C");
+    submit(&client, "one to watch");
+    shows("one to watch");
+    let mut typed = terminal.stdin.take().unwrap();
+    typed.write_all(b"\x03").unwrap();
+    assert!(terminal.wait().unwrap().success());
 }
 
 #[test]

@@ -2,11 +2,12 @@ FROM rust:1.95-slim-bookworm AS build
 # The allocator and the TLS are built from C, with the compiler that is there.
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
-# The dependencies alone first: this layer stays while only the sources change.
+# The dependencies alone first: this layer stays while only the sources change. Cargo wants a file for
+# each target that Cargo.toml names.
 COPY Cargo.toml Cargo.lock ./
 # Some arm64 kernels have pages of 64 KiB, which the allocator has to know.
 RUN case "$(uname -m)" in aarch64) export JEMALLOC_SYS_WITH_LG_PAGE=16 ;; esac \
-    && mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
+    && mkdir src benches && echo 'fn main() {}' > src/main.rs && touch src/lib.rs benches/pure.rs \
     && cargo build --release --locked --bin omotes-orchestrator \
     && rm -rf src target/release/.fingerprint/omotes-orchestrator-*
 COPY Cargo.toml build.rs ./

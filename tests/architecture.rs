@@ -146,3 +146,19 @@ fn store_and_broker_do_not_know_each_other() {
 fn no_async_runtime_and_no_bare_sleep() {
     only(&[], &["tokio", "async fn", ".await", "thread::sleep"]);
 }
+
+#[test]
+fn the_image_is_built_with_a_file_for_each_target() {
+    let read =
+        |name: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
+    let manifest = read("Cargo.toml");
+    let named: Vec<_> = manifest
+        .split("[[bench]]\nname = \"")
+        .skip(1)
+        .map(|rest| rest.split('"').next().unwrap())
+        .collect();
+    assert_eq!(named.len(), manifest.matches("\n[[").count(), "{named:?}");
+    for name in named {
+        assert!(read("Dockerfile").contains(&format!("benches/{name}.rs")));
+    }
+}

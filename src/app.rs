@@ -122,7 +122,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             aside.push(named("page").spawn_scoped(scope, || {
                 // Moved here, for the endpoint is there as long as its questions are answered.
                 let asked = asked;
-                restarted(&stopped, || http::answer(server, service, &asked, &stopped));
+                http::answer(server, service, &asked, &stopped);
             })?);
         }
 

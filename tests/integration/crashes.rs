@@ -71,10 +71,15 @@ fn finish(deployment: &Deployment, client: &Client, worker: &Worker, tasks: &[Ta
         assert_eq!(worker.revoked(), task.id);
     }
     let task = tasks.iter().find(|task| task.id == current).unwrap();
+    succeed(client, worker, task);
+    deployment.no_jobs_left();
+}
+
+/// A task's whole way, to the only result.
+fn succeed(client: &Client, worker: &Worker, task: &Task) {
     worker.start(task);
     worker.succeed(task, OUTPUT);
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
-    deployment.no_jobs_left();
 }
 
 #[rstest]
@@ -428,9 +433,7 @@ fn a_replica_that_hangs_in_a_transaction_holds_up_nobody_for_long() {
     let hanging = hanging.go_on();
     hanging.wait_until_ready();
     for task in tasks {
-        worker.start(&task);
-        worker.succeed(&task, OUTPUT);
-        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+        succeed(&client, &worker, &task);
     }
     deployment.no_jobs_left();
 }
@@ -459,9 +462,7 @@ fn a_replica_without_postgres_lets_go_of_its_messages() {
     proxy.set(Weather::Fair);
     cut_off.wait_until_ready();
     for task in tasks {
-        worker.start(&task);
-        worker.succeed(&task, OUTPUT);
-        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+        succeed(&client, &worker, &task);
     }
     deployment.no_jobs_left();
 }

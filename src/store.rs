@@ -199,7 +199,7 @@ impl Connection {
     }
 
     /// Jobs that ended longer than `telling` ago without their clients being told, at most `limit`;
-    /// but for those that [`Connection::overdue`] and [`Connection::expired`] find again.
+    /// but for those that [`Connection::timed_out`] and [`Connection::expired`] find again.
     ///
     /// # Errors
     /// The connection is lost.

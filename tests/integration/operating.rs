@@ -123,6 +123,9 @@ fn the_log_is_json_and_says_more_on_a_signal() {
     worker.progress(&task, 0.25);
     assert_eq!(client.status(job), JobStatus::Running);
     assert_eq!(client.progress(job).0, 0.25);
+    // A message is logged after its client has heard of it, but before the job's next is handled.
+    worker.progress(&task, 0.375);
+    assert_eq!(client.progress(job).0, 0.375);
     service.signal("-USR1");
     service.logged("the log's level is DEBUG now");
     worker.progress(&task, 0.5);
@@ -141,7 +144,8 @@ fn the_log_is_json_and_says_more_on_a_signal() {
             lines_of_job += 1;
         }
     }
-    assert_eq!(lines_of_job, 3);
+    // Submitted, running, 50 %; and perhaps 38 %.
+    assert!(lines_of_job >= 3, "{lines_of_job}");
 }
 
 #[test]
@@ -162,11 +166,12 @@ fn the_api_tells_of_jobs_in_their_order() {
     client.send(&submission);
     assert_eq!(client.status(urgent), JobStatus::Enqueued);
 
-    let jobs = eventually("the progress", || {
+    // Clients hear of it before it is committed.
+    let jobs = eventually("all jobs and the progress", || {
         let page = json(&service, "/api/jobs");
-        (page["jobs"][0]["progress"]["fraction"] == 0.5).then_some(page)
+        let progress = &page["jobs"][0]["progress"]["fraction"];
+        (page["total"] == 3 && *progress == 0.5).then_some(page)
     });
-    assert_eq!(jobs["total"], 3);
     let ids: Vec<_> = (0..3).map(|row| jobs["jobs"][row]["id"].as_str()).collect();
     let expected = [running.job, urgent, waiting].map(|id| id.to_string());
     assert_eq!(ids, expected.each_ref().map(|id| Some(id.as_str())));
@@ -367,10 +372,11 @@ fn the_list_is_watched_on_a_terminal() {
     let client = Client::new(&deployment);
     let watch = deployment.command(&["jobs", "watch"]);
     let seen = deployment.folder.join("terminal");
-    // A terminal of its own, and what is typed there.
+    // A terminal of its own, and what is typed there. `exec`, for a shell that stays would get the
+    // interrupt too, and some end by it.
     let mut terminal = Command::new("script")
         .arg("-qec")
-        .arg(format!("{} jobs watch", watch.get_program().display()))
+        .arg(format!("exec {} jobs watch", watch.get_program().display()))
         .arg("/dev/null")
         .envs(
             watch

@@ -62,7 +62,8 @@ fn main() -> anyhow::Result<()> {
         });
         scope.spawn(|| {
             let (done, all_done) = unbounded();
-            let heard = broker::consume(&tasks_link, &pidbox, 10, &stopped, &all_done, |message| {
+            let queues = [(pidbox.as_str(), 10)];
+            let heard = broker::consume(&tasks_link, &queues, &stopped, &all_done, |_, message| {
                 if let Some(task_id) = revoked_task(&message.body) {
                     eprintln!("task {task_id} is revoked");
                     revoked
@@ -82,16 +83,10 @@ fn main() -> anyhow::Result<()> {
         let queue = options.workflow.as_str();
         let link = &tasks_link;
         scope.spawn(move || {
-            let consumed = broker::consume(
-                link,
-                queue,
-                1,
-                &consumer_stopped,
-                &all_done,
-                |task_message| {
-                    let _ = task.send(task_message);
-                },
-            );
+            let queues = [(queue, 1)];
+            let consumed = broker::consume(link, &queues, &consumer_stopped, &all_done, |_, it| {
+                let _ = task.send(it);
+            });
             if let Err(error) = consumed {
                 eprintln!("tasks are no longer taken: {error:#}");
             }

@@ -19,7 +19,7 @@ use amiquip::{
     Return,
 };
 use anyhow::{Context, anyhow, bail};
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, never, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Select, TryRecvError, bounded, select};
 use serde_json::{Map, Number, Value};
 use thiserror::Error;
 use uuid::Uuid;
@@ -446,101 +446,142 @@ impl Received {
     }
 }
 
-/// Consumes `queue` until `stop` is disconnected: each message goes to `hand_over`, and is
+/// Consumes queues, each with so many of its messages in hand at most, until `stop` is
+/// disconnected: each message goes to `hand_over` with its queue's place in `queues`, and is
 /// acknowledged when its tag comes in through `done`. Afterwards nothing more is handed over, and
 /// the function returns once all senders of `done` are gone; what was not acknowledged goes back
-/// to the queue.
+/// to its queue.
+///
+/// Queues that belong together keep their order: who sends to the first, has that confirmed, and
+/// then sends to the second, is heard in this order. So they share one channel, on which RabbitMQ
+/// delivers in the order in which it confirms.
 ///
 /// # Errors
-/// The queue or the connection is gone.
+/// A queue or the connection is gone.
 pub fn consume(
     link: &Link,
-    queue: &str,
-    prefetch: u16,
+    queues: &[(&str, u16)],
     stop: &Receiver<Infallible>,
     done: &Receiver<u64>,
-    mut hand_over: impl FnMut(Received),
+    mut hand_over: impl FnMut(usize, Received),
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
-    channel.qos(0, prefetch, false)?;
-    let consumer = channel.basic_consume(queue, ConsumerOptions::default())?;
-    // Kept beyond the consumer: a delivery for a consumer without receiver ends the connection.
-    let all_messages = consumer.receiver().clone();
-    let mut messages = all_messages.clone();
-    let mut stop = stop.clone();
-    let mut in_hand = InHand::new(link, &channel, usize::from(prefetch) / 4);
+    // Outlive the consumers: a delivery for a consumer without receiver ends the connection.
+    let mut inputs = Vec::new();
+    let mut consumers = Vec::new();
+    let mut all_in_hand = 0;
+    for (queue, prefetch) in queues {
+        // It counts for the consumers after it, and for each by itself.
+        channel.qos(0, *prefetch, false)?;
+        let consumer = channel.basic_consume(*queue, ConsumerOptions::default())?;
+        inputs.push(consumer.receiver().clone());
+        consumers.push(consumer);
+        all_in_hand += usize::from(*prefetch);
+    }
+    let mut in_hand = InHand::new(link, &channel, all_in_hand / 4);
+    let mut events = Select::new();
+    for input in &inputs {
+        events.recv(input);
+    }
+    let done_event = events.recv(done);
+    let stop_event = events.recv(stop);
     loop {
-        select! {
-            recv(messages) -> message => match message {
-                Ok(ConsumerMessage::Delivery(mut delivery)) => {
-                    let received = Received {
-                        tag: delivery.delivery_tag(),
-                        body: mem::take(&mut delivery.body),
-                        redelivered: delivery.redelivered,
-                        properties: mem::take(&mut delivery.properties),
-                    };
-                    in_hand.take(delivery, received.body.len());
-                    hand_over(received);
-                }
-                Ok(ConsumerMessage::ServerCancelled) => {
-                    bail!("{}: the queue {queue} was deleted", link.name)
-                }
-                Ok(
-                    ConsumerMessage::ServerClosedChannel(error)
-                    | ConsumerMessage::ServerClosedConnection(error),
-                ) => return Err(anyhow!(error).context(format!("{}: queue {queue}", link.name))),
-                Ok(
-                    ConsumerMessage::ClientCancelled
-                    | ConsumerMessage::ClientClosedChannel
-                    | ConsumerMessage::ClientClosedConnection,
-                )
-                | Err(_) => bail!("{}: the connection is lost", link.name),
-            },
-            recv(done) -> tag => match tag {
+        let Ok(event) = events.ready_timeout(in_hand.patience()) else {
+            in_hand.acknowledge_rest()?;
+            continue;
+        };
+        if event == done_event {
+            match done.try_recv() {
                 Ok(tag) => {
                     for tag in [tag].into_iter().chain(done.try_iter()) {
                         in_hand.finish(tag);
                     }
                     in_hand.acknowledge_in_order()?;
                 }
-                Err(_) => break,
-            },
-            default(in_hand.patience()) => in_hand.acknowledge_rest()?,
-            recv(stop) -> _ => {
-                stop = never();
-                if let Some(intake) = &link.intake {
-                    // The answer to the cancel must get through, behind all that RabbitMQ has
-                    // sent already.
-                    intake.open();
-                }
-                cancel(&consumer)?;
-                messages = never();
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => break,
+            }
+        } else if event == stop_event {
+            (0..inputs.len()).for_each(|input| events.remove(input));
+            events.remove(stop_event);
+            if let Some(intake) = &link.intake {
+                // The answer to the cancel must get through, behind all that RabbitMQ has
+                // sent already.
+                intake.open();
+            }
+            cancel(&consumers)?;
+        } else {
+            let last = match inputs[event].try_recv() {
+                Err(TryRecvError::Empty) => continue,
+                last => last,
+            };
+            // What came before it, of a queue before its own, is there by now.
+            let earlier = inputs[..event].iter().enumerate();
+            let earlier = earlier.flat_map(|(place, input)| {
+                let messages = input.try_iter();
+                messages.map(move |message| (place, Some(message)))
+            });
+            for (place, message) in earlier.chain([(event, last.ok())]) {
+                let mut delivery = delivered(link, queues[place].0, message)?;
+                let received = Received {
+                    tag: delivery.delivery_tag(),
+                    body: mem::take(&mut delivery.body),
+                    redelivered: delivery.redelivered,
+                    properties: mem::take(&mut delivery.properties),
+                };
+                in_hand.take(delivery, received.body.len());
+                hand_over(place, received);
             }
         }
     }
     in_hand.acknowledge_rest()?;
-    drop(consumer);
-    drop(all_messages);
+    drop(consumers);
     channel.close().with_context(|| link.name.clone())
+}
+
+/// The delivery that has come for a consumer; None and the rest are the end of it.
+fn delivered(
+    link: &Link,
+    queue: &str,
+    message: Option<ConsumerMessage>,
+) -> anyhow::Result<Delivery> {
+    match message {
+        Some(ConsumerMessage::Delivery(delivery)) => Ok(delivery),
+        Some(ConsumerMessage::ServerCancelled) => {
+            bail!("{}: the queue {queue} was deleted", link.name)
+        }
+        Some(
+            ConsumerMessage::ServerClosedChannel(error)
+            | ConsumerMessage::ServerClosedConnection(error),
+        ) => Err(anyhow!(error).context(format!("{}: queue {queue}", link.name))),
+        Some(
+            ConsumerMessage::ClientCancelled
+            | ConsumerMessage::ClientClosedChannel
+            | ConsumerMessage::ClientClosedConnection,
+        )
+        | None => bail!("{}: the connection is lost", link.name),
+    }
 }
 
 /// Ends the deliveries. Those that are on their way go back to the queue when the channel closes;
 /// meanwhile nobody keeps them, for they may be many and large.
-fn cancel(consumer: &Consumer<'_>) -> anyhow::Result<()> {
-    let late = consumer.receiver().clone();
+fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
     let (cancelled, is_cancelled) = bounded::<Infallible>(0);
     thread::scope(|scope| {
-        thread::Builder::new()
-            .name("too-late".to_owned())
-            .spawn_scoped(scope, move || {
-                loop {
-                    select! {
-                        recv(late) -> message => if message.is_err() { return },
-                        recv(is_cancelled) -> _ => return,
+        for consumer in consumers {
+            let (late, is_cancelled) = (consumer.receiver().clone(), is_cancelled.clone());
+            thread::Builder::new()
+                .name("too-late".to_owned())
+                .spawn_scoped(scope, move || {
+                    loop {
+                        select! {
+                            recv(late) -> message => if message.is_err() { return },
+                            recv(is_cancelled) -> _ => return,
+                        }
                     }
-                }
-            })?;
-        let outcome = consumer.cancel();
+                })?;
+        }
+        let outcome = consumers.iter().try_for_each(Consumer::cancel);
         drop(cancelled);
         Ok(outcome?)
     })

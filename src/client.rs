@@ -92,12 +92,9 @@ pub fn submit(
     let (update, updates) = unbounded();
     let result = thread::scope(|scope| {
         let follow_all = || {
-            for queue in &queues {
-                let (update, stopped, link) = (update.clone(), stopped.clone(), &incoming);
-                thread::Builder::new()
-                    .name(format!("consume-{queue}"))
-                    .spawn_scoped(scope, move || follow(link, queue, &stopped, &update))?;
-            }
+            thread::Builder::new()
+                .name("consume-updates".to_owned())
+                .spawn_scoped(scope, || follow(&incoming, &queues, &stopped, &update))?;
             let result = converse(job_id, &submission, &outgoing, &updates, interrupts)?;
             queues
                 .iter()
@@ -142,14 +139,20 @@ fn converse(
     result
 }
 
-/// Consumes one of the job's queues.
-fn follow(link: &Link, queue: &str, stopped: &Receiver<Infallible>, update: &Sender<Update>) {
+/// Consumes the job's queues for its status, its progress and its result.
+fn follow(
+    link: &Link,
+    queues: &[String; 3],
+    stopped: &Receiver<Infallible>,
+    update: &Sender<Update>,
+) {
     let (done, all_done) = unbounded();
-    let consumed = broker::consume(link, queue, 10, stopped, &all_done, |received| {
+    let queues = queues.each_ref().map(|queue| (queue.as_str(), 10));
+    let consumed = broker::consume(link, &queues, stopped, &all_done, |place, received| {
         let body = received.body.as_slice();
-        let decoded = match queue.rsplit('.').next() {
-            Some("status") => JobStatusUpdate::decode(body).map(Update::Status),
-            Some("progress") => JobProgressUpdate::decode(body).map(Update::Progress),
+        let decoded = match place {
+            0 => JobStatusUpdate::decode(body).map(Update::Status),
+            1 => JobProgressUpdate::decode(body).map(Update::Progress),
             _ => JobResult::decode(body).map(Update::Result),
         };
         let message = decoded.unwrap_or_else(|error| Update::Lost(anyhow!(error)));

@@ -104,7 +104,16 @@ impl Service {
     }
 }
 
-/// How many messages a consumer has in hand at most. RabbitMQ keeps the rest.
+/// The queues of each consumer thread. What a worker says of a task comes through two, and a start or
+/// the last progress is of no use after the result.
+const CONSUMERS: [(&str, &[Inbox]); 4] = [
+    ("submissions", &[Inbox::Submissions]),
+    ("cancels", &[Inbox::Cancels]),
+    ("workflow-requests", &[Inbox::WorkflowRequests]),
+    ("events", &[Inbox::Progress, Inbox::Results]),
+];
+
+/// How many messages of a queue a consumer has in hand at most. RabbitMQ keeps the rest.
 fn prefetch(inbox: Inbox) -> u16 {
     match inbox {
         Inbox::Submissions | Inbox::Results => 1000,
@@ -268,12 +277,11 @@ fn work(
 
     thread::scope(|scope| {
         let mut done_senders = HashMap::new();
-        let mut done_receivers = HashMap::new();
-        for inbox in Inbox::ALL {
+        let done_receivers = CONSUMERS.map(|(_, inboxes)| {
             let (sender, receiver) = unbounded();
-            done_senders.insert(inbox, sender);
-            done_receivers.insert(inbox, receiver);
-        }
+            done_senders.extend(inboxes.iter().map(|inbox| (*inbox, sender.clone())));
+            receiver
+        });
         let mut handler_inputs = Vec::new();
         let mut finding_inputs = Vec::new();
         let mut threads = 0;
@@ -297,20 +305,23 @@ fn work(
         }
         // From here on only handlers hold them: a consumer knows by their end that no more comes.
         drop(done_senders);
-        for (inbox, done) in done_receivers {
-            let link = match inbox {
+        for ((name, inboxes), done) in CONSUMERS.into_iter().zip(done_receivers) {
+            let link = match inboxes[0] {
                 Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => &links.sdk_in,
                 Inbox::Progress | Inbox::Results => &links.task_in,
             };
-            let queue = &queue_names[&inbox];
+            let queues: Vec<_> = inboxes
+                .iter()
+                .map(|inbox| (queue_names[inbox].as_str(), prefetch(*inbox)))
+                .collect();
             let inputs = handler_inputs.clone();
             let stopped = session_stopped.clone();
-            let name = format!("consume-{}", inbox.name());
-            spawn(scope, name, &report, move || {
-                broker::consume(link, queue, prefetch(inbox), &stopped, &done, |received| {
+            spawn(scope, format!("consume-{name}"), &report, move || {
+                broker::consume(link, &queues, &stopped, &done, |place, received| {
                     // One job's messages all go to one handler, which keeps their order.
                     let handler = wire::job_id(&received.body)
                         .map_or(0, |id| handler::index(id, inputs.len()));
+                    let inbox = inboxes[place];
                     // A handler that is gone leaves it to the next session.
                     let _ = inputs[handler].send(Work::Message { inbox, received });
                 })

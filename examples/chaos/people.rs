@@ -266,7 +266,8 @@ impl World {
                 let queue = link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
                 let (_never, stopped) = bounded(0);
                 let (done, all_done) = unbounded();
-                broker::consume(&link, &queue, 100, &stopped, &all_done, |message| {
+                let queues = [(queue.as_str(), 100)];
+                broker::consume(&link, &queues, &stopped, &all_done, |_, message| {
                     if let Ok(revoke) = serde_json::from_slice::<Value>(&message.body)
                         && let Some(task) = revoke["arguments"]["task_id"].as_str()
                     {
@@ -304,7 +305,8 @@ impl World {
         let mut publisher = Publisher::new(&events, &busy);
         let (_never, stopped) = bounded(0);
         let (done, all_done) = unbounded();
-        broker::consume(&tasks, WORKFLOW, 1, &stopped, &all_done, |message| {
+        let queues = [(WORKFLOW, 1)];
+        broker::consume(&tasks, &queues, &stopped, &all_done, |_, message| {
             self.computing.fetch_add(1, Ordering::Relaxed);
             match self.compute(&message, &mut publisher) {
                 Ok(true) => {

@@ -19,9 +19,44 @@ fn a_start_delivered_twice_counts_once() {
     worker.start_as(&task, "the same message");
     worker.start_as(&task, "the same message");
     worker.progress_handled();
-    assert_eq!(deployment.count("SELECT count(*) FROM job_starts"), 1);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    deployment.comes_to(1, "SELECT count(*) FROM job_history WHERE starts = 1");
+}
+
+#[test]
+fn what_a_worker_says_before_its_result_is_heard_before_it() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let tasks: Vec<Task> = (0..50)
+        .map(|_| {
+            let job = client.submit("workflow_1");
+            assert_eq!(client.status(job), JobStatus::Enqueued);
+            worker.take()
+        })
+        .collect();
+    // So that it finds everything at once.
+    service.signal("-STOP");
+    for task in &tasks {
+        worker.start(task);
+        worker.progress(task, 1.0);
+        // RabbitMQ answers when the queue has got what was sent before.
+        worker.peer.queue_length("omotes_task_progress_events");
+        worker.succeed(task, OUTPUT);
+    }
+    service.signal("-CONT");
+    for task in &tasks {
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+        assert_eq!(
+            client
+                .peer
+                .queue_length(&format!("jobs.{}.progress", task.job)),
+            1
+        );
+        assert_eq!(client.status(task.job), JobStatus::Running);
+    }
 }
 
 #[test]
@@ -115,6 +150,7 @@ fn events_of_an_unknown_job_are_one_line_each_and_hold_up_nothing() {
     let task = worker.take();
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    deployment.no_jobs_left();
     assert_eq!(deployment.count("SELECT count(*) FROM job_history"), 1);
 }
 

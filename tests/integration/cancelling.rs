@@ -3,7 +3,7 @@
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use prost::Message;
 
-use crate::deployment::{Deployment, eventually};
+use crate::deployment::Deployment;
 use crate::peers::{Client, Worker};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -34,7 +34,7 @@ fn a_running_job_is_cancelled() {
     worker.results_handled();
     client.heard_nothing_more(job);
     let sql = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NOT NULL";
-    assert_eq!(deployment.count(sql), 1);
+    deployment.comes_to(1, sql);
     deployment.no_jobs_left();
 }
 
@@ -97,9 +97,7 @@ fn submission_and_cancel_that_were_both_waiting_end_in_one_cancellation() {
         assert_eq!(client.outcome(*job), cancelled());
     }
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'CANCELLED'";
-    eventually("the history", || {
-        (deployment.count(sql) == 20).then_some(())
-    });
+    deployment.comes_to(20, sql);
     deployment.no_jobs_left();
     for job in &jobs {
         assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
@@ -117,12 +115,8 @@ fn deleting_a_finished_job_retires_its_series() {
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
     let kept = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NULL";
-    eventually("the guard row", || {
-        (deployment.count(kept) == 1).then_some(())
-    });
+    deployment.comes_to(1, kept);
     client.cancel(job);
-    eventually("it is retired", || {
-        (deployment.count(kept) == 0).then_some(())
-    });
+    deployment.comes_to(0, kept);
     assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
 }

@@ -120,9 +120,9 @@ fn a_start_that_survives_a_kill_counts_once(#[case] point: &str) {
     let _next = deployment.start_single_file();
     worker.progress_handled();
     assert_eq!(client.status(task.job), JobStatus::Running);
-    assert_eq!(deployment.count("SELECT count(*) FROM job_starts"), 1);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    deployment.comes_to(1, "SELECT count(*) FROM job_history WHERE starts = 1");
 }
 
 /// A job that runs, and a service that is killed at this point over whatever `cause` does. The
@@ -394,6 +394,8 @@ fn a_replica_that_hangs_holds_up_nobody_for_long() {
     let worker = Worker::new(&deployment, "workflow_1");
     let hanging = deployment.start();
     let task = running_job(&client, &worker, None);
+    // Not in the middle of a transaction: that is the next test.
+    deployment.comes_to(1, "SELECT count(*) FROM job WHERE status = 'RUNNING'");
     hanging.signal("-STOP");
     // Delivered to the one that hangs, which does not take it.
     worker.succeed(&task, OUTPUT);

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 /// How long a condition may take to come true on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Polls until `condition` gives a value.
 pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
@@ -199,10 +199,22 @@ impl Deployment {
         self.sql().query_one(sql, &[]).unwrap().get(0)
     }
 
+    /// Waits until the first column of the first row is `expected`: what clients and workers hear
+    /// comes before its commit.
+    pub fn comes_to(&self, expected: i64, sql: &str) {
+        let mut client = self.sql();
+        eventually(&format!("{expected} from {sql}"), || {
+            let count: i64 = client.query_one(sql, &[]).unwrap().get(0);
+            (count == expected).then_some(())
+        });
+    }
+
     /// Waits until no job is left; it goes right after its client has been told.
     pub fn no_jobs_left(&self) {
-        let rows = "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)";
-        eventually("no job is left", || (self.count(rows) == 0).then_some(()));
+        self.comes_to(
+            0,
+            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)",
+        );
     }
 
     /// The environment of a service or a command on this deployment.

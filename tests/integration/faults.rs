@@ -400,7 +400,7 @@ fn a_result_that_nobody_waits_for_ends_its_job_all_the_same() {
     worker.succeed(&worker.take(), OUTPUT);
     service.logged(&format!("nobody is waiting any more in jobs.{job}.result"));
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'";
-    eventually("the end", || (deployment.count(sql) == 1).then_some(()));
+    deployment.comes_to(1, sql);
 }
 
 /// Closes one of the service's connections to a vhost, as an operator might.
@@ -461,6 +461,7 @@ fn messages_wait_while_postgres_is_gone_and_readiness_says_why() {
     let running = client.submit("workflow_1");
     let task = worker.take();
     assert_eq!(client.status(running), JobStatus::Enqueued);
+    deployment.comes_to(1, "SELECT count(*) FROM job");
 
     let name = &deployment.name;
     let mut server = server_client("postgres");
@@ -522,9 +523,7 @@ fn a_backlog_survives_a_kill() {
     let _service = deployment.start();
     let all = i64::try_from(JOBS + running.len()).unwrap();
     assert!(left < all, "the kill came too late to show anything");
-    eventually("all submissions are handled", || {
-        (deployment.count(rows) == all).then_some(())
-    });
+    deployment.comes_to(all, rows);
     for task in &running {
         for _ in 0..EVENTS / running.len() {
             assert_eq!(client.progress(task.job).0, 0.5);
@@ -585,9 +584,7 @@ fn replicas_share_the_work() {
         assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
     }
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED' AND starts = 1";
-    eventually("all have ended", || {
-        (deployment.count(sql) == i64::try_from(JOBS).unwrap()).then_some(())
-    });
+    deployment.comes_to(i64::try_from(JOBS).unwrap(), sql);
     deployment.no_jobs_left();
 }
 

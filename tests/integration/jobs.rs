@@ -27,15 +27,13 @@ fn a_job_succeeds() {
     assert_eq!(client.status(job), JobStatus::Enqueued);
     let sql = "SELECT count(*) FROM job WHERE status = 'SUBMITTED' AND celery_id IS NOT NULL
                AND job_reference = 'a reference'";
-    eventually("the row", || (deployment.count(sql) == 1).then_some(()));
+    deployment.comes_to(1, sql);
 
     worker.start(&task);
     assert_eq!(client.status(job), JobStatus::Running);
     let sql = "SELECT count(*) FROM job JOIN job_starts USING (job_id)
                WHERE status = 'RUNNING' AND running_at = started_at";
-    eventually("the start's row", || {
-        (deployment.count(sql) == 1).then_some(())
-    });
+    deployment.comes_to(1, sql);
 
     worker.progress(&task, 0.25);
     worker.progress(&task, 1.0);
@@ -77,7 +75,7 @@ fn a_jobs_own_failure_reaches_its_client() {
     assert_eq!(result.output_esdl.as_deref(), Some(""));
     assert_eq!(result.logs, "the worker's logs");
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'FAILED'";
-    eventually("the history", || (deployment.count(sql) == 1).then_some(()));
+    deployment.comes_to(1, sql);
     assert_eq!(
         deployment.count("SELECT count(*) FROM esdl_time_series_info"),
         0
@@ -274,7 +272,7 @@ fn what_clients_declare_is_left_to_them() {
     let task = worker.take();
     worker.succeed(&task, OUTPUT);
     let sql = "SELECT count(*) FROM job_history";
-    eventually("the end", || (deployment.count(sql) == 1).then_some(()));
+    deployment.comes_to(1, sql);
     let expiring = QueueDeclareOptions {
         durable: true,
         arguments: FieldTable::from([("x-expires".to_owned(), AmqpValue::LongInt(60_000))]),

@@ -23,10 +23,10 @@ fn age(deployment: &Deployment, column: &str, job: Uuid, seconds: f64) {
     assert_eq!(rows, 1);
 }
 
-fn outcomes(deployment: &Deployment, outcome: &str) -> i64 {
-    deployment.count(&format!(
-        "SELECT count(*) FROM job_history WHERE outcome = '{outcome}'"
-    ))
+/// Waits until so many jobs have had this outcome.
+fn outcomes(deployment: &Deployment, outcome: &str, expected: i64) {
+    let sql = format!("SELECT count(*) FROM job_history WHERE outcome = '{outcome}'");
+    deployment.comes_to(expected, &sql);
 }
 
 #[test]
@@ -49,9 +49,7 @@ fn a_job_that_runs_for_too_long_is_ended() {
         client.outcome(short.job),
         (ResultType::Cancelled, logs.to_owned())
     );
-    eventually("the history", || {
-        (outcomes(&deployment, "TIMED_OUT") == 1).then_some(())
-    });
+    outcomes(&deployment, "TIMED_OUT", 1);
     // The worker that had not heard it is told again, and its result is of no use.
     worker.progress(&short, 0.5);
     assert_eq!(worker.revoked(), short.id);
@@ -91,14 +89,10 @@ fn no_timeout_is_enforced_right_after_the_start() {
     age(&deployment, "running_at", task.job, 500.0);
     let other = running_job(&client, &worker, None);
     worker.succeed(&other, "<e/>");
-    eventually("the history", || {
-        (outcomes(&deployment, "SUCCEEDED") == 1).then_some(())
-    });
+    outcomes(&deployment, "SUCCEEDED", 1);
     let sql = "UPDATE job_history SET finished_at = finished_at - interval '1000 seconds'";
     deployment.sql().batch_execute(sql).unwrap();
-    eventually("a round", || {
-        (outcomes(&deployment, "SUCCEEDED") == 0).then_some(())
-    });
+    outcomes(&deployment, "SUCCEEDED", 0);
     worker.succeed(&task, "<e/>");
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
 }
@@ -132,9 +126,7 @@ fn jobs_that_nothing_is_heard_of_are_given_up_with_a_reason() {
         );
         client.heard_nothing_more(job);
     }
-    eventually("the history", || {
-        (outcomes(&deployment, "EXPIRED") == 3).then_some(())
-    });
+    outcomes(&deployment, "EXPIRED", 3);
     deployment.no_jobs_left();
     let revoked = [worker.revoked(), worker.revoked()];
     assert_eq!(revoked[0], running.id);

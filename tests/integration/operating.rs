@@ -26,12 +26,16 @@ fn json(service: &Service, path: &str) -> Value {
     serde_json::from_str(&body).unwrap()
 }
 
-fn submit(client: &Client, reference: &str) -> Uuid {
+/// A job that its client has heard of, and the service's API knows.
+fn submit(service: &Service, client: &Client, reference: &str) -> Uuid {
     let (job, mut submission) = client.submission("workflow_1");
     submission.job_reference = Some(reference.to_owned());
     client.listen(job);
     client.send(&submission);
     assert_eq!(client.status(job), JobStatus::Enqueued);
+    eventually("the job's row", || {
+        (service.get(&format!("/api/jobs/{job}"))?.0 == 200).then_some(())
+    });
     job
 }
 
@@ -44,7 +48,11 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     // Whatever clients call their jobs, it is text.
-    let job = submit(&client, "<script>document.title = 'hacked'</script>");
+    let job = submit(
+        &service,
+        &client,
+        "<script>document.title = 'hacked'</script>",
+    );
     let browser = Browser::new(width, height, dark);
     let page = format!("http://{}/", service.http());
     browser.open(&page);
@@ -117,7 +125,7 @@ fn the_log_is_json_and_says_more_on_a_signal() {
     let service = deployment.start_with(&[("LOG_FORMAT", "json"), ("LOG_LEVEL", "INFO")]);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    let job = submit(&client, "a \"first\" try\n");
+    let job = submit(&service, &client, "a \"first\" try\n");
     let task = worker.take();
     worker.start(&task);
     worker.progress(&task, 0.25);
@@ -159,7 +167,7 @@ fn the_api_tells_of_jobs_in_their_order() {
     assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
     let running = running_job(&client, &worker, Some(60_000));
     worker.progress(&running, 0.5);
-    let waiting = submit(&client, "a normal one");
+    let waiting = submit(&service, &client, "a normal one");
     let (urgent, mut submission) = client.submission("workflow_1");
     submission.job_priority = Some(JobPriority::High.into());
     client.listen(urgent);
@@ -209,7 +217,7 @@ fn jobs_are_estimated_from_those_before_them() {
     let service = deployment.start();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    let job = submit(&client, "the next one");
+    let job = submit(&service, &client, "the next one");
     let path = format!("/api/jobs/{job}");
     assert_eq!(json(&service, &path)["estimate"], Value::Null);
     let runs =
@@ -271,7 +279,7 @@ fn metrics_are_prometheus_own_and_tell_what_happened() {
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     let refused = client.submit("no such workflow");
     assert_eq!(client.outcome(refused).0, ResultType::Error);
-    submit(&client, "a job that waits");
+    submit(&service, &client, "a job that waits");
     let expected = [
         r#"omotes_orchestrator_messages_total{queue="submissions",outcome="submitted"} 2"#,
         r#"omotes_orchestrator_messages_total{queue="results",outcome="ended"} 1"#,
@@ -341,7 +349,7 @@ fn a_client_that_waits_without_a_worker_is_told_once() {
     ]);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    let job = submit(&client, "nobody there");
+    let job = submit(&service, &client, "nobody there");
     let (fraction, message) = client.progress(job);
     assert_eq!(fraction, 0.0);
     assert_eq!(
@@ -368,7 +376,7 @@ fn text_of(output: &Output) -> String {
 #[test]
 fn the_list_is_watched_on_a_terminal() {
     let deployment = Deployment::new();
-    let _service = deployment.start();
+    let service = deployment.start();
     let client = Client::new(&deployment);
     let watch = deployment.command(&["jobs", "watch"]);
     let seen = deployment.folder.join("terminal");
@@ -393,7 +401,7 @@ fn the_list_is_watched_on_a_terminal() {
         });
     };
     shows("Ctrl-C");
-    submit(&client, "one to watch");
+    submit(&service, &client, "one to watch");
     shows("one to watch");
     let mut typed = terminal.stdin.take().unwrap();
     typed.write_all(b"\x03").unwrap();
@@ -403,13 +411,13 @@ fn the_list_is_watched_on_a_terminal() {
 #[test]
 fn the_command_line_lists_shows_and_cancels() {
     let deployment = Deployment::new();
-    let _service = deployment.start();
+    let service = deployment.start();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let done: Task = running_job(&client, &worker, None);
     worker.succeed(&done, OUTPUT);
     assert_eq!(client.outcome(done.job).0, ResultType::Succeeded);
-    let waiting = submit(&client, "two\nlines");
+    let waiting = submit(&service, &client, "two\nlines");
     let run = |arguments: &[&str]| {
         let output = deployment.command(arguments).output().unwrap();
         (output.status.code().unwrap(), text_of(&output))

@@ -200,7 +200,7 @@ fn a_job_cancelled_in_the_queue_is_never_run() {
     let stories = SdkClient::new(&deployment, "4.3", &[order("succeed")]).stories();
     assert_eq!(stories[0]["result"], "SUCCEEDED");
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'CANCELLED' AND running_at IS NULL";
-    assert_eq!(deployment.count(sql), 1);
+    deployment.comes_to(1, sql);
 }
 
 #[test]

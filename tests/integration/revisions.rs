@@ -8,7 +8,7 @@ use rstest::rstest;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, setting};
+use crate::deployment::{Deployment, setting};
 use crate::peers::{Client, Task, Worker, running_job};
 
 const ALEMBIC_HEAD: &str = "543bc8f6ad87";
@@ -218,9 +218,7 @@ fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool
     let kept = "SELECT count(*) FROM job WHERE registered_at < now() - interval '50 minutes'
                 AND status = 'SUBMITTED'";
     // The other one is what the Python service submitted.
-    eventually("it is submitted and was registered before", || {
-        (deployment.count(kept) == 2).then_some(())
-    });
+    deployment.comes_to(2, kept);
     worker.start(&submitted);
     assert_eq!(client.status(submitted.job), JobStatus::Running);
     for task in [&waiting, &running, &registered, &submitted] {

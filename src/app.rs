@@ -215,23 +215,30 @@ fn prepare_database(service: &Service, stopped: &Receiver<Infallible>) -> anyhow
     let mut pause = FIRST_PAUSE;
     loop {
         let error = match service.store.connection() {
-            Ok(mut connection) => match migrate::upgrade(connection.client(), None) {
-                Ok(applied) => {
-                    for revision in applied {
-                        info!(
-                            "database: applied revision {}_{}",
-                            revision.id, revision.slug
-                        );
+            Ok(mut connection) => {
+                match connection.revisions(|client| migrate::upgrade(client, None)) {
+                    Ok(applied) => {
+                        for revision in applied {
+                            info!(
+                                "database: applied revision {}_{}",
+                                revision.id, revision.slug
+                            );
+                        }
+                        let now = Timestamp::now();
+                        service.health.report(Part::Postgres, None, now);
+                        service.health.report(Part::Revisions, None, now);
+                        return Ok(());
                     }
-                    let now = Timestamp::now();
-                    service.health.report(Part::Postgres, None, now);
-                    service.health.report(Part::Revisions, None, now);
-                    return Ok(());
+                    Err(error) if goes_away(&error) => error,
+                    Err(error) => return Err(error.context(service.config.postgres.to_string())),
                 }
-                Err(error) if goes_away(&error) => error,
-                Err(error) => return Err(error.context(service.config.postgres.to_string())),
-            },
-            Err(StoreError::Transient(error)) => error,
+            }
+            Err(
+                StoreError::Transient(error)
+                | StoreError::Locked(error)
+                | StoreError::TooMuch(error)
+                | StoreError::TooLong(error),
+            ) => error,
             Err(refused @ StoreError::Refused(_)) => return Err(refused.into()),
         };
         let fault = format!("{}: {error:#}", service.config.postgres);
@@ -290,11 +297,12 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
     }
 }
 
-/// Waits for a connection to Postgres, without which a session would only keep messages from other
-/// replicas. False when the service stops.
+/// Waits for a Postgres that takes writes, without which a session would only keep messages from
+/// other replicas. False when the service stops.
 fn wait_for_postgres(service: &Service, stopped: &Receiver<Infallible>) -> bool {
     let mut pause = FIRST_PAUSE;
-    while let Err(error) = service.store.connection() {
+    let writes = || service.store.connection()?.check_writing();
+    while let Err(error) = writes() {
         debug!("no session without Postgres: {:#}", anyhow!(error));
         if !wait(&mut pause, stopped) {
             return false;
@@ -321,7 +329,7 @@ fn wait(pause: &mut Duration, stopped: &Receiver<Infallible>) -> bool {
 fn probe(service: &Service, stopped: &Receiver<Infallible>) {
     loop {
         let (postgres, revisions) = match service.store.connection() {
-            Ok(mut connection) => match migrate::current(connection.client()) {
+            Ok(mut connection) => match connection.revisions(migrate::current) {
                 Ok(applied) if applied == REVISIONS.len() => (None, None),
                 Ok(_) => (
                     None,

@@ -152,7 +152,7 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
 fn postgres(config: &Config, findings: &mut Findings) -> Option<Inspection> {
     const PART: &str = "Postgres";
     let at = &config.postgres;
-    let store = Store::new(at, 1);
+    let store = Store::for_viewers(at);
     let before = Timestamp::now();
     let inspected = store
         .connection()

@@ -32,8 +32,8 @@ const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Waits between attempts while Postgres does not work.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
-/// Without a connection to Postgres for so long, a replica lets go of its messages: others may have
-/// one.
+/// When Postgres has not worked for so long, a replica lets go of its messages: others may have one
+/// that does.
 const CUT_OFF: Duration = Duration::from_secs(20);
 
 /// Something to handle.
@@ -117,10 +117,12 @@ struct Item {
 
 /// Why a batch did not go through.
 enum Trouble {
-    /// Postgres does not work; the same batch may go through later.
+    /// Postgres does not work for this replica; the same batch may go through later.
     Database(anyhow::Error),
-    /// There is not even a connection to it.
-    NoDatabase(anyhow::Error),
+    /// Postgres works, and somebody else holds a lock: it would be no better with another replica.
+    Locked(anyhow::Error),
+    /// Less of it may go through.
+    TooMuch(anyhow::Error),
     /// Something in the batch is refused.
     Refused { reason: String, by: Refuser },
     /// The session is at its end.
@@ -140,7 +142,9 @@ enum Refuser {
 impl From<StoreError> for Trouble {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::Transient(error) => Trouble::Database(error),
+            StoreError::Transient(error) | StoreError::TooLong(error) => Trouble::Database(error),
+            StoreError::Locked(error) => Trouble::Locked(error),
+            StoreError::TooMuch(error) => Trouble::TooMuch(error),
             StoreError::Refused(reason) => Trouble::Refused {
                 reason,
                 by: Refuser::Database,
@@ -265,7 +269,7 @@ impl<'s> Handler<'s> {
     /// Takes a batch through, with as many attempts as Postgres needs.
     fn handle(&mut self, batch: &mut [Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
         let mut pause = FIRST_RETRY;
-        let mut cut_off_since = None;
+        let mut trouble_since = None;
         loop {
             // A fault of ours that one message brings to light must not hold up the others.
             let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
@@ -274,15 +278,19 @@ impl<'s> Handler<'s> {
                 batch.iter_mut().for_each(Item::repeat);
             }
             let trouble = match attempt {
-                Ok(Err(Trouble::Database(error))) => {
-                    cut_off_since = None;
+                Ok(Err(Trouble::TooMuch(error))) if batch.len() > 1 => {
+                    debug!("a batch is divided: {error:#}");
+                    return self.handle_in_halves(batch, stop);
+                }
+                Ok(Err(Trouble::Locked(error))) => {
+                    trouble_since = None;
                     error
                 }
-                Ok(Err(Trouble::NoDatabase(error))) => {
-                    let since = cut_off_since.get_or_insert_with(Instant::now);
+                Ok(Err(Trouble::Database(error) | Trouble::TooMuch(error))) => {
+                    let since = trouble_since.get_or_insert_with(Instant::now);
                     if since.elapsed() >= CUT_OFF {
                         return Err(Trouble::Session(error.context(
-                            "what is in hand is left to other replicas until Postgres is back",
+                            "what is in hand is left to other replicas until Postgres works again",
                         )));
                     }
                     error
@@ -312,6 +320,25 @@ impl<'s> Handler<'s> {
         }
     }
 
+    /// Takes a batch through that is too much at once, each half after the other, which keeps the
+    /// order of a job's messages.
+    fn handle_in_halves(
+        &mut self,
+        batch: &mut [Item],
+        stop: &Receiver<Infallible>,
+    ) -> Result<(), Trouble> {
+        let (first, second) = batch.split_at_mut(batch.len() / 2);
+        let outcome = match self.handle(first, stop) {
+            Ok(()) => self.handle(second, stop),
+            Err(trouble) => Err(trouble),
+        };
+        if outcome.is_err() {
+            // The first half may have been committed.
+            batch.iter_mut().for_each(Item::repeat);
+        }
+        outcome
+    }
+
     fn attempt(&mut self, batch: &[Item]) -> Result<(), Trouble> {
         let mut told = Outbox::default();
         for item in batch {
@@ -321,13 +348,10 @@ impl<'s> Handler<'s> {
             return self.publish(&told);
         }
         self.watched.postgres.touch();
-        // Dropped on any error, and then looked over by the pool.
+        // Dropped on any error, and closed if it was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => match self.setting.store.connection() {
-                Err(StoreError::Transient(error)) => return Err(Trouble::NoDatabase(error)),
-                connected => connected?,
-            },
+            None => self.setting.store.connection()?,
         };
         let ending = self.transact(batch, &mut told, &mut connection)?;
         fault_point::reached("after commit");
@@ -842,9 +866,10 @@ impl Trouble {
     fn end(self) -> anyhow::Result<()> {
         match self {
             Trouble::Stopped => Ok(()),
-            Trouble::Session(error) | Trouble::Database(error) | Trouble::NoDatabase(error) => {
-                Err(error)
-            }
+            Trouble::Session(error)
+            | Trouble::Database(error)
+            | Trouble::Locked(error)
+            | Trouble::TooMuch(error) => Err(error),
             Trouble::Refused { reason, .. } => bail!(reason),
         }
     }

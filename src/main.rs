@@ -287,17 +287,17 @@ fn database(config: &Config, command: &Db) -> anyhow::Result<()> {
     let mut connection = store
         .connection()
         .with_context(|| config.postgres.to_string())?;
-    let client = connection.client();
     match command {
         Db::Upgrade { revision } => {
-            let applied = migrate::upgrade(client, revision.as_deref())?;
+            let upgrade = |client: &mut _| migrate::upgrade(client, revision.as_deref());
+            let applied = connection.revisions(upgrade)?;
             report_revisions("applied", applied);
         }
         Db::Downgrade { revision } => {
-            let undone = migrate::downgrade(client, revision)?;
+            let undone = connection.revisions(|client| migrate::downgrade(client, revision))?;
             report_revisions("undone", undone);
         }
-        Db::Current => match migrate::current(client)?.checked_sub(1) {
+        Db::Current => match connection.revisions(migrate::current)?.checked_sub(1) {
             Some(last) if last + 1 == REVISIONS.len() => {
                 println!("{} (head)", describe(&REVISIONS[last]));
             }

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use jiff::Timestamp;
+use postgres::error::SqlState;
 use postgres::types::ToSql;
 use postgres::{Client, Row, Statement};
 use thiserror::Error;
 use uuid::Uuid;
 
-use self::connect::{ConnectError, Connector};
+use self::connect::{Access, ConnectError, Connector, noted};
 use crate::config;
 use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Start, State};
 use crate::time_series::Guard;
@@ -30,6 +31,17 @@ pub enum StoreError {
     /// It may work the next time, on a new connection.
     #[error(transparent)]
     Transient(anyhow::Error),
+    /// Somebody else holds a lock, for longer than `lock_timeout`: Postgres works, and whoever else
+    /// asks has to wait as well.
+    #[error(transparent)]
+    Locked(anyhow::Error),
+    /// Postgres has no room for so much at once, in most cases in its table of locks. Less of it may
+    /// go through.
+    #[error(transparent)]
+    TooMuch(anyhow::Error),
+    /// It took longer than the connection's `statement_timeout`, or somebody cancelled it.
+    #[error(transparent)]
+    TooLong(anyhow::Error),
     /// Postgres refuses the content, and will the next time: a NUL in a text, a value out of range.
     #[error("what is in Postgres, or should be, is refused: {0}")]
     Refused(String),
@@ -37,15 +49,26 @@ pub enum StoreError {
 
 impl From<postgres::Error> for StoreError {
     fn from(error: postgres::Error) -> Self {
-        match error.as_db_error() {
-            // 22: data exception; 54: program limit exceeded, such as a text too long to index.
-            Some(refusal) if ["22", "54"].contains(&&refusal.code().code()[..2]) => {
-                StoreError::Refused(refusal.message().to_owned())
-            }
-            // A plain error says no more than "db error"; what the server said is in its source.
-            Some(_) | None => StoreError::Transient(anyhow!(error).context("Postgres")),
+        if let Some(refusal) = error.as_db_error().filter(|_| is_refusal(&error)) {
+            return StoreError::Refused(refusal.message().to_owned());
+        }
+        let code = error.code().cloned();
+        // A plain error says no more than "db error"; what the server said is in its source.
+        let error = anyhow!(error).context("Postgres");
+        match code {
+            Some(SqlState::LOCK_NOT_AVAILABLE) => StoreError::Locked(error),
+            Some(SqlState::OUT_OF_MEMORY) => StoreError::TooMuch(error),
+            Some(SqlState::QUERY_CANCELED) => StoreError::TooLong(error),
+            Some(_) | None => StoreError::Transient(error),
         }
     }
+}
+
+/// Whether it is about the content, whoever asks and whenever: data exceptions (class 22), and limits
+/// of Postgres itself (54), such as for a text that is too long to index.
+fn is_refusal(error: &postgres::Error) -> bool {
+    let code = error.code().map(SqlState::code);
+    code.is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
 }
 
 /// Connections to the database.
@@ -67,14 +90,17 @@ impl r2d2::HandleError<ConnectError> for LastFailure {
 }
 
 impl Store {
-    /// At most `connections` connections, none of which is opened before it is needed.
+    /// At most `connections` connections, none of which is opened before it is needed, to a server
+    /// that takes writes.
     pub fn new(config: &config::Postgres, connections: u32) -> Store {
-        Store::open(Connector::new(config.clone(), "35s"), connections)
+        let connector = Connector::new(config.clone(), "35s", Access::Write);
+        Store::open(connector, connections)
     }
 
-    /// For those who look on: what takes longer than anybody waits for a page is given up.
+    /// For those who look on, be it at a standby: what takes longer than anybody waits for a page is
+    /// given up.
     pub fn for_viewers(config: &config::Postgres) -> Store {
-        Store::open(Connector::new(config.clone(), "5s"), VIEWERS)
+        Store::open(Connector::new(config.clone(), "5s", Access::Read), VIEWERS)
     }
 
     fn open(connector: Connector, connections: u32) -> Store {
@@ -95,7 +121,8 @@ impl Store {
         (state.connections, state.idle_connections)
     }
 
-    /// A working connection.
+    /// A connection on which nothing has failed so far, to a server that takes writes unless it is
+    /// for viewers.
     ///
     /// # Errors
     /// [`StoreError::Transient`], after [`config::CONNECT_TIMEOUT`] without one.
@@ -115,8 +142,8 @@ impl Store {
     }
 }
 
-/// The status page, and the look at RabbitMQ's queues.
-const VIEWERS: u32 = 2;
+/// The status page, the metrics, and the look at RabbitMQ's queues.
+const VIEWERS: u32 = 3;
 
 /// What one replica does for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,9 +173,25 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// The plain client, for the revisions.
-    pub fn client(&mut self) -> &mut Client {
-        &mut self.client
+    /// Does something about the revisions, see [`migrate`].
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn revisions<T>(
+        &mut self,
+        work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        self.client.work(work)
+    }
+
+    /// Has Postgres commit something, which changes nothing.
+    ///
+    /// # Errors
+    /// It does not: it is a standby, its disk is full, or the connection is lost.
+    pub fn check_writing(&mut self) -> Result<(), StoreError> {
+        // A transaction with a number of its own is written to the log, and waits for it.
+        self.client.execute("SELECT txid_current()", &[])?;
+        Ok(())
     }
 
     /// Whether it is for this replica to do what one of them does every `period`: true for the first
@@ -289,7 +332,7 @@ impl Connection {
         esdl_id: &str,
         drop: impl FnOnce() -> anyhow::Result<()>,
     ) -> Result<bool, StoreError> {
-        let mut transaction = self.client.transaction()?;
+        let mut transaction = self.transaction()?;
         let rows = transaction.execute(
             "DELETE FROM esdl_time_series_info
              WHERE esdl_id = $1 AND deactivated_at IS NOT NULL",
@@ -337,9 +380,11 @@ impl Connection {
     /// # Errors
     /// The connection is lost.
     pub fn transaction(&mut self) -> Result<Transaction<'_>, StoreError> {
+        let (inner, failed) = self.client.transaction()?;
         Ok(Transaction {
-            inner: self.client.transaction()?,
+            inner,
             statements: &mut self.statements,
+            failed,
         })
     }
 }
@@ -347,6 +392,8 @@ impl Connection {
 pub struct Transaction<'a> {
     inner: postgres::Transaction<'a>,
     statements: &'a mut HashMap<&'static str, Statement>,
+    /// Of the connection.
+    failed: &'a mut bool,
 }
 
 /// How a batch leaves a job: its state before and after.
@@ -743,7 +790,7 @@ impl Transaction<'_> {
     /// # Errors
     /// The connection is lost, and then it is open whether it was made so.
     pub fn commit(self) -> Result<(), StoreError> {
-        Ok(self.inner.commit()?)
+        Ok(noted(self.failed, self.inner.commit())?)
     }
 
     fn execute(
@@ -751,8 +798,9 @@ impl Transaction<'_> {
         sql: &'static str,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<u64, StoreError> {
-        let statement = prepared(&mut self.inner, self.statements, sql)?;
-        Ok(self.inner.execute(&statement, params)?)
+        let statement = self.prepared(sql)?;
+        let rows = self.inner.execute(&statement, params);
+        Ok(noted(self.failed, rows)?)
     }
 
     fn query(
@@ -760,22 +808,19 @@ impl Transaction<'_> {
         sql: &'static str,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        let statement = prepared(&mut self.inner, self.statements, sql)?;
-        Ok(self.inner.query(&statement, params)?)
+        let statement = self.prepared(sql)?;
+        let rows = self.inner.query(&statement, params);
+        Ok(noted(self.failed, rows)?)
     }
-}
 
-fn prepared(
-    transaction: &mut postgres::Transaction<'_>,
-    statements: &mut HashMap<&'static str, Statement>,
-    sql: &'static str,
-) -> Result<Statement, StoreError> {
-    if let Some(statement) = statements.get(sql) {
-        return Ok(statement.clone());
+    fn prepared(&mut self, sql: &'static str) -> Result<Statement, StoreError> {
+        if let Some(statement) = self.statements.get(sql) {
+            return Ok(statement.clone());
+        }
+        let statement = noted(self.failed, self.inner.prepare(sql))?;
+        self.statements.insert(sql, statement.clone());
+        Ok(statement)
     }
-    let statement = transaction.prepare(sql)?;
-    statements.insert(sql, statement.clone());
-    Ok(statement)
 }
 
 fn expect_rows(what: &str, rows: u64, expected: usize) -> Result<(), StoreError> {

@@ -9,32 +9,51 @@ use anyhow::{Context, anyhow, bail};
 use log::debug;
 use postgres::config::SslMode;
 use postgres::error::SqlState;
-use postgres::{Client, NoTls};
+use postgres::types::ToSql;
+use postgres::{Client, NoTls, Row, Statement, ToStatement};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 use thiserror::Error;
 use tls_of_postgres::MakeRustlsConnect;
 
+use super::is_refusal;
 use crate::config::{self, Encryption};
 use crate::tls::Tls;
 
-/// Opens the pool's connections, each with TLS or without, as `r2d2_postgres` opens them. Which of the
-/// two, it leaves to whoever uses it; for an open connection it makes no difference.
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// A standby will do.
+    Read,
+    Write,
+}
+
+/// Opens the pool's connections, each with TLS or without, as `r2d2_postgres` opens them.
 #[derive(Debug)]
 pub(super) struct Connector {
     config: config::Postgres,
     statement_timeout: &'static str,
-    plain: PostgresConnectionManager<NoTls>,
+    access: Access,
 }
 
 impl Connector {
     /// No statement takes longer than `statement_timeout`, a time as Postgres writes it.
-    pub(super) fn new(config: config::Postgres, statement_timeout: &'static str) -> Connector {
-        let client = client_config(&config, statement_timeout);
+    pub(super) fn new(
+        config: config::Postgres,
+        statement_timeout: &'static str,
+        access: Access,
+    ) -> Connector {
         Connector {
-            plain: PostgresConnectionManager::new(client, NoTls),
             config,
             statement_timeout,
+            access,
+        }
+    }
+
+    fn check(&self, client: &mut Client) -> anyhow::Result<()> {
+        match self.access {
+            Access::Read => Ok(client.simple_query("").map(drop)?),
+            Access::Write => takes_writes(&self.config, client),
         }
     }
 }
@@ -45,21 +64,136 @@ impl Connector {
 pub(super) struct ConnectError(anyhow::Error);
 
 impl ManageConnection for Connector {
-    type Connection = Client;
+    type Connection = Session;
     type Error = ConnectError;
 
-    fn connect(&self) -> Result<Client, ConnectError> {
-        connect(&self.config, self.statement_timeout).map_err(ConnectError)
+    fn connect(&self) -> Result<Session, ConnectError> {
+        let connected = connect(&self.config, self.statement_timeout);
+        let client = connected.and_then(|mut client| {
+            self.check(&mut client)?;
+            neutralise(&mut client)?;
+            Ok(client)
+        });
+        Ok(Session {
+            client: client.map_err(ConnectError)?,
+            failed: false,
+        })
     }
 
-    fn is_valid(&self, client: &mut Client) -> Result<(), ConnectError> {
-        let valid = self.plain.is_valid(client);
-        valid.map_err(|error| ConnectError(error.into()))
+    fn is_valid(&self, session: &mut Session) -> Result<(), ConnectError> {
+        self.check(&mut session.client).map_err(ConnectError)
     }
 
-    fn has_broken(&self, client: &mut Client) -> bool {
-        self.plain.has_broken(client)
+    fn has_broken(&self, session: &mut Session) -> bool {
+        session.failed || session.client.is_closed()
     }
+}
+
+/// A connection that notes whether anything has failed on it. One is as good as lost then, although it
+/// answers: it may lead to a server that has become a standby, or have been opened under a setting
+/// that somebody has put right since.
+pub(super) struct Session {
+    client: Client,
+    failed: bool,
+}
+
+/// Passes an outcome on, after noting in `failed` whether it says something about the connection.
+pub(super) fn noted<T>(
+    failed: &mut bool,
+    outcome: Result<T, postgres::Error>,
+) -> Result<T, postgres::Error> {
+    *failed |= outcome.as_ref().is_err_and(|error| !is_refusal(error));
+    outcome
+}
+
+impl Session {
+    pub(super) fn execute<S: ?Sized + ToStatement>(
+        &mut self,
+        sql: &S,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<u64, postgres::Error> {
+        noted(&mut self.failed, self.client.execute(sql, params))
+    }
+
+    pub(super) fn query(
+        &mut self,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, postgres::Error> {
+        noted(&mut self.failed, self.client.query(sql, params))
+    }
+
+    pub(super) fn query_one(
+        &mut self,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Row, postgres::Error> {
+        noted(&mut self.failed, self.client.query_one(sql, params))
+    }
+
+    pub(super) fn prepare(&mut self, sql: &str) -> Result<Statement, postgres::Error> {
+        noted(&mut self.failed, self.client.prepare(sql))
+    }
+
+    pub(super) fn batch_execute(&mut self, sql: &str) -> Result<(), postgres::Error> {
+        noted(&mut self.failed, self.client.batch_execute(sql))
+    }
+
+    /// A transaction, and where to note that something in it has failed.
+    pub(super) fn transaction(
+        &mut self,
+    ) -> Result<(postgres::Transaction<'_>, &mut bool), postgres::Error> {
+        let transaction = noted(&mut self.failed, self.client.transaction())?;
+        Ok((transaction, &mut self.failed))
+    }
+
+    /// Lends the plain client, whatever goes wrong with it.
+    pub(super) fn work<T>(
+        &mut self,
+        work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let outcome = work(&mut self.client);
+        self.failed |= outcome.is_err();
+        outcome
+    }
+}
+
+/// That this server, and this session with it, take writes. One that does not is of no use to a
+/// replica, which would keep messages from those whose server does.
+fn takes_writes(config: &config::Postgres, client: &mut Client) -> anyhow::Result<()> {
+    let row = client.query_one(
+        "SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',
+                (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only')",
+        &[],
+    )?;
+    if row.try_get(0)? {
+        bail!("{config} is a standby and takes no writes: POSTGRESQL_HOST has to be the primary");
+    }
+    if row.try_get(1)? {
+        let source: &str = row.try_get(2)?;
+        bail!(
+            "{config} is read-only: default_transaction_read_only is on, which somebody has set \
+             (source: {source})"
+        );
+    }
+    Ok(())
+}
+
+/// Undoes what a role or a database may be set to that the service cannot live with, beside what
+/// [`client_config`] sets. Not every version of Postgres has each of them.
+///
+/// A commit that does not wait for the disk is lost in a crash, long after its message was
+/// acknowledged. All other values of synchronous_commit wait for this server's disk, and some for
+/// standbys too, which is for whoever has set them to decide.
+fn neutralise(client: &mut Client) -> Result<(), postgres::Error> {
+    client.batch_execute(
+        "SELECT set_config(name, harmless, false)
+         FROM (VALUES ('synchronous_commit', 'off', 'on'),
+                      ('idle_session_timeout', NULL, '0'),
+                      ('transaction_timeout', NULL, '0')) AS wanted (name, harmful, harmless)
+         JOIN pg_settings USING (name)
+         WHERE setting = harmful OR harmful IS NULL",
+    )
 }
 
 /// How long somebody who takes connections may take to say anything.
@@ -102,7 +236,7 @@ fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result
         Encryption::WhereRequired(tls) => {
             let tls = rustls(tls)?;
             match plain(&mut client) {
-                Err(refusal) if is_refusal(&refusal) => {
+                Err(refusal) if is_unwelcome(&refusal) => {
                     let encrypted = encrypted(client.ssl_mode(SslMode::Require), tls);
                     encrypted.with_context(|| format!("{:#}; with TLS", anyhow!(refusal)))
                 }
@@ -111,7 +245,7 @@ fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result
         }
         Encryption::WhereOffered(tls) => {
             match encrypted(client.ssl_mode(SslMode::Prefer), rustls(tls)?) {
-                Err(fault) if is_refusal(&fault) || may_be_of_tls(&fault) => {
+                Err(fault) if is_unwelcome(&fault) || may_be_of_tls(&fault) => {
                     let fault = format!("{:#}", anyhow!(fault));
                     debug!("Postgres at {config}: {fault}; trying without TLS");
                     plain(&mut client).map_err(|second| {
@@ -146,7 +280,7 @@ fn rustls(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {
 
 /// Whether the server wants none of this user's connections, or none of this kind. A wrong password
 /// is something else.
-fn is_refusal(error: &postgres::Error) -> bool {
+fn is_unwelcome(error: &postgres::Error) -> bool {
     error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
 }
 

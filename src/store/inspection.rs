@@ -39,7 +39,7 @@ impl Connection {
     pub fn inspect(&mut self) -> Result<Inspection, StoreError> {
         let mut inspection = Inspection::default();
         self.client.batch_execute("SET statement_timeout = '10s'")?;
-        let revision = migrate::current(&mut self.client);
+        let revision = self.revisions(migrate::current);
         let at_head = matches!(revision, Ok(applied) if applied == REVISIONS.len());
         inspection.revision = Some(revision.map_err(|error| format!("{error:#}")));
         let row = self.client.query_one(

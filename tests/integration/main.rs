@@ -27,6 +27,7 @@ mod proxy;
 mod python;
 mod revisions;
 mod servers;
+mod settings;
 mod stopping;
 mod time_series;
 mod tls;

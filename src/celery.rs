@@ -9,9 +9,10 @@ use uuid::Uuid;
 use crate::job::{Priority, Submission};
 use crate::wire::{Outgoing, PIDBOX_EXCHANGE};
 
-/// How long a revoke is worth hearing. Celery itself says one second, which is short for clocks
-/// that differ.
-const REVOKE_LIFETIME: Duration = Duration::from_secs(60);
+/// How long a revoke is worth hearing. Celery itself says one second, which is short for clocks that
+/// differ. A late one harms nothing, since no task id comes twice, and none is late for long: a
+/// worker's queue of them keeps nothing for more than five minutes.
+const REVOKE_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Who sends tasks: this process, for its lifetime.
 #[derive(Debug, Clone)]
@@ -78,7 +79,7 @@ pub fn task(sender: &Sender, job_id: Uuid, task_id: Uuid, submission: &Submissio
 }
 
 /// Tells every worker that is up to end a task, or never to begin it. `clock` is the sender's
-/// Lamport clock, which only has to rise.
+/// Lamport clock, which only has to rise; `now` is its own host's time.
 pub fn revoke(task_id: &str, clock: i64, now: Timestamp) -> Outgoing {
     let expires = now.as_second() + REVOKE_LIFETIME.as_secs().cast_signed();
     let body = json!({
@@ -241,6 +242,17 @@ mod tests {
         assert!(serde_json::to_vec(&ours.headers).unwrap().len() < 1000);
     }
 
+    #[rstest]
+    #[case::no_difference(0)]
+    #[case::a_minute_ahead(60)]
+    #[case::hours_ahead(12 * 60 * 60)]
+    #[case::hours_behind(-12 * 60 * 60)]
+    fn a_revoke_is_heard_by_a_worker_whose_clock_differs(#[case] seconds: i64) {
+        let now = 1_000_000;
+        let ours = revoke("task", 1, Timestamp::from_second(now).unwrap());
+        assert!(ours.headers["expires"].as_i64().unwrap() > now + seconds);
+    }
+
     #[test]
     fn a_revoke_equals_the_recorded_one() {
         let recorded = &captures()["revoke"][0];
@@ -254,7 +266,7 @@ mod tests {
         assert_eq!(serde_json::from_slice::<Value>(&ours.body).unwrap(), body);
         assert_eq!(
             Value::Object(ours.headers),
-            json!({"clock": 7, "expires": 1060})
+            json!({"clock": 7, "expires": 87400})
         );
     }
 }

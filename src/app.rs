@@ -117,13 +117,20 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         })?;
         let mut aside = Vec::new();
         if let Some(server) = &server {
-            let (questions, asked) = bounded(http::MAX_WAITING);
-            named("http").spawn_scoped(scope, move || http::serve(server, service, &questions))?;
-            aside.push(named("page").spawn_scoped(scope, || {
-                // Moved here, for the endpoint is there as long as its questions are answered.
-                let asked = asked;
-                http::answer(server, service, &asked, &stopped);
-            })?);
+            let mut lane = |name| -> anyhow::Result<_> {
+                let (questions, asked) = bounded(http::MAX_WAITING);
+                let stopped = stopped.clone();
+                // The endpoint is there as long as its questions are answered, who have these ends.
+                let answer = move || http::answer(server, service, &asked, &stopped);
+                aside.push(named(name).spawn_scoped(scope, answer)?);
+                Ok(questions)
+            };
+            let lanes = http::Lanes {
+                pages: lane("page")?,
+                searches: lane("search")?,
+                metrics: lane("metrics")?,
+            };
+            named("http").spawn_scoped(scope, move || http::serve(server, service, &lanes))?;
         }
 
         let outcome = prepare_database(service, &stopped).and_then(|()| {

@@ -37,6 +37,32 @@ const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /m
 /// A request whose answer needs the database, and when it came.
 pub type Question = (Ticket, Route, Instant);
 
+/// Where requests wait for the database. Those of a lane are answered one after the other, and wait for
+/// none of another: a scrape is not to be late because people search.
+#[derive(Debug)]
+pub struct Lanes<T> {
+    pub pages: T,
+    /// Looking for a text goes through the whole history.
+    pub searches: T,
+    pub metrics: T,
+}
+
+impl<T> Lanes<T> {
+    fn of(&self, route: &Route) -> &T {
+        match route {
+            Route::Metrics => &self.metrics,
+            Route::Jobs(filter) | Route::Page(filter) if filter.text.is_some() => &self.searches,
+            Route::Live
+            | Route::Ready
+            | Route::Overview
+            | Route::Jobs(_)
+            | Route::Job(_)
+            | Route::Page(_)
+            | Route::JobPage(_) => &self.pages,
+        }
+    }
+}
+
 /// Listens at `address`.
 ///
 /// # Errors
@@ -49,19 +75,22 @@ pub fn listen(address: SocketAddr) -> anyhow::Result<Server> {
 }
 
 /// Answers until [`Server::stop`] is called, and hands over what takes its time.
-pub fn serve(server: &Server, service: &Service, questions: &Sender<Question>) {
+pub fn serve(server: &Server, service: &Service, lanes: &Lanes<Sender<Question>>) {
     let answer = |request: &Request, ticket| match route(request, service) {
         Ok(Route::Live) => Some(json_response(200, &json!({"live": true}))),
         Ok(Route::Ready) => {
             let (ready, body) = service.health.ready(Timestamp::now());
             Some(json_response(if ready { 200 } else { 503 }, &body))
         }
-        Ok(route) => match questions.try_send((ticket, route, Instant::now())) {
-            Ok(()) => None,
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                Some(Response::text(503, "Too many requests at once."))
+        Ok(route) => {
+            let lane = lanes.of(&route);
+            match lane.try_send((ticket, route, Instant::now())) {
+                Ok(()) => None,
+                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                    Some(Response::text(503, "Too many requests at once."))
+                }
             }
-        },
+        }
         Err(refusal) => Some(refusal),
     };
     if let Err(error) = server.serve(answer) {
@@ -69,7 +98,7 @@ pub fn serve(server: &Server, service: &Service, questions: &Sender<Question>) {
     }
 }
 
-/// Answers what [`serve`] hands over, until `stop` is disconnected.
+/// Answers what [`serve`] hands over in one lane, until `stop` is disconnected.
 pub fn answer(
     server: &Server,
     service: &Service,
@@ -207,10 +236,27 @@ fn respond(service: &Service, route: &Route) -> Response {
     {
         return without_database(service, route, &frame, why);
     }
-    with_database(service, route, &frame).unwrap_or_else(|error| {
-        let why = format!("{:#}", anyhow::Error::from(error));
-        without_database(service, route, &frame, &why)
-    })
+    match with_database(service, route, &frame) {
+        Ok(response) => response,
+        Err(StoreError::TooLong(_)) => in_vain(service, route, &frame),
+        Err(error) => {
+            let why = format!("{:#}", anyhow::Error::from(error));
+            without_database(service, route, &frame, &why)
+        }
+    }
+}
+
+/// The answer where Postgres would have taken longer than anybody waits.
+fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>) -> Response {
+    const WHY: &str = "This takes longer than Postgres is given for it. Ask for less: a single \
+                       workflow, a single state, or a job by its id.";
+    match route {
+        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::in_vain(frame, WHY)),
+        Route::Live | Route::Ready | Route::Overview | Route::Jobs(_) | Route::Job(_) => {
+            json_response(503, &json!({"error": WHY}))
+        }
+    }
 }
 
 fn with_database(

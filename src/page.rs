@@ -87,6 +87,18 @@ pub fn without_database(frame: &Frame<'_>, why: &str) -> String {
     )
 }
 
+/// What is shown instead of what would have taken too long, with what helps.
+pub fn in_vain(frame: &Frame<'_>, why: &str) -> String {
+    document(
+        frame,
+        "OMOTES jobs",
+        html! {
+            nav { a href="/" { "← all jobs" } }
+            p.alarm { (why) }
+        },
+    )
+}
+
 /// The page of a job that nobody knows, or not any more.
 pub fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
     document(

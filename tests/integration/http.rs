@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::TestRunner;
 
-use crate::deployment::{Deployment, PATIENCE};
+use crate::deployment::{Deployment, PATIENCE, eventually};
 use crate::peers::Client;
 
 const REQUEST: &[u8] = b"GET /health/ready?x=%41 HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\
@@ -89,4 +89,70 @@ fn garbage_slow_clients_and_many_connections_disturb_nothing() {
     assert!(service.readiness().unwrap().0);
     assert!(!service.log().contains("panic"));
     assert!(service.stop().success());
+}
+
+/// Searches go through all of the history, and whoever only wants numbers does not wait for them.
+#[test]
+fn metrics_and_pages_do_not_wait_for_searches() {
+    const SEARCHES: usize = 8;
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    deployment
+        .sql()
+        .batch_execute(
+            "INSERT INTO job_history (job_id, job_reference, finished_at, starts, outcome, result_bytes)
+             SELECT gen_random_uuid(), repeat('reference ', 10), now(), 0, 'FAILED', 0
+             FROM generate_series(1, 300000)",
+        )
+        .unwrap();
+    let address = service.http();
+    let ask = |path: &str| {
+        let mut stream = connect(address);
+        write!(stream, "GET {path} HTTP/1.1\r\n\r\n").unwrap();
+        stream
+    };
+    let searches: Vec<_> = (0..SEARCHES)
+        .map(|_| ask("/api/jobs?finished=true&text=nowhere"))
+        .collect();
+    let others = ["/metrics", "/api/jobs", "/health/ready"].map(ask);
+    for mut stream in others {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+    let answered = |stream: &TcpStream| {
+        stream.set_nonblocking(true).unwrap();
+        stream.peek(&mut [0]).is_ok()
+    };
+    let left = searches.iter().filter(|stream| !answered(stream)).count();
+    assert!(left > 0, "all searches were answered before");
+    eventually("a search is answered", || {
+        answered(&searches[0]).then_some(())
+    });
+}
+
+#[test]
+fn a_search_that_takes_too_long_says_so() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    // Only what is looked for goes to this row's text, which takes a minute to read.
+    deployment
+        .sql()
+        .batch_execute(
+            "CREATE FUNCTION slow() RETURNS varchar LANGUAGE sql VOLATILE
+                 AS 'SELECT pg_sleep(60)::text::varchar';
+             ALTER TABLE job_history RENAME TO kept;
+             CREATE VIEW job_history AS SELECT job_id, workflow_type, celery_id, registered_at,
+                 submitted_at, running_at, finished_at, starts, outcome, result_bytes,
+                 slow() AS job_reference FROM kept;
+             INSERT INTO kept (job_id, finished_at, starts, outcome, result_bytes)
+             VALUES (gen_random_uuid(), now(), 0, 'FAILED', 0)",
+        )
+        .unwrap();
+    let (status, answer) = service.get("/api/jobs?finished=true&text=nowhere").unwrap();
+    assert_eq!(status, 503, "{answer}");
+    assert!(answer.contains("Ask for less"), "{answer}");
+    let (status, answer) = service.get("/?finished=true&text=nowhere").unwrap();
+    assert_eq!(status, 503, "{answer}");
+    assert!(answer.contains("Ask for less"), "{answer}");
 }

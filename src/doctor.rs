@@ -15,12 +15,14 @@ use serde::Serialize;
 use crate::broker::inspection::{ExchangeKind, Standing};
 use crate::broker::{self, Link};
 use crate::config::{Config, RabbitMq};
+use crate::handler::MAX_BATCH_MESSAGES;
 use crate::influx::Influx;
 use crate::overview::{Depth, spoken};
 use crate::report::one_line;
 use crate::store::Store;
 use crate::store::inspection::Inspection;
 use crate::store::migrate::REVISIONS;
+use crate::store::rights;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
 };
@@ -172,6 +174,8 @@ fn postgres(config: &Config, findings: &mut Findings) -> Option<Inspection> {
         Ok(inspection) => {
             findings.ok(PART, format!("{at} answers"));
             judge_database(&inspection, before, after, findings);
+            judge_rights(&inspection, findings);
+            judge_settings(&inspection, config.handler_threads, findings);
             Some(inspection)
         }
     }
@@ -205,14 +209,6 @@ fn judge_database(
         ),
         None => {}
     }
-    if !inspection.missing_rights.is_empty() {
-        findings.add(
-            PART,
-            Severity::Error,
-            format!("the user lacks {}", inspection.missing_rights.join(", ")),
-            "Grant them, or make the user the owner of the tables and of their schema.",
-        );
-    }
     if let Some(clock) = inspection.clock {
         let skew = match (clock < before, clock > after) {
             (true, _) => before.duration_since(clock),
@@ -224,10 +220,87 @@ fn judge_database(
                 PART,
                 Severity::Warning,
                 format!("its clock and this machine's differ by {}", spoken(skew)),
-                "Keep both by NTP. All that is decided is decided by Postgres's clock; logs, the page and \
-                 what Celery expires are not.",
+                "Keep both by NTP. All that is decided is decided by Postgres's clock; logs and the page are \
+                 not.",
             );
         }
+    }
+}
+
+fn judge_rights(inspection: &Inspection, findings: &mut Findings) {
+    const PART: &str = "Postgres";
+    let head = matches!(inspection.revision, Some(Ok(applied)) if applied == REVISIONS.len());
+    let to_upgrade = match head {
+        // Needed by the next version that has a revision.
+        true => Severity::Note,
+        false => Severity::Error,
+    };
+    for (severity, lacks) in [
+        (Severity::Error, &inspection.lacks_to_work),
+        (to_upgrade, &inspection.lacks_to_upgrade),
+    ] {
+        if lacks.is_empty() {
+            continue;
+        }
+        let what: Vec<_> = lacks.iter().map(|lack| lack.what.as_str()).collect();
+        let found = format!("the user lacks {}", what.join("; "));
+        let statements = rights::statements(lacks);
+        findings.add(
+            PART,
+            severity,
+            one_line(&found),
+            &format!("As a superuser, in this database: {statements}"),
+        );
+    }
+}
+
+/// `handlers` is how many threads of a replica lock the jobs of a batch each.
+fn judge_settings(inspection: &Inspection, handlers: usize, findings: &mut Findings) {
+    const PART: &str = "Postgres";
+    if let Some(why) = &inspection.unwritable {
+        findings.add(
+            PART,
+            Severity::Error,
+            format!("it {why}"),
+            "Point POSTGRESQL_HOST to the primary, or reset the setting of the role, the database or the \
+             server. Messages wait, or go to other replicas, until it takes writes.",
+        );
+    }
+    let settings = &inspection.settings;
+    if settings.synchronous_commit == "off" {
+        findings.add(
+            PART,
+            Severity::Warning,
+            "synchronous_commit is off for this role, database or server",
+            "The service sets it to on for its own connections; a Python service would lose what it has \
+             acknowledged in a crash of Postgres. Reset it.",
+        );
+    }
+    for (name, is_on) in [
+        ("fsync", settings.fsync),
+        ("full_page_writes", settings.full_page_writes),
+    ] {
+        if !is_on {
+            findings.add(
+                PART,
+                Severity::Note,
+                format!("{name} is off"),
+                "After a crash of its machine the database may be damaged. Switch it on.",
+            );
+        }
+    }
+    let wanted = i64::try_from(handlers * MAX_BATCH_MESSAGES).unwrap_or(i64::MAX);
+    if let Some(locks) = settings.locks.filter(|locks| *locks < wanted) {
+        findings.add(
+            PART,
+            Severity::Warning,
+            format!(
+                "it has room for {locks} locks, and {handlers} handlers may want {wanted} at once, in \
+                 each replica"
+            ),
+            "Raise max_locks_per_transaction, or lower HANDLER_THREADS. Where there are too few, batches \
+             are divided, and others who use this server may be refused.",
+        );
     }
 }
 

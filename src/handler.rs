@@ -27,7 +27,7 @@ use crate::wire::{self, Inbox, Outgoing, Request};
 use crate::workflow::CurrentCatalogue;
 
 /// A batch ends at whichever comes first.
-const MAX_BATCH_MESSAGES: usize = 200;
+pub const MAX_BATCH_MESSAGES: usize = 200;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Waits between attempts while Postgres does not work.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -80,7 +80,18 @@ pub struct Watched {
     pub trouble: Mutex<Option<String>>,
 }
 
+/// A handler that waits for longer than this may well have messages of a while ago in hand.
+const HELD_UP: Duration = Duration::from_secs(2);
+
 impl Watched {
+    /// Whether its batch has been waiting for longer than usual.
+    pub fn is_held_up(&self) -> bool {
+        let mut waits = [&self.sdk, &self.celery, &self.task, &self.postgres].into_iter();
+        let waits_long = waits.any(|busy| busy.for_how_long().is_some_and(|wait| wait > HELD_UP));
+        let trouble = self.trouble.lock();
+        waits_long || trouble.unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     pub fn set_trouble(&self, trouble: Option<String>) {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
     }
@@ -463,13 +474,13 @@ impl<'s> Handler<'s> {
             fault_point::reached(command.reference());
             let decision = job::decide(*id, state, command, &context);
             for publication in decision.publications {
-                self.write_out(publication, now, &mut outbox);
+                self.write_out(publication, &mut outbox);
             }
             if !decision.announcements.is_empty() {
                 ending.insert(*id);
             }
             for announcement in decision.announcements {
-                self.write_out(announcement, now, told);
+                self.write_out(announcement, told);
             }
             if let Some(change) = decision.time_series {
                 note_series(*id, change, &mut series);
@@ -536,7 +547,7 @@ impl<'s> Handler<'s> {
         Ok(ending.into_iter().collect())
     }
 
-    fn write_out(&self, publication: Publication<'_>, now: Timestamp, outbox: &mut Outbox) {
+    fn write_out(&self, publication: Publication<'_>, outbox: &mut Outbox) {
         match publication {
             Publication::Task {
                 job_id,
@@ -551,7 +562,9 @@ impl<'s> Handler<'s> {
             }
             Publication::Revoke { task_id } => {
                 let clock = self.setting.revoke_clock.fetch_add(1, Ordering::Relaxed);
-                outbox.celery.push(celery::revoke(&task_id, clock, now));
+                // The workers' clocks are held against it, which Postgres's has nothing to do with.
+                let revoke = celery::revoke(&task_id, clock, Timestamp::now());
+                outbox.celery.push(revoke);
             }
             Publication::Status { job_id, status } => {
                 outbox.sdk.push(wire::status_update(job_id, status));

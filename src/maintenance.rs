@@ -1,11 +1,18 @@
 //! What is due because time has passed: timeouts, jobs past their retention, old history. It only
 //! finds the jobs; what becomes of them is decided where everything else is.
+//!
+//! What a worker or a client has said in time counts, although it is still on its way. That is so as
+//! long as four things hold. A timeout is enforced no sooner than [`GRACE`] after it has passed. This
+//! process has not stood still meanwhile, nor has another replica that may have messages in hand, and
+//! no handler is held up. And the queues of workers' events have been read to their end. Where one of
+//! them does not hold, nothing counts as overdue for a while: see [`Quiet`].
 
 use std::convert::Infallible;
 use std::sync::PoisonError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use jiff::{SignedDuration, Timestamp};
 use log::{debug, info, warn};
 use uuid::Uuid;
 
@@ -13,91 +20,375 @@ use crate::busy::Busy;
 use crate::handler::{self, Work};
 use crate::job::Command;
 use crate::session::Service;
-use crate::store::{StoreError, Task};
+use crate::store::{Connection, Overdue, StoreError, Task};
 
-/// How many jobs one round finds at most; the next round finds the others. A handler's queue of
+/// How many jobs are found or forgotten at once; after them come the next ones. A handler's queue of
 /// findings has room for as many.
 pub const MAX_FINDINGS: u16 = 1000;
+/// How often a replica looks at the clock, and shows the others that it is there.
+const BEAT: Duration = Duration::from_secs(1);
+/// A replica that is late by more has stood still: a stopped process, a paused machine.
+const STANDSTILL: Duration = Duration::from_secs(3);
+/// How long after a timeout it is enforced. Longer than [`STANDSTILL`], so that one that is too short
+/// to be noticed does no harm.
+const GRACE: Duration = Duration::from_secs(5);
+/// After a standstill of any replica, if the start buffer is not longer.
+const AFTER_STANDSTILL: Duration = Duration::from_secs(5);
+/// RabbitMQ has given a replica's messages to others when nothing was heard of it for so long: two
+/// heartbeats are at most 30 seconds.
+const GONE: Duration = Duration::from_secs(60);
 
-/// A round every [`Config::timeout_check_period`] among all replicas, until `stop` is disconnected.
-/// One that dies after it has claimed a round leaves it to the next.
-///
-/// What has been waiting while the service, RabbitMQ or Postgres was away is to be heard before
-/// anything counts as overdue: so the start buffer begins with each session, and again after
-/// Postgres was away.
-pub fn run(service: &Service, handlers: &[Sender<Work>], busy: &Busy, stop: &Receiver<Infallible>) {
-    let config = &service.config;
+/// Looks for what is due, each [`crate::config::Config::timeout_check_period`] among all replicas,
+/// until `stop` is disconnected. One that dies after it has claimed a round leaves it to the next.
+/// `behind` is whether anything that workers have said may still be waiting.
+pub fn run(
+    service: &Service,
+    handlers: &[Sender<Work>],
+    behind: impl Fn() -> bool,
+    busy: &Busy,
+    stop: &Receiver<Infallible>,
+) {
+    let buffer = service.config.timeout_start_buffer;
+    let mut maintenance = Maintenance {
+        service,
+        handlers,
+        behind,
+        stop,
+        connection: None,
+        database_time: None,
+        quiet: Quiet::new(Instant::now(), buffer),
+        limits: Chore::default(),
+        history: Chore::default(),
+    };
+    let period = service.config.timeout_check_period;
+    let mut next_round = Instant::now() + period;
     let mut failing = false;
-    let mut quiet_since = Instant::now();
+    let mut last_beat = Instant::now();
+    let mut pause = BEAT.min(period);
     loop {
-        match stop.recv_timeout(config.timeout_check_period) {
+        match stop.recv_timeout(pause) {
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Disconnected) => break,
             Ok(never) => match never {},
         }
-        let limits_too = quiet_since.elapsed() >= config.timeout_start_buffer;
+        let now = Instant::now();
+        let beat = Beat {
+            asked: pause,
+            took: now - last_beat,
+        };
+        last_beat = now;
+        let is_round = now >= next_round;
+        if is_round {
+            next_round = now + period;
+        }
         busy.touch();
-        let found = round(service, limits_too);
+        let done = maintenance.beat(&beat, is_round);
         busy.idle();
-        if found.is_err() {
-            quiet_since = Instant::now();
-        }
-        match found {
-            Ok(findings) => {
-                failing = false;
-                for (job_id, command) in findings {
-                    let handler = handler::index(job_id, handlers.len());
-                    // One that is held up has the last round's findings still to do.
-                    if handlers[handler]
-                        .try_send(Work::Finding { job_id, command })
-                        .is_err()
-                    {
-                        debug!("job {job_id}: its handler is busy, left for the next round");
-                    }
-                }
-            }
-            Err(error) if failing => debug!("maintenance still fails: {error}"),
+        pause = match done {
+            // There is more to forget, which leaves as much time for others.
+            Ok(()) if maintenance.history.is_going_on() => now.elapsed().min(BEAT),
+            Ok(()) => BEAT.min(period),
+            // It is a matter of seconds or of hours; a missing connection has taken long enough.
+            Err(_) => period,
+        };
+        match done {
+            Ok(()) => failing = false,
             Err(error) => {
+                maintenance.connection = None;
+                maintenance.database_time = None;
+                maintenance.quiet.begin(Instant::now(), buffer);
+                if failing {
+                    debug!("maintenance still fails: {error:#}");
+                } else {
+                    warn!("maintenance fails, and is tried again: {error:#}");
+                }
                 failing = true;
-                warn!("maintenance fails, and is tried again: {error}");
             }
         }
+    }
+    if let Some(connection) = maintenance.connection {
+        // With it goes the sign that this replica is there.
+        connection.discard();
     }
 }
 
-/// What is due now.
-fn round(service: &Service, limits_too: bool) -> Result<Vec<(Uuid, Command)>, StoreError> {
-    let config = &service.config;
-    let mut connection = service.store.connection()?;
-    let limit = i64::from(MAX_FINDINGS);
-    let mut findings = Vec::new();
-    if limits_too && connection.claim(Task::Limits, config.timeout_check_period)? {
-        let timed_out = connection.timed_out(limit)?;
-        findings.extend(timed_out.into_iter().map(|id| (id, Command::TimeOut)));
-        // Never without the timeouts before them: a job that is past both has one outcome, also
-        // when it is looked at again after a crash.
-        let expired = connection.expired(config.job_retention, limit)?;
-        let untold = connection.untold(config.outcome_lost, limit)?;
-        let given_up = expired.into_iter().chain(untold);
-        findings.extend(given_up.map(|id| (id, Command::Expire)));
+/// The time from one beat to the next.
+struct Beat {
+    asked: Duration,
+    took: Duration,
+}
+
+struct Maintenance<'s, B> {
+    service: &'s Service,
+    handlers: &'s [Sender<Work>],
+    behind: B,
+    stop: &'s Receiver<Infallible>,
+    /// The others see by it that this replica is there.
+    connection: Option<Connection>,
+    /// As of the last beat.
+    database_time: Option<Timestamp>,
+    quiet: Quiet,
+    limits: Chore,
+    history: Chore,
+}
+
+impl<B: Fn() -> bool> Maintenance<'_, B> {
+    /// What there is to do now. Each round begins everything anew.
+    fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => {
+                let mut connection = self.service.store.connection()?;
+                connection.show_presence()?;
+                connection
+            }
+        };
+        self.notice_standstills(&mut connection, beat)?;
+        let mut findings = Vec::new();
+        if is_round {
+            self.limits = Chore::Due;
+            self.history = Chore::Due;
+            findings = self.notices(&mut connection)?;
+        }
+        self.hand_over(findings);
+        self.look_for_overdue(&mut connection)?;
+        self.forget(&mut connection)?;
+        self.connection = Some(connection);
+        Ok(())
     }
-    if config.no_worker_notice {
-        let queues = service.queues.lock();
+
+    /// Begins the quiet time again where this replica, or another one, has not been running.
+    fn notice_standstills(
+        &mut self,
+        connection: &mut Connection,
+        beat: &Beat,
+    ) -> Result<(), StoreError> {
+        let around = connection.look_around(STANDSTILL, GONE)?;
+        // This machine's clock stands still with a machine that is paused.
+        let of_database = self.database_time.map_or(Duration::ZERO, |before| {
+            let time = around.now.duration_since(before);
+            Duration::try_from(time.max(SignedDuration::ZERO)).unwrap_or_default()
+        });
+        self.database_time = Some(around.now);
+        let own = beat.took.max(of_database).saturating_sub(beat.asked);
+        let buffer = self.service.config.timeout_start_buffer;
+        let least = buffer.max(AFTER_STANDSTILL);
+        if own > STANDSTILL {
+            warn!("stood still for {own:.0?}: what has come meanwhile goes before any timeout");
+            self.quiet.begin(Instant::now(), least);
+        }
+        if around.silent_replicas > 0 {
+            debug!("{} replicas stand still", around.silent_replicas);
+            self.quiet.begin(Instant::now(), least);
+        }
+        Ok(())
+    }
+
+    /// Jobs whose clients are to be told that there is no worker for them.
+    fn notices(&self, connection: &mut Connection) -> Result<Vec<(Uuid, Command)>, StoreError> {
+        if !self.service.config.no_worker_notice {
+            return Ok(Vec::new());
+        }
+        let mut findings = Vec::new();
+        let queues = self.service.queues.lock();
         let queues = queues.unwrap_or_else(PoisonError::into_inner).clone();
         for workflow in queues
             .iter()
             .flat_map(|queues| queues.without_worker.keys())
         {
-            let waiting = connection.waiting_without_notice(workflow, limit)?;
+            let waiting = connection.waiting_without_notice(workflow, MAX_FINDINGS.into())?;
             findings.extend(waiting.into_iter().map(|id| (id, Command::NoWorker)));
         }
+        Ok(findings)
     }
-    if connection.claim(Task::History, config.timeout_check_period)? {
-        let forgotten = connection.forget(config.history_retention, limit)?;
+
+    /// Gives the findings to their handlers, until one has as many as it takes: that one gets none of
+    /// the others either, lest a later finding of a job overtakes the one before. Returns whether
+    /// all were taken.
+    fn hand_over(&self, findings: impl IntoIterator<Item = (Uuid, Command)>) -> bool {
+        let mut full = vec![false; self.handlers.len()];
+        for (job_id, command) in findings {
+            let handler = handler::index(job_id, self.handlers.len());
+            full[handler] = full[handler]
+                || self.handlers[handler]
+                    .try_send(Work::Finding { job_id, command })
+                    .is_err();
+        }
+        !full.contains(&true)
+    }
+
+    /// Finds what is overdue if nothing speaks against it. What the handlers have no room for is found
+    /// again at the next beat.
+    fn look_for_overdue(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
+        let config = &self.service.config;
+        if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), &self.behind) {
+            return Ok(());
+        }
+        let period = config.timeout_check_period;
+        if !self.limits.go_on(connection, Task::Limits, period)? {
+            return Ok(());
+        }
+        // Never the others without the timeouts before them: a job that is past both has one outcome,
+        // also when it is looked at again after a crash.
+        for (overdue, command) in [
+            (Overdue::Timeout { grace: GRACE }, Command::TimeOut),
+            (Overdue::Retention(config.job_retention), Command::Expire),
+            (Overdue::Telling(config.outcome_lost), Command::Expire),
+        ] {
+            let mut last = None;
+            loop {
+                let asked = Instant::now();
+                let page = connection.overdue(overdue, last, MAX_FINDINGS.into())?;
+                if asked.elapsed() > STANDSTILL {
+                    // It is not known when that was so.
+                    return Ok(());
+                }
+                let Some(end) = page.last().copied() else {
+                    break;
+                };
+                last = Some(end);
+                let findings = page.into_iter().map(|id| (id, command.clone()));
+                if !self.hand_over(findings) || self.is_stopping() {
+                    return Ok(());
+                }
+            }
+        }
+        self.limits = Chore::Done;
+        Ok(())
+    }
+
+    /// Deletes some of the history that is too old.
+    fn forget(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
+        let config = &self.service.config;
+        let period = config.timeout_check_period;
+        if self.history == Chore::Done || !self.history.go_on(connection, Task::History, period)? {
+            return Ok(());
+        }
+        let retention = config.history_retention;
+        let forgotten = connection.forget(retention, MAX_FINDINGS.into())?;
         if forgotten > 0 {
-            let retention = config.history_retention;
             info!("forgot {forgotten} jobs that ended longer than {retention:?} ago");
         }
+        if forgotten < MAX_FINDINGS.into() {
+            self.history = Chore::Done;
+        }
+        Ok(())
     }
-    Ok(findings)
+
+    fn is_stopping(&self) -> bool {
+        matches!(
+            self.stop.try_recv(),
+            Err(crossbeam_channel::TryRecvError::Disconnected)
+        )
+    }
+}
+
+/// How far something is that one replica does for all of them each period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Chore {
+    #[default]
+    Done,
+    Due,
+    /// This replica's, since it has claimed it.
+    Claimed(Instant),
+}
+
+impl Chore {
+    /// Whether it is this replica's to do; if not, it is done.
+    fn go_on(
+        &mut self,
+        connection: &mut Connection,
+        task: Task,
+        period: Duration,
+    ) -> Result<bool, StoreError> {
+        *self = match *self {
+            // By now another one may have begun anew.
+            Chore::Claimed(since) if since.elapsed() < period.mul_f64(0.9) => return Ok(true),
+            Chore::Due | Chore::Claimed(_) if connection.claim(task, period)? => {
+                Chore::Claimed(Instant::now())
+            }
+            Chore::Done | Chore::Due | Chore::Claimed(_) => Chore::Done,
+        };
+        Ok(*self != Chore::Done)
+    }
+
+    fn is_going_on(self) -> bool {
+        matches!(self, Chore::Claimed(_))
+    }
+}
+
+/// The time in which nothing counts as overdue: while what has been waiting for this replica, for
+/// another one, for RabbitMQ or for Postgres is still to be heard. It lasts for a given time at least,
+/// and until the queues have been read to their end at two looks on end: what the last one found in
+/// nobody's hands any more has been handled by the next.
+#[derive(Debug)]
+struct Quiet {
+    since: Instant,
+    least: Duration,
+    read_up: bool,
+}
+
+impl Quiet {
+    fn new(now: Instant, least: Duration) -> Quiet {
+        Quiet {
+            since: now,
+            least,
+            read_up: false,
+        }
+    }
+
+    /// Begins again; one that would last for longer goes on.
+    fn begin(&mut self, now: Instant, least: Duration) {
+        let left = self.least.saturating_sub(now - self.since);
+        *self = Quiet::new(now, least.max(left));
+    }
+
+    fn is_over(&mut self, now: Instant, behind: impl FnOnce() -> bool) -> bool {
+        if now - self.since < self.least {
+            return false;
+        }
+        let before = self.read_up;
+        self.read_up = !behind();
+        before && self.read_up
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quiet_lasts_for_its_time_and_until_the_queues_are_read() {
+        let start = Instant::now();
+        let mut quiet = Quiet::new(start, Duration::from_secs(10));
+        for (second, behind, over) in [
+            (9, false, false),
+            (10, false, false),
+            (11, true, false),
+            (12, false, false),
+            (13, false, true),
+            (14, false, true),
+            (15, true, false),
+            (16, false, false),
+            (17, false, true),
+        ] {
+            let now = start + Duration::from_secs(second);
+            assert_eq!(quiet.is_over(now, || behind), over, "after {second} s");
+        }
+    }
+
+    #[test]
+    fn quiet_begins_again_and_never_becomes_shorter() {
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
+        let mut quiet = Quiet::new(start, Duration::from_secs(60));
+        quiet.begin(at(10), Duration::from_secs(5));
+        for (second, over) in [(15, false), (59, false), (60, false), (61, true)] {
+            assert_eq!(quiet.is_over(at(second), || false), over, "{second} s");
+        }
+        quiet.begin(at(100), Duration::from_secs(5));
+        for (second, over) in [(104, false), (105, false), (106, true)] {
+            assert_eq!(quiet.is_over(at(second), || false), over, "{second} s");
+        }
+    }
 }

@@ -336,8 +336,10 @@ fn work(
         threads += 1;
         let announcer = finding_inputs[0].clone();
         let (stopped, own_busy) = (session_stopped.clone(), &maintenance_busy);
+        let handlers = watched.as_slice();
         spawn(scope, "maintenance".to_owned(), &report, move || {
-            maintenance::run(service, &finding_inputs, own_busy, &stopped);
+            let behind = || are_behind(handlers, links, intake, config);
+            maintenance::run(service, &finding_inputs, behind, own_busy, &stopped);
             Ok(())
         })?;
         threads += 1;
@@ -365,6 +367,20 @@ fn work(
         };
         watch.run(stop, &reports)
     })
+}
+
+/// Whether something that workers have said may be waiting: in RabbitMQ, or in the hands of a handler
+/// that is held up.
+fn are_behind(handlers: &[Watched], links: &Links, intake: &Intake, config: &Config) -> bool {
+    let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
+    if handlers.iter().any(Watched::is_held_up) || intake.is_full() {
+        return true;
+    }
+    match links.task_in.depths(&[results, progress]) {
+        Ok(depths) => depths.iter().flatten().any(|depth| depth.messages > 0),
+        // Then the session is at its end.
+        Err(_) => true,
+    }
 }
 
 /// Starts a thread whose end, also by a panic, is reported.

@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use anyhow::anyhow;
 use jiff::Timestamp;
@@ -20,9 +19,13 @@ use crate::config;
 use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Start, State};
 use crate::time_series::Guard;
 
+pub use self::upkeep::{Overdue, Task};
+
 mod connect;
 pub mod inspection;
 pub mod migrate;
+pub mod rights;
+mod upkeep;
 pub mod views;
 
 /// What went wrong with the database, by what can be done about it.
@@ -142,29 +145,8 @@ impl Store {
     }
 }
 
-/// The status page, the metrics, and the look at RabbitMQ's queues.
-const VIEWERS: u32 = 3;
-
-/// What one replica does for all of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Task {
-    /// Finding jobs that are past their timeout or their retention.
-    Limits,
-    /// Forgetting what is past its retention.
-    History,
-    TimeSeries,
-}
-
-impl Task {
-    /// As the database has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Task::Limits => "limits",
-            Task::History => "history",
-            Task::TimeSeries => "time series",
-        }
-    }
-}
+/// The status page, its searches, the metrics, and the look at RabbitMQ's queues.
+const VIEWERS: u32 = 4;
 
 /// One connection with the statements prepared on it so far.
 pub struct Connection {
@@ -192,87 +174,6 @@ impl Connection {
         // A transaction with a number of its own is written to the log, and waits for it.
         self.client.execute("SELECT txid_current()", &[])?;
         Ok(())
-    }
-
-    /// Whether it is for this replica to do what one of them does every `period`: true for the first
-    /// one to ask, and then for none until the period is over, give or take a tenth.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn claim(&mut self, task: Task, period: Duration) -> Result<bool, StoreError> {
-        let rows = self.client.execute(
-            "INSERT INTO maintenance_run (task, last_run) VALUES ($1, now())
-             ON CONFLICT (task) DO UPDATE SET last_run = excluded.last_run
-             WHERE maintenance_run.last_run <= excluded.last_run - $2 * interval '1 second'",
-            &[&task.name(), &(period.as_secs_f64() * 0.9)],
-        )?;
-        Ok(rows > 0)
-    }
-
-    /// Running jobs whose timeout has passed, at most `limit`.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn timed_out(&mut self, limit: i64) -> Result<Vec<Uuid>, StoreError> {
-        let rows = self.client.query(
-            "SELECT job_id FROM job
-             WHERE status = 'RUNNING' AND timeout_after_ms > 0
-               AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
-             LIMIT $1",
-            &[&limit],
-        )?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// Jobs that have been in their state for longer than `retention`, at most `limit`.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn expired(&mut self, retention: Duration, limit: i64) -> Result<Vec<Uuid>, StoreError> {
-        let rows = self.client.query(
-            "SELECT job_id FROM job
-             WHERE CASE status WHEN 'REGISTERED' THEN registered_at
-                               WHEN 'SUBMITTED' THEN coalesce(submitted_at, registered_at)
-                               WHEN 'RUNNING' THEN coalesce(running_at, registered_at)
-                   END <= now() - $1 * interval '1 second'
-             LIMIT $2",
-            &[&retention.as_secs_f64(), &limit],
-        )?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// Jobs that ended longer than `telling` ago without their clients being told, at most `limit`;
-    /// but for those that [`Connection::timed_out`] and [`Connection::expired`] find again.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn untold(&mut self, telling: Duration, limit: i64) -> Result<Vec<Uuid>, StoreError> {
-        let rows = self.client.query(
-            "SELECT job_id FROM job JOIN job_history USING (job_id)
-             WHERE finished_at <= now() - $1 * interval '1 second'
-               AND outcome NOT IN ('TIMED_OUT', 'EXPIRED')
-             LIMIT $2",
-            &[&telling.as_secs_f64(), &limit],
-        )?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// Deletes what is known of jobs that ended longer than `retention` ago, at most `limit`, and
-    /// returns of how many.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn forget(&mut self, retention: Duration, limit: i64) -> Result<u64, StoreError> {
-        Ok(self.client.execute(
-            "DELETE FROM job_history
-             WHERE job_id IN (
-                 SELECT job_id FROM job_history
-                 WHERE finished_at <= now() - $1 * interval '1 second'
-                   AND NOT EXISTS (SELECT FROM job WHERE job.job_id = job_history.job_id)
-                 LIMIT $2
-             )",
-            &[&retention.as_secs_f64(), &limit],
-        )?)
     }
 
     /// What is known of time series.

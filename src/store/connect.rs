@@ -147,7 +147,20 @@ impl Session {
         Ok((transaction, &mut self.failed))
     }
 
-    /// Lends the plain client, whatever goes wrong with it.
+    /// Keeps it from being used again.
+    pub(super) fn give_up(&mut self) {
+        self.failed = true;
+    }
+
+    /// Lends the plain client for a question.
+    pub(super) fn query_with<T>(
+        &mut self,
+        ask: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
+    ) -> Result<T, postgres::Error> {
+        noted(&mut self.failed, ask(&mut self.client))
+    }
+
+    /// The same for anything that may go wrong with it.
     pub(super) fn work<T>(
         &mut self,
         work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
@@ -161,22 +174,30 @@ impl Session {
 /// That this server, and this session with it, take writes. One that does not is of no use to a
 /// replica, which would keep messages from those whose server does.
 fn takes_writes(config: &config::Postgres, client: &mut Client) -> anyhow::Result<()> {
+    match unwritable(client)? {
+        None => Ok(()),
+        Some(why) => bail!("{config} {why}"),
+    }
+}
+
+/// Why this server, or this session with it, takes no writes, if it takes none.
+pub(super) fn unwritable(client: &mut Client) -> Result<Option<String>, postgres::Error> {
     let row = client.query_one(
         "SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',
                 (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only')",
         &[],
     )?;
-    if row.try_get(0)? {
-        bail!("{config} is a standby and takes no writes: POSTGRESQL_HOST has to be the primary");
-    }
-    if row.try_get(1)? {
-        let source: &str = row.try_get(2)?;
-        bail!(
-            "{config} is read-only: default_transaction_read_only is on, which somebody has set \
-             (source: {source})"
-        );
-    }
-    Ok(())
+    let source: &str = row.try_get(2)?;
+    Ok(match (row.try_get(0)?, row.try_get(1)?) {
+        (true, _) => Some(
+            "is a standby and takes no writes: POSTGRESQL_HOST has to be the primary".to_owned(),
+        ),
+        (false, true) => Some(format!(
+            "is read-only: default_transaction_read_only is on, which somebody has set (source: \
+             {source})"
+        )),
+        (false, false) => None,
+    })
 }
 
 /// Undoes what a role or a database may be set to that the service cannot live with, beside what

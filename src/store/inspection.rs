@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
+use super::connect::unwritable;
 use super::migrate::{self, REVISIONS};
+use super::rights::{self, Lack};
 use super::{Connection, StoreError};
 
 /// What is known of a database.
@@ -12,9 +14,13 @@ use super::{Connection, StoreError};
 pub struct Inspection {
     /// How many revisions it has, or why that is not known.
     pub revision: Option<Result<usize, String>>,
-    /// Rights that this user lacks, each with what for.
-    pub missing_rights: Vec<String>,
+    /// Why it takes no writes, if it takes none.
+    pub unwritable: Option<String>,
+    /// What keeps this user from working with the tables, and what from upgrading them.
+    pub lacks_to_work: Vec<Lack>,
+    pub lacks_to_upgrade: Vec<Lack>,
     pub clock: Option<Timestamp>,
+    pub settings: Settings,
     /// Jobs that wait, and others, by workflow.
     pub waiting: BTreeMap<String, i64>,
     /// The longest timeout of a job that has not ended, in milliseconds.
@@ -24,14 +30,16 @@ pub struct Inspection {
     pub largest_result: Option<i64>,
 }
 
-/// Tables and what is done to them.
-const TABLES: [&str; 5] = [
-    "job",
-    "job_starts",
-    "job_history",
-    "esdl_time_series_info",
-    "maintenance_run",
-];
+/// How the server is set, or this role or database, where that may matter.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Settings {
+    /// What commits would wait for if the service did not ask for more.
+    pub synchronous_commit: String,
+    pub fsync: bool,
+    pub full_page_writes: bool,
+    /// How many locks all sessions together can have.
+    pub locks: Option<i64>,
+}
 
 impl Connection {
     /// # Errors
@@ -42,33 +50,18 @@ impl Connection {
         let revision = self.revisions(migrate::current);
         let at_head = matches!(revision, Ok(applied) if applied == REVISIONS.len());
         inspection.revision = Some(revision.map_err(|error| format!("{error:#}")));
-        let row = self.client.query_one(
-            "SELECT clock_timestamp() AS clock,
-                    coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS create",
-            &[],
-        )?;
+        let row = self
+            .client
+            .query_one("SELECT clock_timestamp() AS clock", &[])?;
         inspection.clock = Some(row.get("clock"));
-        if !row.get::<_, bool>("create") {
-            let missing = "CREATE on the schema, for revisions of the tables";
-            inspection.missing_rights.push(missing.to_owned());
-        }
-        let rows = self.client.query(
-            "SELECT name, privilege
-             FROM unnest($1::text[]) AS name,
-                  unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege
-             WHERE to_regclass(name) IS NOT NULL AND NOT has_table_privilege(name, privilege)",
-            &[&TABLES.as_slice()],
-        )?;
-        for row in rows {
-            let (table, privilege): (&str, &str) = (row.get(0), row.get(1));
-            inspection
-                .missing_rights
-                .push(format!("{privilege} on {table}"));
-        }
+        inspection.settings = self.settings()?;
+        inspection.unwritable = self.client.query_with(unwritable)?;
+        inspection.lacks_to_work = self.client.query_with(rights::to_work)?;
+        inspection.lacks_to_upgrade = self.client.query_with(rights::to_upgrade)?;
         let readable = !inspection
-            .missing_rights
+            .lacks_to_work
             .iter()
-            .any(|right| right.starts_with("SELECT"));
+            .any(|lack| lack.what.starts_with("SELECT"));
         if at_head && readable {
             let rows = self.client.query(
                 "SELECT workflow_type, count(*) FILTER (WHERE status <> 'RUNNING') FROM job
@@ -88,5 +81,23 @@ impl Connection {
             inspection.largest_result = row.get(2);
         }
         Ok(inspection)
+    }
+
+    fn settings(&mut self) -> Result<Settings, StoreError> {
+        let row = self.client.query_one(
+            "SELECT (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'),
+                    current_setting('fsync')::boolean,
+                    current_setting('full_page_writes')::boolean,
+                    current_setting('max_locks_per_transaction')::bigint
+                    * (current_setting('max_connections')::bigint
+                       + current_setting('max_prepared_transactions')::bigint)",
+            &[],
+        )?;
+        Ok(Settings {
+            synchronous_commit: row.get(0),
+            fsync: row.get(1),
+            full_page_writes: row.get(2),
+            locks: row.get(3),
+        })
     }
 }

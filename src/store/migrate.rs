@@ -7,6 +7,8 @@
 use anyhow::{Context, bail, ensure};
 use postgres::{Client, Transaction};
 
+use super::rights;
+
 /// One step of the schema: a folder of `migrations/`.
 #[derive(Debug)]
 pub struct Revision {
@@ -54,8 +56,8 @@ impl Ledger {
 /// that were applied. All of them or none are.
 ///
 /// # Errors
-/// The target is unknown or behind the database, or the database is not in a state of this chain;
-/// the text says what to do.
+/// The target is unknown or behind the database, the database is not in a state of this chain, or the
+/// user lacks rights that this or the service's work needs; the text says what to do.
 pub fn upgrade(client: &mut Client, target: Option<&str>) -> anyhow::Result<&'static [Revision]> {
     let end = match target {
         Some(id) => position(id)? + 1,
@@ -69,14 +71,26 @@ pub fn upgrade(client: &mut Client, target: Option<&str>) -> anyhow::Result<&'st
         name(applied),
         name(end)
     );
+    if applied < end {
+        let lacks = rights::to_upgrade(&mut transaction)?;
+        rights::ensure_none(&user(&mut transaction)?, &lacks)
+            .with_context(|| format!("the tables cannot be upgraded to {}", name(end)))?;
+    }
     for (position, revision) in REVISIONS.iter().enumerate().take(end).skip(applied) {
         transaction
             .batch_execute(revision.up)
             .with_context(|| format!("revision {}_{}", revision.id, revision.slug))?;
         record(&mut transaction, position + 1)?;
     }
+    let lacks = rights::to_work(&mut transaction)?;
+    rights::ensure_none(&user(&mut transaction)?, &lacks)?;
     transaction.commit()?;
     Ok(&REVISIONS[applied..end])
+}
+
+fn user(transaction: &mut Transaction<'_>) -> Result<String, postgres::Error> {
+    let row = transaction.query_one("SELECT quote_ident(current_user)", &[])?;
+    Ok(row.get(0))
 }
 
 /// Undoes all revisions after `target`, or all of them for `base`, and returns those that were
@@ -97,6 +111,10 @@ pub fn downgrade(client: &mut Client, target: &str) -> anyhow::Result<&'static [
         name(applied),
         name(end)
     );
+    if applied > end {
+        let lacks = rights::to_upgrade(&mut transaction)?;
+        rights::ensure_none(&user(&mut transaction)?, &lacks)?;
+    }
     for (position, revision) in REVISIONS.iter().enumerate().take(applied).skip(end).rev() {
         transaction
             .batch_execute(revision.down)
@@ -195,6 +213,14 @@ fn recorded(transaction: &mut Transaction<'_>, ledger: Ledger) -> anyhow::Result
         .get(0);
     if !exists {
         return Ok(None);
+    }
+    let readable: bool = transaction
+        .query_one("SELECT has_table_privilege($1::text, 'SELECT')", &[&table])?
+        .get(0);
+    if !readable {
+        // Then in all likelihood not the only table of which that is so.
+        let lacks = rights::to_work(transaction)?;
+        rights::ensure_none(&user(transaction)?, &lacks)?;
     }
     let rows = transaction.query(&format!("SELECT version_num FROM {table}"), &[])?;
     ensure!(

@@ -189,6 +189,57 @@ fn an_outcome_that_the_broker_has_forgotten_ends_with_an_error() {
     assert_eq!(deployment.count(lost), 1);
 }
 
+/// It stands still between telling the client and noting that it has.
+#[rstest]
+#[case::alone(1)]
+#[case::beside_another_that_goes_on(2)]
+fn a_result_that_was_told_is_not_lost_by_a_standstill(#[case] replicas: usize) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let task = running_job(&client, &worker, None);
+    assert!(service.stop().success());
+    let soon = [
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("OUTCOME_LOST_SEC", "6"),
+    ];
+    let others: Vec<_> = (1..replicas)
+        .map(|_| deployment.start_with(&soon))
+        .collect();
+    // Whichever gets the result, it is the one that stands still.
+    let held = Held::at("after telling", &deployment, &soon);
+    for other in &others {
+        other.signal("-STOP");
+    }
+    worker.succeed(&task, OUTPUT);
+    held.reached();
+    held.service.signal("-STOP");
+    for other in &others {
+        other.signal("-CONT");
+    }
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    let past = "SELECT count(*) FROM job_history WHERE finished_at < now() - interval '15 seconds'";
+    deployment.comes_to(1, past);
+    if others.is_empty() {
+        held.service.signal("-CONT");
+        let _service = held.go_on();
+        deployment.no_jobs_left();
+    } else {
+        // RabbitMQ gives the result to the other one, which tells it once more.
+        assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+        deployment.no_jobs_left();
+        held.service.signal("-CONT");
+        held.go_on().wait_until_ready();
+    }
+    client.heard_nothing_more(task.job);
+    deployment.comes_to(
+        1,
+        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
+    );
+}
+
 #[rstest]
 #[case("before publish", 1)]
 #[case("after commit", 1)]

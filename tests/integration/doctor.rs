@@ -300,3 +300,38 @@ fn rights_and_limits_of_the_broker_are_told() {
     one(&findings(&deployment, &arguments, &[]), short, "");
     drop(tasks);
 }
+
+#[test]
+fn what_postgres_is_set_to_is_told() {
+    let deployment = Deployment::with_own(&[Server::RabbitMq, Server::Postgres], |deployment| {
+        let conf = deployment.extra_folder(Server::Postgres).join("conf");
+        fs::write(conf, "max_locks_per_transaction = 10\nfsync = off\n").unwrap();
+    });
+    let found = |handlers: &str| findings(&deployment, &[], &[("HANDLER_THREADS", handlers)]);
+    assert_eq!(found("15"), Vec::<String>::new());
+    let few = "warning Postgres: it has room for 3000 locks, and 16 handlers may want 3200";
+    one(&found("16"), few, "");
+    let mut sql = deployment.sql();
+    for (set, reset, beginning) in [
+        (
+            "ALTER ROLE omotes SET synchronous_commit = off",
+            "ALTER ROLE omotes RESET ALL",
+            "warning Postgres: synchronous_commit is off",
+        ),
+        (
+            "ALTER DATABASE omotes SET default_transaction_read_only = on",
+            "ALTER DATABASE omotes RESET ALL",
+            "error Postgres: it is read-only: default_transaction_read_only is on",
+        ),
+    ] {
+        sql.batch_execute(set).unwrap();
+        one(&found("4"), beginning, "");
+        sql.batch_execute(reset).unwrap();
+    }
+    let output = deployment.command(&["doctor"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("note    Postgres        fsync is off"),
+        "{text}"
+    );
+}

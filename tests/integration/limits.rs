@@ -1,6 +1,7 @@
 //! What ends because time has passed: timeouts, retention, history.
 
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use rstest::rstest;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, Service, eventually};
@@ -155,6 +156,146 @@ fn replicas_take_turns_at_what_is_due() {
                         SELECT at - lag(at) OVER (PARTITION BY task ORDER BY at) AS pause FROM runs
                     ) AS pauses WHERE pause < interval '0.9 seconds'";
     assert_eq!(deployment.count(too_soon), 0);
+}
+
+/// Notes each time that a replica begins with something.
+fn count_runs(deployment: &Deployment) {
+    deployment
+        .sql()
+        .batch_execute(
+            "CREATE TABLE runs (task varchar);
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN INSERT INTO runs VALUES (new.task); RETURN new; END $$;
+             CREATE TRIGGER note AFTER INSERT OR UPDATE ON maintenance_run
+             FOR EACH ROW EXECUTE FUNCTION note()",
+        )
+        .unwrap();
+}
+
+/// More than a round finds at once, and more than a handler's queue has room for: what is left waits
+/// for no other round.
+#[test]
+fn thousands_of_overdue_jobs_are_ended_in_few_rounds() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    count_runs(&deployment);
+    deployment
+        .sql()
+        .batch_execute(
+            "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at, submitted_at,
+                              running_at, timeout_after_ms, job_reference)
+             SELECT gen_random_uuid(), 'task', 'workflow_1', 'RUNNING', now(), now(),
+                    now() - interval '1 hour', 1000, ''
+             FROM generate_series(1, 8000)",
+        )
+        .unwrap();
+    let seldom = ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "10");
+    let one = ("HANDLER_THREADS", "1");
+    let _service = start(&deployment, &[seldom, one]);
+    outcomes(&deployment, "TIMED_OUT", 8000);
+    let rounds = deployment.count("SELECT count(*) FROM runs WHERE task = 'limits'");
+    assert!(rounds < 8, "{rounds} rounds");
+}
+
+#[test]
+fn a_long_history_is_forgotten_in_few_rounds() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    count_runs(&deployment);
+    deployment
+        .sql()
+        .batch_execute(
+            "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+             SELECT gen_random_uuid(), now() - interval '1 year', 0, 'FAILED', 0
+             FROM generate_series(1, 20000)",
+        )
+        .unwrap();
+    let seldom = ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "5");
+    let service = start(&deployment, &[seldom]);
+    outcomes(&deployment, "FAILED", 0);
+    let rounds = deployment.count("SELECT count(*) FROM runs WHERE task = 'history'");
+    assert!(rounds < 20, "{rounds} rounds");
+    assert!(service.stop().success());
+}
+
+/// As after Postgres's clock has been wrong for a while.
+#[test]
+fn a_last_run_that_is_yet_to_come_holds_up_nothing() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = start(&deployment, &[("JOB_HISTORY_RETENTION_SEC", "1000")]);
+    let task = running_job(&client, &worker, Some(1000 * 1000));
+    let runs = "SELECT count(*) FROM maintenance_run WHERE task <> 'time series'";
+    deployment.comes_to(2, runs);
+    let mut sql = deployment.sql();
+    sql.batch_execute(
+        "UPDATE maintenance_run SET last_run = now() + interval '1 year';
+         INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+         VALUES (gen_random_uuid(), now() - interval '2000 seconds', 0, 'FAILED', 0)",
+    )
+    .unwrap();
+    age(&deployment, "running_at", task.job, 1000.0);
+    assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+    outcomes(&deployment, "FAILED", 0);
+    for task in ["limits", "history"] {
+        let line = format!("{task}: the last time is recorded as");
+        service.logged(&line);
+        assert_eq!(service.log().matches(&line).count(), 1);
+    }
+}
+
+/// A paused machine, or a process that is stopped: what was confirmed in time has been waiting.
+#[rstest]
+#[case::alone(1)]
+#[case::beside_another_that_goes_on(2)]
+fn what_came_in_time_counts_although_the_service_stood_still(#[case] replicas: usize) {
+    const JOBS: i64 = 20;
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let stopped = start(&deployment, &[]);
+    let others: Vec<_> = (1..replicas).map(|_| start(&deployment, &[])).collect();
+    let hour = Some(60 * 60 * 1000);
+    let tasks: Vec<_> = (0..JOBS)
+        .map(|_| running_job(&client, &worker, hour))
+        .collect();
+    let running = "SELECT count(*) FROM job WHERE status = 'RUNNING'";
+    deployment.comes_to(JOBS, running);
+    stopped.signal("-STOP");
+    let overdue = |seconds: i32| {
+        format!(
+            "SELECT count(*) FROM job
+             WHERE running_at <= now() - interval '1 hour' - {seconds} * interval '1 second'"
+        )
+    };
+    deployment
+        .sql()
+        .batch_execute(
+            "UPDATE job SET running_at = now() - interval '1 hour' + interval '4 seconds'",
+        )
+        .unwrap();
+    // Reading them takes longer than looking for what is overdue.
+    let output = format!("<e>{}</e>", "x".repeat(1024 * 1024));
+    for task in &tasks {
+        worker.succeed(task, &output);
+    }
+    if others.is_empty() {
+        deployment.comes_to(JOBS, &overdue(10));
+        stopped.signal("-CONT");
+    }
+    for task in &tasks {
+        let (result_type, logs) = client.outcome(task.job);
+        assert_eq!(result_type, ResultType::Succeeded, "{logs}");
+    }
+    stopped.signal("-CONT");
+    deployment.no_jobs_left();
+    outcomes(&deployment, "SUCCEEDED", JOBS);
+    // It is not forgotten what timeouts are.
+    stopped.wait_until_ready();
+    let task = running_job(&client, &worker, hour);
+    age(&deployment, "running_at", task.job, 60.0 * 60.0);
+    assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
 }
 
 #[test]

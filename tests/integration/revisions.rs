@@ -337,3 +337,75 @@ fn an_unknown_revision_stops_the_start_and_says_what_to_do(#[case] sql: &str, #[
     assert_eq!(service.wait().code(), Some(1));
     assert!(service.log().contains(fault), "{}", service.log());
 }
+
+/// As after a dump was restored by somebody else. What the service says is to be done is enough.
+#[rstest]
+#[case::before_an_upgrade(ALEMBIC_HEAD)]
+#[case::after_all_upgrades("head")]
+fn tables_of_another_role_are_told_with_what_helps(#[case] revision: &str) {
+    let deployment = Deployment::new();
+    match revision {
+        "head" => db(&deployment, &["db", "upgrade"]),
+        revision => db(&deployment, &["db", "upgrade", revision]),
+    };
+    let role = format!("{}_Other", deployment.name);
+    let mut sql = deployment.sql();
+    sql.batch_execute(&format!("CREATE ROLE \"{role}\" LOGIN PASSWORD 'secret'"))
+        .unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = deployment.command(arguments);
+        command.env("POSTGRESQL_USERNAME", &role);
+        command.env("POSTGRESQL_PASSWORD", "secret");
+        command.output().unwrap()
+    };
+    let mut told = Vec::new();
+    loop {
+        let output = run(&["run"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        let begin = "As a superuser, in this database: ";
+        let (what, statements) = text.split_once(begin).expect(&text);
+        assert!(
+            what.contains(&format!("the user \"{role}\" lacks ")),
+            "{text}"
+        );
+        told.push(what.to_owned());
+        let doctor = run(&["doctor", "--json"]);
+        let found: Vec<Value> = serde_json::from_slice(&doctor.stdout).unwrap();
+        let error = found.iter().find(|one| one["severity"] == "error").unwrap();
+        assert!(
+            error["found"].as_str().unwrap().contains("the user"),
+            "{error}"
+        );
+        let (statements, _) = statements.split_once("; \n").unwrap_or((statements, ""));
+        let line = statements.lines().next().unwrap();
+        sql.batch_execute(line).expect(line);
+        if run(&["db", "upgrade"]).status.success() {
+            break;
+        }
+        assert!(told.len() < 3, "{told:#?}");
+    }
+    assert!(
+        told[0].contains("SELECT on alembic_version, which is omotes's"),
+        "{told:#?}"
+    );
+    if revision == ALEMBIC_HEAD {
+        let owner = "the ownership of job, which is omotes's";
+        assert!(told[1].contains(owner), "{told:#?}");
+    }
+    let variables = [
+        ("POSTGRESQL_USERNAME", role.as_str()),
+        ("POSTGRESQL_PASSWORD", "secret"),
+    ];
+    let service = deployment.start_with(&variables);
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let task = running_job(&client, &worker, None);
+    worker.succeed(&task, "<e id='out-1'/>");
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    assert!(service.stop().success());
+    sql.batch_execute(&format!(
+        "REASSIGN OWNED BY \"{role}\" TO omotes; DROP OWNED BY \"{role}\"; DROP ROLE \"{role}\""
+    ))
+    .unwrap();
+}

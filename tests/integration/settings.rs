@@ -239,3 +239,40 @@ fn a_database_that_turns_read_only_is_told_and_survived() {
     assert_eq!(client.status(job), JobStatus::Enqueued);
     service.wait_until_ready();
 }
+
+/// Every lock of another session counts, whoever's it is.
+#[test]
+fn batches_are_divided_where_postgres_has_room_for_few_locks() {
+    const JOBS: usize = 400;
+    let deployment = Deployment::with_own(&[Server::RabbitMq, Server::Postgres], |deployment| {
+        let conf = deployment.extra_folder(Server::Postgres).join("conf");
+        std::fs::write(conf, "max_locks_per_transaction = 10\n").unwrap();
+    });
+    let service = deployment.start();
+    assert!(service.stop().success());
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let submissions: Vec<_> = (0..JOBS)
+        .map(|_| client.submission("workflow_1").1)
+        .collect();
+    submissions.iter().for_each(|one| client.send(one));
+    eventually("all are in the queue", || {
+        let waiting = client.peer.queue_length("job_submissions");
+        (usize::try_from(waiting) == Ok(JOBS)).then_some(())
+    });
+    let mut other = deployment.sql();
+    let full = other
+        .batch_execute("SELECT pg_advisory_lock(1, key) FROM generate_series(1, 1000000) AS key")
+        .unwrap_err();
+    assert_eq!(full.code().unwrap().code(), "53200", "{full:?}");
+    other
+        .batch_execute("SELECT pg_advisory_unlock(1, key) FROM generate_series(1, 100) AS key")
+        .unwrap();
+    let service = deployment.start_single_file();
+    let taken: std::collections::HashSet<_> = (0..JOBS).map(|_| worker.take().job).collect();
+    assert_eq!(taken.len(), JOBS);
+    service.logged("a batch is divided");
+    deployment.comes_to(400, "SELECT count(*) FROM job");
+    assert!(!service.log().contains("wait for Postgres"));
+    assert!(service.stop().success());
+}

@@ -1,0 +1,196 @@
+//! What is done from time to time, by one replica for all of them, and how replicas see each other.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use log::warn;
+use uuid::Uuid;
+
+use super::{Connection, StoreError};
+
+/// What one replica does for all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// Finding jobs that are past their timeout or their retention.
+    Limits,
+    /// Forgetting what is past its retention.
+    History,
+    TimeSeries,
+}
+
+impl Task {
+    /// As the database has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::Limits => "limits",
+            Task::History => "history",
+            Task::TimeSeries => "time series",
+        }
+    }
+}
+
+/// What makes a job overdue.
+#[derive(Debug, Clone, Copy)]
+pub enum Overdue {
+    /// It has been running for longer than its timeout and this time.
+    Timeout { grace: Duration },
+    /// It has been in its state for longer than this.
+    Retention(Duration),
+    /// It ended longer than this ago, and its client has not been told; but for jobs that are found
+    /// again by the reasons above.
+    Telling(Duration),
+}
+
+/// What a replica sees of the others.
+#[derive(Debug, Clone, Copy)]
+pub struct Around {
+    /// The database's time.
+    pub now: Timestamp,
+    /// Those that seem to stand still.
+    pub silent_replicas: i64,
+}
+
+/// The advisory lock that all replicas share. Those of jobs have another kind of key.
+const PRESENCE: (i32, i32) = (0x6f6d_6f74, 1);
+
+impl Connection {
+    /// Whether it is for this replica to do what one of them does every `period`: true for the first
+    /// one to ask, and then for none until the period is over, give or take a tenth. A last time that
+    /// is in the future, where Postgres's clock was wrong then, does not count.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn claim(&mut self, task: Task, period: Duration) -> Result<bool, StoreError> {
+        // By the time at which it is this one's turn to write, not at which it came.
+        let rows = self.client.query(
+            "WITH before AS (SELECT last_run FROM maintenance_run WHERE task = $1)
+             INSERT INTO maintenance_run AS run (task, last_run) VALUES ($1, clock_timestamp())
+             ON CONFLICT (task) DO UPDATE SET last_run = clock_timestamp()
+             WHERE run.last_run <= clock_timestamp() - $2::float8 * 0.9 * interval '1 second'
+                OR run.last_run > clock_timestamp() + $2::float8 * interval '1 second'
+             RETURNING (SELECT before.last_run FROM before
+                        WHERE before.last_run > clock_timestamp() + $2::float8 * interval '1 second')",
+            &[&task.name(), &period.as_secs_f64()],
+        )?;
+        if let Some(future) = rows
+            .first()
+            .and_then(|row| row.get::<_, Option<Timestamp>>(0))
+        {
+            warn!(
+                "{}: the last time is recorded as {future:.0}, which is yet to come; it is done now \
+                 all the same",
+                task.name()
+            );
+        }
+        Ok(!rows.is_empty())
+    }
+
+    /// Lets other replicas see, for as long as this connection is open, that this one is there, and
+    /// by when it has last been used, that it does not stand still.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn show_presence(&mut self) -> Result<(), StoreError> {
+        self.client.execute(
+            "SELECT pg_advisory_lock_shared($1, $2)",
+            &[&PRESENCE.0, &PRESENCE.1],
+        )?;
+        Ok(())
+    }
+
+    /// Looks for other replicas whose presence is shown, but which have done nothing for a time
+    /// between `silent` and `gone`. Those of another user cannot be seen without rights to it.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn look_around(&mut self, silent: Duration, gone: Duration) -> Result<Around, StoreError> {
+        let row = self.client.query_one(
+            "SELECT clock_timestamp(), count(*)
+             FROM pg_locks JOIN pg_stat_activity AS session USING (pid)
+             WHERE locktype = 'advisory' AND objsubid = 2
+               AND classid::bigint = $1::integer AND objid::bigint = $2::integer
+               AND datname = current_database() AND pid <> pg_backend_pid()
+               AND database = datid
+               AND state_change <= clock_timestamp() - $3 * interval '1 second'
+               AND state_change > clock_timestamp() - $4 * interval '1 second'",
+            &[
+                &PRESENCE.0,
+                &PRESENCE.1,
+                &silent.as_secs_f64(),
+                &gone.as_secs_f64(),
+            ],
+        )?;
+        Ok(Around {
+            now: row.try_get(0)?,
+            silent_replicas: row.try_get(1)?,
+        })
+    }
+
+    /// Closes the connection instead of keeping it for others.
+    pub fn discard(mut self) {
+        self.client.give_up();
+    }
+
+    /// Jobs that are overdue, in the order of their ids, those after `after`, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn overdue(
+        &mut self,
+        overdue: Overdue,
+        after: Option<Uuid>,
+        limit: i64,
+    ) -> Result<Vec<Uuid>, StoreError> {
+        let (sql, time) = match overdue {
+            Overdue::Timeout { grace } => (
+                "SELECT job_id FROM job
+                 WHERE status = 'RUNNING' AND timeout_after_ms > 0
+                   AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
+                                           - $1 * interval '1 second'
+                   AND ($2::uuid IS NULL OR job_id > $2)
+                 ORDER BY job_id LIMIT $3",
+                grace,
+            ),
+            Overdue::Retention(retention) => (
+                "SELECT job_id FROM job
+                 WHERE CASE status WHEN 'REGISTERED' THEN registered_at
+                                   WHEN 'SUBMITTED' THEN coalesce(submitted_at, registered_at)
+                                   WHEN 'RUNNING' THEN coalesce(running_at, registered_at)
+                       END <= now() - $1 * interval '1 second'
+                   AND ($2::uuid IS NULL OR job_id > $2)
+                 ORDER BY job_id LIMIT $3",
+                retention,
+            ),
+            Overdue::Telling(telling) => (
+                "SELECT job_id FROM job JOIN job_history USING (job_id)
+                 WHERE finished_at <= now() - $1 * interval '1 second'
+                   AND outcome NOT IN ('TIMED_OUT', 'EXPIRED')
+                   AND ($2::uuid IS NULL OR job_id > $2)
+                 ORDER BY job_id LIMIT $3",
+                telling,
+            ),
+        };
+        let rows = self
+            .client
+            .query(sql, &[&time.as_secs_f64(), &after, &limit])?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Deletes what is known of jobs that ended longer than `retention` ago, at most `limit`, and
+    /// returns of how many.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn forget(&mut self, retention: Duration, limit: i64) -> Result<u64, StoreError> {
+        Ok(self.client.execute(
+            "DELETE FROM job_history
+             WHERE job_id IN (
+                 SELECT job_id FROM job_history
+                 WHERE finished_at <= now() - $1 * interval '1 second'
+                   AND NOT EXISTS (SELECT FROM job WHERE job.job_id = job_history.job_id)
+                 ORDER BY finished_at LIMIT $2
+             )",
+            &[&retention.as_secs_f64(), &limit],
+        )?)
+    }
+}

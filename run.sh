@@ -296,7 +296,8 @@ private() {
       local pid
       pid=$(head -n 1 "$folder/data/postmaster.pid")
       for pid in "$pid" $(cat "/proc/$pid/task/$pid/children"); do
-        as_user postgres prlimit --pid "$pid" "--fsize=$1:"
+        # One of the children may have ended since; a new one has it from its parent.
+        as_user postgres prlimit --pid "$pid" "--fsize=$1:" || ! kill -0 "$pid" 2>/dev/null
       done ;;
     ctl-rabbitmq)
       # shellcheck source=/dev/null

@@ -5,7 +5,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicI64;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let service = Service {
         store: Store::new(&config.postgres, connections),
         views: Store::for_viewers(&config.postgres),
+        can_look_on: AtomicBool::default(),
         catalogue: CurrentCatalogue::new(catalogue),
         catalogue_news,
         health: Health::starting(Timestamp::now()),
@@ -353,8 +354,13 @@ fn probe(service: &Service, stopped: &Receiver<Infallible>) {
             }
         };
         let now = Timestamp::now();
+        let works = postgres.is_none();
+        service.can_look_on.store(works, Ordering::Relaxed);
         service.health.report(Part::Postgres, postgres, now);
         service.health.report(Part::Revisions, revisions, now);
+        if !works && service.views.connection().is_ok() {
+            service.can_look_on.store(true, Ordering::Relaxed);
+        }
         if let Err(RecvTimeoutError::Disconnected) = stopped.recv_timeout(PROBE_PERIOD) {
             return;
         }

@@ -4,6 +4,7 @@
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -232,8 +233,8 @@ fn respond(service: &Service, route: &Route) -> Response {
     };
     // Waiting for a connection that will not come would take longer than anybody waits.
     let mut parts = parts.iter();
-    if let Some(why) = parts.find_map(|part| part.why.as_ref().filter(|_| part.name == "postgres"))
-    {
+    let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.name == "postgres"));
+    if let Some(why) = postgres.filter(|_| !service.can_look_on.load(Ordering::Relaxed)) {
         return without_database(service, route, &frame, why);
     }
     match with_database(service, route, &frame) {

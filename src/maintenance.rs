@@ -27,6 +27,8 @@ use crate::store::{Connection, Overdue, StoreError, Task};
 pub const MAX_FINDINGS: u16 = 1000;
 /// How often a replica looks at the clock, and shows the others that it is there.
 const BEAT: Duration = Duration::from_secs(1);
+/// Between attempts while Postgres does not work.
+const RETRY: Duration = Duration::from_secs(5);
 /// A replica that is late by more has stood still: a stopped process, a paused machine.
 const STANDSTILL: Duration = Duration::from_secs(3);
 /// How long after a timeout it is enforced. Longer than [`STANDSTILL`], so that one that is too short
@@ -52,7 +54,13 @@ pub fn run(
     let mut maintenance = Maintenance {
         service,
         handlers,
-        behind,
+        behind: || {
+            // RabbitMQ's answer may come late, which says nothing about Postgres.
+            busy.idle();
+            let is_behind = behind();
+            busy.touch();
+            is_behind
+        },
         stop,
         connection: None,
         database_time: None,
@@ -88,8 +96,7 @@ pub fn run(
             // There is more to forget, which leaves as much time for others.
             Ok(()) if maintenance.history.is_going_on() => now.elapsed().min(BEAT),
             Ok(()) => BEAT.min(period),
-            // It is a matter of seconds or of hours; a missing connection has taken long enough.
-            Err(_) => period,
+            Err(_) => RETRY.min(period),
         };
         match done {
             Ok(()) => failing = false,
@@ -105,10 +112,6 @@ pub fn run(
                 failing = true;
             }
         }
-    }
-    if let Some(connection) = maintenance.connection {
-        // With it goes the sign that this replica is there.
-        connection.discard();
     }
 }
 

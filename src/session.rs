@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
-use std::sync::atomic::AtomicI64;
+use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -53,6 +53,8 @@ pub struct Service {
     pub store: Store,
     /// The same database, for those who look on.
     pub views: Store,
+    /// Whether those who look on get a connection, as far as is known: from a standby, say, too.
+    pub can_look_on: AtomicBool,
     pub catalogue: CurrentCatalogue,
     /// Something comes in when the catalogue has been replaced.
     pub catalogue_news: Receiver<()>,

@@ -147,7 +147,7 @@ impl Session {
         Ok((transaction, &mut self.failed))
     }
 
-    /// Keeps it from being used again.
+    /// Has it closed when it is dropped.
     pub(super) fn give_up(&mut self) {
         self.failed = true;
     }

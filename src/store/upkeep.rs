@@ -85,12 +85,14 @@ impl Connection {
         Ok(!rows.is_empty())
     }
 
-    /// Lets other replicas see, for as long as this connection is open, that this one is there, and
-    /// by when it has last been used, that it does not stand still.
+    /// Lets other replicas see, until this connection is dropped, that this one is there, and by when
+    /// it has last been used, that it does not stand still.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn show_presence(&mut self) -> Result<(), StoreError> {
+        // Nobody else is to have it afterwards, who would use it seldom.
+        self.client.give_up();
         self.client.execute(
             "SELECT pg_advisory_lock_shared($1, $2)",
             &[&PRESENCE.0, &PRESENCE.1],
@@ -124,11 +126,6 @@ impl Connection {
             now: row.try_get(0)?,
             silent_replicas: row.try_get(1)?,
         })
-    }
-
-    /// Closes the connection instead of keeping it for others.
-    pub fn discard(mut self) {
-        self.client.give_up();
     }
 
     /// Jobs that are overdue, in the order of their ids, those after `after`, at most `limit`.

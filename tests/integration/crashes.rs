@@ -125,18 +125,24 @@ fn a_start_that_survives_a_kill_counts_once(#[case] point: &str) {
     deployment.comes_to(1, "SELECT count(*) FROM job_history WHERE starts = 1");
 }
 
-/// A job that runs, and a service that is killed at this point over whatever `cause` does. The
-/// queue of the cause stays as it is until the next service is there.
-fn killed_over_the_end_of_a_job(
-    point: &str,
-    cause: impl FnOnce(&Client, &Worker, &Task),
-) -> (Deployment, Client, Worker, Task) {
+/// A job that runs, and no service.
+fn left_running() -> (Deployment, Client, Worker, Task) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let service = deployment.start();
     let task = running_job(&client, &worker, None);
     assert!(service.stop().success());
+    (deployment, client, worker, task)
+}
+
+/// A job that runs, and a service that is killed at this point over whatever `cause` does. The
+/// queue of the cause stays as it is until the next service is there.
+fn killed_over_the_end_of_a_job(
+    point: &str,
+    cause: impl FnOnce(&Client, &Worker, &Task),
+) -> (Deployment, Client, Worker, Task) {
+    let (deployment, client, worker, task) = left_running();
     let held = Held::at(point, &deployment, &[]);
     cause(&client, &worker, &task);
     held.kill();
@@ -194,12 +200,7 @@ fn an_outcome_that_the_broker_has_forgotten_ends_with_an_error() {
 #[case::alone(1)]
 #[case::beside_another_that_goes_on(2)]
 fn a_result_that_was_told_is_not_lost_by_a_standstill(#[case] replicas: usize) {
-    let deployment = Deployment::new();
-    let client = Client::new(&deployment);
-    let worker = Worker::new(&deployment, "workflow_1");
-    let service = deployment.start();
-    let task = running_job(&client, &worker, None);
-    assert!(service.stop().success());
+    let (deployment, client, worker, task) = left_running();
     let soon = [
         ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
         ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),

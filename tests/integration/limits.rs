@@ -158,37 +158,34 @@ fn replicas_take_turns_at_what_is_due() {
     assert_eq!(deployment.count(too_soon), 0);
 }
 
-/// Notes each time that a replica begins with something.
-fn count_runs(deployment: &Deployment) {
-    deployment
-        .sql()
-        .batch_execute(
-            "CREATE TABLE runs (task varchar);
+/// One whose tables have these rows, and note each time that a replica begins with something.
+fn with_rows(rows: &str) -> Deployment {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let mut sql = deployment.sql();
+    sql.batch_execute(
+        "CREATE TABLE runs (task varchar);
              CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
              BEGIN INSERT INTO runs VALUES (new.task); RETURN new; END $$;
              CREATE TRIGGER note AFTER INSERT OR UPDATE ON maintenance_run
              FOR EACH ROW EXECUTE FUNCTION note()",
-        )
-        .unwrap();
+    )
+    .unwrap();
+    sql.batch_execute(rows).unwrap();
+    deployment
 }
 
 /// More than a round finds at once, and more than a handler's queue has room for: what is left waits
 /// for no other round.
 #[test]
 fn thousands_of_overdue_jobs_are_ended_in_few_rounds() {
-    let deployment = Deployment::new();
-    assert!(deployment.start().stop().success());
-    count_runs(&deployment);
-    deployment
-        .sql()
-        .batch_execute(
-            "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at, submitted_at,
+    let deployment = with_rows(
+        "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at, submitted_at,
                               running_at, timeout_after_ms, job_reference)
              SELECT gen_random_uuid(), 'task', 'workflow_1', 'RUNNING', now(), now(),
                     now() - interval '1 hour', 1000, ''
              FROM generate_series(1, 8000)",
-        )
-        .unwrap();
+    );
     let seldom = ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "10");
     let one = ("HANDLER_THREADS", "1");
     let _service = start(&deployment, &[seldom, one]);
@@ -199,17 +196,11 @@ fn thousands_of_overdue_jobs_are_ended_in_few_rounds() {
 
 #[test]
 fn a_long_history_is_forgotten_in_few_rounds() {
-    let deployment = Deployment::new();
-    assert!(deployment.start().stop().success());
-    count_runs(&deployment);
-    deployment
-        .sql()
-        .batch_execute(
-            "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+    let deployment = with_rows(
+        "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
              SELECT gen_random_uuid(), now() - interval '1 year', 0, 'FAILED', 0
              FROM generate_series(1, 20000)",
-        )
-        .unwrap();
+    );
     let seldom = ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "5");
     let service = start(&deployment, &[seldom]);
     outcomes(&deployment, "FAILED", 0);

@@ -213,14 +213,16 @@ impl<'s> Handler<'s> {
             };
             // Whoever sends them is gone: the session is at its end.
             let Ok(first) = first else { return Ok(()) };
+            let first = Item::new(first);
             let mut bytes = first.size();
-            let mut batch = vec![Item::new(first)];
+            let mut batch = vec![first];
             while batch.len() < MAX_BATCH_MESSAGES && bytes < MAX_BATCH_BYTES {
                 let Ok(work) = findings.try_recv().or_else(|_| messages.try_recv()) else {
                     break;
                 };
-                bytes += work.size();
-                batch.push(Item::new(work));
+                let item = Item::new(work);
+                bytes += item.size();
+                batch.push(item);
             }
             match self.handle(&mut batch, stop) {
                 Ok(()) => {}
@@ -827,6 +829,12 @@ impl Item {
             }
         }
         item
+    }
+
+    /// Bytes that it holds, what has been decoded counted: a small message may be large then.
+    fn size(&self) -> usize {
+        let command = self.job.as_ref().map(|(_, command)| command);
+        self.work.size() + command.map_or(0, Command::decoded_bytes)
     }
 
     /// It comes again, and may have been committed. What tells a START from its repetition is its

@@ -28,8 +28,15 @@ use uuid::Uuid;
 
 use crate::esdl;
 use crate::parameters;
+use crate::text::excerpt;
 use crate::wire::EsdlMessage;
 use crate::workflow::Catalogue;
+
+/// Characters of a client's reference that are kept. Its task carries it whole, but a cancel, say,
+/// loads what is kept of any job that it names.
+pub const MAX_REFERENCE: usize = 1000;
+/// The same for a workflow's name. One that is defined has no more bytes.
+pub const MAX_WORKFLOW_TYPE: usize = 255;
 
 const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
 /// Logs of the result of a job that crashed its workers; clients compare this text.
@@ -61,7 +68,7 @@ pub struct Ending {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
     pub workflow_type: String,
-    /// Empty when the client gave none.
+    /// Empty when the client gave none, the first [`MAX_REFERENCE`] characters of a longer one.
     pub reference: String,
     pub status: JobStatus,
     /// The job's current Celery task; no other task's events count.
@@ -95,13 +102,22 @@ impl Progress {
     const MAX_MESSAGE: usize = 500;
 
     fn new(fraction: f64, message: &str, at: Timestamp) -> Progress {
-        let storable = message.chars().filter(|character| *character != '\0');
         Progress {
             fraction,
-            message: storable.take(Progress::MAX_MESSAGE).collect(),
+            message: kept(message, Progress::MAX_MESSAGE),
             at,
         }
     }
+}
+
+/// What is kept of a text: its first `characters`, but for NUL, which Postgres has not.
+fn kept(text: &str, characters: usize) -> String {
+    let storable = text.chars().filter(|character| *character != '\0');
+    storable.take(characters).collect()
+}
+
+fn kept_reference(reference: Option<&str>) -> String {
+    kept(reference.unwrap_or_default(), MAX_REFERENCE)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -607,7 +623,7 @@ fn submit<'a>(
     let Some(definition) = context.catalogue.definition(&submission.workflow_type) else {
         return refused(format!(
             "Workflow type {} is unknown by orchestrator at the time this submission was received.",
-            submission.workflow_type
+            excerpt(&submission.workflow_type, MAX_WORKFLOW_TYPE)
         ));
     };
     let faults = parameters::faults(&definition.parameters, &submission.params);
@@ -622,7 +638,7 @@ fn submit<'a>(
         Expected::Yes { registered_at } => Decision {
             next: Some(State::Live(Job {
                 workflow_type: submission.workflow_type.clone(),
-                reference: submission.reference.clone().unwrap_or_default(),
+                reference: kept_reference(submission.reference.as_deref()),
                 status: JobStatus::Submitted,
                 task_id: Some(context.new_task_id.to_string()),
                 registered_at: registered_at.unwrap_or(context.now),
@@ -673,8 +689,8 @@ fn refuse<'a>(
     match submission_expected(standing) {
         Expected::Yes { registered_at } => {
             let job = Job {
-                workflow_type: workflow_type.to_owned(),
-                reference: reference.clone().unwrap_or_default(),
+                workflow_type: kept(workflow_type, MAX_WORKFLOW_TYPE),
+                reference: kept_reference(reference.as_deref()),
                 status: JobStatus::Registered,
                 task_id: None,
                 registered_at: registered_at.unwrap_or(context.now),
@@ -731,8 +747,8 @@ fn cancelled_before_submission<'a>(
     Decision {
         next: Some(State::Ended(Ended {
             outcome: Outcome::Cancelled,
-            workflow_type: Some(workflow_type.to_owned()),
-            reference: Some(reference.clone().unwrap_or_default()),
+            workflow_type: Some(kept(workflow_type, MAX_WORKFLOW_TYPE)),
+            reference: Some(kept_reference(reference.as_deref())),
             task_id: None,
             registered_at: Some(context.now),
             submitted_at: None,
@@ -1204,17 +1220,33 @@ impl Command {
         }
     }
 
+    /// About how many bytes the values decoded from its message take beside those of its texts.
+    pub fn decoded_bytes(&self) -> usize {
+        match self {
+            Command::Submit(submission) => parameters::bytes(&submission.params),
+            Command::Result { esdl_messages, .. } => size_of_val(esdl_messages.as_slice()),
+            Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Fail { .. } => 0,
+        }
+    }
+
     /// What to do instead when the broker or the database refuses what this command causes.
     /// None where the job can go on without it.
     pub fn instead(&self, reason: String) -> Option<Command> {
         match self {
             Command::Submit(submission) => Some(Command::Refuse {
                 reason,
-                workflow_type: submission.workflow_type.replace('\0', ""),
+                workflow_type: kept(&submission.workflow_type, MAX_WORKFLOW_TYPE),
                 reference: submission
                     .reference
                     .as_ref()
-                    .map(|reference| reference.replace('\0', "")),
+                    .map(|reference| kept(reference, MAX_REFERENCE)),
             }),
             Command::Result { task_id, .. } => Some(Command::Fail {
                 reason,

@@ -1,8 +1,8 @@
 //! The OMOTES job orchestrator: what stands between SDK clients and Celery workers.
 //!
 //! `main → app → session → handler → {store, broker} → the pure files`. The pure ones are [`job`],
-//! [`workflow`], [`parameters`], [`time_series`], [`wire`], [`celery`] and [`esdl`]: they know no
-//! broker, database, clock or environment.
+//! [`workflow`], [`parameters`], [`time_series`], [`wire`], [`celery`], [`esdl`] and [`text`]: they know
+//! no broker, database, clock or environment.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
@@ -35,6 +35,7 @@ pub mod queues;
 pub mod report;
 pub mod session;
 pub mod store;
+pub mod text;
 pub mod time_series;
 pub mod tls;
 pub mod wire;

@@ -49,6 +49,26 @@ pub fn faults(definitions: &[WorkflowParameter], params: &Map<String, Value>) ->
     faults
 }
 
+/// About how many bytes `params` take in memory, apart from their texts.
+pub fn bytes(params: &Map<String, Value>) -> usize {
+    /// An object has room for eleven members at least, and so has each part of a larger one, of
+    /// which half may be free.
+    const MEMBERS: usize = 5;
+    const NODE: usize = 11 * (size_of::<String>() + size_of::<Value>());
+    let below: usize = params.values().map(value_bytes).sum();
+    params.len().div_ceil(MEMBERS) * NODE + below
+}
+
+fn value_bytes(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => 0,
+        Value::Array(items) => {
+            size_of_val(items.as_slice()) + items.iter().map(value_bytes).sum::<usize>()
+        }
+        Value::Object(members) => bytes(members),
+    }
+}
+
 fn has_default(kind: &ParameterType) -> bool {
     match kind {
         ParameterType::StringParameter(kind) => kind.default.is_some(),
@@ -193,6 +213,7 @@ mod tests {
     #[case("string", json!({}), json!(1.0), "x is 1.0, expected a text")]
     #[case("string", json!({}), json!(null), "x is missing")]
     #[case("string", json!({"default": "d"}), json!(null), "")]
+    #[case("integer", json!({}), json!("x".repeat(61)), &format!("x is \"{}…\", expected a whole number", "x".repeat(60)))]
     #[case("boolean", json!({}), json!(false), "")]
     #[case("boolean", json!({}), json!("true"), "x is \"true\", expected true or false")]
     #[case("boolean", json!({"default": true}), json!(null), "")]

@@ -5,6 +5,7 @@ use log::{Level, log, log_enabled};
 use uuid::Uuid;
 
 use crate::job::{Command, Event, Outcome};
+use crate::text::beginning;
 
 /// The longest text of somebody else's that a line repeats, in characters.
 const MAX_TEXT: usize = 300;
@@ -24,12 +25,8 @@ pub fn one_line(text: &str) -> String {
         .collect()
 }
 
-/// A text's beginning.
 fn short(text: &str) -> &str {
-    match text.char_indices().nth(MAX_TEXT) {
-        Some((end, _)) => &text[..end],
-        None => text,
-    }
+    beginning(text, MAX_TEXT)
 }
 
 /// How a line names a job.

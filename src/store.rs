@@ -16,7 +16,10 @@ use uuid::Uuid;
 
 use self::connect::{Access, ConnectError, Connector, noted};
 use crate::config;
-use crate::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, Start, State};
+use crate::job::{
+    Ended, Ending, Job, JobStatus, MAX_REFERENCE, MAX_WORKFLOW_TYPE, Outcome, Priority, Progress,
+    Start, State,
+};
 use crate::time_series::Guard;
 
 pub use self::upkeep::{Overdue, Task};
@@ -365,12 +368,14 @@ impl Transaction<'_> {
     ) -> Result<(HashMap<Uuid, State>, Timestamp), StoreError> {
         let rows = self.query(
             "SELECT clock_timestamp() AS now, wanted.job_id,
-                    job.status::text AS status, job.workflow_type, job.job_reference,
+                    job.status::text AS status, left(job.workflow_type, $3) AS workflow_type,
+                    left(job.job_reference, $2) AS job_reference,
                     job.celery_id, job.registered_at, job.submitted_at, job.running_at,
                     job.timeout_after_ms, job.priority, job.progress, job.progress_message,
                     job.progress_at, starts.started_at, starts.message_id,
-                    ended.outcome, ended.workflow_type AS ended_workflow_type,
-                    ended.job_reference AS ended_job_reference, ended.celery_id AS ended_celery_id,
+                    ended.outcome, left(ended.workflow_type, $3) AS ended_workflow_type,
+                    left(ended.job_reference, $2) AS ended_job_reference,
+                    ended.celery_id AS ended_celery_id,
                     ended.registered_at AS ended_registered_at,
                     ended.submitted_at AS ended_submitted_at,
                     ended.running_at AS ended_running_at, ended.finished_at, ended.starts,
@@ -383,7 +388,12 @@ impl Transaction<'_> {
                  FROM job_starts WHERE job_starts.job_id = job.job_id
              ) AS starts ON true
              LEFT JOIN job_history AS ended USING (job_id)",
-            &[&job_ids],
+            // What others have written may be longer.
+            &[
+                &job_ids,
+                &characters(MAX_REFERENCE),
+                &characters(MAX_WORKFLOW_TYPE),
+            ],
         )?;
         let mut now = Timestamp::UNIX_EPOCH;
         let mut states = HashMap::with_capacity(rows.len());
@@ -733,6 +743,11 @@ fn expect_rows(what: &str, rows: u64, expected: usize) -> Result<(), StoreError>
              changed the others"
         )))
     }
+}
+
+/// As Postgres counts them.
+fn characters(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
 }
 
 /// The advisory locks of one database share one 64-bit space; half of a random UUID is as good as

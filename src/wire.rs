@@ -2,13 +2,16 @@
 //! [`Command`] and back. The Celery side of a publication is in [`crate::celery`].
 
 use jiff::Timestamp;
-use prost::Message as _;
+use prost::{Message as _, encoding};
 use prost_types::value::Kind;
 use serde_json::{Map, Value};
 use thiserror::Error;
 use uuid::Uuid;
 
 use crate::job::{ClientStatus, Command, Priority, ResultType, Submission};
+use crate::text::excerpt;
+
+mod bounds;
 
 mod proto {
     #![allow(
@@ -138,12 +141,28 @@ pub fn status_update(job_id: Uuid, status: ClientStatus) -> Outgoing {
 }
 
 pub fn progress_update(job_id: Uuid, fraction: f64, message: &str) -> Outgoing {
-    let message = JobProgressUpdate {
+    let head = JobProgressUpdate {
         uuid: job_id.to_string(),
         progress: fraction,
-        message: message.to_owned(),
+        message: String::new(),
     };
-    to_clients(progress_queue(job_id), message.encode_to_vec())
+    let mut body = head.encode_to_vec();
+    body.reserve_exact(message.len() + FIELD_HEAD);
+    append_text(&mut body, 3, Some(message).filter(|text| !text.is_empty()));
+    to_clients(progress_queue(job_id), body)
+}
+
+/// Most bytes that stand before a text's own in a message.
+const FIELD_HEAD: usize = 10;
+
+/// Writes a text into a message, if it is set. A generated message would want a copy of its own,
+/// and a result may have a hundred megabytes.
+fn append_text(body: &mut Vec<u8>, number: u32, text: Option<&str>) {
+    if let Some(text) = text {
+        encoding::encode_key(number, encoding::WireType::LengthDelimited, body);
+        encoding::encode_varint(text.len() as u64, body);
+        body.extend_from_slice(text.as_bytes());
+    }
 }
 
 /// A job's result. It is mandatory: a broker restart takes the exchange's bindings, and then the
@@ -161,16 +180,21 @@ pub fn job_result(
         ResultType::Cancelled => job_result::ResultType::Cancelled,
         ResultType::TimedOut => job_result::ResultType::Timeout,
     };
-    let message = JobResult {
+    let head = JobResult {
         uuid: job_id.to_string(),
         result_type: result_type.into(),
-        output_esdl: output_esdl.map(str::to_owned),
-        logs: logs.to_owned(),
-        esdl_messages: esdl_messages.to_vec(),
+        ..JobResult::default()
     };
+    let messages = encoding::message::encoded_len_repeated(5, esdl_messages);
+    let texts = output_esdl.unwrap_or_default().len() + logs.len() + 2 * FIELD_HEAD;
+    let mut body = head.encode_to_vec();
+    body.reserve_exact(texts + messages);
+    append_text(&mut body, 3, output_esdl);
+    append_text(&mut body, 4, Some(logs).filter(|text| !text.is_empty()));
+    encoding::message::encode_repeated(5, esdl_messages, &mut body);
     Outgoing {
         mandatory: true,
-        ..to_clients(result_queue(job_id), message.encode_to_vec())
+        ..to_clients(result_queue(job_id), body)
     }
 }
 
@@ -263,28 +287,29 @@ pub struct Undecodable {
     pub instead: Option<Box<(Uuid, Command)>>,
 }
 
-/// Every message about a job names it, and most a task, in their first fields.
-#[derive(Clone, PartialEq, prost::Message)]
-struct Head {
-    #[prost(bytes = "vec", tag = "1")]
-    job_id: Vec<u8>,
-}
-
-/// The head of a [`TaskResult`].
-#[derive(Clone, PartialEq, prost::Message)]
-struct ResultHead {
-    #[prost(bytes = "vec", tag = "1")]
-    job_id: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    task_id: Vec<u8>,
-}
+/// Bytes of a task id; AMQP has no room for more. Ours are UUIDs.
+const MAX_TASK_ID: usize = 255;
 
 /// Which job a message is about, without decoding the rest of it.
 pub fn job_id(body: &[u8]) -> Option<Uuid> {
-    let mut head = Head::default();
-    // What was read before a fault is kept, and that is all that is wanted here.
-    let _ = head.merge(body);
-    Uuid::try_parse_ascii(&head.job_id).ok()
+    // Every message about a job names it in its first field.
+    Uuid::try_parse_ascii(bounds::field(body, 1)?).ok()
+}
+
+/// A [`JobSubmission`] but for what may be large.
+#[derive(Clone, PartialEq, prost::Message)]
+struct SubmissionHead {
+    #[prost(string, tag = "1")]
+    uuid: String,
+    #[prost(string, tag = "3")]
+    workflow_type: String,
+    #[prost(string, optional, tag = "6")]
+    job_reference: Option<String>,
+}
+
+impl prost::Name for SubmissionHead {
+    const NAME: &'static str = JobSubmission::NAME;
+    const PACKAGE: &'static str = JobSubmission::PACKAGE;
 }
 
 /// What the message `body` from `inbox` asks for. `message_id` and `redelivered` are the
@@ -313,6 +338,15 @@ pub fn decode(
 }
 
 fn decode_submission(body: &[u8]) -> Result<Request, Undecodable> {
+    if let Err(reason) = bounds::of_submission(body) {
+        let head = parse::<SubmissionHead>(body, |reason| Some(refusal(reason)))?;
+        let command = Command::Refuse {
+            reason,
+            workflow_type: head.workflow_type,
+            reference: head.job_reference,
+        };
+        return job_request(&head.uuid, command);
+    }
     let message = parse::<JobSubmission>(body, |reason| Some(refusal(reason)))?;
     let params = message.params_dict.unwrap_or_default();
     let faults = [
@@ -322,7 +356,7 @@ fn decode_submission(body: &[u8]) -> Result<Request, Undecodable> {
     .into_iter()
     .find(|(_, text)| text.is_some_and(|text| text.contains('\0')))
     .map(|(field, _)| format!("The submission's {field} contains a NUL character."));
-    let command = match (faults, json_object(params, "params_dict")) {
+    let command = match (faults, json_object(params).map_err(Misfit::text)) {
         (None, Ok(params)) => Command::Submit(Submission {
             priority: match message
                 .job_priority
@@ -341,10 +375,8 @@ fn decode_submission(body: &[u8]) -> Result<Request, Undecodable> {
         }),
         (Some(reason), _) | (None, Err(reason)) => Command::Refuse {
             reason,
-            workflow_type: message.workflow_type.replace('\0', ""),
-            reference: message
-                .job_reference
-                .map(|reference| reference.replace('\0', "")),
+            workflow_type: message.workflow_type,
+            reference: message.job_reference,
         },
     };
     job_request(&message.uuid, command)
@@ -357,7 +389,7 @@ fn decode_progress(
 ) -> Result<Request, Undecodable> {
     use task_progress_update::{ProgressStatus, ProgressType};
     let message = parse::<TaskProgressUpdate>(body, |_| None)?;
-    let task_id = message.celery_task_id;
+    let task_id = task_id::<TaskProgressUpdate>(message.celery_task_id)?;
     let command = match message.progress_type {
         Some(ProgressType::Status(status)) => match ProgressStatus::try_from(status) {
             Ok(ProgressStatus::Start) => Command::Start {
@@ -389,16 +421,16 @@ fn decode_progress(
 
 fn decode_result(body: &[u8]) -> Result<Request, Undecodable> {
     let failure = |reason| {
-        let mut head = ResultHead::default();
-        // As in `job_id`: what was read before the fault is enough.
-        let _ = head.merge(body);
-        Some(Command::Fail {
+        let task_id = bounds::field(body, 2).unwrap_or_default();
+        (task_id.len() <= MAX_TASK_ID).then(|| Command::Fail {
             reason,
-            task_id: String::from_utf8(head.task_id)
+            task_id: str::from_utf8(task_id)
                 .ok()
-                .filter(|task_id| !task_id.is_empty()),
+                .filter(|task_id| !task_id.is_empty())
+                .map(str::to_owned),
         })
     };
+    bounds::of_result(body).map_err(|reason| undecodable(body, reason, failure))?;
     let message = parse::<TaskResult>(body, failure)?;
     let succeeded = match task_result::ResultType::try_from(message.result_type) {
         Ok(task_result::ResultType::Succeeded) => true,
@@ -409,13 +441,27 @@ fn decode_result(body: &[u8]) -> Result<Request, Undecodable> {
         }
     };
     let command = Command::Result {
-        task_id: message.celery_task_id,
+        task_id: task_id::<TaskResult>(message.celery_task_id)?,
         succeeded,
         output_esdl: message.output_esdl,
         logs: message.logs,
         esdl_messages: message.esdl_messages,
     };
     job_request(&message.job_id, command)
+}
+
+/// A task's id, unless it is none: it goes into a revoke, which all workers hear, and into the log.
+fn task_id<M: prost::Name>(text: String) -> Result<String, Undecodable> {
+    match text.len() {
+        0..=MAX_TASK_ID => Ok(text),
+        bytes => Err(Undecodable {
+            reason: format!(
+                "{}: a celery_task_id of {bytes} bytes is no task id",
+                M::NAME
+            ),
+            instead: None,
+        }),
+    }
 }
 
 fn refusal(reason: String) -> Command {
@@ -449,23 +495,46 @@ fn job_request(job_id: &str, command: Command) -> Result<Request, Undecodable> {
     match Uuid::try_parse(job_id) {
         Ok(id) => Ok(Request::Job { id, command }),
         Err(error) => Err(Undecodable {
-            reason: format!("{job_id:.80?} is no job id: {error}"),
+            reason: format!("{:?} is no job id: {error}", excerpt(job_id, 80)),
             instead: None,
         }),
+    }
+}
+
+/// A value of the parameters that JSON cannot express.
+struct Misfit {
+    found: f64,
+    /// What leads to it, the last step first. Only there is one when there is a misfit: a path for
+    /// each value would cost the length of all keys above it.
+    path: Vec<String>,
+}
+
+impl Misfit {
+    fn below(mut self, step: String) -> Misfit {
+        self.path.push(step);
+        self
+    }
+
+    fn text(mut self) -> String {
+        self.path.reverse();
+        format!(
+            "The parameter params_dict{} is {}, which is no finite number.",
+            excerpt(&self.path.concat(), 300),
+            self.found
+        )
     }
 }
 
 /// A protobuf Struct as JSON, all numbers as doubles.
 ///
 /// # Errors
-/// A number is not finite, which JSON cannot express; the text names it by its path.
-fn json_object(object: prost_types::Struct, path: &str) -> Result<Map<String, Value>, String> {
-    object
-        .fields
-        .into_iter()
-        .map(|(key, value)| {
-            let value = json_value(value, &format!("{path}.{key}"))?;
-            Ok((key, value))
+/// A number is not finite.
+fn json_object(object: prost_types::Struct) -> Result<Map<String, Value>, Misfit> {
+    let members = object.fields.into_iter();
+    members
+        .map(|(key, value)| match json_value(value) {
+            Ok(value) => Ok((key, value)),
+            Err(misfit) => Err(misfit.below(format!(".{}", excerpt(&key, 60)))),
         })
         .collect()
 }
@@ -494,22 +563,26 @@ fn protobuf_value(value: &Value) -> prost_types::Value {
     prost_types::Value { kind: Some(kind) }
 }
 
-fn json_value(value: prost_types::Value, path: &str) -> Result<Value, String> {
+fn json_value(value: prost_types::Value) -> Result<Value, Misfit> {
     match value.kind {
         None | Some(Kind::NullValue(_)) => Ok(Value::Null),
         Some(Kind::BoolValue(value)) => Ok(Value::Bool(value)),
         Some(Kind::StringValue(value)) => Ok(Value::String(value)),
-        Some(Kind::NumberValue(number)) => serde_json::Number::from_f64(number)
-            .map(Value::Number)
-            .ok_or_else(|| format!("The parameter {path} is {number}, which is no finite number.")),
-        Some(Kind::ListValue(list)) => list
-            .values
-            .into_iter()
-            .enumerate()
-            .map(|(index, value)| json_value(value, &format!("{path}[{index}]")))
-            .collect::<Result<_, _>>()
-            .map(Value::Array),
-        Some(Kind::StructValue(object)) => json_object(object, path).map(Value::Object),
+        Some(Kind::NumberValue(found)) => {
+            let path = Vec::new();
+            let number = serde_json::Number::from_f64(found);
+            number.map(Value::Number).ok_or(Misfit { found, path })
+        }
+        Some(Kind::ListValue(list)) => {
+            let items = list.values.into_iter().enumerate();
+            items
+                .map(|(index, value)| {
+                    json_value(value).map_err(|misfit| misfit.below(format!("[{index}]")))
+                })
+                .collect::<Result<_, _>>()
+                .map(Value::Array)
+        }
+        Some(Kind::StructValue(object)) => json_object(object).map(Value::Object),
     }
 }
 

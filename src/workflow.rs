@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::text::excerpt;
 use crate::wire::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
     IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
@@ -226,7 +227,7 @@ pub(crate) fn found(value: &Value) -> String {
         Value::Array(items) => format!("a list of {}", items.len()),
         Value::Object(_) => "an object".to_owned(),
         Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
-        Value::String(text) => format!("{text:.60?}"),
+        Value::String(text) => format!("{:?}", excerpt(text, 60)),
     }
 }
 
@@ -234,9 +235,10 @@ fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
     let type_name = node.required_text("workflow_type_name", faults)?;
     if type_name.starts_with("amq.") {
         faults.push(format!(
-            "{}.workflow_type_name: found {type_name:.60?}, expected something else than amq.…, for it \
+            "{}.workflow_type_name: found {:?}, expected something else than amq.…, for it \
              names a queue, and RabbitMQ keeps such names to itself",
-            node.path
+            node.path,
+            excerpt(&type_name, 60)
         ));
     }
     if type_name.is_empty() || type_name.len() > MAX_TYPE_NAME || type_name.contains('\0') {

@@ -430,6 +430,46 @@ fn an_unknown_workflow_is_named() {
     );
 }
 
+#[rstest]
+#[case::accepted("simulator")]
+#[case::refused(&"w".repeat(1000))]
+fn of_long_names_the_beginning_is_kept_and_the_task_has_it_all(#[case] workflow: &str) {
+    let long = "é".repeat(MAX_REFERENCE + 1);
+    let command = match submission(workflow) {
+        Command::Submit(submission) => Command::Submit(Submission {
+            reference: Some(long.clone()),
+            ..submission
+        }),
+        other => other,
+    };
+    let instead = command.instead("why".to_owned()).unwrap();
+    let cancelled = decide(job_id(), &State::Unknown, &Command::Cancel, &context());
+    let cancelled = cancelled.next.unwrap();
+    for (state, command) in [
+        (&State::Unknown, &command),
+        (&State::Unknown, &instead),
+        (&cancelled, &command),
+    ] {
+        let decision = decide(job_id(), state, command, &context());
+        for publication in decision.publications.iter().chain(&decision.announcements) {
+            match publication {
+                Publication::Task { submission, .. } => {
+                    assert_eq!(submission.reference.as_ref(), Some(&long));
+                }
+                Publication::Result { logs, .. } => assert!(logs.len() < 1000, "{logs}"),
+                Publication::Revoke { .. }
+                | Publication::Status { .. }
+                | Publication::Progress { .. } => {}
+            }
+        }
+        let next = decision.next.unwrap();
+        assert_eq!(next.reference(), "é".repeat(MAX_REFERENCE));
+        if let Some(name) = next.workflow_type().filter(|name| *name != workflow) {
+            assert_eq!(name, "w".repeat(MAX_WORKFLOW_TYPE));
+        }
+    }
+}
+
 #[test]
 fn the_history_tells_the_jobs_whole_story() {
     let command = result_of(TASK, true);

@@ -303,7 +303,7 @@ fn a_nul_in_the_reference_is_refused() {
     let refusal = Command::Refuse {
         reason: "The submission's job_reference contains a NUL character.".to_owned(),
         workflow_type: "simulator".to_owned(),
-        reference: Some("ab".to_owned()),
+        reference: Some("a\0b".to_owned()),
     };
     assert_eq!(
         decoded(Inbox::Submissions, &message),
@@ -312,6 +312,205 @@ fn a_nul_in_the_reference_is_refused() {
             command: refusal
         })
     );
+}
+
+/// A submission whose parameters are those of `kind`, under the key `k`.
+fn submission_with(kind: Kind) -> JobSubmission {
+    let value = prost_types::Value { kind: Some(kind) };
+    let fields = [("k".to_owned(), value)].into();
+    JobSubmission {
+        params_dict: Some(prost_types::Struct { fields }),
+        ..full_submission()
+    }
+}
+
+fn list(items: usize) -> Kind {
+    let values = vec![prost_types::Value::default(); items];
+    Kind::ListValue(prost_types::ListValue { values })
+}
+
+fn object(members: usize) -> Kind {
+    let member = |number: usize| (number.to_string(), prost_types::Value::default());
+    let fields = (0..members).map(member).collect();
+    Kind::StructValue(prost_types::Struct { fields })
+}
+
+#[rstest]
+#[case::most_values(submission_with(list(99_999)), None)]
+#[case::too_many_values(
+    submission_with(list(100_000)),
+    Some("The submission's params_dict has more than 100,000 values.")
+)]
+#[case::most_names(submission_with(object(9_999)), None)]
+#[case::too_many_names(
+    submission_with(object(10_000)),
+    Some("The submission's params_dict has names for more than 10,000 values.")
+)]
+#[case::most_control_characters(submission_with(Kind::StringValue("\u{1}".repeat(1_000_000))), None)]
+#[case::too_many_control_characters(
+    submission_with(Kind::StringValue("\u{1}".repeat(1_000_001))),
+    Some("The submission's texts have more than 1,000,000 control characters.")
+)]
+#[case::too_many_in_the_esdl(
+    JobSubmission { esdl: "\0".repeat(1_000_001), ..full_submission() },
+    Some("The submission's texts have more than 1,000,000 control characters.")
+)]
+#[case::line_breaks(JobSubmission { esdl: "\r\n".repeat(1_000_001), ..full_submission() }, None)]
+fn a_submission_that_holds_too_much_is_refused(
+    #[case] message: JobSubmission,
+    #[case] expected: Option<&str>,
+) {
+    match decoded(Inbox::Submissions, &message) {
+        Ok(Request::Job {
+            id,
+            command: Command::Submit(_),
+        }) => assert_eq!((id, None), (job(), expected)),
+        Ok(Request::Job {
+            id,
+            command:
+                Command::Refuse {
+                    reason,
+                    workflow_type,
+                    reference,
+                },
+        }) => {
+            assert_eq!((id, Some(reason.as_str())), (job(), expected));
+            let told = (workflow_type.as_str(), reference.as_deref());
+            assert_eq!(told, ("simulator", Some("ref")));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn too_much_in_a_submission_of_no_job_is_a_dead_letter() {
+    let message = JobSubmission {
+        uuid: "seven".to_owned(),
+        ..submission_with(list(100_000))
+    };
+    let (reason, instead) = fault(decoded(Inbox::Submissions, &message));
+    assert!(reason.starts_with(r#""seven" is no job id"#), "{reason}");
+    assert_eq!(instead, None);
+}
+
+#[test]
+fn a_result_with_too_many_remarks_fails_its_own_task() {
+    let mut message = TaskResult {
+        job_id: JOB.to_owned(),
+        celery_task_id: "task".to_owned(),
+        esdl_messages: vec![EsdlMessage::default(); 100_000],
+        ..TaskResult::default()
+    };
+    decoded(Inbox::Results, &message).unwrap();
+    message.esdl_messages.push(EsdlMessage::default());
+    let (reason, instead) = fault(decoded(Inbox::Results, &message));
+    assert_eq!(
+        reason,
+        "TaskResult: its esdl_messages are more than 100,000"
+    );
+    let Some((id, Command::Fail { task_id, .. })) = instead else {
+        panic!("{instead:?}");
+    };
+    assert_eq!((id, task_id.as_deref()), (job(), Some("task")));
+}
+
+#[test]
+fn a_task_id_that_is_too_long_is_nobodys() {
+    let long = "t".repeat(256);
+    let event = TaskProgressUpdate {
+        celery_task_id: long.clone(),
+        ..progress(Some(task_progress_update::ProgressType::Status(0)))
+    };
+    let result = TaskResult {
+        job_id: JOB.to_owned(),
+        celery_task_id: long,
+        ..TaskResult::default()
+    };
+    let unreadable = TaskResult {
+        result_type: 9,
+        ..result.clone()
+    };
+    let said = |name| format!("{name}: a celery_task_id of 256 bytes is no task id");
+    for (outcome, expected) in [
+        (decoded(Inbox::Progress, &event), said("TaskProgressUpdate")),
+        (decoded(Inbox::Results, &result), said("TaskResult")),
+        (
+            decoded(Inbox::Results, &unreadable),
+            "TaskResult: 9 is no ResultType".to_owned(),
+        ),
+    ] {
+        // A job that is failed without a task's id would be failed whatever its task is.
+        assert_eq!(fault(outcome), (expected, None));
+    }
+}
+
+#[test]
+fn what_is_said_of_a_message_is_short_whatever_it_holds() {
+    let megabyte = "\u{1}".repeat(1_000_000);
+    let cancel = JobDelete {
+        uuid: megabyte.clone(),
+    };
+    let (reason, _) = fault(decoded(Inbox::Cancels, &cancel));
+    assert!(reason.len() < 1000, "{} bytes", reason.len());
+    let number = prost_types::Value {
+        kind: Some(Kind::NumberValue(f64::NAN)),
+    };
+    let nested = (0..20).fold(number, |inner, _| prost_types::Value {
+        kind: Some(Kind::StructValue(prost_types::Struct {
+            fields: [("k".repeat(1000), inner)].into(),
+        })),
+    });
+    let message = submission_with(nested.kind.unwrap());
+    let Ok(Request::Job {
+        command: Command::Refuse { reason, .. },
+        ..
+    }) = decoded(Inbox::Submissions, &message)
+    else {
+        panic!("it is not refused");
+    };
+    let begin = format!("The parameter params_dict.k.{}….kkk", "k".repeat(60));
+    assert!(reason.starts_with(&begin), "{reason}");
+    assert!(
+        reason.ends_with("… is NaN, which is no finite number."),
+        "{reason}"
+    );
+    assert!(reason.len() < 500, "{reason}");
+}
+
+proptest! {
+    /// What is written field by field is the message that prost would have written.
+    #[test]
+    fn results_and_progress_are_what_clients_read(
+        output in any::<Option<String>>(),
+        logs: String,
+        messages in prop::collection::vec(any::<(String, i32, Option<String>)>(), 0..3),
+        fraction: f64,
+    ) {
+        let esdl_messages: Vec<_> = messages
+            .into_iter()
+            .map(|(technical_message, severity, esdl_object_id)| EsdlMessage {
+                technical_message,
+                severity,
+                esdl_object_id,
+            })
+            .collect();
+        let result = JobResult {
+            uuid: JOB.to_owned(),
+            result_type: job_result::ResultType::Error.into(),
+            output_esdl: output.clone(),
+            logs: logs.clone(),
+            esdl_messages: esdl_messages.clone(),
+        };
+        let ours = job_result(job(), ResultType::Error, output.as_deref(), &logs, &esdl_messages);
+        prop_assert_eq!(ours.body, result.encode_to_vec());
+        let progress = JobProgressUpdate {
+            uuid: JOB.to_owned(),
+            progress: fraction,
+            message: logs.clone(),
+        };
+        let ours = progress_update(job(), fraction, &logs);
+        prop_assert_eq!(ours.body, progress.encode_to_vec());
+    }
 }
 
 #[test]

@@ -5,12 +5,13 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use allocation_counter::AllocationInfo;
 use jiff::Timestamp;
 use omotes_orchestrator::celery;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::esdl;
 use omotes_orchestrator::job::{
-    self, Command, Context, Publication, Rules, State, TimeoutResult, decide,
+    self, Command, Context, Priority, Publication, Rules, State, Submission, TimeoutResult, decide,
 };
 use omotes_orchestrator::report;
 use omotes_orchestrator::wire::{
@@ -21,6 +22,7 @@ use omotes_orchestrator::workflow::Catalogue;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use prost::Message as _;
+use prost::encoding::{WireType, encode_key, encode_varint};
 use uuid::Uuid;
 
 /// A message of each kind that comes in, with everything set.
@@ -158,6 +160,30 @@ static RULES: Rules = Rules {
     reject_invalid_params: true,
 };
 
+/// A job whose task the events come from.
+static RUNNING: LazyLock<State> = LazyLock::new(|| {
+    let submission = Submission {
+        workflow_type: "workflow_1".to_owned(),
+        esdl: ESDL.to_owned(),
+        params: serde_json::Map::new(),
+        reference: None,
+        priority: Priority::Medium,
+        timeout_ms: None,
+    };
+    let submitted = take(
+        Uuid::nil(),
+        &State::Unknown,
+        &Command::Submit(submission),
+        1,
+    );
+    let start = Command::Start {
+        task_id: Uuid::nil().to_string(),
+        message_id: None,
+        redelivered: false,
+    };
+    take(Uuid::nil(), &submitted, &start, 2)
+});
+
 /// Takes a command through the pipeline as far as it is pure.
 fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
     let now = Timestamp::from_second(second).unwrap();
@@ -285,5 +311,351 @@ proptest! {
     fn lines_of_the_log(text in any::<String>()) {
         let line = report::one_line(&text);
         prop_assert!(line.chars().all(|character| !character.is_control()), "{line:?}");
+    }
+}
+
+/// The fields of a message, as protobuf writes them.
+#[derive(Default)]
+struct Fields(Vec<u8>);
+
+impl Fields {
+    /// A text, bytes or a message.
+    fn with(mut self, number: u32, content: impl AsRef<[u8]>) -> Fields {
+        let content = content.as_ref();
+        encode_key(number, WireType::LengthDelimited, &mut self.0);
+        encode_varint(content.len() as u64, &mut self.0);
+        self.0.extend_from_slice(content);
+        self
+    }
+
+    fn with_number(mut self, number: u32, value: u64) -> Fields {
+        encode_key(number, WireType::Varint, &mut self.0);
+        encode_varint(value, &mut self.0);
+        self
+    }
+
+    /// What `one` writes, as often as it fits into `bytes`.
+    fn with_many(mut self, bytes: usize, one: impl Fn(Fields, usize) -> Fields) -> Fields {
+        let end = self.0.len() + bytes;
+        let mut number = 0;
+        while self.0.len() < end {
+            self = one(self, number);
+            number += 1;
+        }
+        self
+    }
+}
+
+impl AsRef<[u8]> for Fields {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+fn fields() -> Fields {
+    Fields::default()
+}
+
+/// Fields of a `google.protobuf.Value`.
+mod value {
+    pub(super) const NUMBER: u32 = 2;
+    pub(super) const TEXT: u32 = 3;
+    pub(super) const OBJECT: u32 = 5;
+    pub(super) const LIST: u32 = 6;
+}
+
+fn entry(key: impl AsRef<[u8]>, value: Fields) -> Fields {
+    fields().with(1, fields().with(1, key).with(2, value))
+}
+
+fn list_of(bytes: usize, item: impl AsRef<[u8]>) -> Fields {
+    let items = fields().with_many(bytes, |items, _| items.with(1, item.as_ref()));
+    fields().with(value::LIST, items)
+}
+
+fn nested(levels: usize, kind: u32) -> Fields {
+    (0..levels).fold(fields(), |inner, _| match kind {
+        value::OBJECT => fields().with(value::OBJECT, entry("k", inner)),
+        kind => fields().with(kind, fields().with(1, inner)),
+    })
+}
+
+fn nan() -> Fields {
+    let mut number = fields();
+    encode_key(value::NUMBER, WireType::SixtyFourBit, &mut number.0);
+    number.0.extend_from_slice(&f64::NAN.to_le_bytes());
+    number
+}
+
+fn submission_of(workflow: &str) -> Fields {
+    fields()
+        .with(1, Uuid::nil().to_string())
+        .with(3, workflow)
+        .with(4, ESDL)
+}
+
+fn params(params: impl AsRef<[u8]>) -> Fields {
+    submission_of("workflow_2").with(5, params)
+}
+
+fn task(kind: Inbox) -> Fields {
+    let event = fields()
+        .with(1, Uuid::nil().to_string())
+        .with(2, Uuid::nil().to_string());
+    match kind {
+        Inbox::Progress => event.with_number(6, 0),
+        Inbox::Results | Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => event,
+    }
+}
+
+type Shape = (&'static str, Inbox, fn(usize) -> Fields);
+
+/// Bodies of about so many bytes that cost more than they weigh, unless somebody sees to it.
+const SHAPES: &[Shape] = &[
+    ("a huge key over many values", Inbox::Submissions, |n| {
+        params(entry("k".repeat(n / 2), list_of(n / 2, "")))
+    }),
+    ("a huge key over a deep fault", Inbox::Submissions, |n| {
+        let inner = fields().with(value::OBJECT, entry("k".repeat(n / 2), nan()));
+        params(entry("k".repeat(n / 2), inner))
+    }),
+    ("many huge keys one in another", Inbox::Submissions, |n| {
+        params((0..24).fold(entry("k", nan()), |inner, _| {
+            entry("k".repeat(n / 25), fields().with(value::OBJECT, inner))
+        }))
+    }),
+    ("many empty values", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, "")))
+    }),
+    ("many empty objects", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, fields().with(value::OBJECT, ""))))
+    }),
+    ("many small objects", Inbox::Submissions, |n| {
+        let object = fields().with(value::OBJECT, entry("", fields()));
+        params(entry("k", list_of(n, object)))
+    }),
+    ("many small lists", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, nested(1, value::LIST))))
+    }),
+    ("many deep lists", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, nested(25, value::LIST))))
+    }),
+    ("many deep objects", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, nested(20, value::OBJECT))))
+    }),
+    ("many empty texts", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, fields().with(value::TEXT, ""))))
+    }),
+    ("too deep", Inbox::Submissions, |n| {
+        params(entry("k", list_of(n, nested(1000, value::LIST))))
+    }),
+    ("many keys", Inbox::Submissions, |n| {
+        params(fields().with_many(n, |params, number| {
+            let mut params = params;
+            params.0.extend(entry(number.to_string(), fields()).0);
+            params
+        }))
+    }),
+    ("one key many times", Inbox::Submissions, |n| {
+        let once = entry("k", fields().with(value::LIST, fields().with(1, "")));
+        params(fields().with_many(n, |mut params, _| {
+            params.0.extend(&once.0);
+            params
+        }))
+    }),
+    ("one entry with many values", Inbox::Submissions, |n| {
+        let list = fields().with(value::LIST, fields().with(1, ""));
+        params(fields().with(1, fields().with_many(n, |entry, _| entry.with(2, &list))))
+    }),
+    ("parameters many times", Inbox::Submissions, |n| {
+        let once = entry("k", list_of(10, ""));
+        submission_of("workflow_2").with_many(n, |submission, _| submission.with(5, &once))
+    }),
+    (
+        "a huge text where a number belongs",
+        Inbox::Submissions,
+        |n| {
+            params(entry(
+                "integer_example",
+                fields().with(value::TEXT, "x".repeat(n)),
+            ))
+        },
+    ),
+    (
+        "a huge text of control characters",
+        Inbox::Submissions,
+        |n| params(entry("k", fields().with(value::TEXT, "\u{1}".repeat(n)))),
+    ),
+    ("an ESDL of control characters", Inbox::Submissions, |n| {
+        submission_of("workflow_2").with(4, "\u{1}".repeat(n))
+    }),
+    ("an ESDL of quotes", Inbox::Submissions, |n| {
+        submission_of("workflow_2").with(4, "\"".repeat(n))
+    }),
+    ("an ESDL of attributes", Inbox::Results, |n| {
+        let attributes = "a='' ".repeat(n / 5);
+        task(Inbox::Results).with(4, format!("<e {attributes}/>"))
+    }),
+    ("a huge reference", Inbox::Submissions, |n| {
+        submission_of("workflow_2").with(6, "r".repeat(n))
+    }),
+    ("a huge reference with a NUL", Inbox::Submissions, |n| {
+        submission_of("workflow_2").with(6, "r".repeat(n) + "\0")
+    }),
+    ("a huge workflow", Inbox::Submissions, |n| {
+        submission_of(&"w".repeat(n))
+    }),
+    ("a workflow many times", Inbox::Submissions, |n| {
+        submission_of("w").with_many(n, |submission, _| submission.with(3, "workflow_2"))
+    }),
+    ("a huge id", Inbox::Submissions, |n| {
+        fields().with(1, "\u{1}".repeat(n))
+    }),
+    ("a huge id to cancel", Inbox::Cancels, |n| {
+        fields().with(1, "\u{1}".repeat(n))
+    }),
+    ("an id many times", Inbox::Cancels, |n| {
+        let id = Uuid::nil().to_string();
+        fields().with_many(n, |cancel, _| cancel.with(1, &id))
+    }),
+    ("unknown fields", Inbox::WorkflowRequests, |n| {
+        fields().with_many(n, |request, _| request.with(9, ""))
+    }),
+    ("a START of a huge task", Inbox::Progress, |n| {
+        task(Inbox::Progress).with(2, "t".repeat(n))
+    }),
+    ("a huge message", Inbox::Progress, |n| {
+        let mut progress = task(Inbox::Results).with(4, "m".repeat(n));
+        encode_key(7, WireType::SixtyFourBit, &mut progress.0);
+        progress.0.extend_from_slice(&0.5_f64.to_le_bytes());
+        progress
+    }),
+    ("many ESDL messages", Inbox::Results, |n| {
+        task(Inbox::Results).with_many(n, |result, _| result.with(7, ""))
+    }),
+    ("many ESDL messages with ids", Inbox::Results, |n| {
+        let message = fields().with(1, "m").with(3, "i");
+        task(Inbox::Results).with_many(n, |result, _| result.with(7, &message))
+    }),
+    ("a huge output", Inbox::Results, |n| {
+        task(Inbox::Results).with(4, format!("<e id='x'>{}</e>", "\u{e9}".repeat(n / 2)))
+    }),
+    ("huge logs", Inbox::Results, |n| {
+        task(Inbox::Results).with(5, "l".repeat(n))
+    }),
+    ("a result of a huge task", Inbox::Results, |n| {
+        task(Inbox::Results).with(2, "t".repeat(n))
+    }),
+    (
+        "a result of an unknown type and a huge task",
+        Inbox::Results,
+        |n| {
+            task(Inbox::Results)
+                .with(2, "t".repeat(n))
+                .with_number(3, 9)
+        },
+    ),
+];
+
+/// Takes a message through the pipeline, for a job that is not known and for one that runs, and
+/// counts what that takes of memory.
+fn cost(inbox: Inbox, body: &[u8]) -> AllocationInfo {
+    allocation_counter::measure(|| {
+        let _ = wire::job_id(body);
+        let command = match wire::decode(inbox, body, Some("id"), false) {
+            Ok(Request::Job { command, .. }) => command,
+            Ok(Request::ListWorkflows) => return,
+            Err(undecodable) => {
+                let queue = "queue";
+                let time = Timestamp::UNIX_EPOCH;
+                let properties = serde_json::Map::new();
+                wire::dead_letter(queue, &undecodable.reason, time, properties, Vec::new());
+                match undecodable.instead {
+                    Some(instead) => instead.1,
+                    None => return,
+                }
+            }
+        };
+        for state in [&State::Unknown, &*RUNNING] {
+            let next = take(Uuid::nil(), state, &command, 9);
+            assert!(next.reference().chars().count() <= job::MAX_REFERENCE);
+            assert!(
+                next.workflow_type()
+                    .is_none_or(|name| name.chars().count() <= job::MAX_WORKFLOW_TYPE)
+            );
+        }
+        if let Some(instead) = command.instead("a reason".to_owned()) {
+            take(Uuid::nil(), &State::Unknown, &instead, 9);
+        }
+    })
+}
+
+const MIB: usize = 1024 * 1024;
+
+/// Beside what a message weighs itself: what the most values weigh that one may hold.
+const MOST_FOR_VALUES: u64 = 24 * MIB as u64;
+
+/// What is wrong with the memory that a message takes.
+fn too_much_memory(inbox: Inbox, body: &[u8]) -> Option<String> {
+    let peak = cost(inbox, body).bytes_max;
+    let size = body.len() as u64;
+    (peak > 4 * size + MOST_FOR_VALUES).then(|| format!("{peak} bytes for {size}"))
+}
+
+#[test]
+fn a_body_of_megabytes_takes_a_few_times_its_size() {
+    let mut faults = Vec::new();
+    for (what, inbox, shape) in SHAPES {
+        let body = shape(8 * MIB).0;
+        for body in [&body[..], &body[..body.len() / 2]] {
+            faults.extend(too_much_memory(*inbox, body).map(|fault| format!("{what}: {fault}")));
+        }
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+/// Seconds say nothing on a busy machine. What is done for each byte nearly always ends in memory.
+#[test]
+fn twice_the_body_takes_no_more_than_twice_the_work() {
+    let mut faults = Vec::new();
+    for (what, inbox, shape) in SHAPES {
+        let [once, twice] = [1, 2].map(|times| cost(*inbox, &shape(times * 64 * 1024).0));
+        for (unit, once, twice) in [
+            ("bytes", once.bytes_total, twice.bytes_total),
+            ("allocations", once.count_total, twice.count_total),
+        ] {
+            // Vectors grow in powers of two.
+            let most = 5 * once / 2 + 64 * 1024;
+            if twice > most {
+                faults.push(format!("{what}: {once} {unit}, {twice} for twice as much"));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn hostile_bodies(
+        shape in prop::sample::select(SHAPES),
+        size in 1..256 * 1024_usize,
+        changes in prop::collection::vec(change(), 0..8),
+    ) {
+        let (_, inbox, shape) = shape;
+        let body = changed(shape(size).0, &changes);
+        prop_assert_eq!(too_much_memory(inbox, &body), None);
+        // By this a batch ends before its messages have become too large.
+        let mut command = None;
+        let decoding = allocation_counter::measure(|| {
+            command = match wire::decode(inbox, &body, None, false) {
+                Ok(Request::Job { command, .. }) => Some(command),
+                Ok(Request::ListWorkflows) | Err(_) => None,
+            };
+        });
+        let known = command.as_ref().map_or(0, Command::decoded_bytes) + body.len();
+        let held = usize::try_from(decoding.bytes_current).unwrap();
+        prop_assert!(held <= 2 * known + 4096, "{held} bytes, {known} known");
     }
 }

@@ -103,6 +103,7 @@ fn one_file_names_the_broker_library() {
     only(
         &[
             "broker.rs",
+            "broker/consuming.rs",
             "broker/dead_letters.rs",
             "broker/inspection.rs",
             "broker/intake.rs",

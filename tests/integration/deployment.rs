@@ -209,6 +209,15 @@ impl Deployment {
         });
     }
 
+    /// Waits until the first column of the first row is at least `least`.
+    pub fn at_least(&self, least: i64, sql: &str) {
+        let mut client = self.sql();
+        eventually(&format!("{least} or more from {sql}"), || {
+            let count: i64 = client.query_one(sql, &[]).unwrap().get(0);
+            (count >= least).then_some(())
+        });
+    }
+
     /// Waits until no job is left; it goes right after its client has been told.
     pub fn no_jobs_left(&self) {
         self.comes_to(

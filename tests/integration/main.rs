@@ -7,6 +7,7 @@
     reason = "a test fails by panicking, says why, and is nobody's library"
 )]
 
+mod acknowledging;
 mod authority;
 mod browser;
 mod cancelling;

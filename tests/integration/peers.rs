@@ -344,7 +344,18 @@ impl Worker {
     }
 
     pub fn finish(&self, task: &Task, result_type: task_result::ResultType, output_esdl: &str) {
-        let result = TaskResult {
+        let body = self.result(task, result_type, output_esdl);
+        self.peer.send_safely("omotes_task_result_events", &body);
+    }
+
+    /// The message with a task's result.
+    pub fn result(
+        &self,
+        task: &Task,
+        result_type: task_result::ResultType,
+        output_esdl: &str,
+    ) -> Vec<u8> {
+        TaskResult {
             job_id: task.job.to_string(),
             celery_task_id: task.id.clone(),
             result_type: result_type.into(),
@@ -356,9 +367,8 @@ impl Worker {
                 severity: wire::esdl_message::Severity::Info.into(),
                 esdl_object_id: None,
             }],
-        };
-        let body = result.encode_to_vec();
-        self.peer.send_safely("omotes_task_result_events", &body);
+        }
+        .encode_to_vec()
     }
 
     pub fn succeed(&self, task: &Task, output_esdl: &str) {

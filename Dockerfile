@@ -24,12 +24,9 @@ RUN useradd --system --no-create-home --shell /usr/sbin/nologin orchestrator
 COPY --from=build /build/target/release/omotes-orchestrator /usr/local/bin/
 # A file mounted over this one is all that a deployment needs.
 COPY config /config
-# The stack is for headers that are nested as deeply as a frame allows, which amiquip reads
-# recursively.
 ENV WORKFLOW_CONFIG_PATH=/config/workflow_config.json \
     HTTP_BIND=0.0.0.0:8080 \
-    RUST_BACKTRACE=1 \
-    RUST_MIN_STACK=67108864
+    RUST_BACKTRACE=1
 EXPOSE 8080
 USER orchestrator
 STOPSIGNAL SIGTERM

@@ -437,8 +437,7 @@ start() {
   trap 'exit 130' INT TERM
   ensure_services
   with_make cargo build --release --bin omotes-orchestrator
-  # The stack is for deeply nested headers; see the README on what somebody hostile can do.
-  RUST_BACKTRACE=1 RUST_MIN_STACK=67108864 run_child target/release/omotes-orchestrator run "$@"
+  RUST_BACKTRACE=1 run_child target/release/omotes-orchestrator run "$@"
 }
 
 # Three services of one's own on free ports, their whereabouts in variables.

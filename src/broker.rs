@@ -22,6 +22,7 @@ use serde_json::{Map, Number, Value};
 use thiserror::Error;
 use uuid::Uuid;
 
+use self::guarded_stream::GuardedStream;
 use self::intake::{GatedStream, Intake};
 use self::tls_stream::TlsStream;
 use crate::busy::Busy;
@@ -35,8 +36,10 @@ use crate::wire::{
 
 mod consuming;
 pub mod dead_letters;
+mod guarded_stream;
 pub mod inspection;
 pub mod intake;
+mod readable;
 mod tls_stream;
 mod unacked;
 
@@ -54,6 +57,10 @@ const PRECONDITION_FAILED: u16 = 406;
 const NOT_FOUND: u16 = 404;
 /// AMQP's ACCESS_REFUSED and RESOURCE_LOCKED: no rights on a queue, or somebody's alone.
 const NOT_OURS: [u16; 2] = [403, 405];
+/// What to look at when a broker takes connections and nothing comes of them. One that has to recover
+/// more queues than it may open files stays like that.
+const STUCK: &str = "RabbitMQ may be recovering its queues, or be short of file descriptors: see its \
+                     log, `rabbitmqctl status`, and `ulimit -n` where it runs";
 /// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
 const SLOWEST_PUBLISHING: u64 = 1024 * 1024;
 
@@ -353,12 +360,12 @@ fn open(
         let mut connection = match tls {
             None => {
                 let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
-                speak(stream, options, intake)?
+                speak(stream, options, intake).with_context(|| address.to_string())?
             }
             Some(tls) => {
                 let stream = TlsStream::open(stream, &config.host, tls, CONNECT_TIMEOUT)
                     .with_context(|| format!("TLS with {address}"))?;
-                speak(stream, options, intake)?
+                speak(stream, options, intake).with_context(|| address.to_string())?
             }
         };
         let blocked = connection.listen_for_connection_blocked()?;
@@ -371,14 +378,21 @@ fn speak<S: IoStream>(
     stream: S,
     options: ConnectionOptions<Auth>,
     intake: Option<&Arc<Intake>>,
-) -> Result<Connection, amiquip::Error> {
+) -> anyhow::Result<Connection> {
     let tuning = ConnectionTuning::default();
-    match intake {
+    let stream = GuardedStream::new(stream);
+    let opened = match intake {
         None => Connection::insecure_open_stream(stream, options, tuning),
         Some(intake) => {
             Connection::insecure_open_stream(GatedStream::new(stream, intake), options, tuning)
         }
-    }
+    };
+    opened.map_err(|error| match error {
+        amiquip::Error::ConnectionTimeout => {
+            anyhow!("no end of the AMQP handshake: nothing for {CONNECT_TIMEOUT:?}; {STUCK}")
+        }
+        error => error.into(),
+    })
 }
 
 fn durable(arguments: FieldTable) -> QueueDeclareOptions {

@@ -105,6 +105,7 @@ fn one_file_names_the_broker_library() {
             "broker.rs",
             "broker/consuming.rs",
             "broker/dead_letters.rs",
+            "broker/guarded_stream.rs",
             "broker/inspection.rs",
             "broker/intake.rs",
             "broker/tls_stream.rs",

@@ -5,7 +5,10 @@ use std::mem;
 use std::thread;
 use std::time::Duration;
 
-use amiquip::{AmqpProperties, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery};
+use amiquip::{
+    AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
+    FieldTable,
+};
 use anyhow::{Context, anyhow, bail};
 use crossbeam_channel::{Receiver, Select, TryRecvError, bounded, select};
 use serde_json::{Map, Value};
@@ -29,6 +32,26 @@ pub struct Received {
 }
 
 impl Received {
+    /// How many bytes of memory it takes, about: its body, and its properties as they are held.
+    fn size(&self) -> usize {
+        let own = &self.properties;
+        let texts = [
+            own.content_type(),
+            own.content_encoding(),
+            own.correlation_id(),
+            own.reply_to(),
+            own.expiration(),
+            own.message_id(),
+            own.type_(),
+            own.user_id(),
+            own.app_id(),
+            own.cluster_id(),
+        ];
+        let texts: usize = texts.into_iter().flatten().map(String::len).sum();
+        let headers = own.headers().as_ref().map_or(0, table_size);
+        self.body.len() + size_of_val(self) + texts + headers
+    }
+
     pub fn message_id(&self) -> Option<&str> {
         self.properties.message_id().as_deref()
     }
@@ -146,7 +169,7 @@ pub fn consume(
                     redelivered: delivery.redelivered,
                     properties: mem::take(&mut delivery.properties),
                 };
-                in_hand.take(delivery, received.body.len());
+                in_hand.take(delivery, received.size());
                 hand_over(place, received);
             }
         }
@@ -154,6 +177,42 @@ pub fn consume(
     in_hand.acknowledge_rest()?;
     drop(consumers);
     channel.close().with_context(|| link.name.clone())
+}
+
+/// What a table takes beside itself. It is nested no deeper than `readable.rs` lets it.
+fn table_size(table: &FieldTable) -> usize {
+    /// A node of a B-tree has room for eleven entries, and is at least half full when it is not
+    /// the only one.
+    const NODE: usize = 11 * size_of::<(String, AmqpValue)>();
+    let entries = table
+        .iter()
+        .map(|(key, value)| key.len() + value_size(value));
+    table.len().div_ceil(6) * NODE + entries.sum::<usize>()
+}
+
+/// What a value takes beside itself.
+fn value_size(value: &AmqpValue) -> usize {
+    match value {
+        AmqpValue::LongString(text) => text.len(),
+        AmqpValue::ByteArray(bytes) => bytes.len(),
+        AmqpValue::FieldTable(table) => table_size(table),
+        AmqpValue::FieldArray(items) => {
+            size_of_val(items.as_slice()) + items.iter().map(value_size).sum::<usize>()
+        }
+        AmqpValue::Boolean(_)
+        | AmqpValue::ShortShortInt(_)
+        | AmqpValue::ShortShortUInt(_)
+        | AmqpValue::ShortInt(_)
+        | AmqpValue::ShortUInt(_)
+        | AmqpValue::LongInt(_)
+        | AmqpValue::LongUInt(_)
+        | AmqpValue::LongLongInt(_)
+        | AmqpValue::Float(_)
+        | AmqpValue::Double(_)
+        | AmqpValue::DecimalValue(_)
+        | AmqpValue::Timestamp(_)
+        | AmqpValue::Void => 0,
+    }
 }
 
 /// The delivery that has come for a consumer; None and the rest are the end of it.
@@ -266,5 +325,34 @@ impl<'c> InHand<'c> {
             0 => DEADLINE,
             _ => LAST_ACKNOWLEDGEMENT,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_headers(headers: FieldTable) -> Received {
+        Received {
+            tag: 1,
+            body: vec![0; 1000],
+            redelivered: false,
+            properties: AmqpProperties::default().with_headers(headers),
+        }
+    }
+
+    #[test]
+    fn headers_count_as_they_are_held() {
+        let plain = with_headers(FieldTable::new()).size();
+        assert!((1000..2000).contains(&plain), "{plain}");
+        let bytes = AmqpValue::ByteArray(vec![0; 100_000]);
+        let large = with_headers(FieldTable::from([("a".to_owned(), bytes)])).size() - plain;
+        assert!((100_000..102_000).contains(&large), "{large}");
+        // A table with one header in each, which on the wire takes eight bytes.
+        let nested = (0..20).fold(AmqpValue::Void, |inner, _| {
+            AmqpValue::FieldTable(FieldTable::from([(String::new(), inner)]))
+        });
+        let nested = with_headers(FieldTable::from([("a".to_owned(), nested)])).size() - plain;
+        assert!((10_000..20_000).contains(&nested), "{nested}");
     }
 }

@@ -20,7 +20,7 @@ const TRICKLE: usize = 4 * 1024;
 /// many bytes there is nothing to read for once.
 const TURN: usize = 1024 * 1024;
 
-/// The bytes of the messages that are in hand, of all connections that share the limit.
+/// The bytes of the messages that are in hand, bodies and properties, of all connections that share the limit.
 pub struct Intake {
     limit: AtomicUsize,
     in_hand: AtomicUsize,

@@ -36,7 +36,7 @@ impl TlsStream {
         while tls.is_handshaking() || tls.wants_write() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("no end of it within {timeout:?}");
+                bail!("no end of it within {timeout:?}; {}", super::STUCK);
             }
             // Blocking, for a fault here is told as what it is.
             socket.set_read_timeout(Some(left))?;
@@ -300,6 +300,9 @@ mod tests {
         let config = tls.client_config().unwrap();
         let opened = TlsStream::open(socket, "localhost", config, Duration::from_millis(50));
         let fault = opened.map(drop).unwrap_err().to_string();
-        assert_eq!(fault, "no end of it within 50ms");
+        assert!(
+            fault.starts_with("no end of it within 50ms; RabbitMQ may be"),
+            "{fault}"
+        );
     }
 }

@@ -239,8 +239,6 @@ impl Deployment {
             ("HTTP_BIND", "127.0.0.1:0".to_owned()),
             ("LOG_LEVEL", "DEBUG".to_owned()),
             ("RUST_BACKTRACE", "1".to_owned()),
-            // As in the image.
-            ("RUST_MIN_STACK", "67108864".to_owned()),
             (
                 "WORKFLOW_CONFIG_PATH",
                 concat!(

@@ -12,6 +12,7 @@ use omotes_orchestrator::wire::{
     job_result::ResultType, job_status_update::JobStatus,
 };
 use prost::Message;
+use rstest::rstest;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, management, server_client};
@@ -316,37 +317,6 @@ fn headers_that_would_not_fit_are_left_out_of_a_dead_letter() {
 }
 
 #[test]
-fn deeply_nested_headers_do_no_harm() {
-    // Enough to overflow the usual stack of a thread.
-    const DEPTH: usize = 4_000;
-    let builder = std::thread::Builder::new().stack_size(512 * 1024 * 1024);
-    let test = builder.spawn(|| {
-        let deployment = Deployment::new();
-        let client = Client::new(&deployment);
-        let service = deployment.start();
-        let nested = (0..DEPTH).fold(AmqpValue::Void, |inner, _| {
-            AmqpValue::FieldArray(vec![inner])
-        });
-        let headers = FieldTable::from([("x".to_owned(), nested)]);
-        let properties = AmqpProperties::default().with_headers(headers);
-        let publish = Publish::with_properties(b"\xff", "job_submissions", properties);
-        Exchange::direct(&client.peer.channel)
-            .publish(publish)
-            .unwrap();
-        // Taking the letter would overflow this program's stack.
-        eventually("a dead letter", || {
-            (client.peer.queue_length(DEAD_LETTERS_QUEUE) == 1).then_some(())
-        });
-        assert!(
-            !service
-                .log()
-                .contains("the session with RabbitMQ has ended")
-        );
-    });
-    test.unwrap().join().unwrap();
-}
-
-#[test]
 fn a_task_queue_that_was_deleted_is_declared_again() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
@@ -623,4 +593,29 @@ fn a_postgres_that_says_nothing_is_not_waited_for() {
         said.contains("takes connections, and says nothing"),
         "{said}"
     );
+}
+
+#[rstest]
+#[case("false", "no end of the AMQP handshake")]
+#[case("true", "TLS with")]
+fn a_rabbitmq_that_says_nothing_is_told_with_what_to_look_at(
+    #[case] tls: &str,
+    #[case] what: &str,
+) {
+    let deployment = Deployment::new();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let port = silent.local_addr().unwrap().port().to_string();
+    let mut service = deployment.launch(&[
+        ("SDK_RABBITMQ_HOSTNAME", "127.0.0.1"),
+        ("SDK_RABBITMQ_PORT", &port),
+        ("SDK_RABBITMQ_TLS", tls),
+    ]);
+    service.logged("rabbitmqctl status");
+    let log = service.log();
+    for part in [what, &address, "`ulimit -n` where it runs"] {
+        assert!(log.contains(part), "{part}: {log}");
+    }
+    service.signal("-TERM");
+    assert_eq!(service.wait().code(), Some(0));
 }

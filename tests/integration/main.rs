@@ -23,9 +23,11 @@ mod jobs;
 mod limits;
 mod operating;
 mod peers;
+mod poison;
 #[path = "../../examples/chaos/proxy.rs"]
 mod proxy;
 mod python;
+mod raw;
 mod revisions;
 mod servers;
 mod settings;

@@ -333,9 +333,13 @@ impl Worker {
 
     /// Starts with a given message id, so that the message can be sent twice.
     pub fn start_as(&self, task: &Task, message_id: &str) {
-        let body = self.update(task, task_progress_update::ProgressType::Status(0));
+        let body = self.start_message(task);
         self.peer
             .send_as("omotes_task_progress_events", &body, message_id);
+    }
+
+    pub fn start_message(&self, task: &Task) -> Vec<u8> {
+        self.update(task, task_progress_update::ProgressType::Status(0))
     }
 
     pub fn progress(&self, task: &Task, fraction: f64) {

@@ -86,6 +86,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             delivery_limit: config.delivery_limit,
             retention: config.job_retention,
             telling: config.outcome_lost,
+            outcome_delay: config.outcome_delay,
             timeout_result: config.timeout_result,
             reject_invalid_params: config.reject_invalid_params,
         },

@@ -43,7 +43,7 @@ mod readable;
 mod tls_stream;
 mod unacked;
 
-pub use self::consuming::{Received, consume};
+pub use self::consuming::{Handled, Received, consume};
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;

@@ -18,7 +18,7 @@ use prost::Message as _;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::broker::{self, Link, Publisher};
+use crate::broker::{self, Handled, Link, Publisher};
 use crate::busy::Busy;
 use crate::config;
 use crate::wire::{
@@ -157,7 +157,7 @@ fn follow(
         };
         let message = decoded.unwrap_or_else(|error| Update::Lost(anyhow!(error)));
         // Nobody listens any more only when nobody wants to know any more.
-        let _ = done.send(received.tag);
+        let _ = done.send(Handled::Done(received.tag));
         let _ = update.send(message);
     });
     if let Err(error) = consumed {

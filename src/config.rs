@@ -37,6 +37,8 @@ pub struct Config {
     pub job_retention: Duration,
     /// How long after a job's end its client is told, at the latest, that its outcome was lost.
     pub outcome_lost: Duration,
+    /// How long after a submission its client is told the job's outcome, at the earliest.
+    pub outcome_delay: Duration,
     /// No timeout is enforced this long after the start.
     pub timeout_start_buffer: Duration,
     /// Period of the check for timeouts and for what is past its retention.
@@ -250,6 +252,7 @@ impl Reader<'_> {
             time_series_dry_run: reader.switch("TIME_SERIES_DRY_RUN"),
             job_retention: reader.seconds("JOB_RETENTION_SEC", 172_800),
             outcome_lost: reader.seconds("OUTCOME_LOST_SEC", 300),
+            outcome_delay: reader.outcome_delay(),
             timeout_start_buffer: reader.seconds("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", 60),
             timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
             timeout_result: reader.timeout_result(),
@@ -340,6 +343,16 @@ impl Reader<'_> {
         self.parsed(name, &default.to_string(), expected, |value| {
             let seconds: NonZeroU32 = value.parse().ok()?;
             Some(Duration::from_secs(seconds.get().into()))
+        })
+    }
+
+    /// A message whose outcome waits is not acknowledged meanwhile, and RabbitMQ gives a consumer up
+    /// that does not acknowledge for 30 minutes: hence the limit.
+    fn outcome_delay(&mut self) -> Duration {
+        let expected = "a whole number of milliseconds, up to 600000";
+        self.parsed("OUTCOME_DELAY_MS", "1000", expected, |value| {
+            let millis = value.parse().ok().filter(|millis| *millis <= 600_000)?;
+            Some(Duration::from_millis(millis))
         })
     }
 

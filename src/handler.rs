@@ -10,21 +10,24 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select_biased};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, at, never, select_biased};
 use jiff::Timestamp;
 use log::{debug, error, info, warn};
 use uuid::Uuid;
 
-use crate::broker::{Delivered, PublishError, Publisher, Received};
+use self::item::{Item, Waiting};
+use crate::broker::{Delivered, Handled, PublishError, Publisher, Received};
 use crate::busy::Busy;
 use crate::celery;
 use crate::fault_point;
-use crate::job::{self, Command, Ending, Publication, Rules, State, TimeSeries};
+use crate::job::{self, Command, Ending, Event, Publication, Rules, State, TimeSeries};
 use crate::metrics::{Metrics, Stage};
 use crate::report::{self, Subject, one_line};
 use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
-use crate::wire::{self, Inbox, Outgoing, Request};
+use crate::wire::{self, Inbox, Outgoing};
 use crate::workflow::CurrentCatalogue;
+
+mod item;
 
 /// A batch ends at whichever comes first.
 pub const MAX_BATCH_MESSAGES: usize = 200;
@@ -110,20 +113,12 @@ pub struct Handler<'s> {
     setting: &'s Setting<'s>,
     watched: &'s Watched,
     publishers: Publishers<'s>,
-    /// Where a message's tag goes when it is done with.
-    done: HashMap<Inbox, Sender<u64>>,
+    /// Where it is told what became of a message.
+    done: HashMap<Inbox, Sender<Handled>>,
+    waiting: Waiting,
     connection: Option<Connection>,
     /// Task queues known to exist.
     declared: HashSet<String>,
-}
-
-/// A message of a batch with what it asks for.
-struct Item {
-    work: Work,
-    job: Option<(Uuid, Command)>,
-    list_workflows: bool,
-    /// Why the message itself is put aside.
-    dead_letter: Option<String>,
 }
 
 /// Why a batch did not go through.
@@ -181,20 +176,22 @@ impl<'s> Handler<'s> {
         setting: &'s Setting<'s>,
         watched: &'s Watched,
         publishers: Publishers<'s>,
-        done: HashMap<Inbox, Sender<u64>>,
+        done: HashMap<Inbox, Sender<Handled>>,
     ) -> Handler<'s> {
         Handler {
             setting,
             watched,
             publishers,
             done,
+            waiting: Waiting::default(),
             connection: None,
             declared: HashSet::new(),
         }
     }
 
     /// Handles messages and findings, until `stop` is disconnected; the messages that are then
-    /// still waiting go back to the broker.
+    /// still waiting go back to the broker. So do those whose outcome is committed and waits to be
+    /// told: their next time here is like the one after a crash.
     ///
     /// # Errors
     /// The session is at its end.
@@ -205,24 +202,35 @@ impl<'s> Handler<'s> {
         stop: &Receiver<Infallible>,
     ) -> anyhow::Result<()> {
         loop {
+            let due = self.waiting.next_due().map_or_else(never, at);
             let first = select_biased! {
                 recv(stop) -> _ => return Ok(()),
+                // Each comes once more only, and so leaves room for others.
+                recv(due) -> _ => None,
                 // Few, and a long backlog is not to hold them up.
-                recv(findings) -> work => work,
-                recv(messages) -> work => work,
+                recv(findings) -> work => Some(work),
+                recv(messages) -> work => Some(work),
             };
-            // Whoever sends them is gone: the session is at its end.
-            let Ok(first) = first else { return Ok(()) };
-            let first = Item::new(first);
-            let mut bytes = first.size();
-            let mut batch = vec![first];
-            while batch.len() < MAX_BATCH_MESSAGES && bytes < MAX_BATCH_BYTES {
-                let Ok(work) = findings.try_recv().or_else(|_| messages.try_recv()) else {
-                    break;
-                };
-                let item = Item::new(work);
+            let mut batch = Vec::new();
+            let mut bytes = 0;
+            let mut take = |item: Item| {
                 bytes += item.size();
                 batch.push(item);
+                batch.len() < MAX_BATCH_MESSAGES && bytes < MAX_BATCH_BYTES
+            };
+            let mut has_room = match first {
+                None => true,
+                Some(Ok(first)) => take(Item::new(first)),
+                // Whoever sends them is gone: the session is at its end.
+                Some(Err(_)) => return Ok(()),
+            };
+            while has_room {
+                let next = self.waiting.take_due().or_else(|| {
+                    let work = findings.try_recv().or_else(|_| messages.try_recv());
+                    work.ok().map(Item::new)
+                });
+                let Some(next) = next else { break };
+                has_room = take(next);
             }
             match self.handle(&mut batch, stop) {
                 Ok(()) => {}
@@ -233,7 +241,7 @@ impl<'s> Handler<'s> {
                 Err(trouble) => return trouble.end(),
             }
             self.setting.metrics.batch(batch.len());
-            batch.iter().for_each(|item| self.acknowledge(item));
+            batch.into_iter().for_each(|item| self.finish(item));
         }
     }
 
@@ -274,7 +282,7 @@ impl<'s> Handler<'s> {
                 ),
                 Err(trouble) => return trouble.end(),
             }
-            self.acknowledge(&item);
+            self.finish(item);
         }
         Ok(())
     }
@@ -314,7 +322,7 @@ impl<'s> Handler<'s> {
                 }
                 Err(panic) => {
                     return Err(Trouble::Refused {
-                        reason: format!("a fault in the orchestrator: {}", panic_text(&*panic)),
+                        reason: fault_in_ourselves(&*panic),
                         by: Refuser::Ourselves,
                     });
                 }
@@ -352,9 +360,9 @@ impl<'s> Handler<'s> {
         outcome
     }
 
-    fn attempt(&mut self, batch: &[Item]) -> Result<(), Trouble> {
+    fn attempt(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
         let mut told = Outbox::default();
-        for item in batch {
+        for item in &*batch {
             self.put_aside(item, &mut told);
         }
         if batch.iter().all(|item| item.job.is_none()) {
@@ -366,7 +374,7 @@ impl<'s> Handler<'s> {
             Some(connection) => connection,
             None => self.setting.store.connection()?,
         };
-        let ending = self.transact(batch, &mut told, &mut connection)?;
+        let Committed { ending, waiting } = self.transact(batch, &mut told, &mut connection)?;
         fault_point::reached("after commit");
         let mut stopwatch = self.setting.metrics.stopwatch();
         self.publish(&told)?;
@@ -380,6 +388,18 @@ impl<'s> Handler<'s> {
             fault_point::reached("after settling");
         }
         self.connection = Some(connection);
+        for Waits {
+            place,
+            wait,
+            refusal,
+        } in waiting
+        {
+            let item = &mut batch[place];
+            item.wait = Some(wait);
+            if let Some(logs) = refusal {
+                item.is_refused(logs);
+            }
+        }
         Ok(())
     }
 
@@ -394,9 +414,9 @@ impl<'s> Handler<'s> {
                 .sdk
                 .push(wire::available_workflows(catalogue.announcement()));
         }
-        if let (Some(reason), Work::Message { inbox, received }) = (&item.dead_letter, &item.work) {
-            let queue = &setting.queue_names[inbox];
-            setting.metrics.dead_letter(*inbox);
+        if let Some((inbox, received, reason)) = item.letter() {
+            let queue = &setting.queue_names[&inbox];
+            setting.metrics.dead_letter(inbox);
             warn!(
                 "{}: put into {}: {}",
                 item.label(),
@@ -419,22 +439,21 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Decides about a batch and commits that. Adds to `told` what clients are to hear of it, and
-    /// returns the jobs that are at their end when they have.
+    /// Decides about a batch and commits that. Adds to `told` what clients are to hear of it now.
     fn transact(
         &mut self,
         batch: &[Item],
         told: &mut Outbox,
         connection: &mut Connection,
-    ) -> Result<Vec<Uuid>, Trouble> {
+    ) -> Result<Committed, Trouble> {
         let setting = self.setting;
         let catalogue = setting.catalogue.get();
         let jobs = || {
-            let items = batch.iter();
-            items.filter_map(|item| Some((item.inbox(), item.job.as_ref()?)))
+            let items = batch.iter().enumerate();
+            items.filter_map(|(place, item)| Some((place, item, item.job.as_ref()?)))
         };
         let ids: Vec<Uuid> = jobs()
-            .map(|(_, (id, _))| *id)
+            .map(|(_, _, (id, _))| *id)
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect();
@@ -453,7 +472,8 @@ impl<'s> Handler<'s> {
         let mut outbox = Outbox::default();
         let mut series = SeriesChanges::default();
         let mut events = Vec::new();
-        for (inbox, (id, command)) in jobs() {
+        let mut waiting = Vec::new();
+        for (place, item, (id, command)) in jobs() {
             let state = after
                 .get(id)
                 .or_else(|| before.get(id))
@@ -475,14 +495,23 @@ impl<'s> Handler<'s> {
             };
             fault_point::reached(command.reference());
             let decision = job::decide(*id, state, command, &context);
+            if !decision.wait.is_zero() {
+                waiting.push(Waits::new(place, command, &decision));
+            } else if !decision.announcements.is_empty() {
+                ending.insert(*id);
+            }
             for publication in decision.publications {
                 self.write_out(publication, &mut outbox);
             }
-            if !decision.announcements.is_empty() {
-                ending.insert(*id);
-            }
             for announcement in decision.announcements {
-                self.write_out(announcement, told);
+                // A task is revoked at once, and so has been when the outcome's time has come.
+                let is_now = match announcement.tells_outcome() {
+                    true => decision.wait.is_zero(),
+                    false => !item.has_waited,
+                };
+                if is_now {
+                    self.write_out(announcement, told);
+                }
             }
             if let Some(change) = decision.time_series {
                 note_series(*id, change, &mut series);
@@ -498,7 +527,7 @@ impl<'s> Handler<'s> {
                 reference: reference.to_owned(),
                 workflow: workflow.unwrap_or_default().to_owned(),
             };
-            events.push((inbox, subject, decision.event, command));
+            events.push((item, subject, decision.event, command));
             if let Some(next) = decision.next {
                 after.insert(*id, next);
             }
@@ -531,9 +560,15 @@ impl<'s> Handler<'s> {
         transaction.commit()?;
         self.watched.postgres.idle();
         stopwatch.lap(Stage::Commit);
-        for (inbox, subject, event, command) in events {
-            setting.metrics.message(inbox, &event);
-            report::log(&subject, &event, command);
+        for (item, subject, event, command) in events {
+            match event {
+                // Its message has been counted and its end logged before it waited.
+                Event::Ended(_) if item.has_waited => {}
+                _ => {
+                    setting.metrics.message(item.inbox(), &event);
+                    report::log(&subject, &event, command);
+                }
+            }
         }
         for (id, state) in &after {
             let known = |workflow: &str| catalogue.definition(workflow).is_some();
@@ -546,7 +581,10 @@ impl<'s> Handler<'s> {
                 (_, State::Unknown | State::Live(_)) => {}
             }
         }
-        Ok(ending.into_iter().collect())
+        Ok(Committed {
+            ending: ending.into_iter().collect(),
+            waiting,
+        })
     }
 
     fn write_out(&self, publication: Publication<'_>, outbox: &mut Outbox) {
@@ -718,12 +756,58 @@ impl<'s> Handler<'s> {
         Ok(())
     }
 
-    fn acknowledge(&self, item: &Item) {
-        if let Work::Message { inbox, received } = &item.work
-            && let Some(done) = self.done.get(inbox)
-        {
+    /// Lets go of an item that is through, or keeps it until its client may be told.
+    fn finish(&mut self, item: Item) {
+        let (inbox, handled) = match (item.wait, &item.work) {
+            (Some(wait), _) => {
+                debug!("{}: it waits for its client for {wait:?}", item.label());
+                match self.waiting.add(item, wait) {
+                    Some((inbox, tag)) => (inbox, Handled::Released(tag)),
+                    None => return,
+                }
+            }
+            (None, Work::Message { inbox, received }) => (*inbox, Handled::Done(received.tag)),
+            (None, Work::Finding { .. } | Work::Announce) => return,
+        };
+        if let Some(done) = self.done.get(&inbox) {
             // The consumer is gone when the session is; then the broker delivers again.
-            let _ = done.send(received.tag);
+            let _ = done.send(handled);
+        }
+    }
+}
+
+/// What comes of a batch that is committed.
+struct Committed {
+    /// The jobs that are at their end when their clients have been told.
+    ending: Vec<Uuid>,
+    waiting: Vec<Waits>,
+}
+
+/// An item of a batch whose outcome is not to be told yet.
+struct Waits {
+    /// Its place in the batch.
+    place: usize,
+    wait: Duration,
+    /// With which logs, if it is a submission.
+    refusal: Option<String>,
+}
+
+impl Waits {
+    fn new(place: usize, command: &Command, decision: &job::Decision<'_>) -> Waits {
+        let logs = || {
+            let mut announcements = decision.announcements.iter();
+            announcements.find_map(|announcement| match announcement {
+                Publication::Result { logs, .. } => Some(logs.clone().into_owned()),
+                Publication::Task { .. }
+                | Publication::Revoke { .. }
+                | Publication::Status { .. }
+                | Publication::Progress { .. } => None,
+            })
+        };
+        Waits {
+            place,
+            wait: decision.wait,
+            refusal: matches!(command, Command::Submit(_)).then(logs).flatten(),
         }
     }
 }
@@ -736,6 +820,11 @@ impl Work {
             Work::Finding { .. } | Work::Announce => 0,
         }
     }
+}
+
+/// What is said of a message that has made us panic.
+fn fault_in_ourselves(panic: &(dyn Any + Send)) -> String {
+    format!("a fault in the orchestrator: {}", panic_text(panic))
 }
 
 /// What a panic said.
@@ -789,96 +878,6 @@ fn note_series(job_id: Uuid, change: TimeSeries<'_>, changes: &mut SeriesChanges
             reference: reference.into_owned(),
         }),
         TimeSeries::Retire => changes.retire.push(job_id),
-    }
-}
-
-impl Item {
-    /// Where its message came from; None for what the service found itself.
-    fn inbox(&self) -> Option<Inbox> {
-        match &self.work {
-            Work::Message { inbox, .. } => Some(*inbox),
-            Work::Finding { .. } | Work::Announce => None,
-        }
-    }
-
-    fn new(work: Work) -> Item {
-        let mut item = Item {
-            job: None,
-            list_workflows: false,
-            dead_letter: None,
-            work,
-        };
-        let (inbox, received) = match &item.work {
-            Work::Message { inbox, received } => (*inbox, received),
-            Work::Finding { job_id, command } => {
-                item.job = Some((*job_id, command.clone()));
-                return item;
-            }
-            Work::Announce => {
-                item.list_workflows = true;
-                return item;
-            }
-        };
-        let (id, redelivered) = (received.message_id(), received.redelivered);
-        match wire::decode(inbox, &received.body, id, redelivered) {
-            Ok(Request::Job { id, command }) => item.job = Some((id, command)),
-            Ok(Request::ListWorkflows) => item.list_workflows = true,
-            Err(undecodable) => {
-                item.job = undecodable.instead.map(|instead| *instead);
-                item.dead_letter = Some(undecodable.reason);
-            }
-        }
-        item
-    }
-
-    /// Bytes that it holds, what has been decoded counted: a small message may be large then.
-    fn size(&self) -> usize {
-        let command = self.job.as_ref().map(|(_, command)| command);
-        self.work.size() + command.map_or(0, Command::decoded_bytes)
-    }
-
-    /// It comes again, and may have been committed. What tells a START from its repetition is its
-    /// message id or, without one, the broker's word.
-    fn repeat(&mut self) {
-        if let Some((_, Command::Start { redelivered, .. })) = &mut self.job {
-            *redelivered = true;
-        }
-    }
-
-    /// Turns a message that is refused into what can still be done about it.
-    fn give_up(&mut self, reason: String, by: Refuser) {
-        error!("{}: {}", self.label(), one_line(&reason));
-        let instead = self.job.take().and_then(|(id, command)| {
-            let reason = format!("The orchestrator could not handle this job: {reason}.");
-            Some((id, command.instead(reason)?))
-        });
-        // What the broker refuses is most often too big for any of its queues.
-        if by != Refuser::Broker || instead.is_none() {
-            self.dead_letter = Some(reason);
-        }
-        self.job = instead;
-    }
-
-    /// Leaves the job as it is, and puts the message aside.
-    fn give_up_job(&mut self, reason: String, _: Refuser) {
-        error!("{}: {}", self.label(), one_line(&reason));
-        self.job = None;
-        self.dead_letter = Some(reason);
-    }
-
-    fn label(&self) -> String {
-        let message = match &self.work {
-            Work::Message { inbox, received } => {
-                let id = one_line(received.message_id().unwrap_or("without id"));
-                format!("message {id} from {}", inbox.name())
-            }
-            Work::Finding { command, .. } => command.name().to_owned(),
-            Work::Announce => "the workflows".to_owned(),
-        };
-        match &self.job {
-            Some((id, command)) => format!("{}, {message}", report::job(*id, command.reference())),
-            None => message,
-        }
     }
 }
 

@@ -10,7 +10,7 @@
 //!   │  │                │  (only left by the                     │               │
 //!   │  │                │   Python service)                      │               │
 //!   │  │                └──────── Cancel, TimeOut, ... ──────────┤               │
-//!   │  └────────────────────── Refuse, unknown workflow ─────────┘               │
+//!   │  └── Refuse, unknown workflow, Submit after its Cancel ────┘               │
 //!   └───────────────────────── Cancel before the submission ─────────────────────┘
 //! ```
 //!
@@ -328,6 +328,10 @@ pub struct Rules {
     /// How long after a job's end the client may be told of it at the latest, because what led to
     /// it comes again. RabbitMQ loses that when it is killed before it has written it.
     pub telling: Duration,
+    /// How long after its submission a job's client is told of its outcome at the earliest: some
+    /// clients note a job only after they have submitted it, and would not know what the outcome
+    /// is about.
+    pub outcome_delay: Duration,
     pub timeout_result: TimeoutResult,
     /// Whether a job whose parameters do not fit its workflow's definition is refused, instead of
     /// left to its worker.
@@ -354,6 +358,9 @@ pub struct Decision<'a> {
     /// To be sent once it is committed, in this order: what clients are told holds. Then the job is
     /// no longer [`State::Ending`].
     pub announcements: Vec<Publication<'a>>,
+    /// How long from now those of them that tell the outcome have to wait
+    /// ([`Publication::tells_outcome`]), and with them the end of [`State::Ending`].
+    pub wait: Duration,
     pub time_series: Option<TimeSeries<'a>>,
     pub event: Event,
 }
@@ -387,6 +394,19 @@ pub enum Publication<'a> {
         logs: Cow<'a, str>,
         esdl_messages: &'a [EsdlMessage],
     },
+}
+
+impl Publication<'_> {
+    /// Whether it is among what a client hears of its job's outcome, where it is an announcement;
+    /// a revoke, which is for workers, is not.
+    pub fn tells_outcome(&self) -> bool {
+        match self {
+            Publication::Status { .. } | Publication::Result { .. } => true,
+            Publication::Task { .. }
+            | Publication::Revoke { .. }
+            | Publication::Progress { .. } => false,
+        }
+    }
 }
 
 /// The statuses that clients are sent. FINISHED is not among them: omotes-rest empties the result
@@ -458,6 +478,15 @@ pub fn decide<'a>(
             if *command == Command::Expire && ending.ended.outcome != Outcome::Expired =>
         {
             return lose(job_id, ending, context);
+        }
+        State::Ending(ending) if ending.cancelled_before(command) => {
+            let again = cancel(job_id, Standing::Live(&ending.job), context);
+            return Decision {
+                // Nothing new, but where the Python service has registered it meanwhile.
+                next: again.next.filter(|_| ending.ended.registered_at.is_none()),
+                time_series: None,
+                ..again
+            };
         }
         State::Ending(ending) => {
             let again = decide_for(job_id, Standing::Live(&ending.job), command, context);
@@ -688,20 +717,9 @@ fn refuse<'a>(
 ) -> Decision<'a> {
     match submission_expected(standing) {
         Expected::Yes { registered_at } => {
-            let job = Job {
-                workflow_type: kept(workflow_type, MAX_WORKFLOW_TYPE),
-                reference: kept_reference(reference.as_deref()),
-                status: JobStatus::Registered,
-                task_id: None,
-                registered_at: registered_at.unwrap_or(context.now),
-                submitted_at: None,
-                running_at: None,
-                timeout_ms: None,
-                priority: None,
-                starts: Vec::new(),
-                progress: None,
-            };
-            job.rejected(job_id, reason, context)
+            let registered_at = registered_at.unwrap_or(context.now);
+            Job::without_task(workflow_type, reference, registered_at)
+                .rejected(job_id, reason, context)
         }
         Expected::Cancelled => {
             cancelled_before_submission(job_id, workflow_type, reference, context)
@@ -744,23 +762,12 @@ fn cancelled_before_submission<'a>(
     reference: &Option<String>,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    Decision {
-        next: Some(State::Ended(Ended {
-            outcome: Outcome::Cancelled,
-            workflow_type: Some(kept(workflow_type, MAX_WORKFLOW_TYPE)),
-            reference: Some(kept_reference(reference.as_deref())),
-            task_id: None,
-            registered_at: Some(context.now),
-            submitted_at: None,
-            running_at: None,
-            finished_at: context.now,
-            starts: 0,
-            result_bytes: 0,
-        })),
-        // Told before this is committed, since the outcome was when the cancel came.
-        publications: cancellation(job_id).into(),
-        ..Decision::nothing(Event::Ended(Outcome::Cancelled))
-    }
+    Job::without_task(workflow_type, reference, context.now).ends(
+        Outcome::Cancelled,
+        0,
+        cancellation(job_id),
+        context,
+    )
 }
 
 fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
@@ -889,7 +896,9 @@ fn no_worker<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) ->
 /// Tells what can be told of a job whose end nobody has told, and never will.
 fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a> {
     let Ending { job, ended } = ending;
-    let told_by = ended.finished_at.checked_add(context.rules.telling);
+    // Until then it may wait in somebody's memory.
+    let tellable_from = job.outcome_from(context).max(ended.finished_at);
+    let told_by = tellable_from.checked_add(context.rules.telling);
     if !told_by.is_ok_and(|end| end <= context.now) {
         return Decision::ignored("what led to its end may come again");
     }
@@ -1056,6 +1065,7 @@ impl Decision<'_> {
             next: None,
             publications: Vec::new(),
             announcements: Vec::new(),
+            wait: Duration::ZERO,
             time_series: None,
             event,
         }
@@ -1067,6 +1077,36 @@ impl Decision<'_> {
 }
 
 impl Job {
+    /// One that is known and not given to the workers.
+    fn without_task(
+        workflow_type: &str,
+        reference: &Option<String>,
+        registered_at: Timestamp,
+    ) -> Job {
+        Job {
+            workflow_type: kept(workflow_type, MAX_WORKFLOW_TYPE),
+            reference: kept_reference(reference.as_deref()),
+            status: JobStatus::Registered,
+            task_id: None,
+            registered_at,
+            submitted_at: None,
+            running_at: None,
+            timeout_ms: None,
+            priority: None,
+            starts: Vec::new(),
+            progress: None,
+        }
+    }
+
+    /// From when its client may be told how it has ended.
+    fn outcome_from(&self, context: &Context<'_>) -> Timestamp {
+        // A clock that was put back delays nobody for longer.
+        let submitted = self.registered_at.min(context.now);
+        submitted
+            .checked_add(context.rules.outcome_delay)
+            .unwrap_or(Timestamp::MAX)
+    }
+
     fn ended(&self, outcome: Outcome, result_bytes: usize, now: Timestamp) -> Ended {
         Ended {
             outcome,
@@ -1100,6 +1140,12 @@ impl Job {
                 ended: self.ended(outcome, result_bytes, context.now),
             })),
             announcements: revocation.into_iter().chain(told).collect(),
+            // Negative once the time has come.
+            wait: context
+                .now
+                .duration_until(self.outcome_from(context))
+                .try_into()
+                .unwrap_or_default(),
             ..Decision::nothing(Event::Ended(outcome))
         }
     }
@@ -1133,6 +1179,24 @@ impl Ending {
             | Command::Expire
             | Command::NoWorker => false,
         }
+    }
+
+    /// Whether this is the submission that came after its cancel.
+    fn cancelled_before(&self, command: &Command) -> bool {
+        let is_submission = match command {
+            Command::Submit(_) | Command::Refuse { .. } => true,
+            Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Fail { .. } => false,
+        };
+        is_submission
+            && self.ended.outcome == Outcome::Cancelled
+            && self.job.status == JobStatus::Registered
     }
 }
 

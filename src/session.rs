@@ -115,12 +115,17 @@ const CONSUMERS: [(&str, &[Inbox]); 4] = [
     ("events", &[Inbox::Progress, Inbox::Results]),
 ];
 
-/// How many messages of a queue a consumer has in hand at most. RabbitMQ keeps the rest.
-fn prefetch(inbox: Inbox) -> u16 {
+/// How many messages of a queue a consumer has in hand at most. RabbitMQ keeps the rest. Those whose
+/// outcomes wait are in hand meanwhile and must not hold up a backlog, so there is room for as many
+/// more as can become of one in that time.
+fn prefetch(inbox: Inbox, outcome_delay: Duration) -> u16 {
+    const ENDED_PER_MILLISECOND: u128 = 8;
+    let waiting = u16::try_from(outcome_delay.as_millis() * ENDED_PER_MILLISECOND);
+    let waiting = waiting.unwrap_or(u16::MAX);
     match inbox {
-        Inbox::Submissions | Inbox::Results => 1000,
+        Inbox::Submissions | Inbox::Results => waiting.saturating_add(1000),
+        Inbox::Cancels => waiting.saturating_add(100),
         Inbox::Progress => 2000,
-        Inbox::Cancels => 100,
         Inbox::WorkflowRequests => 20,
     }
 }
@@ -270,12 +275,6 @@ fn work(
     let maintenance_busy = Busy::default();
     let (report, reports) = unbounded();
     let (session_stop, session_stopped) = bounded::<Infallible>(0);
-    // Never full: the broker hands out no more than this before something is acknowledged. So a
-    // handler that is held up does not hold up the consumers.
-    let in_hand = Inbox::ALL
-        .iter()
-        .map(|inbox| usize::from(prefetch(*inbox)))
-        .sum();
 
     thread::scope(|scope| {
         let mut done_senders = HashMap::new();
@@ -288,7 +287,9 @@ fn work(
         let mut finding_inputs = Vec::new();
         let mut threads = 0;
         for (number, watched) in watched.iter().enumerate() {
-            let (input, messages) = bounded::<Work>(in_hand);
+            // The broker hands out no more than the prefetch before something is acknowledged. So a
+            // handler that is held up does not hold up the consumers.
+            let (input, messages) = unbounded::<Work>();
             handler_inputs.push(input);
             let (input, findings) = bounded::<Work>(maintenance::MAX_FINDINGS.into());
             finding_inputs.push(input);
@@ -314,7 +315,10 @@ fn work(
             };
             let queues: Vec<_> = inboxes
                 .iter()
-                .map(|inbox| (queue_names[inbox].as_str(), prefetch(*inbox)))
+                .map(|inbox| {
+                    let prefetch = prefetch(*inbox, config.outcome_delay);
+                    (queue_names[inbox].as_str(), prefetch)
+                })
                 .collect();
             let inputs = handler_inputs.clone();
             let stopped = session_stopped.clone();

@@ -156,6 +156,7 @@ static RULES: Rules = Rules {
     delivery_limit: 1,
     retention: Duration::from_secs(1000),
     telling: Duration::from_secs(300),
+    outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: true,
 };

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::mem;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use amiquip::{
     AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
@@ -20,6 +20,12 @@ use crate::fault_point;
 /// When nothing has come in for so long, messages that are done with are no longer kept waiting for
 /// those before them to be acknowledged with them.
 const LAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(50);
+
+/// Nor for longer than this although something does: the outcome of the first of those before them
+/// may wait to be told, and theirs may have been told long ago.
+const LONGEST_WAIT: Duration = Duration::from_millis(200);
+/// What a message counts as that is kept, but released, in bytes.
+const RELEASED: usize = 1024;
 
 /// A message as it was delivered.
 #[derive(Debug)]
@@ -60,6 +66,16 @@ impl Received {
         self.properties.correlation_id().as_deref()
     }
 
+    /// Lets go of all but what it is called by, about [`RELEASED`] bytes.
+    pub fn release(&mut self) {
+        self.body = Vec::new();
+        let id = self.properties.message_id().clone();
+        self.properties = match id {
+            Some(id) => AmqpProperties::default().with_message_id(id),
+            None => AmqpProperties::default(),
+        };
+    }
+
     /// The message's properties as JSON, those that are set.
     pub fn properties(&self) -> Map<String, Value> {
         let own = &self.properties;
@@ -85,6 +101,15 @@ impl Received {
     }
 }
 
+/// What has become of a delivery, by its tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handled {
+    /// It is done with, and to be acknowledged.
+    Done(u64),
+    /// It is not done with, but takes next to no memory any more.
+    Released(u64),
+}
+
 /// Consumes queues, each with so many of its messages in hand at most, until `stop` is
 /// disconnected: each message goes to `hand_over` with its queue's place in `queues`, and is
 /// acknowledged when its tag comes in through `done`. Afterwards nothing more is handed over, and
@@ -101,7 +126,7 @@ pub fn consume(
     link: &Link,
     queues: &[(&str, u16)],
     stop: &Receiver<Infallible>,
-    done: &Receiver<u64>,
+    done: &Receiver<Handled>,
     mut hand_over: impl FnMut(usize, Received),
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
@@ -132,9 +157,12 @@ pub fn consume(
         fault_point::reached("consumer");
         if event == done_event {
             match done.try_recv() {
-                Ok(tag) => {
-                    for tag in [tag].into_iter().chain(done.try_iter()) {
-                        in_hand.finish(tag);
+                Ok(handled) => {
+                    for handled in [handled].into_iter().chain(done.try_iter()) {
+                        match handled {
+                            Handled::Done(tag) => in_hand.finish(tag),
+                            Handled::Released(tag) => in_hand.release(tag),
+                        }
                     }
                     in_hand.acknowledge_in_order()?;
                 }
@@ -274,6 +302,8 @@ struct InHand<'c> {
     unacked: Unacked<(Delivery, usize)>,
     /// How many of those that are done with may wait at most.
     limit: usize,
+    /// Since when there are some, and none is acknowledged.
+    waiting_since: Option<Instant>,
 }
 
 impl<'c> InHand<'c> {
@@ -283,6 +313,7 @@ impl<'c> InHand<'c> {
             channel,
             unacked: Unacked::new(),
             limit,
+            waiting_since: None,
         }
     }
 
@@ -301,12 +332,29 @@ impl<'c> InHand<'c> {
         }
     }
 
-    /// Acknowledges all before the first that is not done with; the others too if they are many.
+    /// What it took of the intake is free again, though it is not done with.
+    fn release(&mut self, tag: u64) {
+        if let Some((_, size)) = self.unacked.in_hand(tag)
+            && let Some(intake) = &self.link.intake
+        {
+            intake.give_back(size.saturating_sub(RELEASED));
+            *size = RELEASED.min(*size);
+        }
+    }
+
+    /// Acknowledges all before the first that is not done with; the others too if they are many,
+    /// or have waited for long.
     fn acknowledge_in_order(&mut self) -> Result<(), amiquip::Error> {
         if let Some((delivery, _)) = self.unacked.acknowledge_in_order() {
             delivery.ack_multiple(self.channel)?;
+            self.waiting_since = None;
         }
-        if self.unacked.finished() > self.limit {
+        if self.unacked.finished() == 0 {
+            self.waiting_since = None;
+            return Ok(());
+        }
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        if self.unacked.finished() > self.limit || since.elapsed() > LONGEST_WAIT {
             self.acknowledge_rest()?;
         }
         Ok(())
@@ -314,6 +362,7 @@ impl<'c> InHand<'c> {
 
     /// Acknowledges, one by one, what is done with although something before it is not.
     fn acknowledge_rest(&mut self) -> Result<(), amiquip::Error> {
+        self.waiting_since = None;
         self.unacked
             .acknowledge_rest()
             .try_for_each(|(delivery, _)| delivery.ack(self.channel))

@@ -52,6 +52,12 @@ impl<D> Unacked<D> {
         self.taken.insert(tag, taken);
     }
 
+    /// The delivery of this tag, if it is taken and not done with.
+    pub(super) fn in_hand(&mut self, tag: u64) -> Option<&mut D> {
+        let taken = self.taken.get_mut(&tag)?;
+        (!taken.is_finished).then_some(&mut taken.delivery)
+    }
+
     /// It is done with, and may be acknowledged. Returns it the first time.
     pub(super) fn finish(&mut self, tag: u64) -> Option<&D> {
         let taken = self.taken.get_mut(&tag)?;

@@ -30,6 +30,7 @@ static RULES: Rules = Rules {
     delivery_limit: 2,
     retention: Duration::from_secs(1000),
     telling: Duration::from_secs(300),
+    outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
 };
@@ -147,7 +148,8 @@ fn states() -> Vec<(&'static str, State)> {
     let mut ancient = job(JobStatus::Submitted);
     ancient.submitted_at = Some(at(-900));
     let running = job(JobStatus::Running);
-    let running_job = running.clone();
+    let mut long_ago = running.clone();
+    long_ago.registered_at = at(-300);
     vec![
         ("unknown", State::Unknown),
         ("registered", State::Live(job(JobStatus::Registered))),
@@ -178,6 +180,10 @@ fn states() -> Vec<(&'static str, State)> {
             ending(job(JobStatus::Registered), Outcome::Rejected),
         ),
         (
+            "ending as cancelled before it was submitted",
+            ending(job(JobStatus::Registered), Outcome::Cancelled),
+        ),
+        (
             "ending as timed out",
             ending(overdue.clone(), Outcome::TimedOut),
         ),
@@ -187,11 +193,11 @@ fn states() -> Vec<(&'static str, State)> {
         ),
         (
             "ending since long as succeeded",
-            ending_since(at(-200), running_job.clone(), Outcome::Succeeded),
+            ending_since(at(-200), long_ago.clone(), Outcome::Succeeded),
         ),
         (
             "ending since long as cancelled",
-            ending_since(at(-200), running_job, Outcome::Cancelled),
+            ending_since(at(-200), long_ago, Outcome::Cancelled),
         ),
         ("ending as expired", ending(ancient, Outcome::Expired)),
     ]
@@ -236,6 +242,9 @@ fn summary(decision: &Decision<'_>) -> String {
         }
         event => format!("{event:?}"),
     };
+    if decision.wait > Duration::ZERO {
+        write!(text, "; wait {:?}", decision.wait).unwrap();
+    }
     let announced = decision.announcements.iter();
     let published = decision.publications.iter().map(|one| ("", one));
     for (when, publication) in published.chain(announced.map(|one| ("then ", one))) {
@@ -630,6 +639,88 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
     assert!(matches!(decision.event, Event::Ignored(_)), "{decision:?}");
 }
 
+#[rstest]
+#[case::just_submitted(100_000, 100_000, 1000)]
+#[case::a_moment_ago(99_750, 100_000, 750)]
+#[case::just_due(99_000, 100_000, 0)]
+#[case::long_ago(1_000, 100_000, 0)]
+#[case::a_clock_was_put_back(170_000, 100_000, 1000)]
+fn an_outcome_waits_from_its_submission_on(
+    #[case] registered: i64,
+    #[case] now: i64,
+    #[case] wait: u64,
+) {
+    let millis = |millis| Timestamp::from_millisecond(millis).unwrap();
+    let context = Context {
+        now: millis(now),
+        ..context()
+    };
+    let mut running = job(JobStatus::Running);
+    running.registered_at = millis(registered);
+    running.timeout_ms = Some(1);
+    let ending = ending(running.clone(), Outcome::Succeeded);
+    let live = State::Live(running);
+    let result = result_of(TASK, true);
+    for (state, command) in [
+        (&live, &result),
+        (&ending, &result),
+        (&live, &Command::Cancel),
+        (&live, &Command::TimeOut),
+        (&live, &fail_of(None)),
+    ] {
+        let decision = decide(job_id(), state, command, &context);
+        let told = decision.announcements.iter();
+        assert!(told.clone().any(Publication::tells_outcome), "{decision:?}");
+        assert_eq!(decision.wait, Duration::from_millis(wait), "{decision:?}");
+    }
+    // All else is told at once.
+    let progress = progress_of(TASK, 0.5);
+    let progressed = decide(job_id(), &live, &progress, &context);
+    assert_eq!(progressed.wait, Duration::ZERO);
+}
+
+#[test]
+fn a_submission_after_its_cancel_ends_as_cancelled_whenever_it_comes() {
+    let context = context();
+    let noted = cancel(job_id(), Standing::Unknown, &context).next.unwrap();
+    let command = submission("simulator");
+    let first = decide(job_id(), &noted, &command, &context);
+    assert_eq!(first.publications, []);
+    assert_eq!(first.announcements, cancellation(job_id()));
+    assert_eq!(first.wait, RULES.outcome_delay);
+    let Some(State::Ending(ending)) = first.next else {
+        panic!("{first:?}");
+    };
+    assert_eq!(ending.ended.registered_at, Some(at(100)));
+    // Nobody knows whether it was told; the definitions may not have the workflow any more.
+    let ending = State::Ending(ending);
+    for command in [&command, &submission("nonsense"), &Command::Cancel] {
+        let again = decide(job_id(), &ending, command, &context);
+        assert_eq!(again.next, None);
+        assert_eq!(again.announcements, cancellation(job_id()));
+    }
+}
+
+#[test]
+fn an_outcome_that_waits_is_not_lost() {
+    let rules = Rules {
+        outcome_delay: Duration::from_secs(600),
+        ..RULES.clone()
+    };
+    let mut running = job(JobStatus::Running);
+    running.registered_at = at(0);
+    let state = ending_since(at(10), running, Outcome::Succeeded);
+    for (now, lost) in [(310, false), (899, false), (900, true)] {
+        let context = Context {
+            now: at(now),
+            rules: &rules,
+            ..context()
+        };
+        let decision = decide(job_id(), &state, &Command::Expire, &context);
+        assert_eq!(decision.next.is_some(), lost, "{now}: {decision:?}");
+    }
+}
+
 /// What the world does in a random story of one job.
 #[derive(Debug, Clone)]
 enum Happening {
@@ -878,7 +969,7 @@ proptest! {
         world.apply(&Command::TimeOut, Death::Never);
         if let Some(State::Ending(job)) = &world.state {
             prop_assert!(job.ended.outcome == Outcome::Expired || world.forgetful);
-            world.seconds_passed += 300;
+            world.seconds_passed += 301;
             world.apply(&Command::Expire, Death::Never);
         }
         while !world.waiting.is_empty() {

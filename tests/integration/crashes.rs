@@ -17,13 +17,13 @@ use crate::proxy::{End, Proxy, Weather};
 const OUTPUT: &str = "<e id='out-1'/>";
 
 /// A service that stops at a point of its pipeline, once, until it is told to go on.
-struct Held {
-    service: Service,
+pub struct Held {
+    pub service: Service,
     file: PathBuf,
 }
 
 impl Held {
-    fn at(point: &str, deployment: &Deployment, variables: &[(&str, &str)]) -> Held {
+    pub fn at(point: &str, deployment: &Deployment, variables: &[(&str, &str)]) -> Held {
         let file = deployment.folder.join(format!("held-{}", Uuid::new_v4()));
         let hold = [
             ("OMOTES_FAULT_POINT", point),
@@ -35,19 +35,19 @@ impl Held {
         }
     }
 
-    fn reached(&self) {
+    pub fn reached(&self) {
         eventually("the service comes to the point", || {
             self.file.exists().then_some(())
         });
     }
 
-    fn kill(self) {
+    pub fn kill(self) {
         self.reached();
         self.service.kill();
         fs::remove_file(self.file).unwrap();
     }
 
-    fn go_on(self) -> Service {
+    pub fn go_on(self) -> Service {
         fs::remove_file(self.file).unwrap();
         self.service
     }
@@ -364,7 +364,7 @@ fn a_commit_that_postgres_refuses_is_repeated() {
 }
 
 /// A service whose way to RabbitMQ can be cut.
-fn behind_a_proxy(proxy: &Proxy) -> Vec<(&'static str, String)> {
+pub fn behind_a_proxy(proxy: &Proxy) -> Vec<(&'static str, String)> {
     [
         "SDK_RABBITMQ_PORT",
         "TASK_RABBITMQ_PORT",
@@ -374,14 +374,14 @@ fn behind_a_proxy(proxy: &Proxy) -> Vec<(&'static str, String)> {
     .to_vec()
 }
 
-fn borrowed<'a>(variables: &'a [(&'static str, String)]) -> Vec<(&'a str, &'a str)> {
+pub fn borrowed<'a>(variables: &'a [(&'static str, String)]) -> Vec<(&'a str, &'a str)> {
     variables
         .iter()
         .map(|(name, value)| (*name, value.as_str()))
         .collect()
 }
 
-fn rabbitmq_proxy() -> Proxy {
+pub fn rabbitmq_proxy() -> Proxy {
     Proxy::new(setting("RABBITMQ_PORT").parse().unwrap()).unwrap()
 }
 

@@ -22,6 +22,7 @@ mod http;
 mod jobs;
 mod limits;
 mod operating;
+mod outcome_delay;
 mod peers;
 mod poison;
 #[path = "../../examples/chaos/proxy.rs"]

@@ -1,0 +1,256 @@
+//! A message on its way through a handler: what it asks for, and what is made of it when that is
+//! refused or has to wait.
+
+use std::collections::BTreeMap;
+use std::mem;
+use std::panic::catch_unwind;
+use std::time::{Duration, Instant};
+
+use log::error;
+use uuid::Uuid;
+
+use super::{Refuser, Work, fault_in_ourselves};
+use crate::fault_point;
+use crate::job::Command;
+use crate::report::{self, one_line};
+use crate::wire::{self, Inbox, Request};
+
+/// What a command may take up beside its message's body, which is not kept with it then.
+const SMALL: usize = 4 * 1024;
+
+/// A message of a batch with what it asks for.
+pub(super) struct Item {
+    pub(super) work: Work,
+    pub(super) job: Option<(Uuid, Command)>,
+    pub(super) list_workflows: bool,
+    /// Why the message itself is put aside.
+    pub(super) dead_letter: Option<String>,
+    /// How long its job's client is not to be told what has been committed.
+    pub(super) wait: Option<Duration>,
+    /// It has been through once, and waited since.
+    pub(super) has_waited: bool,
+    /// Its command is no longer the one that its body says.
+    altered: bool,
+    /// Its body is gone, for it is not needed any more.
+    released: bool,
+}
+
+impl Item {
+    /// Reads what the message asks for. One that makes the reader panic is put aside.
+    pub(super) fn new(work: Work) -> Item {
+        let mut item = Item {
+            job: None,
+            list_workflows: false,
+            dead_letter: None,
+            wait: None,
+            has_waited: false,
+            altered: false,
+            released: false,
+            work,
+        };
+        match &item.work {
+            Work::Message { .. } => item.read(),
+            Work::Finding { job_id, command } => item.job = Some((*job_id, command.clone())),
+            Work::Announce => item.list_workflows = true,
+        }
+        item
+    }
+
+    fn read(&mut self) {
+        let Work::Message { inbox, received } = &self.work else {
+            return;
+        };
+        let id = received.message_id();
+        let decoded = catch_unwind(|| {
+            fault_point::reached(id.unwrap_or_default());
+            wire::decode(*inbox, &received.body, id, received.redelivered)
+        });
+        match decoded {
+            Ok(Ok(Request::Job { id, command })) => self.job = Some((id, command)),
+            Ok(Ok(Request::ListWorkflows)) => self.list_workflows = true,
+            Ok(Err(undecodable)) => {
+                self.job = undecodable.instead.map(|instead| *instead);
+                self.dead_letter = Some(undecodable.reason);
+                self.altered = true;
+            }
+            Err(panic) => {
+                let reason = fault_in_ourselves(&*panic);
+                error!("{}: {}", self.label(), one_line(&reason));
+                self.dead_letter = Some(reason);
+            }
+        }
+    }
+
+    /// Where its message came from; None for what the service found itself.
+    pub(super) fn inbox(&self) -> Option<Inbox> {
+        match &self.work {
+            Work::Message { inbox, .. } => Some(*inbox),
+            Work::Finding { .. } | Work::Announce => None,
+        }
+    }
+
+    /// Bytes that it holds, what has been decoded counted: a small message may be large then.
+    pub(super) fn size(&self) -> usize {
+        let command = self.job.as_ref().map(|(_, command)| command);
+        self.work.size() + command.map_or(0, Command::decoded_bytes)
+    }
+
+    /// It comes again, and may have been committed. What tells a START from its repetition is its
+    /// message id or, without one, the broker's word.
+    pub(super) fn repeat(&mut self) {
+        if let Some((_, Command::Start { redelivered, .. })) = &mut self.job {
+            *redelivered = true;
+        }
+    }
+
+    /// Makes its submission, which has been refused with these logs, a refusal from here on.
+    pub(super) fn is_refused(&mut self, logs: String) {
+        if let Some((_, command)) = &mut self.job
+            && let Command::Submit(submission) = command
+        {
+            *command = Command::Refuse {
+                reason: logs,
+                workflow_type: mem::take(&mut submission.workflow_type),
+                reference: submission.reference.take(),
+            };
+            self.altered = true;
+        }
+    }
+
+    /// Turns a message that is refused into what can still be done about it.
+    pub(super) fn give_up(&mut self, reason: String, by: Refuser) {
+        error!("{}: {}", self.label(), one_line(&reason));
+        let instead = self.job.take().and_then(|(id, command)| {
+            let reason = format!("The orchestrator could not handle this job: {reason}.");
+            Some((id, command.instead(reason)?))
+        });
+        // What the broker refuses is most often too big for any of its queues.
+        if by != Refuser::Broker || instead.is_none() {
+            self.dead_letter = Some(reason);
+        }
+        self.job = instead;
+        self.altered = true;
+    }
+
+    /// Leaves the job as it is, and puts the message aside.
+    pub(super) fn give_up_job(&mut self, reason: String, _: Refuser) {
+        error!("{}: {}", self.label(), one_line(&reason));
+        self.job = None;
+        self.dead_letter = Some(reason);
+    }
+
+    /// Prepares it for its wait, in which it takes no more memory than its message does. Returns
+    /// whether that is next to nothing, because its body is not needed any more.
+    fn rest(&mut self) -> bool {
+        self.has_waited = true;
+        // What it causes beside its job has been done.
+        self.dead_letter = None;
+        self.wait = None;
+        let is_small = match &self.job {
+            Some((_, command)) => size(command) <= SMALL,
+            None => false,
+        };
+        match &mut self.work {
+            Work::Message { received, .. } if is_small => {
+                received.release();
+                self.released = true;
+            }
+            Work::Message { .. } if !self.altered => self.job = None,
+            Work::Message { .. } | Work::Finding { .. } | Work::Announce => {}
+        }
+        self.released
+    }
+
+    /// Makes it what it was before its wait.
+    fn wake(mut self) -> Item {
+        if self.job.is_none() {
+            self.read();
+        }
+        self
+    }
+
+    /// The message that is put aside, and why; None where there is nothing to put aside.
+    pub(super) fn letter(&self) -> Option<(Inbox, &crate::broker::Received, &str)> {
+        let reason = self.dead_letter.as_deref()?;
+        match &self.work {
+            Work::Message { .. } if self.released => {
+                // Its job has an outcome that is committed, and its client is told at last that
+                // this one is lost.
+                error!("{}: its body is gone: {}", self.label(), one_line(reason));
+                None
+            }
+            Work::Message { inbox, received } => Some((*inbox, received, reason)),
+            Work::Finding { .. } | Work::Announce => None,
+        }
+    }
+
+    pub(super) fn label(&self) -> String {
+        let message = match &self.work {
+            Work::Message { inbox, received } => {
+                let id = one_line(received.message_id().unwrap_or("without id"));
+                format!("message {id} from {}", inbox.name())
+            }
+            Work::Finding { command, .. } => command.name().to_owned(),
+            Work::Announce => "the workflows".to_owned(),
+        };
+        match &self.job {
+            Some((id, command)) => format!("{}, {message}", report::job(*id, command.reference())),
+            None => message,
+        }
+    }
+}
+
+/// About how many bytes a command takes; very many for one that carries what its message does.
+fn size(command: &Command) -> usize {
+    match command {
+        Command::Submit(_) | Command::Result { .. } => usize::MAX,
+        Command::Refuse {
+            reason,
+            workflow_type,
+            reference,
+        } => reason.len() + workflow_type.len() + reference.as_ref().map_or(0, String::len),
+        Command::Start {
+            task_id,
+            message_id,
+            ..
+        } => task_id.len() + message_id.as_ref().map_or(0, String::len),
+        Command::Progress {
+            task_id, message, ..
+        } => task_id.len() + message.len(),
+        Command::Fail { reason, task_id } => reason.len() + task_id.as_ref().map_or(0, String::len),
+        Command::Cancel | Command::TimeOut | Command::Expire | Command::NoWorker => 0,
+    }
+}
+
+/// Items whose outcome is committed, and whose clients are not to be told of it yet: by when they
+/// may be, and in the order in which they came.
+#[derive(Default)]
+pub(super) struct Waiting {
+    items: BTreeMap<(Instant, u64), Item>,
+    count: u64,
+}
+
+impl Waiting {
+    /// Returns the message's inbox and tag if its body was let go.
+    pub(super) fn add(&mut self, mut item: Item, wait: Duration) -> Option<(Inbox, u64)> {
+        let released = item.rest();
+        let place = match &item.work {
+            Work::Message { inbox, received } if released => Some((*inbox, received.tag)),
+            Work::Message { .. } | Work::Finding { .. } | Work::Announce => None,
+        };
+        self.count += 1;
+        self.items.insert((Instant::now() + wait, self.count), item);
+        place
+    }
+
+    /// When the first of them is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.items.first_key_value().map(|((due, _), _)| *due)
+    }
+
+    /// The first of them, if it is due.
+    pub(super) fn take_due(&mut self) -> Option<Item> {
+        let first = self.items.first_entry()?;
+        (first.key().0 <= Instant::now()).then(|| first.remove().wake())
+    }
+}

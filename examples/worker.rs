@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
-use omotes_orchestrator::broker::{self, Link, Publisher, Received};
+use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
 use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::esdl;
@@ -71,7 +71,7 @@ fn main() -> anyhow::Result<()> {
                         .unwrap_or_else(PoisonError::into_inner)
                         .insert(task_id);
                 }
-                let _ = done.send(message.tag);
+                let _ = done.send(Handled::Done(message.tag));
             });
             if let Err(error) = heard {
                 eprintln!("revokes are no longer heard: {error:#}");
@@ -112,7 +112,7 @@ fn main() -> anyhow::Result<()> {
                     &stopped,
                     is_revoked,
                 )? {
-                    Ending::Done => done.send(message.tag)?,
+                    Ending::Done => done.send(Handled::Done(message.tag))?,
                     Ending::Stopped => return anyhow::Ok(()),
                 }
             }

@@ -281,6 +281,7 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
             return;
         }
         let started = Instant::now();
+        let sessions = service.metrics.sessions();
         let outcome = catch_unwind(AssertUnwindSafe(|| session::run(service, stopped)));
         let outcome =
             outcome.unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(&*panic))));
@@ -291,8 +292,8 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
             warn!("the session with RabbitMQ was lost while stopping: {failure:#}");
             return;
         }
-        let fault = Some(format!("{failure:#}"));
-        if service.health.report(Part::Broker, fault, Timestamp::now()) {
+        service.no_session(&failure);
+        if service.metrics.sessions() > sessions {
             error!("the session with RabbitMQ has ended, a new one follows: {failure:?}");
         } else {
             warn!("still no session with RabbitMQ: {failure:#}");

@@ -6,7 +6,6 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
@@ -16,8 +15,8 @@ use log::{debug, error, info, warn};
 use uuid::Uuid;
 
 use self::item::{Item, Waiting};
+pub use self::watched::Watched;
 use crate::broker::{Delivered, Handled, PublishError, Publisher, Received};
-use crate::busy::Busy;
 use crate::celery;
 use crate::fault_point;
 use crate::job::{self, Command, Ending, Event, Publication, Rules, State, TimeSeries};
@@ -28,6 +27,7 @@ use crate::wire::{self, Inbox, Outgoing};
 use crate::workflow::CurrentCatalogue;
 
 mod item;
+mod watched;
 
 /// A batch ends at whichever comes first.
 pub const MAX_BATCH_MESSAGES: usize = 200;
@@ -70,34 +70,6 @@ pub struct Setting<'s> {
     pub metrics: &'s Metrics,
     /// The queue behind each inbox.
     pub queue_names: &'s HashMap<Inbox, String>,
-}
-
-/// What a handler thread is waiting for, for those who watch over it.
-#[derive(Debug, Default)]
-pub struct Watched {
-    pub sdk: Busy,
-    pub celery: Busy,
-    pub task: Busy,
-    pub postgres: Busy,
-    /// Why its batch does not get through, and is tried again.
-    pub trouble: Mutex<Option<String>>,
-}
-
-/// A handler that waits for longer than this may well have messages of a while ago in hand.
-const HELD_UP: Duration = Duration::from_secs(2);
-
-impl Watched {
-    /// Whether its batch has been waiting for longer than usual.
-    pub fn is_held_up(&self) -> bool {
-        let mut waits = [&self.sdk, &self.celery, &self.task, &self.postgres].into_iter();
-        let waits_long = waits.any(|busy| busy.for_how_long().is_some_and(|wait| wait > HELD_UP));
-        let trouble = self.trouble.lock();
-        waits_long || trouble.unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
-    pub fn set_trouble(&self, trouble: Option<String>) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
-    }
 }
 
 /// The channels that one handler thread publishes on.
@@ -203,6 +175,7 @@ impl<'s> Handler<'s> {
     ) -> anyhow::Result<()> {
         loop {
             let due = self.waiting.next_due().map_or_else(never, at);
+            self.watched.waits();
             let first = select_biased! {
                 recv(stop) -> _ => return Ok(()),
                 // Each comes once more only, and so leaves room for others.
@@ -220,14 +193,14 @@ impl<'s> Handler<'s> {
             };
             let mut has_room = match first {
                 None => true,
-                Some(Ok(first)) => take(Item::new(first)),
+                Some(Ok(first)) => take(Item::new(first, self.watched)),
                 // Whoever sends them is gone: the session is at its end.
                 Some(Err(_)) => return Ok(()),
             };
             while has_room {
-                let next = self.waiting.take_due().or_else(|| {
+                let next = self.waiting.take_due(self.watched).or_else(|| {
                     let work = findings.try_recv().or_else(|_| messages.try_recv());
-                    work.ok().map(Item::new)
+                    Some(Item::new(work.ok()?, self.watched))
                 });
                 let Some(next) = next else { break };
                 has_room = take(next);
@@ -294,7 +267,7 @@ impl<'s> Handler<'s> {
         loop {
             // A fault of ours that one message brings to light must not hold up the others.
             let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
-            self.watched.postgres.idle();
+            self.watched.goes_on();
             if !matches!(attempt, Ok(Ok(()))) {
                 batch.iter_mut().for_each(Item::repeat);
             }
@@ -333,6 +306,7 @@ impl<'s> Handler<'s> {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }
             self.watched.set_trouble(Some(format!("{trouble:#}")));
+            self.watched.waits();
             match stop.recv_timeout(pause.mul_f64(0.5 + fastrand::f64())) {
                 Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LAST_RETRY),
                 Err(RecvTimeoutError::Disconnected) => return Err(Trouble::Stopped),
@@ -368,7 +342,7 @@ impl<'s> Handler<'s> {
         if batch.iter().all(|item| item.job.is_none()) {
             return self.publish(&told);
         }
-        self.watched.postgres.touch();
+        self.watched.waits_for_postgres();
         // Dropped on any error, and closed if it was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -381,9 +355,9 @@ impl<'s> Handler<'s> {
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
         if !ending.is_empty() {
-            self.watched.postgres.touch();
+            self.watched.waits_for_postgres();
             connection.settle(&ending)?;
-            self.watched.postgres.idle();
+            self.watched.goes_on();
             stopwatch.lap(Stage::Settle);
             fault_point::reached("after settling");
         }
@@ -465,6 +439,7 @@ impl<'s> Handler<'s> {
         stopwatch.lap(Stage::Lock);
         self.watched.postgres.touch();
         let (before, now) = transaction.load(&ids)?;
+        self.watched.goes_on();
         stopwatch.lap(Stage::Load);
 
         let mut after: HashMap<Uuid, State> = HashMap::new();
@@ -493,6 +468,7 @@ impl<'s> Handler<'s> {
                 catalogue: &catalogue,
                 rules: setting.rules,
             };
+            self.watched.decides(*id, command.name());
             fault_point::reached(command.reference());
             let decision = job::decide(*id, state, command, &context);
             if !decision.wait.is_zero() {
@@ -542,9 +518,9 @@ impl<'s> Handler<'s> {
             })
             .collect();
         stopwatch.lap(Stage::Decide);
-        self.watched.postgres.touch();
+        self.watched.waits_for_postgres();
         transaction.write(&transitions, &series, now)?;
-        self.watched.postgres.idle();
+        self.watched.goes_on();
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
         if batch.iter().map(|item| item.work.size()).sum::<usize>() > MAX_BATCH_BYTES {
@@ -556,9 +532,9 @@ impl<'s> Handler<'s> {
         self.publish(&outbox)?;
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
-        self.watched.postgres.touch();
+        self.watched.waits_for_postgres();
         transaction.commit()?;
-        self.watched.postgres.idle();
+        self.watched.goes_on();
         stopwatch.lap(Stage::Commit);
         for (item, subject, event, command) in events {
             match event {
@@ -633,14 +609,16 @@ impl<'s> Handler<'s> {
     }
 
     fn publish(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+        self.watched.waits();
         let published = self.publish_all(outbox);
+        self.watched.goes_on();
         if let Err(Trouble::Refused { .. }) = published {
             let Publishers { sdk, celery, task } = &mut self.publishers;
             [sdk, celery, task].into_iter().for_each(Publisher::abandon);
         }
         if published.is_err() {
             // What follows is a rollback.
-            self.watched.postgres.touch();
+            self.watched.waits_for_postgres();
         }
         published
     }

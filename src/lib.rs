@@ -35,6 +35,7 @@ pub mod queues;
 pub mod report;
 pub mod session;
 pub mod store;
+mod stuck;
 pub mod text;
 pub mod time_series;
 pub mod tls;

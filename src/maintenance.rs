@@ -17,6 +17,7 @@ use log::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::busy::Busy;
+use crate::fault_point;
 use crate::handler::{self, Work};
 use crate::job::Command;
 use crate::session::Service;
@@ -79,6 +80,7 @@ pub fn run(
             Err(RecvTimeoutError::Disconnected) => break,
             Ok(never) => match never {},
         }
+        fault_point::reached("maintenance");
         let now = Instant::now();
         let beat = Beat {
             asked: pause,

@@ -181,6 +181,11 @@ impl Metrics {
         self.sessions.inc();
     }
 
+    /// How many sessions have begun.
+    pub fn sessions(&self) -> u64 {
+        self.sessions.get()
+    }
+
     /// A batch of so many messages and findings went through.
     pub fn batch(&self, messages: usize) {
         self.batches.observe(messages as f64);

@@ -2,20 +2,20 @@
 //! when a connection is lost, when a thread fails, or when the service stops. Nothing of it lives
 //! on in memory; what was not acknowledged goes back to the queues.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{
     Receiver, RecvTimeoutError, Sender, after, bounded, never, select, tick, unbounded,
 };
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use log::{error, info, warn};
 
 use crate::broker::intake::Intake;
@@ -23,13 +23,17 @@ use crate::broker::{self, DEADLINE, Link, Publisher};
 use crate::busy::Busy;
 use crate::celery;
 use crate::config::Config;
-use crate::handler::{self, Handler, Publishers, Setting, Watched, Work, panic_text};
+use crate::fault_point;
+use crate::handler::{
+    self, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work, panic_text,
+};
 use crate::health::{Health, Part};
 use crate::job::Rules;
 use crate::maintenance;
 use crate::metrics::Metrics;
 use crate::overview::{Overview, Queues};
 use crate::store::{Connection, Store, StoreError, Task};
+use crate::stuck;
 use crate::wire::{self, Inbox};
 use crate::workflow::CurrentCatalogue;
 
@@ -43,6 +47,12 @@ const WATCH_PERIOD: Duration = Duration::from_secs(1);
 const PULSE_PERIOD: Duration = Duration::from_secs(5);
 /// A wait that is longer makes the service unready.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// A handler that has been at one step for so long without waiting for anybody does not come back
+/// in time to be of use to this session.
+const LOST_IN_THOUGHT: Duration = Duration::from_secs(2 * 60);
+/// How long the threads of a session that has failed may take to end. Whatever they wait for is
+/// freed at once, and no step of theirs takes long.
+const END_DEADLINE: Duration = Duration::from_secs(60);
 /// All the statements of a batch together never last as long, where Postgres has a say in it: it
 /// ends each of them after 35 seconds.
 const STUCK: Duration = Duration::from_secs(6 * 60);
@@ -70,6 +80,17 @@ pub struct Service {
 }
 
 impl Service {
+    /// Notes that there is no session: what only one can know is not known.
+    pub fn no_session(&self, why: &anyhow::Error) {
+        let now = Timestamp::now();
+        let why = format!("{why:#}");
+        self.health.report(Part::Broker, Some(why), now);
+        for part in [Part::Publishing, Part::Handling] {
+            let fault = "not known without a session with RabbitMQ".to_owned();
+            self.health.report(part, Some(fault), now);
+        }
+    }
+
     /// What is going on in the deployment, but for the single jobs.
     ///
     /// # Errors
@@ -284,13 +305,16 @@ fn work(
             receiver
         });
         let mut handler_inputs = Vec::new();
+        // What the handlers have not taken yet, for maintenance to see whether that is a backlog.
+        let mut unread = Vec::new();
         let mut finding_inputs = Vec::new();
-        let mut threads = 0;
+        let mut running = BTreeSet::new();
         for (number, watched) in watched.iter().enumerate() {
             // The broker hands out no more than the prefetch before something is acknowledged. So a
             // handler that is held up does not hold up the consumers.
             let (input, messages) = unbounded::<Work>();
             handler_inputs.push(input);
+            unread.push(messages.clone());
             let (input, findings) = bounded::<Work>(maintenance::MAX_FINDINGS.into());
             finding_inputs.push(input);
             let publishers = Publishers {
@@ -301,10 +325,10 @@ fn work(
             let handler = Handler::new(&setting, watched, publishers, done_senders.clone());
             let stopped = session_stopped.clone();
             let name = format!("handler-{}", number + 1);
+            running.insert(name.clone());
             spawn(scope, name, &report, move || {
                 handler.run(&messages, &findings, &stopped)
             })?;
-            threads += 1;
         }
         // From here on only handlers hold them: a consumer knows by their end that no more comes.
         drop(done_senders);
@@ -322,33 +346,41 @@ fn work(
                 .collect();
             let inputs = handler_inputs.clone();
             let stopped = session_stopped.clone();
-            spawn(scope, format!("consume-{name}"), &report, move || {
+            let name = format!("consume-{name}");
+            running.insert(name.clone());
+            spawn(scope, name, &report, move || {
                 broker::consume(link, &queues, &stopped, &done, |place, received| {
                     // One job's messages all go to one handler, which keeps their order.
-                    let handler = wire::job_id(&received.body)
+                    let job = catch_unwind(|| wire::job_id(&received.body));
+                    // What makes this panic makes its handler panic too, which puts it aside.
+                    let handler = job
+                        .ok()
+                        .flatten()
                         .map_or(0, |id| handler::index(id, inputs.len()));
                     let inbox = inboxes[place];
                     // A handler that is gone leaves it to the next session.
                     let _ = inputs[handler].send(Work::Message { inbox, received });
                 })
             })?;
-            threads += 1;
         }
         drop(handler_inputs);
         let (stopped, own_pulse) = (session_stopped.clone(), &pulse);
         spawn(scope, "pulse".to_owned(), &report, move || {
             own_pulse.run(links, &stopped)
         })?;
-        threads += 1;
+        running.insert("pulse".to_owned());
         let announcer = finding_inputs[0].clone();
         let (stopped, own_busy) = (session_stopped.clone(), &maintenance_busy);
         let handlers = watched.as_slice();
         spawn(scope, "maintenance".to_owned(), &report, move || {
-            let behind = || are_behind(handlers, links, intake, config);
+            let behind = || {
+                let unread = unread.iter().any(|input| input.len() > MAX_BATCH_MESSAGES);
+                unread || are_behind(handlers, links, intake, config)
+            };
             maintenance::run(service, &finding_inputs, behind, own_busy, &stopped);
             Ok(())
         })?;
-        threads += 1;
+        running.insert("maintenance".to_owned());
         drop(report);
         service.metrics.session_begun();
         info!(
@@ -367,8 +399,9 @@ fn work(
             intake,
             announcer,
             blocked: HashMap::new(),
-            running: threads,
+            running,
             session_stop: Some(session_stop),
+            too_late: never(),
             cause: None,
         };
         watch.run(stop, &reports)
@@ -387,6 +420,11 @@ fn are_behind(handlers: &[Watched], links: &Links, intake: &Intake, config: &Con
         // Then the session is at its end.
         Err(_) => true,
     }
+}
+
+/// As the threads are called, in their order.
+fn handler_names() -> impl Iterator<Item = String> {
+    (1..).map(|number| format!("handler-{number}"))
 }
 
 /// Starts a thread whose end, also by a panic, is reported.
@@ -425,10 +463,12 @@ struct Watch<'s> {
     announcer: Sender<Work>,
     /// Why RabbitMQ blocks connections, by their names.
     blocked: HashMap<String, String>,
-    /// Threads that have not reported yet.
-    running: usize,
+    /// Threads that have not reported yet, by name.
+    running: BTreeSet<String>,
     /// Dropped to stop the threads.
     session_stop: Option<Sender<Infallible>>,
+    /// Something comes when they should have ended long ago.
+    too_late: Receiver<Instant>,
     /// What ended the session.
     cause: Option<anyhow::Error>,
 }
@@ -442,7 +482,7 @@ impl Watch<'_> {
         let ticks = tick(WATCH_PERIOD);
         let mut stop = stop.clone();
         let mut deadline = never();
-        while self.running > 0 {
+        while !self.running.is_empty() {
             select! {
                 recv(reports) -> report => match report {
                     Ok(report) => self.ended(report),
@@ -451,12 +491,13 @@ impl Watch<'_> {
                 recv(stop) -> _ => {
                     stop = never();
                     deadline = after(STOP_DEADLINE);
-                    self.session_stop = None;
+                    self.stop_threads();
                 }
                 recv(deadline) -> _ => {
                     warn!("not all threads are done after {STOP_DEADLINE:?}; what they have in hand goes back to the queues");
                     self.links.kill();
                 }
+                recv(self.too_late) -> _ => self.exit("the session has ended, but not all of its threads"),
                 recv(self.service.catalogue_news) -> _ => {
                     // Full only while it has much else to do; the next session tells them anyway.
                     if self.announcer.try_send(Work::Announce).is_err() {
@@ -470,8 +511,8 @@ impl Watch<'_> {
     }
 
     fn ended(&mut self, report: Report) {
-        self.running -= 1;
         let Report { thread, outcome } = report;
+        self.running.remove(&thread);
         match outcome {
             Err(error) => self.fail(error.context(format!("thread {thread}"))),
             Ok(()) if self.session_stop.is_some() => {
@@ -483,11 +524,36 @@ impl Watch<'_> {
 
     /// Ends the session; the first cause is the one that counts.
     fn fail(&mut self, error: anyhow::Error) {
-        self.session_stop = None;
+        self.stop_threads();
         self.links.kill();
         if self.cause.is_none() {
+            // Now, not when all threads have noticed.
+            self.service.no_session(&error);
+            warn!("the session with RabbitMQ ends: {error:#}");
             self.cause = Some(error);
         }
+    }
+
+    fn stop_threads(&mut self) {
+        if self.session_stop.take().is_some() {
+            self.too_late = after(fault_point::patience(END_DEADLINE));
+        }
+    }
+
+    /// Ends the process, since there is no other way to free its threads; whoever started it starts
+    /// another. What they have in hand goes back to the queues.
+    fn exit(&self, why: &str) -> ! {
+        let names: Vec<_> = self.running.iter().map(String::as_str).collect();
+        let mut text = format!("{why}: {}", names.join(", "));
+        for (watched, name) in self.watched.iter().zip(handler_names()) {
+            if self.running.contains(&name) {
+                text += &format!("; {name} {}", watched.doing());
+            }
+        }
+        error!("{text}");
+        stuck::log_threads();
+        error!("exiting, to be started again");
+        process::exit(1);
     }
 
     /// Looks at what the threads are waiting for.
@@ -521,18 +587,7 @@ impl Watch<'_> {
                 Some(format!("RabbitMQ has not answered for {wait:.0?}"))
             });
         self.report(Part::Publishing, fault);
-
-        let held_up = self.watched.iter().zip(1..).find_map(|(watched, number)| {
-            let trouble = watched.trouble.lock();
-            let trouble = trouble.unwrap_or_else(PoisonError::into_inner).clone();
-            trouble.or_else(|| {
-                let wait = watched.postgres.for_how_long()?;
-                (wait > PATIENCE).then(|| {
-                    format!("handler-{number} has been waiting for Postgres for {wait:.0?}")
-                })
-            })
-        });
-        self.report(Part::Handling, held_up);
+        self.look_at_handlers();
         let in_postgres = self.watched.iter().map(|watched| &watched.postgres);
         let stuck = in_postgres.chain([self.maintenance]).any(|busy| {
             let wait = busy.for_how_long();
@@ -541,13 +596,56 @@ impl Watch<'_> {
         if stuck {
             // Postgres itself ends everything earlier, so it is not Postgres that answers. A
             // thread in such a call cannot be freed; whoever started this process starts another.
-            error!("Postgres has not answered for {STUCK:?}: exiting");
-            process::exit(1);
+            self.exit(&format!("Postgres has not answered for {STUCK:?}"));
+        }
+    }
+
+    /// Whether messages get through, and whether a handler will never come back.
+    fn look_at_handlers(&mut self) {
+        let patience = fault_point::patience(PATIENCE);
+        let limit = fault_point::patience(LOST_IN_THOUGHT);
+        let mut held_up = None;
+        let mut lost = None;
+        for (watched, name) in self.watched.iter().zip(handler_names()) {
+            let wait = watched.postgres.for_how_long();
+            let own = watched.busy_itself().map(|(time, what)| {
+                let since = SignedDuration::try_from(time).unwrap_or_default();
+                let since = Timestamp::now() - since;
+                let text = format!("{name} has been {what} for {time:.0?}, since {since:.0}");
+                (time, text)
+            });
+            if let Some((time, text)) = &own
+                && *time > limit
+            {
+                lost = Some(text.clone());
+            }
+            let for_postgres = || {
+                let wait = wait.filter(|wait| *wait > PATIENCE)?;
+                Some(format!(
+                    "{name} has been waiting for Postgres for {wait:.0?}"
+                ))
+            };
+            let by_itself = || {
+                own.filter(|(time, _)| *time > patience)
+                    .map(|(_, text)| text)
+            };
+            held_up = held_up
+                .or_else(|| watched.trouble())
+                .or_else(for_postgres)
+                .or_else(by_itself);
+        }
+        match lost {
+            Some(text) => self.fail(anyhow!(text)),
+            None => self.report(Part::Handling, held_up),
         }
     }
 
     /// Tells the health and, when that is news, the log.
     fn report(&self, part: Part, fault: Option<String>) {
+        if self.cause.is_some() {
+            // Of a session that has failed nothing is known any more.
+            return;
+        }
         let line = match &fault {
             Some(fault) => fault.clone(),
             None => format!("{}: works again", part.name()),
@@ -588,6 +686,7 @@ impl Pulse {
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Ok(never) => match never {},
             }
+            fault_point::reached("pulse");
             for link in [&links.sdk_in, &links.task_in] {
                 self.consuming.touch();
                 link.check()?;

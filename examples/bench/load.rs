@@ -29,17 +29,21 @@ const PATIENCE: Duration = Duration::from_secs(600);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Submission,
+    /// A submission that names no workflow.
+    Refused,
     Start,
     Progress,
     Result,
 }
 
 impl Kind {
+    /// What happens to a job.
     pub const ALL: [Kind; 4] = [Kind::Submission, Kind::Start, Kind::Progress, Kind::Result];
 
     pub fn name(self) -> &'static str {
         match self {
             Kind::Submission => "submissions",
+            Kind::Refused => "refused submissions",
             Kind::Start => "starts",
             Kind::Progress => "progress messages",
             Kind::Result => "results",
@@ -102,6 +106,10 @@ impl Load {
     ) -> Box<dyn Iterator<Item = Outgoing> + 'a> {
         match kind {
             Kind::Submission => Box::new(jobs.iter().map(move |job| submission(*job, esdl))),
+            Kind::Refused => Box::new(
+                jobs.iter()
+                    .map(move |job| submission_to("none", *job, esdl)),
+            ),
             Kind::Start => Box::new(tasks.iter().map(|task| self.start(task))),
             Kind::Progress => Box::new(tasks.iter().map(|task| self.progress(task))),
             Kind::Result => Box::new(tasks.iter().map(move |task| self.result(task, esdl))),
@@ -148,7 +156,7 @@ impl Load {
     ) -> anyhow::Result<()> {
         self.listen(jobs, kind)?;
         let config = match kind {
-            Kind::Submission => &self.sdk,
+            Kind::Submission | Kind::Refused => &self.sdk,
             Kind::Start | Kind::Progress | Kind::Result => &self.task,
         };
         let link = Link::open(config, "bench")?;
@@ -179,7 +187,7 @@ impl Load {
         let what = match kind {
             Kind::Submission | Kind::Start => "status",
             Kind::Progress => "progress",
-            Kind::Result => "result",
+            Kind::Refused | Kind::Result => "result",
         };
         for job in jobs {
             let key = format!("jobs.{job}.{what}");
@@ -194,7 +202,7 @@ impl Load {
     pub fn measure(&self, kind: Kind, messages: usize, site: &Site) -> anyhow::Result<Measured> {
         let (config, queue) = match kind {
             Kind::Submission => (&self.celery, WORKFLOW),
-            Kind::Start | Kind::Progress | Kind::Result => (&self.sdk, CLIENTS),
+            Kind::Refused | Kind::Start | Kind::Progress | Kind::Result => (&self.sdk, CLIENTS),
         };
         let mut connection = open(config)?;
         let channel = connection.open_channel(None)?;
@@ -232,7 +240,7 @@ impl Load {
             incoming: self.incoming.load(Ordering::Relaxed),
             task: match kind {
                 Kind::Submission => Some(first(&self.celery, WORKFLOW)?),
-                Kind::Start | Kind::Progress | Kind::Result => None,
+                Kind::Refused | Kind::Start | Kind::Progress | Kind::Result => None,
             },
             client: first(&self.sdk, CLIENTS)?,
         })
@@ -350,12 +358,16 @@ fn esdl_of(bytes: usize, job: Uuid) -> String {
 }
 
 pub fn submission(job: Uuid, esdl: usize) -> Outgoing {
+    submission_to(WORKFLOW, job, esdl)
+}
+
+fn submission_to(workflow: &str, job: Uuid, esdl: usize) -> Outgoing {
     let params = json!({"a number": 1.5, "a text": "value", "a list": [1, 2, 3]});
     let params = params.as_object().map(wire::protobuf_struct);
     wire::job_submission(&JobSubmission {
         uuid: job.to_string(),
         timeout_ms: None,
-        workflow_type: WORKFLOW.to_owned(),
+        workflow_type: workflow.to_owned(),
         esdl: esdl_of(esdl, job),
         params_dict: params,
         job_reference: Some("a reference".to_owned()),

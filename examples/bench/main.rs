@@ -37,7 +37,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, replicas, history, backlog, latency, page.
+    /// Only these parts: sizes, one size as it is named, refusals, replicas, history, backlog, latency, page.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -79,6 +79,9 @@ fn main() -> anyhow::Result<()> {
     for (name, bytes, fewer) in SIZES {
         if wanted("sizes") || wanted(name) {
             bench.throughput(name, bytes, (messages / fewer).max(20), 1)?;
+        }
+        if wanted("refusals") || wanted(&format!("{name} refusals")) {
+            bench.refusals(name, bytes, (messages / fewer).max(20))?;
         }
     }
     if wanted("latency") {
@@ -133,29 +136,57 @@ impl Bench {
             }
             let prepared = self.load.prepare(kind, &ids, &tasks, esdl);
             self.load.publish(kind, &ids, prepared)?;
-            self.site.start(replicas)?;
-            let measured = self.load.measure(kind, jobs, &self.site)?;
-            self.site.stop()?;
-            let samples = self.load.samples(kind)?;
-            if kind == Kind::Submission {
-                tasks = self.load.take_tasks(jobs)?;
-            }
-            self.load.purge()?;
-            let floor = floor::run(&self.config, jobs, &samples)?;
             let what = format!("{name}: {}", kind.name());
-            self.report
-                .rate(&format!("{what} per second"), measured.rate, floor);
-            for (whose, cpu) in ["the service", "RabbitMQ", "Postgres"]
-                .iter()
-                .zip(measured.cpu)
-            {
-                self.report
-                    .cost(&format!("{what}, CPU ms each of {whose}"), cpu);
-            }
+            let new_tasks = self.backlog(&what, kind, jobs, replicas)?;
+            tasks = new_tasks.unwrap_or(tasks);
         }
         let peak = self.site.peak_memory();
         self.report.cost(&format!("{name}: peak RSS, MiB"), peak);
         Ok(())
+    }
+
+    /// Submissions that are refused, whose clients are told so after a while, and at once.
+    fn refusals(&mut self, name: &str, esdl: usize, jobs: usize) -> anyhow::Result<()> {
+        for delay in ["1000", "0"] {
+            let ids: Vec<Uuid> = (0..jobs).map(|_| Uuid::new_v4()).collect();
+            let prepared = self.load.prepare(Kind::Refused, &ids, &[], esdl);
+            self.load.publish(Kind::Refused, &ids, prepared)?;
+            self.site.variables = vec![("OUTCOME_DELAY_MS", delay)];
+            let what = format!("{name}: {} told after {delay} ms", Kind::Refused.name());
+            self.backlog(&what, Kind::Refused, jobs, 1)?;
+            let peak = self.site.peak_memory();
+            self.report.cost(&format!("{what}, peak RSS, MiB"), peak);
+        }
+        self.site.variables.clear();
+        Ok(())
+    }
+
+    /// Has a backlog that is waiting worked off by the service, and by the floor. Returns the tasks
+    /// of submissions.
+    fn backlog(
+        &mut self,
+        what: &str,
+        kind: Kind,
+        jobs: usize,
+        replicas: usize,
+    ) -> anyhow::Result<Option<Vec<(Uuid, String)>>> {
+        self.site.start(replicas)?;
+        let measured = self.load.measure(kind, jobs, &self.site)?;
+        self.site.stop()?;
+        let samples = self.load.samples(kind)?;
+        let tasks = (kind == Kind::Submission).then(|| self.load.take_tasks(jobs));
+        self.load.purge()?;
+        let floor = floor::run(&self.config, jobs, &samples)?;
+        self.report
+            .rate(&format!("{what} per second"), measured.rate, floor);
+        for (whose, cpu) in ["the service", "RabbitMQ", "Postgres"]
+            .iter()
+            .zip(measured.cpu)
+        {
+            self.report
+                .cost(&format!("{what}, CPU ms each of {whose}"), cpu);
+        }
+        tasks.transpose()
     }
 
     fn latency(&mut self) -> anyhow::Result<()> {

@@ -19,6 +19,8 @@ pub fn pause(time: Duration) {
 pub struct Site {
     folder: PathBuf,
     program: PathBuf,
+    /// Beside those of this process.
+    pub variables: Vec<(&'static str, &'static str)>,
     replicas: Vec<Child>,
     /// Of all that have been stopped, in MiB.
     peak_memory: f64,
@@ -29,6 +31,7 @@ impl Site {
         Site {
             folder: folder.to_owned(),
             program: program.to_owned(),
+            variables: Vec::new(),
             replicas: Vec::new(),
             peak_memory: 0.0,
         }
@@ -40,6 +43,7 @@ impl Site {
             let log = self.folder.join(format!("replica-{number}.log"));
             let child = Command::new(&self.program)
                 .arg("run")
+                .envs(self.variables.iter().copied())
                 .stdin(Stdio::null())
                 .stderr(File::create(&log)?)
                 .spawn()

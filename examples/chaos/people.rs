@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use amiquip::{Channel, Connection, QueueDeleteOptions};
 use anyhow::Context;
 use crossbeam_channel::{after, bounded, unbounded};
-use omotes_orchestrator::broker::{self, Link, Publisher, Received};
+use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
 use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::RabbitMq;
 use omotes_orchestrator::wire::{
@@ -273,7 +273,7 @@ impl World {
                     {
                         lock(&self.revoked).insert(task.to_owned());
                     }
-                    let _ = done.send(message.tag);
+                    let _ = done.send(Handled::Done(message.tag));
                 })
             };
             if let Err(error) = heard() {
@@ -310,7 +310,7 @@ impl World {
             self.computing.fetch_add(1, Ordering::Relaxed);
             match self.compute(&message, &mut publisher) {
                 Ok(true) => {
-                    let _ = done.send(message.tag);
+                    let _ = done.send(Handled::Done(message.tag));
                 }
                 // As if the process were gone: the broker gives the task out again.
                 Ok(false) => tasks.kill(),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use log::error;
 use uuid::Uuid;
 
+use super::watched::Watched;
 use super::{Refuser, Work, fault_in_ourselves};
 use crate::fault_point;
 use crate::job::Command;
@@ -37,7 +38,7 @@ pub(super) struct Item {
 
 impl Item {
     /// Reads what the message asks for. One that makes the reader panic is put aside.
-    pub(super) fn new(work: Work) -> Item {
+    pub(super) fn new(work: Work, watched: &Watched) -> Item {
         let mut item = Item {
             job: None,
             list_workflows: false,
@@ -49,19 +50,20 @@ impl Item {
             work,
         };
         match &item.work {
-            Work::Message { .. } => item.read(),
+            Work::Message { .. } => item.read(watched),
             Work::Finding { job_id, command } => item.job = Some((*job_id, command.clone())),
             Work::Announce => item.list_workflows = true,
         }
         item
     }
 
-    fn read(&mut self) {
+    fn read(&mut self, watched: &Watched) {
         let Work::Message { inbox, received } = &self.work else {
             return;
         };
         let id = received.message_id();
         let decoded = catch_unwind(|| {
+            watched.reads(&self.work);
             fault_point::reached(id.unwrap_or_default());
             wire::decode(*inbox, &received.body, id, received.redelivered)
         });
@@ -162,9 +164,9 @@ impl Item {
     }
 
     /// Makes it what it was before its wait.
-    fn wake(mut self) -> Item {
+    fn wake(mut self, watched: &Watched) -> Item {
         if self.job.is_none() {
-            self.read();
+            self.read(watched);
         }
         self
     }
@@ -249,8 +251,8 @@ impl Waiting {
     }
 
     /// The first of them, if it is due.
-    pub(super) fn take_due(&mut self) -> Option<Item> {
+    pub(super) fn take_due(&mut self, watched: &Watched) -> Option<Item> {
         let first = self.items.first_entry()?;
-        (first.key().0 <= Instant::now()).then(|| first.remove().wake())
+        (first.key().0 <= Instant::now()).then(|| first.remove().wake(watched))
     }
 }

@@ -47,6 +47,11 @@ impl Held {
         fs::remove_file(self.file).unwrap();
     }
 
+    /// It has ended by itself.
+    pub fn forget(self) {
+        fs::remove_file(self.file).unwrap();
+    }
+
     pub fn go_on(self) -> Service {
         fs::remove_file(self.file).unwrap();
         self.service

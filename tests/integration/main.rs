@@ -35,4 +35,5 @@ mod settings;
 mod stopping;
 mod time_series;
 mod tls;
+mod watchdog;
 mod workflows;

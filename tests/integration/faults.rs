@@ -299,8 +299,8 @@ fn headers_that_would_not_fit_are_left_out_of_a_dead_letter() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let service = deployment.start();
-    let text = AmqpValue::LongString("x".repeat(32_000));
-    let headers = FieldTable::from([("x".to_owned(), text)]);
+    let long = AmqpValue::LongString("x".repeat(32_000));
+    let headers = FieldTable::from([("x".to_owned(), long)]);
     let properties = AmqpProperties::default().with_headers(headers);
     let publish = Publish::with_properties(b"\xff", "job_submissions", properties);
     Exchange::direct(&client.peer.channel)

@@ -1,31 +1,104 @@
 //! The little that the orchestrator reads of an ESDL.
 
+use std::collections::HashMap;
+
 use quick_xml::Reader;
-use quick_xml::events::Event;
+use quick_xml::escape::{resolve_predefined_entity, unescape_with};
+use quick_xml::events::{BytesStart, Event};
+
+/// The element that an ESDL is about, whatever its namespace is called.
+const ENERGY_SYSTEM: &str = "EnergySystem";
+/// How far into a text it is looked for, in bytes.
+const MAX_DISTANCE: u64 = 1024 * 1024;
+/// What an entity of a document's own may stand for, in bytes, and how many there may be.
+const MAX_ENTITY: usize = 1024;
+const MAX_ENTITIES: usize = 100;
 
 /// The `id` of the energy system that `text` describes, which also names the database of its time
-/// series. It stands on the first element; nothing behind that is read. None when there is no such
-/// id or the text is not XML up to there.
+/// series. It stands on the first `EnergySystem`, which is the outermost element or, where tools write
+/// several things into one file, stands within `xmi:XMI`; nothing behind it is read. Where there is none,
+/// the outermost element's counts. None when there is no such id or the text is not XML up to there.
 pub fn energy_system_id(text: &str) -> Option<String> {
     let mut reader = Reader::from_str(text);
-    loop {
-        match reader.read_event().ok()? {
-            Event::Start(element) | Event::Empty(element) => {
-                let id = element.try_get_attribute("id").ok()??;
-                let id = id
-                    .normalized_value(quick_xml::XmlVersion::Implicit1_0)
-                    .ok()?;
-                // Postgres has no text with a NUL in it, so no guard row could name this one.
-                return (!id.is_empty() && !id.contains('\0')).then(|| id.into_owned());
+    let mut entities = Entities::default();
+    let mut outermost: Option<Option<String>> = None;
+    while reader.buffer_position() < MAX_DISTANCE {
+        match reader.read_event() {
+            Ok(Event::Start(element) | Event::Empty(element)) => {
+                if element.local_name().into_inner() == ENERGY_SYSTEM {
+                    return id(&element, &entities);
+                }
+                if outermost.is_none() {
+                    outermost = Some(id(&element, &entities));
+                }
             }
-            Event::Eof => return None,
-            Event::End(_) | Event::CData(_) | Event::GeneralRef(_) => return None,
-            // Text before the first element is the line break after the declaration.
-            Event::Text(_)
-            | Event::Comment(_)
-            | Event::Decl(_)
-            | Event::PI(_)
-            | Event::DocType(_) => {}
+            Ok(Event::DocType(definition)) => entities.define(&definition),
+            Ok(Event::Eof) | Err(_) => break,
+            // Before the outermost element there is none of these.
+            Ok(Event::End(_) | Event::CData(_) | Event::GeneralRef(_)) if outermost.is_none() => {
+                return None;
+            }
+            Ok(
+                Event::End(_)
+                | Event::CData(_)
+                | Event::GeneralRef(_)
+                | Event::Text(_)
+                | Event::Comment(_)
+                | Event::Decl(_)
+                | Event::PI(_),
+            ) => {}
+        }
+    }
+    outermost.flatten()
+}
+
+fn id(element: &BytesStart<'_>, entities: &Entities) -> Option<String> {
+    let id = element.try_get_attribute("id").ok()??;
+    // A line break in an attribute is a space, unless it is a reference to one.
+    let raw = id
+        .value
+        .replace("\r\n", " ")
+        .replace(['\t', '\r', '\n'], " ");
+    let id = unescape_with(&raw, |name| entities.resolve(name)).ok()?;
+    // Postgres has no text with a NUL in it, so no guard row could name this one.
+    (!id.is_empty() && !id.contains('\0')).then(|| id.into_owned())
+}
+
+/// What a document has defined for itself: `<!ENTITY name "text">`.
+#[derive(Default)]
+struct Entities(HashMap<String, String>);
+
+impl Entities {
+    fn resolve(&self, name: &str) -> Option<&str> {
+        let own = self.0.get(name).map(String::as_str);
+        own.or_else(|| resolve_predefined_entity(name))
+    }
+
+    /// Reads those of a document type definition whose text is there, and refers to none that come after
+    /// it. What is too long is not defined, so however they are nested, none becomes long.
+    fn define(&mut self, definition: &str) {
+        for rest in definition.split("<!ENTITY").skip(1).take(MAX_ENTITIES) {
+            let Some((name, rest)) = rest.trim_start().split_once(char::is_whitespace) else {
+                continue;
+            };
+            let rest = rest.trim_start();
+            let Some(quote) = rest.chars().next().filter(|first| "\"'".contains(*first)) else {
+                continue;
+            };
+            let Some((text, _)) = rest[1..].split_once(quote) else {
+                continue;
+            };
+            if text.len() > MAX_ENTITY || text.contains('<') {
+                continue;
+            }
+            let Ok(text) = unescape_with(text, |name| self.resolve(name)) else {
+                continue;
+            };
+            // Of two with one name, the first counts.
+            if text.len() <= MAX_ENTITY && !self.0.contains_key(name) {
+                let text = text.into_owned();
+                self.0.insert(name.to_owned(), text);
+            }
         }
     }
 }
@@ -47,12 +120,66 @@ mod tests {
     #[case::cut_off_later("<e id='x'><asset id=", Some("x"))]
     #[case::cut_off_in_it("<e id='x", None)]
     #[case::empty_id("<e id=''/>", None)]
+    #[case::line_breaks("<e id='a\r\nb\tc&#10;d'/>", Some("a b c\nd"))]
     #[case::nul("<e id='a&#0;'/>", None)]
     #[case::namespaced_id_is_another("<e xmi:id='x'/>", None)]
-    #[case::unknown_entity("<!DOCTYPE e [<!ENTITY a 'b'>]><e id='&a;'/>", None)]
+    #[case::character_references("<e id='&#97;-&#x31;'/>", Some("a-1"))]
+    #[case::own_entity("<!DOCTYPE e [<!ENTITY a 'b'>]><e id='x&a;'/>", Some("xb"))]
+    #[case::own_entities(
+        "<!DOCTYPE e [\n<!ENTITY a \"b&#45;\">\n<!ENTITY c '&a;&amp;&a;'> <!ENTITY a 'no'>]>\n<e id='&c;'/>",
+        Some("b-&b-")
+    )]
+    #[case::entity_of_another_file("<!DOCTYPE e [<!ENTITY a SYSTEM 'f'>]><e id='&a;'/>", None)]
+    #[case::parameter_entity("<!DOCTYPE e [<!ENTITY % a 'b'>]><e id='&a;'/>", None)]
+    #[case::unknown_entity("<e id='&a;'/>", None)]
+    #[case::its_own_entity("<!DOCTYPE e [<!ENTITY a '&a;'>]><e id='&a;'/>", None)]
+    #[case::xmi(
+        "<xmi:XMI xmlns:xmi='x' id='no'>\n <e id='no'>t&amp;<![CDATA[<x/>]]></e>\n <esdl:EnergySystem id='a-1'>",
+        Some("a-1")
+    )]
+    #[case::xmi_empty("<xmi:XMI><EnergySystem id='a-1'/></xmi:XMI>", Some("a-1"))]
+    #[case::the_first_of_two(
+        "<XMI><a:EnergySystem id='x'/><b:EnergySystem id='y'/></XMI>",
+        Some("x")
+    )]
+    #[case::the_first_without("<XMI><a:EnergySystem/><b:EnergySystem id='y'/></XMI>", None)]
+    #[case::outermost_without(
+        "<esdl:EnergySystem><EnergySystem id='y'/></esdl:EnergySystem>",
+        None
+    )]
+    #[case::in_a_comment(
+        "<XMI><!-- <EnergySystem id='no'/> --><EnergySystem id='x'/></XMI>",
+        Some("x")
+    )]
+    #[case::in_text("<XMI><![CDATA[<EnergySystem id='no'/>]]></XMI>", None)]
+    #[case::none_of_that_name("<XMI id='x'><e id='y'/></XMI>", Some("x"))]
+    #[case::text_first("text <e id='x'/>", Some("x"))]
     #[case::not_xml("hello", None)]
     #[case::empty("", None)]
     fn the_id_stands_on_the_first_element(#[case] text: &str, #[case] id: Option<&str>) {
         assert_eq!(energy_system_id(text).as_deref(), id);
+    }
+
+    #[test]
+    fn entities_that_grow_cost_nothing() {
+        let mut text = "<!DOCTYPE e [<!ENTITY a0 'aaaaaaaaaa'>".to_owned();
+        for level in 1..50 {
+            let before = format!("&a{};", level - 1).repeat(10);
+            text += &format!("<!ENTITY a{level} '{before}'>");
+        }
+        let id = |level: u32| energy_system_id(&format!("{text}]><e id='&a{level};'/>"));
+        assert_eq!(id(2).map(|id| id.len()), Some(1000));
+        assert_eq!(id(3), None);
+        assert_eq!(id(49), None);
+    }
+
+    #[test]
+    fn what_is_far_into_a_text_is_not_looked_for() {
+        let text = |distance: usize| {
+            let filling = "<e/>".repeat(distance / 4);
+            format!("<XMI>{filling}<EnergySystem id='x'/></XMI>")
+        };
+        assert_eq!(energy_system_id(&text(1_000_000)).as_deref(), Some("x"));
+        assert_eq!(energy_system_id(&text(2_000_000)), None);
     }
 }

@@ -6,6 +6,7 @@ use std::net::TcpListener;
 
 use base64::prelude::{BASE64_STANDARD, Engine};
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use rstest::rstest;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, Service, eventually, setting};
@@ -100,6 +101,19 @@ fn scanned(deployment: &Deployment) {
     }
 }
 
+/// A job has claimed them, and a scan leaves them.
+fn are_kept(deployment: &Deployment, series: &Database) {
+    eventually("they are claimed", || {
+        row(
+            deployment,
+            series,
+            "deactivated_at IS NULL AND job_id IS NOT NULL",
+        )
+    });
+    scanned(deployment);
+    assert!(series.exists());
+}
+
 #[test]
 fn the_series_of_a_job_live_as_long_as_somebody_needs_them() {
     let deployment = Deployment::new();
@@ -121,24 +135,17 @@ fn the_series_of_a_job_live_as_long_as_somebody_needs_them() {
             "deactivated_at IS NOT NULL AND job_id IS NULL",
         )
     });
-    // However long ago that was: a job that was running then may claim them.
-    age(&deployment, &series);
+    // However long ago that was: a job that was running then may claim them. It runs before they are
+    // so old, for a scan may come in between.
     let sql = "UPDATE job SET running_at = running_at - interval '50 hours'";
     deployment.sql().batch_execute(sql).unwrap();
+    age(&deployment, &series);
     scanned(&deployment);
     assert!(series.exists());
 
     worker.succeed(&task, &series.output());
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
-    eventually("they are claimed", || {
-        row(
-            &deployment,
-            &series,
-            "deactivated_at IS NULL AND job_id IS NOT NULL",
-        )
-    });
-    scanned(&deployment);
-    assert!(series.exists());
+    are_kept(&deployment, &series);
 
     // Its client deletes the job; they are dropped when the retention has passed.
     client.cancel(job);
@@ -152,6 +159,40 @@ fn the_series_of_a_job_live_as_long_as_somebody_needs_them() {
     eventually("nothing is left of them", || {
         row(&deployment, &series, "true").is_none().then_some(())
     });
+}
+
+/// Each is an ESDL that tools write, or may write, with `ID` as its energy system's id.
+#[rstest]
+#[case::beside_something_else(
+    "<?xml version='1.0' encoding='UTF-8'?>\n<xmi:XMI xmi:version='2.0' xmlns:xmi='http://www.omg.org/XMI' \
+     xmlns:esdl='http://www.tno.nl/esdl'>\n  <esdl:EnergySystem xmi:id='_1' id='ID' name='n'/>\n</xmi:XMI>",
+    "ID"
+)]
+#[case::with_a_character_reference("<esdl:EnergySystem id='&#x49;&#68;'/>", "&#x49;&#68;")]
+#[case::with_an_entity(
+    "<!DOCTYPE e [<!ENTITY system 'ID'>]><esdl:EnergySystem id='&system;'/>",
+    "ID"
+)]
+fn the_series_of_a_successful_job_are_kept_wherever_its_id_stands(
+    #[case] esdl: &str,
+    #[case] place: &str,
+) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let _service = start(&deployment, &[]);
+    let job = client.submit("workflow_1");
+    let task = worker.take();
+    worker.start(&task);
+    let series = Database::of_an_esdl();
+    let id = match place.starts_with('&') {
+        // As some serializers write whatever is not a letter.
+        true => series.0.replace('-', "&#45;"),
+        false => series.0.clone(),
+    };
+    worker.succeed(&task, &esdl.replace(place, &id));
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    are_kept(&deployment, &series);
 }
 
 #[test]
@@ -303,7 +344,11 @@ fn the_commands_list_keep_and_drop() {
     assert!(run(&["keep", &series.0]).0);
     let (_, list) = run(&["list"]);
     assert!(list.contains(&format!("{}: in use", series.0)), "{list}");
-    assert!(run(&["drop", &series.0]).0);
+    let (done, said) = run(&["drop", &series.0]);
+    assert!(!done && series.exists(), "{said}");
+    assert!(said.contains(&format!("{}: in use", series.0)), "{said}");
+    assert!(said.contains("nothing was done: --yes does it"), "{said}");
+    assert!(run(&["drop", &series.0, "--yes"]).0);
     assert!(!series.exists());
     assert_eq!(run(&["list"]), (true, String::new()));
     assert_eq!(

@@ -10,7 +10,7 @@ use crate::job::Priority;
 use crate::overview::{
     Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone, WorkflowView, spoken,
 };
-use crate::report::one_line;
+use crate::report::{harmless, one_line, percent, readable};
 
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
@@ -142,7 +142,7 @@ pub fn job(frame: &Frame<'_>, story: &Story) -> String {
                 @if let Some(ran) = job.ran(now) { dt { "Ran" } dd { (spoken(ran)) (timeout(job)) } }
                 @if let Some(progress) = &job.progress {
                     dt { "Progress" }
-                    dd { (bar(progress.fraction)) div.message { (progress.message) } div.dim { (ago(progress.at, now)) " ago" } }
+                    dd { (bar(progress.fraction)) div.message { (readable(&progress.message)) } div.dim { (ago(progress.at, now)) " ago" } }
                 }
                 @if let Some(estimate) = job.expectation() { dt title=(ESTIMATE) { "Estimate" } dd { (estimate) } }
                 dt { "Starts" } dd {
@@ -150,7 +150,7 @@ pub fn job(frame: &Frame<'_>, story: &Story) -> String {
                     @for started_at in &story.started_at { div.dim { (exactly(*started_at)) } }
                 }
                 @if let Some(bytes) = job.result_bytes { dt { "Size of the result" } dd { (bytes) " bytes" } }
-                dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (id) }, None => span.dim { "–" } } }
+                dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (harmless(id)) }, None => span.dim { "–" } } }
             } }
         },
     )
@@ -180,7 +180,7 @@ fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
                     }
                     @for part in frame.parts {
                         @if let Some(why) = &part.why {
-                            p.alarm { b { (part.name) } " since " (ago(part.since, frame.now)) ": " (why) }
+                            p.alarm { b { (part.name) } " since " (ago(part.since, frame.now)) ": " (readable(why)) }
                         }
                     }
                     (content)
@@ -204,7 +204,7 @@ fn workflow_table(workflows: &[&WorkflowView], hidden: usize, now: Timestamp) ->
             tbody {
                 @for workflow in workflows {
                     tr id={ "workflow-" (workflow.name) } {
-                        td { a href={ "/?" (of_workflow(&workflow.name)) } { (workflow.name) }
+                        td { a href={ "/?" (of_workflow(&workflow.name)) } { (harmless(&workflow.name)) }
                             @if !workflow.defined { " " span.warn { "not defined" } } }
                         td.number { (workflow.waiting) }
                         td.number { (workflow.running) }
@@ -246,7 +246,7 @@ fn filters(filter: &Filter, workflows: &[&str]) -> Markup {
             select name="workflow" aria-label="workflow" {
                 option value="" { "any workflow" }
                 @for name in workflows {
-                    option value=(name) selected[filter.workflow.as_deref() == Some(name)] { (name) }
+                    option value=(name) selected[filter.workflow.as_deref() == Some(name)] { (harmless(name)) }
                 }
             }
             button { "Filter" }
@@ -268,7 +268,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
             tbody {
                 @for job in jobs { tr id={ "job-" (job.id) } {
                     td data-label="Job" { (name(job)) }
-                    td data-label="Workflow" { (job.workflow.as_deref().unwrap_or("–")) }
+                    td data-label="Workflow" { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
                     td.nowrap data-label="State" {
                         span { (state(job.state))
                             @if let Some(position) = job.position { span.dim { " no. " (position) } }
@@ -277,7 +277,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
                     }
                     td data-label="Progress" { span {
                         @if let Some(progress) = &job.progress {
-                            (bar(progress.fraction)) div.message.dim { (progress.message) }
+                            (bar(progress.fraction)) div.message.dim { (readable(&progress.message)) }
                         } } }
                     td.nowrap data-label="Since" { span {
                         @match (job.ran(now), job.waited(now)) {
@@ -304,7 +304,7 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Markup {
             tbody {
                 @for job in jobs { tr id={ "job-" (job.id) } {
                     td data-label="Job" { (name(job)) }
-                    td data-label="Workflow" { (job.workflow.as_deref().unwrap_or("–")) }
+                    td data-label="Workflow" { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
                     td data-label="Outcome" { (state(job.state)) }
                     td.nowrap data-label="Finished" { @if let Some(at) = job.finished_at { span { (ago(at, now)) " ago" } } }
                     td.nowrap data-label="Waited" { @if let Some(time) = job.waited(now) { (spoken(time)) } }
@@ -343,7 +343,7 @@ fn queue_table(queues: &Queues, now: Timestamp) -> Markup {
             tbody {
                 @for queue in &queues.queues { @if let Some(depth) = queue.depth {
                     tr id={ "queue-" (queue.connection) "-" (queue.name) } {
-                        td.dim { (queue.connection) } td { (queue.name) }
+                        td.dim { (queue.connection) } td { (harmless(&queue.name)) }
                         td.number { (depth.messages) } td.number { (depth.consumers) }
                     }
                 } }
@@ -355,7 +355,7 @@ fn queue_table(queues: &Queues, now: Timestamp) -> Markup {
 fn name(job: &JobView) -> Markup {
     let id = job.id.to_string();
     html! { a href={ "/jobs/" (id) } title=(id) {
-    @if job.reference.is_empty() { code { (id[..8]) } } @else { (job.reference) } } }
+    @if job.reference.is_empty() { code { (id[..8]) } } @else { (harmless(&job.reference)) } } }
 }
 
 fn state(state: JobState) -> Markup {
@@ -377,7 +377,7 @@ fn priority_text(priority: Priority) -> &'static str {
 }
 
 fn bar(fraction: f64) -> Markup {
-    html! { div.nowrap { progress max="1" value=(fraction.clamp(0.0, 1.0)) {} " " (format!("{:.0}", fraction * 100.0)) " %" } }
+    html! { div.nowrap { progress max="1" value=(fraction.clamp(0.0, 1.0)) {} " " (percent(fraction)) } }
 }
 
 fn timeout(job: &JobView) -> Markup {
@@ -394,5 +394,5 @@ fn exactly(time: Timestamp) -> String {
 }
 
 fn or_dash(text: &str) -> Markup {
-    html! { @if text.is_empty() { span.dim { "–" } } @else { (text) } }
+    html! { @if text.is_empty() { span.dim { "–" } } @else { (harmless(text)) } }
 }

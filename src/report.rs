@@ -10,19 +10,69 @@ use crate::text::beginning;
 /// The longest text of somebody else's that a line repeats, in characters.
 const MAX_TEXT: usize = 300;
 
-/// Somebody else's text for a log line: short, and without what could pass for another line.
+/// Somebody else's text for a log line: short, and without what could pass for another line or another
+/// text.
 pub fn one_line(text: &str) -> String {
-    text.chars()
-        .take(MAX_TEXT)
-        .flat_map(|character| {
-            let harmless = !character.is_control() && !matches!(character, '\u{2028}' | '\u{2029}');
-            let escaped = (!harmless).then(|| character.escape_default());
-            escaped
-                .into_iter()
-                .flatten()
-                .chain(harmless.then_some(character))
-        })
-        .collect()
+    harmless(short(text))
+}
+
+/// Somebody else's text of whatever length, with its lines, and otherwise as [`one_line`].
+pub fn readable(text: &str) -> String {
+    text.split('\n')
+        .map(|line| harmless(line.strip_suffix('\r').unwrap_or(line)))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// A text with escapes for all that cannot be seen, or changes how its neighbours are seen.
+pub fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if is_harmless(character) {
+            shown.push(character);
+        } else {
+            shown.extend(character.escape_default());
+        }
+    }
+    shown
+}
+
+fn is_harmless(character: char) -> bool {
+    match character {
+        ' '..='~' => true,
+        // Letters and marks that nobody sees, of which Unicode says that they may be ignored.
+        '\u{34f}'
+        | '\u{115f}'
+        | '\u{1160}'
+        | '\u{17b4}'
+        | '\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{2028}'
+        | '\u{2029}'
+        | '\u{2800}'
+        | '\u{3164}'
+        | '\u{fe00}'..='\u{fe0f}'
+        | '\u{ffa0}'
+        | '\u{e0000}'..='\u{e0fff}' => false,
+        // The standard library's escapes are for controls, what formats (the direction of a text
+        // among it), and what is not assigned: as the next character, for the first may be a mark.
+        // Spaces of other widths are no harm.
+        other => {
+            other.is_whitespace() && !other.is_control()
+                || !format!("a{other}").escape_debug().any(|one| one == '\\')
+        }
+    }
+}
+
+/// A job's progress as it is shown: whatever a worker says, no less than nothing and no more than all.
+pub fn percent(fraction: f64) -> String {
+    // What is no number is not above nothing either.
+    let part = if fraction > 0.0 {
+        fraction.min(1.0)
+    } else {
+        0.0
+    };
+    format!("{:.0} %", part * 100.0)
 }
 
 fn short(text: &str) -> &str {
@@ -120,7 +170,7 @@ fn progress(command: &Command) -> String {
     match command {
         Command::Progress {
             fraction, message, ..
-        } => format!("{:.0} % {}", fraction * 100.0, one_line(message)),
+        } => format!("{} {}", percent(*fraction), one_line(message)),
         other => other.name().to_owned(),
     }
 }
@@ -170,14 +220,51 @@ fn outcome_text(outcome: Outcome) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rstest::rstest;
 
     #[test]
     fn a_text_cannot_pass_for_another_line() {
-        assert_eq!(one_line("it's \"fine\" é"), "it's \"fine\" é");
+        assert_eq!(
+            one_line("it's \"fine\" é\\ 日本語"),
+            "it's \"fine\" é\\ 日本語"
+        );
+        // As macOS writes them, with a mark of its own.
+        assert_eq!(one_line("e\u{301}"), "e\u{301}");
+        assert_eq!(one_line("10\u{a0}000"), "10\u{a0}000");
         assert_eq!(
             one_line("a\nb\u{1b}[0m\u{2028}"),
             "a\\nb\\u{1b}[0m\\u{2028}"
         );
         assert_eq!(one_line(&"x".repeat(1000)).len(), MAX_TEXT);
+        assert_eq!(readable("a\r\nb\rc\t\u{1b}"), "a\nb\\rc\\t\\u{1b}");
+    }
+
+    /// Directions, joiners, spaces of no width, tags, fillers, selectors, and a byte order mark.
+    #[rstest]
+    fn a_text_cannot_pass_for_another(
+        #[values(
+            "202a", "202b", "202c", "202d", "202e", "2066", "2067", "2068", "2069", "200e", "200f",
+            "61c", "200b", "200c", "200d", "2060", "2061", "feff", "ad", "180e", "e0001", "e0041",
+            "3164", "115f", "ffa0", "34f", "fe0f", "e0100", "fff9", "85", "0", "7f", "2800"
+        )]
+        code: &str,
+    ) {
+        let character = char::from_u32(u32::from_str_radix(code, 16).unwrap()).unwrap();
+        let shown = format!("a\\u{{{code}}}b");
+        assert_eq!(one_line(&format!("a{character}b")), shown);
+        assert_eq!(readable(&format!("a{character}b")), shown);
+    }
+
+    #[rstest]
+    #[case(0.254, "25 %")]
+    #[case(1.0, "100 %")]
+    #[case(7.5, "100 %")]
+    #[case(-0.2, "0 %")]
+    #[case(-0.0, "0 %")]
+    #[case(f64::NAN, "0 %")]
+    #[case(f64::INFINITY, "100 %")]
+    #[case(f64::NEG_INFINITY, "0 %")]
+    fn a_progress_is_a_part_of_the_whole(#[case] fraction: f64, #[case] shown: &str) {
+        assert_eq!(percent(fraction), shown);
     }
 }

@@ -310,8 +310,27 @@ proptest! {
 
     #[test]
     fn lines_of_the_log(text in any::<String>()) {
+        let misleading = |character: char| {
+            character.is_control()
+                || matches!(
+                    character,
+                    '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+                        | '\u{e0000}'..='\u{e0fff}'
+                )
+        };
         let line = report::one_line(&text);
-        prop_assert!(line.chars().all(|character| !character.is_control()), "{line:?}");
+        prop_assert!(!line.contains(misleading), "{line:?}");
+        let lines = report::readable(&text);
+        prop_assert!(!lines.replace('\n', "").contains(misleading), "{lines:?}");
+        prop_assert_eq!(lines.matches('\n').count(), text.matches('\n').count());
+    }
+
+    /// Directions and what is not seen are rare among all characters.
+    #[test]
+    fn misleading_lines(text in "[a-c\n\u{ad}\u{61c}\u{200b}-\u{200f}\u{2028}-\u{202e}\u{2060}-\u{206f}\u{e0001}]{0,40}") {
+        let line = report::readable(&text).replace('\n', "");
+        prop_assert!(line.is_ascii(), "{line:?}");
     }
 }
 

@@ -15,7 +15,7 @@ use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::overview::{Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken};
 use omotes_orchestrator::queues::Watch;
-use omotes_orchestrator::report::one_line;
+use omotes_orchestrator::report::{one_line, percent};
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::wire::{self, Outgoing};
 use signal_hook::consts::SIGINT;
@@ -161,8 +161,8 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
     for job in jobs {
         let progress = job.progress.as_ref().map_or_else(String::new, |progress| {
             format!(
-                "{:.0} % {}",
-                progress.fraction * 100.0,
+                "{} {}",
+                percent(progress.fraction),
                 one_line(&progress.message)
             )
         });
@@ -259,9 +259,9 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
         (
             "progress",
             job.progress.as_ref().map(|progress| {
-                let percent = progress.fraction * 100.0;
                 format!(
-                    "{percent:.0} %, {:.0}: {}",
+                    "{}, {:.0}: {}",
+                    percent(progress.fraction),
                     progress.at,
                     one_line(&progress.message)
                 )

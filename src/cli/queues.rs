@@ -10,6 +10,7 @@ use crossbeam_channel::after;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::overview::{Depth, Queue};
 use omotes_orchestrator::queues::Watch;
+use omotes_orchestrator::report::one_line;
 use serde_json::json;
 
 use super::{connect, defined, overview, print, table};
@@ -62,7 +63,7 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
         let number = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
         table.add_row([
             Cell::new(queue.connection),
-            Cell::new(&queue.name),
+            Cell::new(one_line(&queue.name)),
             number(depth.messages.to_string()),
             number(depth.consumers.to_string()),
             number(format!("{change:+.1}")),

@@ -274,6 +274,8 @@ stop_private() {
 private() {
   local command=$1 folder=$2 service
   shift 2
+  # Prints a variable as a file sets it.
+  if [ "$command" = variable ]; then load_env "$folder"; printf '%s' "${!1-}"; return; fi
   service=$(basename "$folder")
   case $command-$service in
     start-rabbitmq)
@@ -313,20 +315,61 @@ make_env() {
   [ -f .env ] || { cp .env-template .env; say "made .env from .env-template"; }
 }
 
-# Exports what .env sets and the environment doesn't.
-load_env() {
-  local line name value
-  while IFS= read -r line || [ -n "$line" ]; do
-    line=${line%$'\r'}
-    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue
-    name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
-    if [[ $value =~ ^\"(.*)\"[[:space:]]*$ || $value =~ ^\'(.*)\'[[:space:]]*$ ]]; then
-      value=${BASH_REMATCH[1]}
-    else
-      value=${value%%[[:space:]]#*}
+# unquoted TEXT, which begins with a quote: puts what stands between the quotes into REPLY.
+unquoted() {
+  local text=$1 quote=${1:0:1} place char
+  REPLY=''
+  for ((place = 1; place < ${#text}; place++)); do
+    char=${text:place:1}
+    if [[ $char == "$quote" ]]; then
+      [[ ${text:place+1} =~ ^[[:blank:]]*(#.*)?$ ]]
+      return
     fi
-    [ -n "${!name+set}" ] || export "$name=$value"
-  done <.env
+    if [[ $char == \\ ]]; then
+      place=$((place + 1))
+      char=${text:place:1}
+      case $quote$char in
+        "''") ;;
+        '"n') char=$'\n' ;;
+        '"r') char=$'\r' ;;
+        '"t') char=$'\t' ;;
+        \"\\ | '""' | '"$') ;;
+        *) char=\\$char ;;
+      esac
+    fi
+    REPLY+=$char
+  done
+  return 1
+}
+
+# Exports what .env, or another file, sets and the environment doesn't. As src/environment.rs reads it:
+# tests/env-lines.json holds both to the same. No message shows a value.
+load_env() {
+  local file=${1:-.env} line name value number=0 ours=' '
+  # Byte by byte, whatever is in a value.
+  local LC_ALL=C
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    if [ "$number" = 1 ]; then line=${line#$'\xef\xbb\xbf'}; fi
+    line=${line%$'\r'}
+    if [[ $line =~ ^[[:blank:]]*(#.*)?$ ]]; then continue; fi
+    [[ $line =~ ^[[:blank:]]*(export[[:blank:]]+)?([A-Za-z_][A-Za-z0-9_]*)[[:blank:]]*=(.*)$ ]] \
+      || die "$file, line $number: expected NAME=value, of a name with letters, digits and _"
+    name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+    if [[ $value =~ ^[[:blank:]]*([\"\'].*)$ ]]; then
+      unquoted "${BASH_REMATCH[1]}" || die "$file, line $number: $name: its quote is not closed, or something follows it"
+      value=$REPLY
+    else
+      value=${value%%[[:blank:]]#*}
+      value=${value#"${value%%[![:blank:]]*}"}
+      value=${value%"${value##*[![:blank:]]}"}
+    fi
+    # The last one of a name counts, as with docker compose.
+    if [ -z "${!name+set}" ] || [[ $ours == *" $name "* ]]; then
+      export "$name=$value"
+      ours+="$name "
+    fi
+  done <"$file"
 }
 
 is_local() { case $1 in localhost | 127.0.0.1 | ::1) true ;; *) false ;; esac; }

@@ -1,7 +1,6 @@
 //! The service as a whole: what is started, in which order, and how it stops.
 
 use std::convert::Infallible;
-use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::Mutex;
@@ -32,6 +31,7 @@ use crate::queues;
 use crate::session::{self, Service};
 use crate::store::migrate::{self, REVISIONS};
 use crate::store::{Store, StoreError};
+use crate::text_file;
 use crate::workflow::{Catalogue, CurrentCatalogue};
 
 /// Between a stop signal and the end of the process, whatever is still going on then. Docker kills
@@ -50,9 +50,9 @@ const PROBE_PERIOD: Duration = Duration::from_secs(5);
 /// # Errors
 /// The file cannot be read, or all that is wrong with what is in it.
 pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
-    let text = fs::read_to_string(path)
-        .with_context(|| format!("workflow definitions {}", path.display()))?;
-    Catalogue::parse(&text).with_context(|| format!("workflow definitions {}", path.display()))
+    let name = || format!("workflow definitions {}", path.display());
+    let text = text_file::read(path).with_context(name)?;
+    Catalogue::parse(&text).with_context(name)
 }
 
 /// Runs the service until SIGTERM, SIGINT or SIGQUIT.

@@ -146,6 +146,19 @@ impl Link {
         connection.close().context(self.name)
     }
 
+    /// The same, in good order only if that takes no longer than `deadline`.
+    ///
+    /// # Errors
+    /// As [`Link::close`], or it took longer.
+    pub fn close_within(self, deadline: Duration) -> anyhow::Result<()> {
+        let kill_switch = self.kill_switch.try_clone()?;
+        let kill = move || {
+            // As in `kill`.
+            let _ = kill_switch.shutdown(Shutdown::Both);
+        };
+        within_deadline(deadline, kill, || self.close())
+    }
+
     /// Asks for an answer.
     ///
     /// # Errors

@@ -1,6 +1,5 @@
 //! What the commands share: their way to the deployment, and how they print.
 
-use std::fs;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use anyhow::Context;
@@ -10,6 +9,7 @@ use omotes_orchestrator::config::Config;
 use omotes_orchestrator::overview::{Overview, Queues};
 use omotes_orchestrator::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
+use omotes_orchestrator::text_file;
 use omotes_orchestrator::workflow::Catalogue;
 
 pub(crate) mod configuration;
@@ -55,7 +55,7 @@ pub(crate) fn overview(
 
 /// The workflows that the definitions have, none where those cannot be read.
 pub(crate) fn defined(config: &Config) -> Vec<String> {
-    let text = fs::read_to_string(&config.workflow_config_path).ok();
+    let text = text_file::read(&config.workflow_config_path).ok();
     let catalogue = text.and_then(|text| Catalogue::parse(&text).ok());
     catalogue.map_or_else(Vec::new, |catalogue| catalogue.names())
 }
@@ -71,6 +71,12 @@ pub(crate) fn table(header: &[&str]) -> Table {
         table.set_width(columns);
     }
     table
+}
+
+/// A warning beside what the command prints.
+pub(crate) fn say_aside(warning: &str) {
+    // Nobody may be there to read it.
+    let _ = writeln!(io::stderr(), "warning: {warning}");
 }
 
 /// Prints to standard output. That its reader has gone, as `head` does, is no failure.

@@ -1,10 +1,9 @@
 //! The environment variables, which are the names and defaults that OMOTES deployments use.
 
 use std::fmt;
-use std::fs;
 use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use serde::Serialize;
 
 use crate::job::TimeoutResult;
 use crate::logger::Format;
+use crate::text_file;
 use crate::tls::{Check, Identity, Roots, Tls};
 
 #[derive(Debug, Clone, PartialEq)]
@@ -194,7 +194,7 @@ impl Config {
         reader.settings
     }
 
-    /// The configuration of this process's environment.
+    /// The configuration of this process's environment, without a file beside it.
     ///
     /// # Errors
     /// As [`Config::read`].
@@ -226,6 +226,29 @@ pub struct Setting {
     /// The default where it is not set. Not that of a password.
     pub value: String,
     pub is_given: bool,
+}
+
+/// Why a message does not say what was found.
+const NOT_SHOWN: &str = " (what was found is not shown, for it may be a password)";
+
+/// Whether a variable's value is none of those that may be a password, or have one in them: also where
+/// somebody has mistaken one variable for another.
+fn may_be_shown(name: &str, value: &str) -> bool {
+    if value.is_empty() {
+        return true;
+    }
+    if name.ends_with("PASSWORD") || name == "HTTP_BASIC_AUTH" {
+        return false;
+    }
+    if name.ends_with("PASSWORD_FILE") {
+        // A password has no folder that is there; `/` is, and some begin with it.
+        let folder = Path::new(value).parent();
+        return folder.is_some_and(|folder| folder.file_name().is_some() && folder.is_dir());
+    }
+    // The name and the password before a URL's host; a key that stands where its file should.
+    let is_key = value.contains(['\n', '\r']) || value.contains("-----BEGIN");
+    let has_user = value.contains('@') && value.contains(':');
+    !is_key && !has_user
 }
 
 struct Reader<'a> {
@@ -274,16 +297,13 @@ impl Reader<'_> {
     /// The variable's value, if it is set. Nothing else looks a variable up.
     fn given(&mut self, name: &str, default: &str) -> Option<String> {
         let value = (self.variable)(name);
-        let is_secret = name.ends_with("PASSWORD") || name == "HTTP_BASIC_AUTH";
-        let shown = match &value {
-            Some(value) if is_secret && !value.is_empty() => format!("{:?}", Secret(value.clone())),
-            Some(value) => value.clone(),
-            None if is_secret && !default.is_empty() => format!("{:?}", Secret(default.to_owned())),
-            None => default.to_owned(),
-        };
+        let text = value.as_deref().unwrap_or(default);
         self.settings.push(Setting {
             name: name.to_owned(),
-            value: shown,
+            value: match may_be_shown(name, text) {
+                true => text.to_owned(),
+                false => format!("{:?}", Secret(text.to_owned())),
+            },
             is_given: value.is_some(),
         });
         value
@@ -305,8 +325,10 @@ impl Reader<'_> {
         let value = self.given(name, default);
         let parsed = value.as_ref().and_then(|value| parse(value.trim()));
         if let (Some(value), None) = (&value, &parsed) {
-            self.faults
-                .push(format!("{name}: found {value:?}, expected {expected}"));
+            self.faults.push(match may_be_shown(name, value) {
+                true => format!("{name}: found {value:?}, expected {expected}"),
+                false => format!("{name}: expected {expected}{NOT_SHOWN}"),
+            });
         }
         parsed
             .or_else(|| parse(default))
@@ -314,12 +336,28 @@ impl Reader<'_> {
     }
 
     fn port(&mut self, name: &str, default: u16) -> u16 {
-        self.parsed(
-            name,
-            &default.to_string(),
-            "a port from 1 to 65535",
-            |value| NonZeroU16::from_str(value).ok().map(NonZeroU16::get),
-        )
+        let value = (self.variable)(name);
+        let expected = match value {
+            Some(value) if value.trim_start().starts_with("tcp://") => {
+                "a port from 1 to 65535; this is how Kubernetes tells of a service whose name the variable \
+                 happens to begin with: `enableServiceLinks: false` in the pod's spec switches that off"
+            }
+            Some(_) | None => "a port from 1 to 65535",
+        };
+        self.parsed(name, &default.to_string(), expected, |value| {
+            NonZeroU16::from_str(value).ok().map(NonZeroU16::get)
+        })
+    }
+
+    /// The name or the address of a host, or a folder with a socket.
+    fn host(&mut self, name: &str) -> String {
+        let host = self.text(name, "localhost");
+        // In a URL, or before an @, there may be a password, and hosts are shown.
+        if host.contains("://") || host.contains('@') {
+            let fault = format!("{name}: expected a host's name or address, not a URL{NOT_SHOWN}");
+            self.faults.push(fault);
+        }
+        host
     }
 
     fn count(&mut self, name: &str, default: usize, maximum: usize) -> usize {
@@ -378,8 +416,14 @@ impl Reader<'_> {
 
     /// The file that a variable names; an empty name is none.
     fn path(&mut self, name: &str) -> Option<PathBuf> {
-        let path = self.given(name, "").filter(|path| !path.is_empty());
-        path.map(PathBuf::from)
+        let path = self.given(name, "").filter(|path| !path.is_empty())?;
+        if path.contains(['\n', '\r']) {
+            let fault =
+                format!("{name}: expected the path of a file, not what is in it{NOT_SHOWN}");
+            self.faults.push(fault);
+            return None;
+        }
+        Some(PathBuf::from(path))
     }
 
     /// What the variable says, or the file that `<name>_FILE` names.
@@ -391,19 +435,29 @@ impl Reader<'_> {
         };
         // What is in force is the file's.
         self.settings.retain(|setting| setting.name != name);
-        let file = path.display();
+        let (file, more) = match may_be_shown(&file_name, &path.to_string_lossy()) {
+            true => (format!("{}: ", path.display()), ""),
+            false => (String::new(), NOT_SHOWN),
+        };
         if value.is_some() {
-            self.faults
-                .push(format!("{file_name}: found {file}, but {name} is set too"));
+            self.faults.push(if more.is_empty() {
+                format!(
+                    "{file_name}: found {}, but {name} is set too",
+                    path.display()
+                )
+            } else {
+                format!("{file_name}: set, but {name} is set too")
+            });
             return None;
         }
-        match fs::read_to_string(&path) {
+        match text_file::read(&path) {
             Ok(text) => {
                 let line = text.strip_suffix('\n').unwrap_or(&text);
                 Some(Secret(line.strip_suffix('\r').unwrap_or(line).to_owned()))
             }
             Err(error) => {
-                self.faults.push(format!("{file_name}: {file}: {error}"));
+                self.faults
+                    .push(format!("{file_name}: {file}{error:#}{more}"));
                 None
             }
         }
@@ -448,7 +502,7 @@ impl Reader<'_> {
         let tls = self.rabbitmq_tls(&name);
         let default_port = if tls.is_some() { 5671 } else { 5672 };
         RabbitMq {
-            host: self.text(&name("HOSTNAME"), "localhost"),
+            host: self.host(&name("HOSTNAME")),
             port: self.port(&name("PORT"), default_port),
             username: self.text(&name("USERNAME"), "omotes"),
             password: self
@@ -484,7 +538,7 @@ impl Reader<'_> {
     }
 
     fn postgres(&mut self) -> Postgres {
-        let host = self.text("POSTGRESQL_HOST", "localhost");
+        let host = self.host("POSTGRESQL_HOST");
         let encryption = self.postgres_encryption();
         Postgres {
             // A socket in the file system needs no TLS, and has none.
@@ -551,7 +605,7 @@ impl Reader<'_> {
     fn influxdb(&mut self) -> Option<InfluxDb> {
         let protected = self.text("TIME_SERIES_PROTECTED_DATABASES", "");
         let influxdb = InfluxDb {
-            host: self.text("INFLUXDB_HOST", "localhost"),
+            host: self.host("INFLUXDB_HOST"),
             port: self.port("INFLUXDB_PORT", 8096),
             database: self.text("INFLUXDB_DATABASE", "omotes_timeseries"),
             protected: protected

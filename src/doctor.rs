@@ -2,13 +2,8 @@
 //! that lasts.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::process::{Command, Stdio};
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use crossbeam_channel::bounded;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
@@ -23,17 +18,16 @@ use crate::store::Store;
 use crate::store::inspection::Inspection;
 use crate::store::migrate::REVISIONS;
 use crate::store::rights;
+use crate::text_file;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
 };
 use crate::workflow::Catalogue;
 
+mod limits;
+
 /// How long a part may take to be looked at.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How long rabbitmqctl may take, which starts a virtual machine, perhaps in a container.
-const TOOL_DEADLINE: Duration = Duration::from_secs(60);
-/// RabbitMQ's own, where nobody has set another.
-const DEFAULT_CONSUMER_TIMEOUT_MS: i64 = 30 * 60 * 1000;
 /// A clock that differs by more makes timeouts wrong that are read in a log or on the page.
 const MAX_SKEW: SignedDuration = SignedDuration::from_secs(5);
 /// What is tried to publish where the history has no result that is larger.
@@ -99,9 +93,14 @@ impl Findings {
 }
 
 /// Looks at everything. `rabbitmqctl` is a command that runs RabbitMQ's tool of this name, for what
-/// AMQP does not tell.
-pub fn examine(config: &Config, rabbitmqctl: Option<&str>) -> Vec<Finding> {
+/// AMQP does not tell; `near_misses` is what the environment says of names that are almost ours.
+pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str>) -> Vec<Finding> {
     let mut findings = Findings::default();
+    for near_miss in near_misses {
+        let remedy =
+            "Put the name right, or take the variable away: what it was to set has its default.";
+        findings.add("Configuration", Severity::Warning, near_miss, remedy);
+    }
     let catalogue = workflows(config, &mut findings);
     let inspection = postgres(config, &mut findings);
     if let (Some(catalogue), Some(inspection)) = (&catalogue, &inspection) {
@@ -123,16 +122,15 @@ pub fn examine(config: &Config, rabbitmqctl: Option<&str>) -> Vec<Finding> {
     judge_workers(&names, &seen, waiting, &mut findings);
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
-    limits(rabbitmqctl, longest, config.job_retention, &mut findings);
+    limits::limits(rabbitmqctl, longest, config.job_retention, &mut findings);
     findings.0
 }
 
 fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
     const PART: &str = "Workflows";
     let path = config.workflow_config_path.display();
-    let parsed = fs::read_to_string(&config.workflow_config_path)
-        .map_err(anyhow::Error::from)
-        .and_then(|text| Ok(Catalogue::parse(&text)?));
+    let parsed =
+        text_file::read(&config.workflow_config_path).and_then(|text| Ok(Catalogue::parse(&text)?));
     match parsed {
         Ok(catalogue) => {
             findings.ok(PART, format!("{path} defines {}", catalogue.names().len()));
@@ -616,175 +614,10 @@ fn longest_job(
     .max()
 }
 
-fn limits(
-    rabbitmqctl: Option<&str>,
-    longest: Option<(i64, &'static str)>,
-    retention: Duration,
-    findings: &mut Findings,
-) {
-    const PART: &str = "RabbitMQ";
-    let Some(command) = rabbitmqctl else {
-        findings.add(
-            PART,
-            Severity::Note,
-            "its consumer_timeout is not known, for AMQP does not tell it",
-            "Run this with --rabbitmqctl, such as --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\".",
-        );
-        return;
-    };
-    match setting(command, "consumer_timeout") {
-        Ok(timeout) => {
-            let finding = judge_consumer_timeout(timeout, longest, retention);
-            findings.0.push(finding);
-        }
-        Err(error) => findings.add(
-            PART,
-            Severity::Note,
-            format!(
-                "its consumer_timeout is not known: {}",
-                one_line(&format!("{error:#}"))
-            ),
-            "Put --rabbitmqctl right: the command has to work in a shell on this machine.",
-        ),
-    }
-}
-
-/// A value of RabbitMQ's own configuration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Value {
-    Milliseconds(i64),
-    /// Switched off.
-    None,
-    Default,
-}
-
-fn judge_consumer_timeout(
-    timeout: Value,
-    longest: Option<(i64, &'static str)>,
-    retention: Duration,
-) -> Finding {
-    const REMEDY: &str = "Raise consumer_timeout in rabbitmq.conf above the longest job. A worker acknowledges its task \
-         when that is done; past the timeout it loses the task, which starts again.";
-    let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-    let timeout = match timeout {
-        Value::Milliseconds(timeout) => Some(timeout),
-        Value::Default => Some(DEFAULT_CONSUMER_TIMEOUT_MS),
-        Value::None => None,
-    };
-    let text = |time| spoken(SignedDuration::from_millis(time));
-    let finding = |severity, found, remedy: &str| Finding {
-        part: "RabbitMQ",
-        severity,
-        found,
-        remedy: remedy.to_owned(),
-    };
-    match (timeout, longest) {
-        (None, _) => finding(Severity::Ok, "there is no consumer_timeout".to_owned(), ""),
-        (Some(timeout), Some((longest, what))) if longest >= timeout => finding(
-            Severity::Warning,
-            format!(
-                "consumer_timeout is {}, and {what} {}",
-                text(timeout),
-                text(longest)
-            ),
-            REMEDY,
-        ),
-        (Some(timeout), _) if retention > timeout => finding(
-            Severity::Note,
-            format!(
-                "consumer_timeout is {}, longer than any job so far; one without a timeout may run for {}",
-                text(timeout),
-                text(retention)
-            ),
-            REMEDY,
-        ),
-        (Some(timeout), _) => finding(
-            Severity::Ok,
-            format!("consumer_timeout is {}, longer than any job", text(timeout)),
-            "",
-        ),
-    }
-}
-
-/// What RabbitMQ's application has been given under this name.
-fn setting(command: &str, name: &str) -> anyhow::Result<Value> {
-    let script = format!("{command} eval 'application:get_env(rabbit, {name}).'");
-    let (answer, answered) = bounded(1);
-    let run = move || {
-        let output = Command::new("sh")
-            .arg("-c")
-            .arg(script)
-            .stdin(Stdio::null())
-            .output();
-        // Whoever asked may have given up.
-        let _ = answer.send(output);
-    };
-    thread::Builder::new()
-        .name("rabbitmqctl".to_owned())
-        .spawn(run)?;
-    let output = answered
-        .recv_timeout(TOOL_DEADLINE)
-        .map_err(|_| anyhow::anyhow!("no answer within {TOOL_DEADLINE:?}"))?
-        .context("sh")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        bail!(
-            "{} {}",
-            text.trim(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    parse_setting(&text)
-}
-
-/// Reads Erlang's `{ok,1800000}` or `undefined`.
-fn parse_setting(text: &str) -> anyhow::Result<Value> {
-    let text = text.trim();
-    let value = text
-        .strip_prefix("{ok,")
-        .and_then(|text| text.strip_suffix('}'));
-    match value {
-        None if text == "undefined" => Ok(Value::Default),
-        None => bail!("{text:?} is no setting"),
-        Some("undefined" | "infinity" | "false") => Ok(Value::None),
-        Some(number) => Ok(Value::Milliseconds(
-            number.parse().context(number.to_owned())?,
-        )),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rstest::rstest;
-
-    #[rstest]
-    #[case("{ok,1800000}\n", Some(Value::Milliseconds(1_800_000)))]
-    #[case("undefined", Some(Value::Default))]
-    #[case("{ok,undefined}", Some(Value::None))]
-    #[case("Error: unable to perform an operation", None)]
-    #[case("{ok,soon}", None)]
-    fn settings_are_read_as_erlang_writes_them(#[case] text: &str, #[case] value: Option<Value>) {
-        assert_eq!(parse_setting(text).ok(), value);
-    }
-
-    #[rstest]
-    #[case::none(Value::None, Some(i64::MAX), 6, Severity::Ok)]
-    #[case::longer_than_all(Value::Milliseconds(5000), Some(4999), 5, Severity::Ok)]
-    #[case::longer_than_all_so_far(Value::Milliseconds(5000), Some(4999), 6, Severity::Note)]
-    #[case::as_long(Value::Milliseconds(5000), Some(5000), 6, Severity::Warning)]
-    #[case::default(Value::Default, Some(1_800_001), 6, Severity::Warning)]
-    #[case::no_jobs(Value::Default, None, 1801, Severity::Note)]
-    fn a_consumer_timeout_is_held_against_the_longest_job(
-        #[case] timeout: Value,
-        #[case] longest: Option<i64>,
-        #[case] retention: u64,
-        #[case] severity: Severity,
-    ) {
-        let longest = longest.map(|longest| (longest, "a job that has run for so long"));
-        let finding = judge_consumer_timeout(timeout, longest, Duration::from_secs(retention));
-        assert_eq!(finding.severity, severity);
-    }
 
     #[rstest]
     #[case::in_between(1, false)]

@@ -5,11 +5,10 @@
     reason = "what a command says goes to standard output, why it failed to standard error"
 )]
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-use std::{env, fs, thread};
+use std::{fs, thread};
 
 use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -18,13 +17,14 @@ use jiff::SignedDuration;
 use omotes_orchestrator::broker::Link;
 use omotes_orchestrator::broker::dead_letters::{self, DeadLetter, Fate};
 use omotes_orchestrator::cleaner;
-use omotes_orchestrator::client::{self, Order};
+use omotes_orchestrator::client::{self, Order, Output};
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::environment::Environment;
 use omotes_orchestrator::influx::Influx;
-use omotes_orchestrator::report::one_line;
+use omotes_orchestrator::report::{harmless, one_line, readable};
 use omotes_orchestrator::store::Store;
-use omotes_orchestrator::store::migrate::{self, REVISIONS, Revision};
-use omotes_orchestrator::time_series::PROTECTED;
+use omotes_orchestrator::store::migrate::{self, Loss, REVISIONS, Revision};
+use omotes_orchestrator::time_series::{Guard, PROTECTED};
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
@@ -106,7 +106,14 @@ enum Db {
     /// Apply revisions, by default all of them.
     Upgrade { revision: Option<String> },
     /// Undo the revisions after the given one; `base` undoes all.
-    Downgrade { revision: String },
+    ///
+    /// Says which tables and columns go, with how much in them, and does it with --yes alone. No replica
+    /// may be connected.
+    Downgrade {
+        revision: String,
+        #[command(flatten)]
+        agreed: Agreed,
+    },
     /// Show the revision that the database is at.
     Current,
     /// List all revisions.
@@ -122,7 +129,11 @@ enum TimeSeries {
     /// Keep them from now on, also those of a deleted job.
     Keep { esdl_id: String },
     /// Drop them now, without waiting for their retention.
-    Drop { esdl_id: String },
+    Drop {
+        esdl_id: String,
+        #[command(flatten)]
+        agreed: Agreed,
+    },
 }
 
 #[derive(Subcommand)]
@@ -139,9 +150,25 @@ enum DeadLetters {
     },
     /// Put them back into the queues they came from, as they were.
     Requeue(Which),
-    /// Delete them.
-    Drop(Which),
+    /// Delete them; all of them with --yes alone.
+    Drop {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        agreed: Agreed,
+    },
 }
+
+/// Whether a command may do what cannot be undone.
+#[derive(Args, Clone, Copy)]
+struct Agreed {
+    /// Do it. Without, it is only said what would go.
+    #[arg(long)]
+    yes: bool,
+}
+
+/// What a command says last that has done nothing for want of --yes.
+const NOTHING_DONE: &str = "nothing was done: --yes does it";
 
 #[derive(Args)]
 #[group(required = true, multiple = false)]
@@ -209,36 +236,22 @@ fn main() -> ExitCode {
     match run(cli.command.unwrap_or(Command::Run)) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("omotes-orchestrator: {error:#}");
+            eprintln!("omotes-orchestrator: {}", readable(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
 }
 
-/// Adds what the file `.env` sets to the environment, which goes before it. Returns what it added.
-fn load_env_file() -> anyhow::Result<HashSet<String>> {
-    let path = Path::new(".env");
-    if !path.exists() {
-        return Ok(HashSet::new());
-    }
-    let mut names = HashSet::new();
-    for pair in dotenvy::from_path_iter(path)? {
-        let (name, _) = pair?;
-        if env::var_os(&name).is_none() {
-            names.insert(name);
-        }
-    }
-    dotenvy::from_path(path)?;
-    Ok(names)
-}
-
 fn run(command: Command) -> anyhow::Result<ExitCode> {
-    let from_file = load_env_file().context(".env")?;
-    let config = || Config::from_environment().context("configuration");
+    let environment = Environment::with_file(Path::new(".env"))?;
+    let config = || environment.config().context("configuration");
     match command {
         Command::Run => {
             let config = config()?;
             logger::start(config.log_level, config.log_format);
+            for near_miss in environment.near_misses() {
+                log::warn!("{near_miss}");
+            }
             if let Err(error) = app::run(config) {
                 // With the cause chain, and a stack trace where RUST_BACKTRACE asks for one.
                 log::error!("{error:?}");
@@ -251,9 +264,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         },
         Command::Jobs(command) => return cli::jobs::run(&config()?, command),
         Command::Config(configuration) => {
-            return cli::configuration::run(&configuration, &from_file);
+            return cli::configuration::run(&configuration, &environment);
         }
-        Command::Doctor(doctor) => return cli::doctor::run(&config()?, &doctor),
+        Command::Doctor(doctor) => return cli::doctor::run(&config()?, &environment, &doctor),
         Command::Queues(queues) => return cli::queues::run(&config()?, &queues),
         Command::Completions { shell } => {
             let mut completions = Vec::new();
@@ -271,18 +284,18 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let folder = new_revision(Path::new("migrations"), &message)?;
             println!("{}", folder.display());
         }
-        Command::Db(command) => database(&config()?, &command)?,
+        Command::Db(command) => return database(&config()?, &command),
         Command::Workflows(Workflows::Check { file }) => {
             show_workflows(&app::read_catalogue(&file)?);
         }
-        Command::TimeSeries(command) => time_series(&config()?, &command)?,
+        Command::TimeSeries(command) => return time_series(&config()?, &command),
         Command::DeadLetters(command) => return dead_letters(&config()?, &command),
         Command::Submit(submit) => return follow(&config()?, submit),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn database(config: &Config, command: &Db) -> anyhow::Result<()> {
+fn database(config: &Config, command: &Db) -> anyhow::Result<ExitCode> {
     let store = Store::new(&config.postgres, 1);
     let mut connection = store
         .connection()
@@ -293,8 +306,18 @@ fn database(config: &Config, command: &Db) -> anyhow::Result<()> {
             let applied = connection.revisions(upgrade)?;
             report_revisions("applied", applied);
         }
-        Db::Downgrade { revision } => {
-            let undone = connection.revisions(|client| migrate::downgrade(client, revision))?;
+        Db::Downgrade { revision, agreed } => {
+            let agree = |losses: &[Loss]| {
+                for loss in losses {
+                    println!("{loss}");
+                }
+                agreed.yes
+            };
+            let downgrade = |client: &mut _| migrate::downgrade(client, revision, agree);
+            let Some(undone) = connection.revisions(downgrade)? else {
+                eprintln!("this is what would go; {NOTHING_DONE}");
+                return Ok(ExitCode::FAILURE);
+            };
             report_revisions("undone", undone);
         }
         Db::Current => match connection.revisions(migrate::current)?.checked_sub(1) {
@@ -306,7 +329,7 @@ fn database(config: &Config, command: &Db) -> anyhow::Result<()> {
         },
         Db::History | Db::Revision { .. } => unreachable!("they need no database"),
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn describe(revision: &Revision) -> String {
@@ -345,7 +368,7 @@ fn new_revision(migrations: &Path, message: &str) -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<()> {
+fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<ExitCode> {
     let influxdb = config.influxdb.as_ref();
     let influxdb =
         influxdb.context("INFLUXDB_HOST is empty: there is no InfluxDB to look after")?;
@@ -358,40 +381,54 @@ fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<()> {
         TimeSeries::List => {
             let databases = influx.databases()?;
             for guard in connection.guards()? {
-                let place = match databases.contains(&guard.esdl_id) {
-                    true => "in InfluxDB",
-                    false => "not in InfluxDB",
-                };
-                let job = match guard.job_id {
-                    Some(job) => format!("of job {job}"),
-                    None => "claimed by no job".to_owned(),
-                };
-                let state = match guard.deactivated_at {
-                    Some(since) => format!("not needed since {since:.0}"),
-                    None => "in use".to_owned(),
-                };
-                println!("{}: {state}, {job}, {place}", one_line(&guard.esdl_id));
+                println!("{}", describe_series(&guard, &databases));
             }
         }
         TimeSeries::Keep { esdl_id } => {
             if !connection.set_series_in_use(esdl_id, true)? {
                 bail!("nothing is known of time series {esdl_id}");
             }
-            println!("{esdl_id}: kept");
+            println!("{}: kept", one_line(esdl_id));
         }
-        TimeSeries::Drop { esdl_id } => {
+        TimeSeries::Drop { esdl_id, agreed } => {
             let protected = cleaner::protected(influxdb);
             if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
                 bail!("the database {esdl_id} is protected");
+            }
+            if !agreed.yes {
+                let guards = connection.guards()?;
+                let guard = guards.iter().find(|guard| guard.esdl_id == *esdl_id);
+                let guard =
+                    guard.with_context(|| format!("nothing is known of time series {esdl_id}"))?;
+                println!("{}", describe_series(guard, &influx.databases()?));
+                eprintln!("these would be dropped; {NOTHING_DONE}");
+                return Ok(ExitCode::FAILURE);
             }
             if !connection.set_series_in_use(esdl_id, false)? {
                 bail!("nothing is known of time series {esdl_id}");
             }
             connection.delete_retired_series(esdl_id, || influx.drop_database(esdl_id))?;
-            println!("{esdl_id}: dropped");
+            println!("{}: dropped", one_line(esdl_id));
         }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The time series of an ESDL in a line; `databases` are those that InfluxDB has.
+fn describe_series(guard: &Guard, databases: &[String]) -> String {
+    let place = match databases.contains(&guard.esdl_id) {
+        true => "in InfluxDB",
+        false => "not in InfluxDB",
+    };
+    let job = match guard.job_id {
+        Some(job) => format!("of job {job}"),
+        None => "claimed by no job".to_owned(),
+    };
+    let state = match guard.deactivated_at {
+        Some(since) => format!("not needed since {since:.0}"),
+        None => "in use".to_owned(),
+    };
+    format!("{}: {state}, {job}, {place}", one_line(&guard.esdl_id))
 }
 
 fn dead_letters(config: &Config, command: &DeadLetters) -> anyhow::Result<ExitCode> {
@@ -399,28 +436,28 @@ fn dead_letters(config: &Config, command: &DeadLetters) -> anyhow::Result<ExitCo
     if config.task_rabbitmq != config.sdk_rabbitmq {
         links.push(("TASK", Link::open(&config.task_rabbitmq, "dead letters")?));
     }
-    let mut known = Vec::new();
-    for (name, link) in &links {
-        dead_letters::go_through(link, |letter| {
-            if let DeadLetters::List = command {
-                println!(
-                    "{} {} {name} {} {} bytes: {}",
-                    one_line(&letter.id),
-                    one_line(&letter.time),
-                    one_line(&letter.queue),
-                    letter.body.len(),
-                    one_line(&letter.reason)
-                );
-            }
-            known.push(letter.id.clone());
-            Fate::Leave
-        })?;
+    let unasked = match command {
+        DeadLetters::Drop { which, agreed } => which.all && !agreed.yes,
+        DeadLetters::List | DeadLetters::Show { .. } | DeadLetters::Requeue(_) => false,
+    };
+    let known = known_letters(&links, unasked || matches!(command, DeadLetters::List))?;
+    if unasked && !known.is_empty() {
+        let letters = if known.len() == 1 {
+            "letter"
+        } else {
+            "letters"
+        };
+        eprintln!(
+            "this would delete {} dead {letters}; {NOTHING_DONE}",
+            known.len()
+        );
+        return Ok(ExitCode::FAILURE);
     }
     let (which, fate, done) = match command {
         DeadLetters::List => return Ok(ExitCode::SUCCESS),
         DeadLetters::Show { id, .. } => (vec![named(id, &known)?], Fate::Leave, "shown"),
         DeadLetters::Requeue(which) => (which.resolve(known)?, Fate::Requeue, "requeued"),
-        DeadLetters::Drop(which) => (which.resolve(known)?, Fate::Drop, "dropped"),
+        DeadLetters::Drop { which, .. } => (which.resolve(known)?, Fate::Drop, "dropped"),
     };
     let mut code = ExitCode::SUCCESS;
     for (name, link) in links {
@@ -452,6 +489,28 @@ fn dead_letters(config: &Config, command: &DeadLetters) -> anyhow::Result<ExitCo
     Ok(code)
 }
 
+/// The ids of all dead letters; a line for each is printed if they are to be listed.
+fn known_letters(links: &[(&str, Link)], listed: bool) -> anyhow::Result<Vec<String>> {
+    let mut known = Vec::new();
+    for (name, link) in links {
+        dead_letters::go_through(link, |letter| {
+            if listed {
+                println!(
+                    "{} {} {name} {} {} bytes: {}",
+                    one_line(&letter.id),
+                    one_line(&letter.time),
+                    one_line(&letter.queue),
+                    letter.body.len(),
+                    one_line(&letter.reason)
+                );
+            }
+            known.push(letter.id.clone());
+            Fate::Leave
+        })?;
+    }
+    Ok(known)
+}
+
 impl Which {
     /// The letters that are meant, of those that are known.
     fn resolve(&self, known: Vec<String>) -> anyhow::Result<Vec<String>> {
@@ -478,8 +537,11 @@ fn show_letter(vhost: &str, letter: &DeadLetter, body: Option<&Path>) -> anyhow:
     println!("id:         {}", one_line(&letter.id));
     println!("time:       {}", one_line(&letter.time));
     println!("queue:      {} ({vhost})", one_line(&letter.queue));
-    println!("reason:     {}", letter.reason.escape_debug());
-    println!("properties: {:#}", letter.properties);
+    println!("reason:     {}", harmless(&letter.reason));
+    println!(
+        "properties: {}",
+        readable(&format!("{:#}", letter.properties))
+    );
     if let Some(job) = wire::job_id(&letter.body) {
         println!("job:        {job}");
     }
@@ -500,7 +562,8 @@ fn show_letter(vhost: &str, letter: &DeadLetter, body: Option<&Path>) -> anyhow:
 
 fn show_workflows(catalogue: &omotes_orchestrator::workflow::Catalogue) {
     for workflow in &catalogue.announcement().workflows {
-        println!("{}: {}", workflow.type_name, workflow.type_description);
+        let (name, description) = (&workflow.type_name, &workflow.type_description);
+        println!("{}: {}", harmless(name), harmless(description));
         for parameter in &workflow.parameters {
             let kind = match &parameter.parameter_type {
                 Some(ParameterType::StringParameter(one)) => format!("string {one:?}"),
@@ -511,12 +574,12 @@ fn show_workflows(catalogue: &omotes_orchestrator::workflow::Catalogue) {
                 Some(ParameterType::DurationParameter(one)) => format!("duration {one:?}"),
                 None => "of no type".to_owned(),
             };
-            println!("  {}: {kind}", parameter.key_name);
+            println!("  {}: {}", harmless(&parameter.key_name), harmless(&kind));
             for constraint in &parameter.constraints {
                 println!(
                     "    {} {}",
                     constraint.relation().as_str_name().to_lowercase(),
-                    constraint.other_key_name
+                    harmless(&constraint.other_key_name)
                 );
             }
         }
@@ -537,7 +600,11 @@ fn follow(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
             Priority::High => JobPriority::High,
         },
         timeout: submit.timeout,
-        output: submit.output,
+    };
+    // A pipe is waited for, which Ctrl-C still ends.
+    let output = match &submit.output {
+        Some(path) => Output::to(path)?,
+        None => Output::Printed,
     };
     let (interrupt, interrupts) = unbounded();
     let mut signals = Signals::new([SIGINT])?;
@@ -551,7 +618,7 @@ fn follow(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
                     let _ = interrupt.send(signal);
                 }
             })?;
-        let result = client::submit(&config.sdk_rabbitmq, &order, &interrupts);
+        let result = client::submit(&config.sdk_rabbitmq, &order, output, &interrupts);
         handle.close();
         result
     })?;

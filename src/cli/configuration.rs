@@ -1,14 +1,15 @@
 //! `config`: which configuration is in force, and where it comes from.
 
-use std::collections::HashSet;
 use std::process::ExitCode;
 
 use clap::Args;
 use comfy_table::Cell;
 use omotes_orchestrator::config::{Config, Setting};
+use omotes_orchestrator::environment::Environment;
+use omotes_orchestrator::report::harmless;
 use serde_json::json;
 
-use super::{print, table};
+use super::{print, say_aside, table};
 
 #[derive(Args)]
 pub(crate) struct Configuration {
@@ -17,17 +18,15 @@ pub(crate) struct Configuration {
     json: bool,
 }
 
-/// `from_file` are the variables that the `.env` file has set.
-///
 /// # Errors
 /// The configuration is faulty; what is in force is shown all the same.
 pub(crate) fn run(
     configuration: &Configuration,
-    from_file: &HashSet<String>,
+    environment: &Environment,
 ) -> anyhow::Result<ExitCode> {
-    let settings = Config::settings(&Config::variable);
+    let settings = Config::settings(&|name| environment.variable(name));
     let source = |setting: &Setting| match setting.is_given {
-        true if from_file.contains(&setting.name) => ".env",
+        true if environment.is_from_file(&setting.name) => ".env",
         true => "environment",
         false => "default",
     };
@@ -40,11 +39,15 @@ pub(crate) fn run(
     } else {
         let mut table = table(&["variable", "value", "from"]);
         for setting in &settings {
-            let row = [&setting.name, &setting.value, source(setting)];
+            let value = harmless(&setting.value);
+            let row = [&setting.name, value.as_str(), source(setting)];
             table.add_row(row.map(Cell::new));
         }
         print(&format!("{}\n", table.trim_fmt()))?;
     }
-    Config::from_environment()?;
+    for near_miss in environment.near_misses() {
+        say_aside(&near_miss);
+    }
+    environment.config()?;
     Ok(ExitCode::SUCCESS)
 }

@@ -7,6 +7,7 @@ use clap::Args;
 use console::Style;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::doctor::{Severity, examine};
+use omotes_orchestrator::environment::Environment;
 
 use super::print;
 
@@ -22,8 +23,13 @@ pub(crate) struct Doctor {
 
 /// # Errors
 /// Standard output is gone.
-pub(crate) fn run(config: &Config, doctor: &Doctor) -> anyhow::Result<ExitCode> {
-    let findings = examine(config, doctor.rabbitmqctl.as_deref());
+pub(crate) fn run(
+    config: &Config,
+    environment: &Environment,
+    doctor: &Doctor,
+) -> anyhow::Result<ExitCode> {
+    let near_misses = environment.near_misses();
+    let findings = examine(config, &near_misses, doctor.rabbitmqctl.as_deref());
     if doctor.json {
         print(&(serde_json::to_string_pretty(&findings)? + "\n"))?;
     } else {

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 use crate::authority::{Authority, write};
 use rstest::rstest;
@@ -99,13 +101,92 @@ fn all_faults_are_reported_at_once() {
     );
 }
 
+/// Wherever somebody may put a password, rightly or not, with whatever is in it.
+#[rstest]
+fn a_password_is_not_shown(
+    #[values(
+        "hunter2",
+        "hunter2\n",
+        " hunter2",
+        "/hunter2",
+        "hunter2/x",
+        "./hunter2",
+        "hunter2@x:y",
+        "hunter2'\"\\",
+        "hunter2\u{202e}",
+        "hunter2=#$",
+        "\u{1b}hunter2"
+    )]
+    password: &str,
+    #[values(
+        "SDK_RABBITMQ_PASSWORD",
+        "POSTGRESQL_PASSWORD",
+        "INFLUXDB_PASSWORD",
+        "TASK_RABBITMQ_PASSWORD_FILE",
+        "POSTGRESQL_PASSWORD_FILE",
+        "HTTP_BASIC_AUTH"
+    )]
+    name: &str,
+) {
+    // With a fault somewhere else, or without.
+    for more in [
+        &[][..],
+        &[("LOG_LEVEL", "LOUD"), ("POSTGRESQL_PASSWORD", "other")],
+    ] {
+        let variables = [more, &[(name, password)]].concat();
+        let lookup = |name: &str| {
+            let found = variables.iter().find(|(key, _)| *key == name);
+            found.map(|(_, value)| (*value).to_owned())
+        };
+        for shown in [
+            format!("{:?}", Config::read(&lookup)),
+            format!("{:?}", Config::settings(&lookup)),
+            Config::read(&lookup)
+                .err()
+                .map_or(String::new(), |faults| faults.to_string()),
+        ] {
+            assert!(!shown.contains("hunter2"), "{shown}");
+        }
+    }
+}
+
+#[rstest]
+#[case("SDK_RABBITMQ_HOSTNAME", "amqp://omotes:hunter2@rabbitmq:5672/omotes")]
+#[case("CELERY_RABBITMQ_HOSTNAME", "omotes:hunter2@rabbitmq")]
+#[case("POSTGRESQL_HOST", "postgresql://omotes:hunter2@postgres/jobs")]
+#[case("INFLUXDB_HOST", "http://omotes:hunter2@influxdb")]
+#[case("POSTGRESQL_PORT", "5432 omotes:hunter2@postgres")]
+#[case("HTTP_BIND", "http://omotes:hunter2@0.0.0.0:8080")]
+#[case("LOG_LEVEL", "omotes:hunter2@")]
+#[case(
+    "POSTGRESQL_SSLKEY",
+    "-----BEGIN PRIVATE KEY-----\nhunter2\n-----END PRIVATE KEY-----"
+)]
+#[case("SDK_RABBITMQ_TLS_KEY_FILE", "-----BEGIN PRIVATE KEY-----\nhunter2")]
+fn a_password_in_another_variable_is_told_and_not_shown(#[case] name: &str, #[case] value: &str) {
+    let variables = [(name, value), ("SDK_RABBITMQ_TLS", "true")];
+    let fault = read(&variables).unwrap_err().to_string();
+    assert!(fault.contains(&format!("{name}: expected ")), "{fault}");
+    let lookup = |asked: &str| (asked == name).then(|| value.to_owned());
+    for shown in [fault, format!("{:?}", Config::settings(&lookup))] {
+        assert!(!shown.contains("hunter2"), "{shown}");
+    }
+}
+
 #[test]
-fn a_password_is_not_shown() {
-    let config = read(&[
-        ("SDK_RABBITMQ_PASSWORD", "hunter2"),
-        ("POSTGRESQL_PASSWORD", "hunter2"),
-    ]);
-    assert!(!format!("{config:?}").contains("hunter2"));
+fn what_kubernetes_sets_for_a_service_is_told_as_that() {
+    let variables = [
+        ("POSTGRESQL_PORT", "tcp://10.96.0.7:5432"),
+        ("INFLUXDB_PORT", "8086x"),
+    ];
+    let faults = read(&variables).unwrap_err().to_string();
+    let (postgres, influxdb) = faults.split_once('\n').unwrap();
+    assert!(
+        postgres.starts_with("POSTGRESQL_PORT: found \"tcp://10.96.0.7:5432\""),
+        "{faults}"
+    );
+    assert!(postgres.contains("Kubernetes") && postgres.contains("enableServiceLinks: false"));
+    assert!(!influxdb.contains("Kubernetes"), "{faults}");
 }
 
 /// A folder with a password, an authority, and a certificate with its key; gone when dropped.

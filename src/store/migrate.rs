@@ -4,6 +4,9 @@
 //! that the Python service can be started on the same database at any time. Ours are recorded in
 //! `orchestrator_version` and only add to what is there.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
 use anyhow::{Context, bail, ensure};
 use postgres::{Client, Transaction};
 
@@ -93,16 +96,22 @@ fn user(transaction: &mut Transaction<'_>) -> Result<String, postgres::Error> {
     Ok(row.get(0))
 }
 
-/// Undoes all revisions after `target`, or all of them for `base`, and returns those that were
-/// undone, in the order of the chain.
+/// Undoes all revisions after `target`, or all of them for `base`, if `agree` does to what goes with
+/// them; and returns those that were undone, in the order of the chain, and what went. None were where
+/// it did not agree, which it is not asked where nothing is to be undone.
 ///
 /// # Errors
-/// As [`upgrade`].
-pub fn downgrade(client: &mut Client, target: &str) -> anyhow::Result<&'static [Revision]> {
+/// As [`upgrade`]; or somebody is connected who works on the tables.
+pub fn downgrade(
+    client: &mut Client,
+    target: &str,
+    agree: impl FnOnce(&[Loss]) -> bool,
+) -> anyhow::Result<Option<&'static [Revision]>> {
     let end = match target {
         "base" => 0,
         id => position(id)? + 1,
     };
+    // A replica that starts waits for the same lock.
     let mut transaction = locked(client)?;
     let applied = applied(&mut transaction)?;
     ensure!(
@@ -111,18 +120,143 @@ pub fn downgrade(client: &mut Client, target: &str) -> anyhow::Result<&'static [
         name(applied),
         name(end)
     );
-    if applied > end {
-        let lacks = rights::to_upgrade(&mut transaction)?;
-        rights::ensure_none(&user(&mut transaction)?, &lacks)?;
+    if applied == end {
+        return Ok(Some(&[]));
     }
+    let lacks = rights::to_upgrade(&mut transaction)?;
+    rights::ensure_none(&user(&mut transaction)?, &lacks)?;
+    nobody_else(&mut transaction)?;
+    let before = columns(&mut transaction)?;
+    // Tried out first: what is gone afterwards cannot be counted.
+    let mut trial = transaction.transaction()?;
+    undo(&mut trial, applied, end)?;
+    let after = columns(&mut trial)?;
+    trial.rollback()?;
+    if !agree(&losses(&mut transaction, &before, &after)?) {
+        return Ok(None);
+    }
+    undo(&mut transaction, applied, end)?;
+    transaction.commit()?;
+    Ok(Some(&REVISIONS[end..applied]))
+}
+
+fn undo(transaction: &mut Transaction<'_>, applied: usize, end: usize) -> anyhow::Result<()> {
     for (position, revision) in REVISIONS.iter().enumerate().take(applied).skip(end).rev() {
         transaction
             .batch_execute(revision.down)
             .with_context(|| format!("undoing revision {}_{}", revision.id, revision.slug))?;
-        record(&mut transaction, position)?;
+        record(transaction, position)?;
     }
-    transaction.commit()?;
-    Ok(&REVISIONS[end..applied])
+    Ok(())
+}
+
+/// What is not there any more when a revision is undone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Loss {
+    Table {
+        table: String,
+        rows: i64,
+    },
+    Column {
+        column: String,
+        values: i64,
+    },
+    /// What does not fit into the type is cut to it.
+    Type {
+        column: String,
+        from: String,
+        to: String,
+    },
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = |count: &i64| if *count == 1 { "" } else { "s" };
+        match self {
+            Loss::Table { table, rows } => write!(f, "table {table}: {rows} row{}", plural(rows)),
+            Loss::Column { column, values } => {
+                write!(f, "column {column}: {values} value{}", plural(values))
+            }
+            Loss::Type { column, from, to } => write!(f, "column {column}: {from} becomes {to}"),
+        }
+    }
+}
+
+/// That no replica, nor the Python service, is connected: it would go on without its tables. Those of
+/// another user may not be seen.
+fn nobody_else(transaction: &mut Transaction<'_>) -> anyhow::Result<()> {
+    let row = transaction.query_one(
+        "SELECT count(*),
+                coalesce(string_agg(DISTINCT coalesce(host(client_addr), 'this machine'), ', '), '')
+         FROM pg_stat_activity
+         WHERE application_name = current_setting('application_name')
+           AND datname = current_database() AND pid <> pg_backend_pid()",
+        &[],
+    )?;
+    let (connections, hosts): (i64, String) = (row.get(0), row.get(1));
+    ensure!(
+        connections == 0,
+        "others are connected as omotes_orchestrator, from {hosts} ({connections} connections): stop all \
+         replicas, and commands such as `jobs watch`, before the tables are taken from them"
+    );
+    Ok(())
+}
+
+/// Types by table and column, of the schema that the tables are in.
+type Columns = BTreeMap<(String, String), String>;
+
+/// All of them, but for the record of revisions.
+fn columns(transaction: &mut Transaction<'_>) -> anyhow::Result<Columns> {
+    let ledgers = [Ledger::Alembic.table(), Ledger::Own.table()];
+    let rows = transaction.query(
+        "SELECT table_name::text, column_name::text, data_type::text
+         FROM information_schema.columns
+         WHERE table_schema = current_schema() AND table_name <> ALL ($1)",
+        &[&ledgers.as_slice()],
+    )?;
+    let columns = rows.iter();
+    Ok(columns
+        .map(|row| ((row.get(0), row.get(1)), row.get(2)))
+        .collect())
+}
+
+/// What is in `before` and not in `after`, of which the first is so now.
+fn losses(
+    transaction: &mut Transaction<'_>,
+    before: &Columns,
+    after: &Columns,
+) -> anyhow::Result<Vec<Loss>> {
+    let left: BTreeSet<_> = after.keys().map(|(table, _)| table).collect();
+    let tables: BTreeSet<_> = before.keys().map(|(table, _)| table).collect();
+    let mut losses = Vec::new();
+    for table in tables.difference(&left) {
+        losses.push(Loss::Table {
+            rows: count(transaction, table, "*")?,
+            table: (*table).clone(),
+        });
+    }
+    for ((table, column), from) in before.iter().filter(|((table, _), _)| left.contains(table)) {
+        let name = format!("{table}.{column}");
+        match after.get(&(table.clone(), column.clone())) {
+            Some(to) if to == from => {}
+            Some(to) => losses.push(Loss::Type {
+                column: name,
+                from: from.clone(),
+                to: to.clone(),
+            }),
+            None => losses.push(Loss::Column {
+                values: count(transaction, table, column)?,
+                column: name,
+            }),
+        }
+    }
+    Ok(losses)
+}
+
+/// How many rows of a table have a value there; `*` is all of them. The names are the revisions' own.
+fn count(transaction: &mut Transaction<'_>, table: &str, column: &str) -> anyhow::Result<i64> {
+    let sql = format!("SELECT count({column}) FROM {table}");
+    Ok(transaction.query_one(&sql, &[])?.get(0))
 }
 
 /// How many of [`REVISIONS`] the database has.

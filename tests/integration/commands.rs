@@ -1,10 +1,14 @@
 //! The command line.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Stdio};
 
-use crate::deployment::{Deployment, eventually};
-use crate::peers::Worker;
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::deployment::{Deployment, eventually, management, setting};
+use crate::peers::{Client, Worker};
 
 fn check(deployment: &Deployment, arguments: &[&str]) -> (Option<i32>, String, String) {
     let output = deployment.command(arguments).output().unwrap();
@@ -253,4 +257,383 @@ fn a_job_that_is_refused_fails_the_command() {
     );
     assert_eq!(code, Some(1));
     assert!(said.contains("Workflow type nonsense is unknown"), "{said}");
+}
+
+/// `submit` of a small ESDL to workflow_1, with these arguments.
+fn submitting(deployment: &Deployment, more: &[&str]) -> Command {
+    fs::write(deployment.folder.join("in.esdl"), "<e id='in'/>").unwrap();
+    let arguments = ["submit", "in.esdl", "--workflow", "workflow_1"];
+    let mut command = deployment.command(&[&arguments, more].concat());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn no_result_is_lost_among_many() {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let worker = Worker::new(&deployment, "workflow_1");
+    for round in 0..60 {
+        let name = format!("{round}.esdl");
+        let child = submitting(&deployment, &["--output", &name])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let task = worker.take();
+        worker.succeed(&task, &format!("<e id='out-{round}'/>"));
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert_eq!(output.status.code(), Some(0), "round {round}: {said}");
+        assert!(!said.contains("warning"), "round {round}: {said}");
+        let result = fs::read_to_string(deployment.folder.join(&name)).unwrap();
+        assert_eq!(result, format!("<e id='out-{round}'/>"));
+    }
+    // Neither half a file nor a queue is left.
+    let files = fs::read_dir(&deployment.folder).unwrap();
+    let strays = files
+        .map(|file| file.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.ends_with(".esdl") && !name.ends_with(".log"));
+    assert_eq!(strays.collect::<Vec<_>>(), Vec::<String>::new());
+    let queues = deployment.queues();
+    assert!(
+        !queues.iter().any(|queue| queue.starts_with("jobs.")),
+        "{queues:?}"
+    );
+}
+
+#[test]
+fn what_fails_after_the_result_is_only_told() {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let worker = Worker::new(&deployment, "workflow_1");
+    let child = submitting(&deployment, &["--output", "out.esdl"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let task = worker.take();
+    // Its queues may not be deleted any more.
+    let rights = format!(
+        "permissions/{}/{}",
+        deployment.sdk_vhost(),
+        setting("RABBITMQ_USER")
+    );
+    let body = json!({"configure": "^$", "write": ".*", "read": ".*"});
+    management("PUT", &rights, Some(body));
+    worker.succeed(&task, "<e id='out'/>");
+    let output = child.wait_with_output().unwrap();
+    let warned = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{warned}");
+    let warning = "warning: the job's queues could not be deleted";
+    assert!(warned.starts_with(warning), "{warned}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("result SUCCEEDED"), "{said}");
+    let written = fs::read_to_string(deployment.folder.join("out.esdl")).unwrap();
+    assert_eq!(written, "<e id='out'/>");
+}
+
+#[rstest]
+#[case::no_folder("missing/out.esdl", "missing/out.esdl: No such file or directory")]
+#[case::a_folder("folder", "folder: it is a folder")]
+#[case::a_file_as_folder("in.esdl/out.esdl", "in.esdl/out.esdl: Not a directory")]
+fn an_output_that_cannot_be_written_is_told_before_the_job_is_submitted(
+    #[case] path: &str,
+    #[case] fault: &str,
+) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    fs::create_dir(deployment.folder.join("folder")).unwrap();
+    // No service: a job that is submitted would stay in its queue.
+    let mut command = submitting(&deployment, &["--output", path]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let code = eventually("the command ends, or has submitted the job", || {
+        if client.peer.queue_length("job_submissions") > 0 {
+            child.kill().unwrap();
+        }
+        child.try_wait().unwrap()
+    });
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(client.peer.queue_length("job_submissions"), 0);
+    assert_eq!(code.code(), Some(1));
+    assert!(said.contains(fault), "{said}");
+}
+
+/// What is in the file before, while and after a job runs whose output goes there.
+#[rstest]
+#[case::new(None)]
+#[case::old(Some("what was there"))]
+fn an_output_file_is_whole_or_as_it_was(#[case] before: Option<&str>) {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let worker = Worker::new(&deployment, "workflow_1");
+    let file = deployment.folder.join("real.esdl");
+    if let Some(before) = before {
+        fs::write(&file, before).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        symlink("real.esdl", deployment.folder.join("out.esdl")).unwrap();
+    }
+    let name = before.map_or("real.esdl", |_| "out.esdl");
+    let submit = || {
+        let mut command = submitting(&deployment, &["--output", name]);
+        command.stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let child = submit();
+    let task = worker.take();
+    assert_eq!(fs::read_to_string(&file).ok().as_deref(), before);
+    worker.fail(&task);
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(1));
+    assert_eq!(fs::read_to_string(&file).ok().as_deref(), before);
+
+    let child = submit();
+    worker.succeed(&worker.take(), "<e id='out'/>");
+    assert!(child.wait_with_output().unwrap().status.success());
+    assert_eq!(fs::read_to_string(&file).unwrap(), "<e id='out'/>");
+    if before.is_some() {
+        // It is the same file to whoever has it.
+        assert!(deployment.folder.join("out.esdl").is_symlink());
+        let mode = fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o640);
+    }
+}
+
+#[test]
+fn an_output_may_be_a_device() {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let worker = Worker::new(&deployment, "workflow_1");
+    let log = deployment.folder.join("said");
+    for into_a_file in [false, true] {
+        let mut command = submitting(&deployment, &["--output", "/dev/stdout"]);
+        let child = match into_a_file {
+            false => command.stdout(Stdio::piped()),
+            true => command.stdout(fs::File::create(&log).unwrap()),
+        }
+        .spawn()
+        .unwrap();
+        worker.succeed(&worker.take(), "<e id='out'/>");
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        let said = match into_a_file {
+            false => String::from_utf8(output.stdout).unwrap(),
+            true => fs::read_to_string(&log).unwrap(),
+        };
+        assert!(said.contains("submitted to workflow_1"), "{said}");
+        assert!(said.contains("<e id='out'/>"), "{said}");
+    }
+}
+
+#[test]
+fn what_is_shown_of_a_job_is_harmless() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let worker = Worker::new(&deployment, "workflow_1");
+    let child = submitting(&deployment, &["--reference", "a\u{202e}b"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let task = worker.take();
+    worker.start(&task);
+    worker.progress_saying(&task, 7.5, "gpj\u{202e}.exe\n\u{1b}[2J");
+    let list = eventually("the progress in the list", || {
+        let (_, said, _) = check(&deployment, &["jobs", "list"]);
+        said.contains("gpj").then_some(said)
+    });
+    let (_, shown, _) = check(&deployment, &["jobs", "show", &task.job.to_string()]);
+    let (_, page) = service.get("/").unwrap();
+    assert!(
+        page.contains("gpj\\u{202e}.exe") && page.contains("100 %"),
+        "{page}"
+    );
+    assert!(
+        !page.contains(['\u{202e}', '\u{1b}']) && !page.contains("750 %"),
+        "{page}"
+    );
+    worker.succeed(&task, "<e id='out'/>");
+    let said = String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap();
+    for said in [list, shown, said] {
+        assert!(said.contains("100 %") && !said.contains("750 %"), "{said}");
+        assert!(said.contains("gpj\\u{202e}.exe\\n\\u{1b}[2J"), "{said}");
+        assert!(!said.contains(['\u{202e}', '\u{1b}']), "{said}");
+    }
+}
+
+#[test]
+fn the_script_reads_settings_as_the_service_does() {
+    let deployment = Deployment::new();
+    let table: Vec<(String, Value)> =
+        serde_json::from_str(include_str!("../env-lines.json")).unwrap();
+    let file = deployment.folder.join("lines");
+    for (line, expected) in table {
+        fs::write(&file, &line).unwrap();
+        let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
+            .args(["private", "variable", file.to_str().unwrap(), "NAME"])
+            .env_remove("NAME")
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let read = String::from_utf8(output.stdout).unwrap();
+        match expected {
+            Value::String(value) => {
+                assert_eq!(output.status.code(), Some(0), "{line:?}: {said}");
+                assert_eq!(read, value, "{line:?}");
+            }
+            Value::Null => {
+                assert_eq!(
+                    (output.status.code(), read.as_str()),
+                    (Some(0), ""),
+                    "{line:?}"
+                );
+            }
+            _ => {
+                assert_eq!(output.status.code(), Some(1), "{line:?}");
+                assert!(said.contains("lines, line 1: "), "{line:?}: {said}");
+                assert!(
+                    !said.contains("val ") && !said.contains("hunter2"),
+                    "{said}"
+                );
+            }
+        }
+    }
+    fs::write(&file, "NAME=1\nOTHER=2\n# x\nNAME='3'\n").unwrap();
+    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
+        .args(["private", "variable", file.to_str().unwrap(), "NAME"])
+        .env_remove("NAME")
+        .output()
+        .unwrap();
+    assert_eq!(output.stdout, b"3");
+}
+
+#[rstest]
+#[case::a_quote_left_open(
+    "A=1\nSDK_RABBITMQ_PASSWORD=\"hunter2\n",
+    ".env, line 2: SDK_RABBITMQ_PASSWORD: its quote is not closed on the line"
+)]
+#[case::no_name("\nhunter2\n", ".env, line 2: expected NAME=value")]
+fn a_faulty_line_of_settings_is_told_without_what_is_in_it(
+    #[case] settings: &str,
+    #[case] fault: &str,
+) {
+    let deployment = Deployment::new();
+    fs::write(deployment.folder.join(".env"), settings).unwrap();
+    for arguments in [&["config"][..], &["doctor"], &["healthcheck"], &["run"]] {
+        let (code, printed, said) = check(&deployment, arguments);
+        assert_eq!(code, Some(1));
+        assert!(said.contains(fault), "{said}");
+        assert!(!(said + &printed).contains("hunter2"));
+    }
+}
+
+/// A text in what an editor on Windows may write.
+#[rstest]
+#[case::marked(b"\xef\xbb\xbf", None)]
+#[case::utf_16(b"\xff\xfe", Some("it is in UTF-16, expected UTF-8"))]
+fn files_are_read_whatever_editor_wrote_them(#[case] mark: &[u8], #[case] fault: Option<&str>) {
+    let deployment = Deployment::new();
+    let write = |name: &str, text: &str| {
+        let body: Vec<u8> = match fault {
+            None => text.into(),
+            Some(_) => text.encode_utf16().flat_map(u16::to_le_bytes).collect(),
+        };
+        fs::write(deployment.folder.join(name), [mark, &body].concat()).unwrap();
+    };
+    write(
+        "workflows.json",
+        r#"[{"workflow_type_name": "w", "workflow_type_description_name": "d"}]"#,
+    );
+    let (code, printed, said) = check(&deployment, &["workflows", "check", "workflows.json"]);
+    assert_eq!(code, Some(i32::from(fault.is_some())), "{said}");
+    assert!(
+        fault.map_or(printed == "w: d\n", |fault| said.contains(fault)),
+        "{said}"
+    );
+
+    write("secret", "hunter2\r\n");
+    let mut command = deployment.command(&["config"]);
+    command
+        .env_remove("INFLUXDB_PASSWORD")
+        .env("INFLUXDB_PASSWORD_FILE", "./secret");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.success(), fault.is_none());
+
+    write(".env", "HANDLER_THREADS=7\r\n");
+    let (code, printed, said) = check(&deployment, &["config", "--json"]);
+    assert_eq!(code, Some(i32::from(fault.is_some())), "{said}");
+    assert!(
+        fault.map_or(printed.contains(r#""value": "7""#), |fault| said
+            .contains(fault)),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_name_that_is_almost_one_is_told_wherever_somebody_looks() {
+    let deployment = Deployment::new();
+    fs::write(
+        deployment.folder.join(".env"),
+        "JOB_RETENTON_SEC=hunter2\nPOSTGRES_PASSWORD=x\n",
+    )
+    .unwrap();
+    let warning = "JOB_RETENTON_SEC is set, and nobody reads it: did you mean JOB_RETENTION_SEC?";
+    let (code, _, said) = check(&deployment, &["config"]);
+    assert_eq!(code, Some(0));
+    assert_eq!(said, format!("warning: {warning}\n"));
+    let (code, printed, _) = check(&deployment, &["doctor"]);
+    assert_eq!(code, Some(1));
+    assert!(printed.contains(warning), "{printed}");
+    let service = deployment.start();
+    service.logged(warning);
+    let log = service.log();
+    assert_eq!(log.matches("did you mean").count(), 1, "{log}");
+    assert!(!log.contains("hunter2") && !printed.contains("hunter2"));
+}
+
+/// Whatever is in a password, nobody sees it when it is not the right one, nor before.
+#[rstest]
+fn no_command_shows_a_password(
+    #[values(
+        "us$er#1",
+        "hunter2 # x",
+        "'hunter2'",
+        "hunter2\\",
+        "hunter2@host:5672/x?y=z",
+        "%68unter2",
+        "\u{202e}hunter2",
+        "a\"b\"hunter2"
+    )]
+    password: &str,
+) {
+    let deployment = Deployment::new();
+    let quoted = password.replace('\\', "\\\\").replace('"', "\\\"");
+    let names = [
+        "SDK_RABBITMQ_PASSWORD",
+        "TASK_RABBITMQ_PASSWORD",
+        "CELERY_RABBITMQ_PASSWORD",
+        "INFLUXDB_PASSWORD",
+        "POSTGRESQL_PASSWORD",
+    ];
+    let lines = names.map(|name| format!("{name}=\"{quoted}\"\n"));
+    let auth = format!("HTTP_BASIC_AUTH=\"operator:{quoted}\"\n");
+    fs::write(deployment.folder.join(".env"), lines.concat() + &auth).unwrap();
+    for (arguments, to_postgres) in [
+        (&["config"][..], true),
+        (&["config", "--json"], true),
+        (&["db", "current"], true),
+        (&["doctor"], false),
+        (&["queues"], false),
+        (&["dead-letters", "list"], false),
+        (&["time-series", "list"], false),
+        (&["healthcheck"], false),
+    ] {
+        let mut command = deployment.command(arguments);
+        // Postgres is tried for ten seconds.
+        for name in &names[..if to_postgres { 5 } else { 4 }] {
+            command.env_remove(name);
+        }
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        let leaked = said.contains(password) || said.contains("unter2") || said.contains("us$er");
+        assert!(!leaked, "{arguments:?}: {said}");
+    }
 }

@@ -78,7 +78,19 @@ fn dead_letters_are_listed_shown_and_dropped() {
     assert!(fault(&deployment, &["drop", ""]).contains("several"));
     assert!(said(&deployment, &["drop", yours]).ends_with(": dropped\n"));
     assert_eq!(list(&deployment, 1), lines[..1]);
-    said(&deployment, &["drop", "--all"]);
+    let asked = run(&deployment, &["drop", "--all"]);
+    assert_eq!(asked.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8(asked.stdout).unwrap(),
+        lines[0].clone() + "\n"
+    );
+    let asked = String::from_utf8(asked.stderr).unwrap();
+    assert!(
+        asked.contains("would delete 1 dead letter") && asked.contains("--yes"),
+        "{asked}"
+    );
+    list(&deployment, 1);
+    said(&deployment, &["drop", "--all", "--yes"]);
     list(&deployment, 0);
 }
 

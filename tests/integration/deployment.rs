@@ -190,6 +190,19 @@ impl Deployment {
         }
     }
 
+    /// The names of the queues of the SDK clients' vhost.
+    pub fn queues(&self) -> Vec<String> {
+        let queues = management(
+            "GET",
+            &format!("queues/{}?columns=name", self.sdk_vhost()),
+            None,
+        );
+        let queues = queues.as_array().unwrap().iter();
+        queues
+            .map(|queue| queue["name"].as_str().unwrap().to_owned())
+            .collect()
+    }
+
     pub fn sql(&self) -> postgres::Client {
         client(self.postgres_port(), self.database())
     }

@@ -299,6 +299,26 @@ fn rights_and_limits_of_the_broker_are_told() {
         .basic_consume("workflow_1", Default::default());
     one(&findings(&deployment, &arguments, &[]), short, "");
     drop(tasks);
+
+    // More queues than it could open again.
+    let script = "application:set_env(rabbit, consumer_timeout, undefined).";
+    deployment.rabbitmqctl(&["eval", script]);
+    let output = deployment
+        .command(&["doctor", "--json", "--rabbitmqctl", &rabbitmqctl])
+        .output()
+        .unwrap();
+    let told: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let files = told.iter().find_map(|finding| {
+        let found = finding["found"].as_str().unwrap();
+        found.contains("queues, and may open").then_some(found)
+    });
+    // As many as this machine lets it have.
+    let files = files.unwrap_or_else(|| panic!("{told:#?}"));
+    let numbers: Vec<u64> = files
+        .split(' ')
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    assert!(numbers[0] >= 8 && numbers[1] >= 1024, "{files}");
 }
 
 #[test]

@@ -317,10 +317,19 @@ impl Worker {
     }
 
     fn update(&self, task: &Task, progress_type: task_progress_update::ProgressType) -> Vec<u8> {
+        self.update_saying(task, progress_type, "a message")
+    }
+
+    fn update_saying(
+        &self,
+        task: &Task,
+        progress_type: task_progress_update::ProgressType,
+        message: &str,
+    ) -> Vec<u8> {
         TaskProgressUpdate {
             job_id: task.job.to_string(),
             celery_task_id: task.id.clone(),
-            message: "a message".to_owned(),
+            message: message.to_owned(),
             celery_task_type: self.workflow.clone(),
             progress_type: Some(progress_type),
         }
@@ -344,6 +353,12 @@ impl Worker {
 
     pub fn progress(&self, task: &Task, fraction: f64) {
         let body = self.update(task, task_progress_update::ProgressType::Progress(fraction));
+        self.peer.send("omotes_task_progress_events", &body);
+    }
+
+    pub fn progress_saying(&self, task: &Task, fraction: f64, message: &str) {
+        let kind = task_progress_update::ProgressType::Progress(fraction);
+        let body = self.update_saying(task, kind, message);
         self.peer.send("omotes_task_progress_events", &body);
     }
 

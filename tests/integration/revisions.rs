@@ -8,7 +8,7 @@ use rstest::rstest;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, setting};
+use crate::deployment::{Deployment, eventually, setting};
 use crate::peers::{Client, Task, Worker, running_job};
 
 const ALEMBIC_HEAD: &str = "543bc8f6ad87";
@@ -112,7 +112,7 @@ fn a_database_of_the_python_service_is_upgraded_and_given_back(#[case] revision:
     // Longer than the column that comes back can hold.
     sql.batch_execute("UPDATE job SET timeout_after_ms = 4294967295")
         .unwrap();
-    db(&deployment, &["db", "downgrade", revision]);
+    db(&deployment, &["db", "downgrade", revision, "--yes"]);
     assert_eq!(schema(&deployment), python);
     assert!(alembic(&deployment, &["current"]).contains(revision));
     let timeout = "SELECT timeout_after_ms::bigint FROM job";
@@ -124,7 +124,7 @@ fn a_database_of_the_python_service_is_upgraded_and_given_back(#[case] revision:
         );
     }
 
-    db(&deployment, &["db", "downgrade", "base"]);
+    db(&deployment, &["db", "downgrade", "base", "--yes"]);
     assert_eq!(deployment.count("SELECT count(*) FROM alembic_version"), 0);
     assert!(!schema(&deployment).contains("job"));
     alembic(&deployment, &["upgrade", "head"]);
@@ -160,7 +160,7 @@ fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool
 
     let upgraded = schema(&deployment);
     if downgraded {
-        db(&deployment, &["db", "downgrade", ALEMBIC_HEAD]);
+        downgrade(&deployment, ALEMBIC_HEAD);
         assert_eq!(schema(&deployment), python);
     }
     // What the Python service does at its start.
@@ -231,6 +231,86 @@ fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool
     // A start of the job that the Python service ended is of nobody's.
     worker.start(&finished_by_python);
     assert_eq!(worker.revoked(), finished_by_python.id);
+}
+
+/// Once the connections of what ran before are gone, which takes Postgres a moment.
+fn downgrade(deployment: &Deployment, revision: &str) {
+    eventually("nobody is connected", || {
+        let output = deployment
+            .command(&["db", "downgrade", revision, "--yes"])
+            .output()
+            .unwrap();
+        output.status.success().then_some(())
+    });
+}
+
+#[test]
+fn nothing_is_downgraded_unasked() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    running_job(&client, &worker, Some(1000 * 60));
+    let other = client.submit("workflow_1");
+    assert_eq!(client.status(other), JobStatus::Enqueued);
+    let ended = client.submit("no such workflow");
+    client.outcome(ended);
+    deployment.comes_to(2, "SELECT count(*) FROM job");
+    let before = schema(&deployment);
+    let rows = "SELECT (SELECT count(*) FROM job) * 100 + (SELECT count(*) FROM job_starts) * 10
+                       + (SELECT count(*) FROM job_history)";
+    let downgrade = |more: &[&str]| {
+        let arguments = [&["db", "downgrade"], more].concat();
+        let output = deployment.command(&arguments).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(text).unwrap())
+    };
+
+    // While somebody works on the tables, nothing makes it.
+    for more in [&["base"][..], &["base", "--yes"], &[ALEMBIC_HEAD, "--yes"]] {
+        let (code, said) = downgrade(more);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("connected as omotes_orchestrator"), "{said}");
+    }
+    assert!(service.stop().success());
+    let told = eventually("nobody is connected", || {
+        let (code, said) = downgrade(&["base"]);
+        assert_eq!(code, Some(1), "{said}");
+        (!said.contains("connected as")).then_some(said)
+    });
+    for line in [
+        "table job: 2 rows",
+        "table job_starts: 1 row",
+        "table job_history: 1 row",
+        "table esdl_time_series_info: 0 rows",
+        "nothing was done: --yes does it",
+    ] {
+        assert!(told.contains(line), "{line}: {told}");
+    }
+    let (code, told) = downgrade(&[ALEMBIC_HEAD]);
+    assert_eq!(code, Some(1), "{told}");
+    for line in [
+        "table job_history: 1 row",
+        "column job.priority: 2 values",
+        "column job.progress: 0 values",
+        "column job_starts.message_id: 1 value",
+        "column job.timeout_after_ms: bigint becomes integer",
+    ] {
+        assert!(told.contains(line), "{line}: {told}");
+    }
+    assert!(!told.contains("table job:"), "{told}");
+    assert_eq!(schema(&deployment), before);
+    assert_eq!(deployment.count(rows), 211);
+
+    let (code, said) = downgrade(&["base", "--yes"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.contains("table job: 2 rows") && said.contains("undone aacf0b4d16ad"),
+        "{said}"
+    );
+    // There is nothing to ask about where nothing goes.
+    let (code, said) = downgrade(&["base"]);
+    assert_eq!((code, said.as_str()), (Some(0), "nothing to do\n"));
 }
 
 #[test]

@@ -1,0 +1,276 @@
+//! RabbitMQ's own limits, which only its rabbitmqctl tells.
+
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use crossbeam_channel::bounded;
+use jiff::SignedDuration;
+
+use super::{Finding, Findings, Severity};
+use crate::overview::spoken;
+use crate::report::one_line;
+
+/// How long rabbitmqctl may take, which starts a virtual machine, perhaps in a container.
+const TOOL_DEADLINE: Duration = Duration::from_secs(60);
+/// RabbitMQ's own, where nobody has set another.
+const DEFAULT_CONSUMER_TIMEOUT_MS: i64 = 30 * 60 * 1000;
+
+/// `longest` is the longest job in milliseconds, with what says so.
+pub(super) fn limits(
+    rabbitmqctl: Option<&str>,
+    longest: Option<(i64, &'static str)>,
+    retention: Duration,
+    findings: &mut Findings,
+) {
+    const PART: &str = "RabbitMQ";
+    let Some(command) = rabbitmqctl else {
+        findings.add(
+            PART,
+            Severity::Note,
+            "its consumer_timeout and how many files it may open are not known, for AMQP does not tell",
+            "Run this with --rabbitmqctl, such as --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\".",
+        );
+        return;
+    };
+    let unknown = |what: &str, error: &anyhow::Error| Finding {
+        part: PART,
+        severity: Severity::Note,
+        found: format!("{what} not known: {}", one_line(&format!("{error:#}"))),
+        remedy: "Put --rabbitmqctl right: the command has to work in a shell on this machine."
+            .to_owned(),
+    };
+    findings.0.push(match setting(command, "consumer_timeout") {
+        Ok(timeout) => judge_consumer_timeout(timeout, longest, retention),
+        Err(error) => unknown("its consumer_timeout is", &error),
+    });
+    let files = evaluate(command, FILES_AND_QUEUES).and_then(|text| parse_pair(&text));
+    findings.0.push(match files {
+        Ok((files, queues)) => judge_files(files, queues),
+        Err(error) => unknown("how many files it may open is", &error),
+    });
+}
+
+/// How many files RabbitMQ may open, as its virtual machine has it, and how many queues it has on all
+/// vhosts.
+const FILES_AND_QUEUES: &str = "{proplists:get_value(max_fds, lists:flatten(erlang:system_info(check_io))), \
+                                length(rabbit_amqqueue:list_names())}.";
+/// What RabbitMQ keeps for other things than its queues.
+const RESERVED_FILES: u64 = 100;
+/// What RabbitMQ's own packages and documents ask for.
+const ENOUGH_FILES: u64 = 65_536;
+
+/// A RabbitMQ that may open fewer files than it has durable queues never comes up again: it opens those
+/// of each queue when it recovers them, and waits for ever for one more (seen with 3.10).
+fn judge_files(files: u64, queues: u64) -> Finding {
+    const REMEDY: &str = "Allow it 65,536: `ulimits: {nofile: 65536}` in a compose file, LimitNOFILE=65536 in its systemd \
+         unit, `ulimit -n 65536` before it starts. Each job has up to three queues, for as long as its client \
+         is away.";
+    let found = format!("it has {queues} queues, and may open {files} files");
+    let (severity, more) = if queues.saturating_add(RESERVED_FILES) >= files {
+        (Severity::Error, ": its next start would hang")
+    } else if queues.saturating_mul(2) >= files {
+        (
+            Severity::Warning,
+            ", without which its next start would hang",
+        )
+    } else if files < ENOUGH_FILES {
+        (
+            Severity::Note,
+            "; with more queues than that, a start hangs",
+        )
+    } else {
+        (Severity::Ok, "")
+    };
+    Finding {
+        part: "RabbitMQ",
+        severity,
+        found: found + more,
+        remedy: if severity == Severity::Ok { "" } else { REMEDY }.to_owned(),
+    }
+}
+
+/// Reads Erlang's `{1024,7}`.
+fn parse_pair(text: &str) -> anyhow::Result<(u64, u64)> {
+    let pair = text
+        .trim()
+        .strip_prefix('{')
+        .and_then(|text| text.strip_suffix('}'))
+        .and_then(|text| text.split_once(','));
+    match pair.map(|(first, second)| (first.trim().parse(), second.trim().parse())) {
+        Some((Ok(first), Ok(second))) => Ok((first, second)),
+        Some(_) | None => bail!("{text:?} is no pair of numbers"),
+    }
+}
+
+/// A value of RabbitMQ's own configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Value {
+    Milliseconds(i64),
+    /// Switched off.
+    None,
+    Default,
+}
+
+fn judge_consumer_timeout(
+    timeout: Value,
+    longest: Option<(i64, &'static str)>,
+    retention: Duration,
+) -> Finding {
+    const REMEDY: &str = "Raise consumer_timeout in rabbitmq.conf above the longest job. A worker acknowledges its task \
+         when that is done; past the timeout it loses the task, which starts again.";
+    let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
+    let timeout = match timeout {
+        Value::Milliseconds(timeout) => Some(timeout),
+        Value::Default => Some(DEFAULT_CONSUMER_TIMEOUT_MS),
+        Value::None => None,
+    };
+    let text = |time| spoken(SignedDuration::from_millis(time));
+    let finding = |severity, found, remedy: &str| Finding {
+        part: "RabbitMQ",
+        severity,
+        found,
+        remedy: remedy.to_owned(),
+    };
+    match (timeout, longest) {
+        (None, _) => finding(Severity::Ok, "there is no consumer_timeout".to_owned(), ""),
+        (Some(timeout), Some((longest, what))) if longest >= timeout => finding(
+            Severity::Warning,
+            format!(
+                "consumer_timeout is {}, and {what} {}",
+                text(timeout),
+                text(longest)
+            ),
+            REMEDY,
+        ),
+        (Some(timeout), _) if retention > timeout => finding(
+            Severity::Note,
+            format!(
+                "consumer_timeout is {}, longer than any job so far; one without a timeout may run for {}",
+                text(timeout),
+                text(retention)
+            ),
+            REMEDY,
+        ),
+        (Some(timeout), _) => finding(
+            Severity::Ok,
+            format!("consumer_timeout is {}, longer than any job", text(timeout)),
+            "",
+        ),
+    }
+}
+
+/// What RabbitMQ's application has been given under this name.
+fn setting(command: &str, name: &str) -> anyhow::Result<Value> {
+    let answer = evaluate(command, &format!("application:get_env(rabbit, {name})."))?;
+    parse_setting(&answer)
+}
+
+/// What RabbitMQ answers to an Erlang expression.
+fn evaluate(command: &str, expression: &str) -> anyhow::Result<String> {
+    let script = format!("{command} eval '{expression}'");
+    let (answer, answered) = bounded(1);
+    let run = move || {
+        let output = Command::new("sh")
+            .arg("-c")
+            .arg(script)
+            .stdin(Stdio::null())
+            .output();
+        // Whoever asked may have given up.
+        let _ = answer.send(output);
+    };
+    thread::Builder::new()
+        .name("rabbitmqctl".to_owned())
+        .spawn(run)?;
+    let output = answered
+        .recv_timeout(TOOL_DEADLINE)
+        .map_err(|_| anyhow::anyhow!("no answer within {TOOL_DEADLINE:?}"))?
+        .context("sh")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        bail!(
+            "{} {}",
+            text.trim(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(text)
+}
+
+/// Reads Erlang's `{ok,1800000}` or `undefined`.
+fn parse_setting(text: &str) -> anyhow::Result<Value> {
+    let text = text.trim();
+    let value = text
+        .strip_prefix("{ok,")
+        .and_then(|text| text.strip_suffix('}'));
+    match value {
+        None if text == "undefined" => Ok(Value::Default),
+        None => bail!("{text:?} is no setting"),
+        Some("undefined" | "infinity" | "false") => Ok(Value::None),
+        Some(number) => Ok(Value::Milliseconds(
+            number.parse().context(number.to_owned())?,
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case("{ok,1800000}\n", Some(Value::Milliseconds(1_800_000)))]
+    #[case("undefined", Some(Value::Default))]
+    #[case("{ok,undefined}", Some(Value::None))]
+    #[case("Error: unable to perform an operation", None)]
+    #[case("{ok,soon}", None)]
+    fn settings_are_read_as_erlang_writes_them(#[case] text: &str, #[case] value: Option<Value>) {
+        assert_eq!(parse_setting(text).ok(), value);
+    }
+
+    #[rstest]
+    #[case::none(Value::None, Some(i64::MAX), 6, Severity::Ok)]
+    #[case::longer_than_all(Value::Milliseconds(5000), Some(4999), 5, Severity::Ok)]
+    #[case::longer_than_all_so_far(Value::Milliseconds(5000), Some(4999), 6, Severity::Note)]
+    #[case::as_long(Value::Milliseconds(5000), Some(5000), 6, Severity::Warning)]
+    #[case::default(Value::Default, Some(1_800_001), 6, Severity::Warning)]
+    #[case::no_jobs(Value::Default, None, 1801, Severity::Note)]
+    fn a_consumer_timeout_is_held_against_the_longest_job(
+        #[case] timeout: Value,
+        #[case] longest: Option<i64>,
+        #[case] retention: u64,
+        #[case] severity: Severity,
+    ) {
+        let longest = longest.map(|longest| (longest, "a job that has run for so long"));
+        let finding = judge_consumer_timeout(timeout, longest, Duration::from_secs(retention));
+        assert_eq!(finding.severity, severity);
+    }
+
+    #[rstest]
+    #[case::as_debian_starts_it(1024, 12, Severity::Note)]
+    #[case::half(1024, 512, Severity::Warning)]
+    #[case::all_but_what_is_reserved(1024, 923, Severity::Warning)]
+    #[case::all(1024, 924, Severity::Error)]
+    #[case::more(1024, 3000, Severity::Error)]
+    #[case::enough(65_536, 30_000, Severity::Ok)]
+    #[case::not_enough(65_536, 32_768, Severity::Warning)]
+    fn files_are_held_against_queues(
+        #[case] files: u64,
+        #[case] queues: u64,
+        #[case] severity: Severity,
+    ) {
+        let finding = judge_files(files, queues);
+        assert_eq!(finding.severity, severity);
+        assert_eq!(finding.remedy.is_empty(), severity == Severity::Ok);
+    }
+
+    #[rstest]
+    #[case("{1024,7}\n", Some((1024, 7)))]
+    #[case("{1048576, 0}", Some((1_048_576, 0)))]
+    #[case("{undefined,7}", None)]
+    #[case("Error:", None)]
+    fn pairs_are_read_as_erlang_writes_them(#[case] text: &str, #[case] pair: Option<(u64, u64)>) {
+        assert_eq!(parse_pair(text).ok(), pair);
+    }
+}

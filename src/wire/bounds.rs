@@ -64,7 +64,7 @@ pub(super) fn of_result(body: &[u8]) -> Result<(), String> {
     const ESDL_MESSAGES: u32 = 7;
     let messages = fields(body).filter(|(number, _)| *number == ESDL_MESSAGES);
     limit(
-        messages.count(),
+        messages.take(MAX_ESDL_MESSAGES + 1).count(),
         MAX_ESDL_MESSAGES,
         "TaskResult: its esdl_messages are",
     )

@@ -21,6 +21,7 @@ mod faults;
 mod http;
 mod jobs;
 mod limits;
+mod memory;
 mod operating;
 mod outcome_delay;
 mod peers;

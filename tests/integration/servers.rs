@@ -157,7 +157,7 @@ fn large_messages_pass_in_bounded_memory() {
     let (status, peak) = service.stop_watched();
     eprintln!("peak memory at a stop: {peak} MiB");
     assert!(status.success());
-    assert!(peak < 1024, "{peak} MiB");
+    assert!(peak < 512, "{peak} MiB");
     let service = deployment.start();
     service.logged("has been waiting for Postgres");
     lock.rollback().unwrap();
@@ -175,10 +175,7 @@ fn large_messages_pass_in_bounded_memory() {
     }
     let peak = service.peak_memory();
     eprintln!("peak memory with large messages: {peak} MiB");
-    assert!(peak < 1024, "{peak} MiB");
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    // An ESDL is there three times at once: in its message, decoded, and in its task. The rest is
+    // what the allocator has not given back yet.
+    assert!(peak < 640, "{peak} MiB");
 }

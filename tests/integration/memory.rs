@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish};
 use omotes_orchestrator::wire::{JobSubmission, job_result::ResultType};
 use prost::Message as _;
 
@@ -200,6 +201,36 @@ fn long_references(deployment: &Deployment, client: &Client, worker: &Worker) {
     deployment.no_jobs_left();
 }
 
+/// Small submissions with as many bytes of headers as a frame can have, as one text and as many
+/// values, all in hand at once.
+fn large_headers(deployment: &Deployment, confined: &Confined, client: &Client) {
+    const EACH: usize = 200;
+    let text = AmqpValue::LongString("h".repeat(130_000));
+    let values = (0..21_000).map(|number| (format!("{number:04x}"), AmqpValue::Void));
+    let mut sql = deployment.sql();
+    let mut lock = sql.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    for headers in [FieldTable::from([("x".to_owned(), text)]), values.collect()] {
+        let properties = AmqpProperties::default()
+            .with_delivery_mode(2)
+            .with_headers(headers);
+        for _ in 0..EACH {
+            let (_, submission) = client.submission("no_such_workflow");
+            let body = submission.encode_to_vec();
+            let publish = Publish::with_properties(&body, "job_submissions", properties.clone());
+            let exchange = Exchange::direct(&client.peer.channel);
+            exchange.publish(publish).unwrap();
+        }
+    }
+    confined.service.logged("has been waiting for Postgres");
+    lock.rollback().unwrap();
+    deployment.comes_to(
+        2 * EACH as i64,
+        "SELECT count(*) FROM job_history WHERE workflow_type = 'no_such_workflow'",
+    );
+}
+
 fn large_results(client: &Client, worker: &Worker) {
     const RESULTS: usize = 20;
     let output = format!("<e id='out-1'>{}</e>", "x".repeat(64 * MIB));
@@ -241,6 +272,8 @@ fn a_small_container_has_memory_enough_for_whatever_is_sent() {
     confined.is_well("114 MiB of empty values");
     long_references(&deployment, &client, &worker);
     confined.is_well("60 references of 8 MiB");
+    large_headers(&deployment, &confined, &client);
+    confined.is_well("400 times 126 KB of headers");
     many_remarks(&client, &worker);
     confined.is_well("16 MiB of empty remarks");
     large_results(&client, &worker);

@@ -127,6 +127,7 @@ fn one_place_holds_sql() {
     only(
         &[
             "store.rs",
+            "store/connect.rs",
             "store/inspection.rs",
             "store/migrate.rs",
             "store/rights.rs",

@@ -73,7 +73,7 @@ impl Fault {
             Fault::Weather(_, line, Weather::BlackHole, _) => format!("{line:?} silent"),
             Fault::Weather(_, line, Weather::Delay(_), _) => format!("{line:?} delayed"),
             Fault::Weather(_, line, Weather::Throttle(_), _) => format!("{line:?} throttled"),
-            Fault::Weather(_, line, Weather::Refuse | Weather::Fair, _) => {
+            Fault::Weather(_, line, Weather::Refuse | Weather::Reset | Weather::Fair, _) => {
                 format!("{line:?} refused")
             }
             Fault::RestartRabbitMq => "RabbitMQ killed and started".to_owned(),

@@ -22,6 +22,8 @@ pub enum Weather {
     Throttle(u32),
     /// New connections are refused.
     Refuse,
+    /// New connections are reset.
+    Reset,
 }
 
 /// How a connection ends.
@@ -142,8 +144,14 @@ fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
         if shared.lock().closed {
             return;
         }
-        if shared.lock().weather == Weather::Refuse {
-            continue;
+        let weather = shared.lock().weather;
+        match weather {
+            Weather::Fair | Weather::BlackHole | Weather::Delay(_) | Weather::Throttle(_) => {}
+            Weather::Refuse => continue,
+            Weather::Reset => {
+                let _ = socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO));
+                continue;
+            }
         }
         let Ok(server) = TcpStream::connect(("127.0.0.1", target)) else {
             continue;
@@ -181,9 +189,11 @@ fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, reset: &AtomicB
         }
         let size = match weather {
             Weather::Throttle(rate) => (rate as usize / 50).clamp(1, buffer.len()),
-            Weather::Fair | Weather::BlackHole | Weather::Delay(_) | Weather::Refuse => {
-                buffer.len()
-            }
+            Weather::Fair
+            | Weather::BlackHole
+            | Weather::Delay(_)
+            | Weather::Refuse
+            | Weather::Reset => buffer.len(),
         };
         let read = match from.read(&mut buffer[..size]) {
             Ok(0) => break,
@@ -201,7 +211,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, reset: &AtomicB
         match weather {
             Weather::Delay(delay) => shared.wait(delay),
             Weather::Throttle(_) => shared.wait(LOOK),
-            Weather::Fair | Weather::BlackHole | Weather::Refuse => {}
+            Weather::Fair | Weather::BlackHole | Weather::Refuse | Weather::Reset => {}
         }
         // It may have become a black hole while this was read.
         if shared.passable().is_none() || to.write_all(&buffer[..read]).is_err() {

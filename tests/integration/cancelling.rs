@@ -32,7 +32,7 @@ fn a_running_job_is_cancelled() {
     client.cancels_handled();
     worker.succeed(&task, OUTPUT);
     worker.results_handled();
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
     let sql = "SELECT count(*) FROM esdl_time_series_info WHERE deactivated_at IS NOT NULL";
     deployment.comes_to(1, sql);
     deployment.no_jobs_left();
@@ -53,7 +53,7 @@ fn a_waiting_jobs_task_is_revoked_when_a_worker_takes_it_later() {
     let task = worker.take();
     worker.start(&task);
     assert_eq!(worker.revoked(), task.id);
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
 }
 
 #[test]
@@ -66,14 +66,14 @@ fn a_cancel_before_its_submission_is_remembered() {
     client.listen(job);
     client.cancel(job);
     client.cancels_handled();
-    client.heard_nothing_more(job);
+    client.hears_nothing(job);
     client.send(&submission);
     assert_eq!(client.status(job), JobStatus::Cancelled);
     assert_eq!(client.outcome(job), cancelled());
     // The submission once more, as after a crash.
     client.send(&submission);
     client.submissions_handled();
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
     assert_eq!(worker.waiting(), 0);
 }
 
@@ -99,7 +99,9 @@ fn submission_and_cancel_that_were_both_waiting_end_in_one_cancellation() {
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'CANCELLED'";
     deployment.comes_to(20, sql);
     deployment.no_jobs_left();
+    let worker = Worker::new(&deployment, "workflow_1");
     for job in &jobs {
+        client.all_handled(&worker, *job);
         assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
     }
 }
@@ -118,5 +120,6 @@ fn deleting_a_finished_job_retires_its_series() {
     deployment.comes_to(1, kept);
     client.cancel(job);
     deployment.comes_to(0, kept);
+    client.all_handled(&worker, job);
     assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
 }

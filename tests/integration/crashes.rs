@@ -11,7 +11,7 @@ use rstest::rstest;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, Service, eventually, server_client, setting};
-use crate::peers::{Client, Task, Worker, running_job};
+use crate::peers::{Client, Task, Worker, kept_its_session, running_job};
 use crate::proxy::{End, Proxy, Weather};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -167,7 +167,7 @@ fn a_result_survives_a_kill(#[case] point: &str, #[case] results: usize) {
     for _ in 0..results {
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
-    client.heard_nothing_more(task.job);
+    client.heard_nothing_more(&worker, task.job);
     deployment.no_jobs_left();
     assert_eq!(deployment.count("SELECT count(*) FROM job_history"), 1);
 }
@@ -261,7 +261,7 @@ fn a_cancel_survives_a_kill(#[case] point: &str, #[case] results: usize) {
         assert_eq!(client.status(task.job), JobStatus::Cancelled);
         assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
     }
-    client.heard_nothing_more(task.job);
+    client.heard_nothing_more(&worker, task.job);
     deployment.no_jobs_left();
 }
 
@@ -287,8 +287,8 @@ fn a_timeout_survives_a_kill(#[case] point: &str, #[case] results: usize) {
         assert_eq!(client.status(task.job), JobStatus::Cancelled);
         assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
     }
-    worker.results_handled();
-    client.heard_nothing_more(task.job);
+    deployment.looked_for_what_is_due();
+    client.heard_nothing_more(&worker, task.job);
     deployment.no_jobs_left();
 }
 
@@ -300,6 +300,7 @@ fn a_timeout_survives_a_kill(#[case] point: &str, #[case] results: usize) {
 fn a_refusal_survives_a_kill(#[case] point: &str, #[case] results: usize) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
     let held = Held::at(point, &deployment, &[]);
     let job = client.submit("no such workflow");
     held.kill();
@@ -308,7 +309,7 @@ fn a_refusal_survives_a_kill(#[case] point: &str, #[case] results: usize) {
     for _ in 0..results {
         assert_eq!(client.outcome(job).0, ResultType::Error);
     }
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
     deployment.no_jobs_left();
 }
 
@@ -329,7 +330,7 @@ fn a_cancel_cannot_overtake_a_result_that_was_killed(#[case] point: &str, #[case
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
     worker.results_handled();
-    client.heard_nothing_more(task.job);
+    client.heard_nothing_more(&worker, task.job);
     deployment.no_jobs_left();
 }
 
@@ -345,7 +346,7 @@ fn a_result_cannot_overtake_a_cancel_that_was_killed() {
     assert_eq!(client.status(task.job), JobStatus::Cancelled);
     assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
     client.cancels_handled();
-    client.heard_nothing_more(task.job);
+    client.heard_nothing_more(&worker, task.job);
 }
 
 #[test]
@@ -416,6 +417,7 @@ fn a_connection_lost_in_the_middle_of_it_loses_nothing(
     let tasks: Vec<_> = (0..tasks).map(|_| worker.take()).collect();
     assert!(tasks.iter().all(|task| task.job == job));
     finish(&deployment, &client, &worker, &tasks);
+    client.all_handled(&worker, job);
     assert_eq!(worker.waiting(), 0);
 }
 
@@ -464,11 +466,13 @@ fn a_replica_that_hangs_holds_up_nobody_for_long() {
     assert_eq!(taken, HashSet::from([job, in_hand]));
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     hanging.signal("-CONT");
+    // It still believes itself to be ready.
+    hanging.logged("the session with RabbitMQ has ended");
     hanging.wait_until_ready();
+    assert!(other.stop().success());
     let job = client.submit("workflow_1");
     assert_eq!(worker.take().job, job);
-    client.heard_nothing_more(task.job);
-    drop(other);
+    client.heard_nothing_more(&worker, task.job);
 }
 
 #[test]
@@ -490,6 +494,8 @@ fn a_replica_that_hangs_in_a_transaction_holds_up_nobody_for_long() {
     assert_eq!(taken, HashSet::from([locked, behind]));
     hanging.service.signal("-CONT");
     let hanging = hanging.go_on();
+    // It still believes itself to be ready.
+    hanging.logged("the session with RabbitMQ has ended");
     hanging.wait_until_ready();
     for task in tasks {
         succeed(&client, &worker, &task);
@@ -497,15 +503,18 @@ fn a_replica_that_hangs_in_a_transaction_holds_up_nobody_for_long() {
     deployment.no_jobs_left();
 }
 
-#[test]
-fn a_replica_without_postgres_lets_go_of_its_messages() {
+#[rstest]
+#[case::that_refuses(Weather::Refuse)]
+#[case::that_resets(Weather::Reset)]
+#[case::that_says_nothing(Weather::BlackHole)]
+fn a_replica_without_postgres_lets_go_of_its_messages(#[case] weather: Weather) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let proxy = Proxy::new(deployment.postgres_port()).unwrap();
     let port = proxy.port().to_string();
     let cut_off = deployment.start_with(&[("POSTGRESQL_PORT", &port)]);
-    proxy.set(Weather::Refuse);
+    proxy.set(weather);
     proxy.cut(End::Rst);
     let job = client.submit("workflow_1");
     cut_off.logged("messages wait for Postgres");
@@ -562,11 +571,7 @@ fn a_slow_network_is_only_slow(#[case] weather: Weather) {
     let task = running_job(&client, &worker, None);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[test]
@@ -610,9 +615,5 @@ fn a_message_that_brings_a_fault_to_light_is_put_aside() {
         .peer
         .next(omotes_orchestrator::wire::DEAD_LETTERS_QUEUE);
     assert!(format!("{:?}", letter.properties).contains("a fault in the orchestrator"));
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }

@@ -239,6 +239,22 @@ impl Deployment {
         );
     }
 
+    /// Waits until the only replica has looked for what is due in a round that began after this call,
+    /// and has handed what it found to its handlers, where it goes before any message.
+    pub fn looked_for_what_is_due(&self) {
+        let forgotten =
+            "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+                         VALUES ($1, now() - interval '100 years', 0, 'CANCELLED', 0)";
+        // The first may be forgotten by a round that had begun; what a round has found is handed on
+        // before the next one begins.
+        for _ in 0..3 {
+            let mark = Uuid::new_v4();
+            self.sql().execute(forgotten, &[&mark]).unwrap();
+            let sql = format!("SELECT count(*) FROM job_history WHERE job_id = '{mark}'");
+            self.comes_to(0, &sql);
+        }
+    }
+
     /// The environment of a service or a command on this deployment.
     pub fn variables(&self) -> Vec<(String, String)> {
         let mut variables = vec![
@@ -406,6 +422,15 @@ impl Service {
 
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The names of its threads.
+    pub fn threads(&self) -> Vec<String> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.id())).unwrap();
+        threads
+            .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .collect()
     }
 
     /// The most memory that the process has had, in MiB.

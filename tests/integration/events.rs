@@ -49,12 +49,10 @@ fn what_a_worker_says_before_its_result_is_heard_before_it() {
     service.signal("-CONT");
     for task in &tasks {
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
-        assert_eq!(
-            client
-                .peer
-                .queue_length(&format!("jobs.{}.progress", task.job)),
-            1
-        );
+        for kind in ["progress", "status"] {
+            let queue = format!("jobs.{}.{kind}", task.job);
+            assert_eq!(client.peer.queue_length(&queue), 1, "{queue}");
+        }
         assert_eq!(client.status(task.job), JobStatus::Running);
     }
 }
@@ -78,7 +76,7 @@ fn a_task_that_is_started_too_often_ends_its_job() {
         statuses,
         [JobStatus::Enqueued, JobStatus::Running, JobStatus::Running]
     );
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
 }
 
 #[test]
@@ -122,7 +120,7 @@ fn a_task_that_is_not_its_jobs_current_one_is_revoked_and_its_result_ignored() {
     assert_eq!(client.status(job), JobStatus::Running);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.result(job).output_esdl.as_deref(), Some(OUTPUT));
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
 }
 
 #[test]
@@ -176,7 +174,7 @@ fn a_submission_delivered_again_has_no_effect() {
     client.send(&submission);
     client.submissions_handled();
     assert_eq!(worker.waiting(), 0);
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use rstest::rstest;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, management, server_client};
-use crate::peers::{Client, Peer, Task, Worker, running_job};
+use crate::peers::{Client, Peer, Task, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -165,11 +165,7 @@ fn a_task_above_the_brokers_limit_is_an_error_result_that_names_the_limit() {
     assert_eq!(task.job, job);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[test]
@@ -213,11 +209,7 @@ fn a_task_queue_that_is_somebodys_alone_is_an_error_result_that_says_so() {
         logs.contains("the task queue \"workflow_1\" is not ours"),
         "{logs}"
     );
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[test]
@@ -261,11 +253,7 @@ fn a_queue_that_takes_nothing_more_holds_up_nobody() {
     worker.succeed(&task, OUTPUT);
     // The client's own queue, by its name.
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[test]
@@ -287,11 +275,7 @@ fn a_row_that_cannot_be_read_holds_up_nobody_else() {
         reason.contains(&format!("the row of job {}", broken.job)),
         "{reason}"
     );
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[test]
@@ -309,11 +293,7 @@ fn headers_that_would_not_fit_are_left_out_of_a_dead_letter() {
     let letter = client.peer.next(DEAD_LETTERS_QUEUE);
     let left_out = text(letter.header("properties"));
     assert!(left_out.starts_with("left out: "), "{left_out}");
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[test]
@@ -551,11 +531,23 @@ fn replicas_share_the_work() {
     }
     for job in &jobs {
         assert_eq!(client.outcome(*job).0, ResultType::Succeeded);
-        assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
     }
     let sql = "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED' AND starts = 1";
     deployment.comes_to(i64::try_from(JOBS).unwrap(), sql);
     deployment.no_jobs_left();
+    // They leave nothing behind that could still lead to anything, and nothing came twice.
+    for replica in replicas {
+        assert!(replica.stop().success());
+    }
+    assert_eq!(client.peer.queue_length("job_submissions"), 0);
+    for queue in ["omotes_task_progress_events", "omotes_task_result_events"] {
+        assert_eq!(worker.peer.queue_length(queue), 0, "{queue}");
+    }
+    for job in &jobs {
+        assert_eq!(client.progress(*job).0, 1.0);
+        client.hears_nothing(*job);
+    }
+    assert_eq!(worker.waiting(), 0);
 }
 
 #[test]

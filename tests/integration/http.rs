@@ -38,7 +38,7 @@ fn request() -> impl Strategy<Value = Vec<u8>> {
 #[test]
 fn garbage_slow_clients_and_many_connections_disturb_nothing() {
     let deployment = Deployment::new();
-    let service = deployment.start();
+    let mut service = deployment.start();
     let address = service.http();
     // They have begun to ask, and hold on.
     let slow: Vec<_> = (0..CONNECTIONS)
@@ -87,8 +87,9 @@ fn garbage_slow_clients_and_many_connections_disturb_nothing() {
     }
     drop(slow);
     assert!(service.readiness().unwrap().0);
+    service.signal("-TERM");
+    assert!(service.wait().success());
     assert!(!service.log().contains("panic"));
-    assert!(service.stop().success());
 }
 
 /// Searches go through all of the history, and whoever only wants numbers does not wait for them.

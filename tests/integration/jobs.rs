@@ -47,7 +47,7 @@ fn a_job_succeeds() {
     assert_eq!(result.logs, "the worker's logs");
     assert_eq!(result.esdl_messages[0].technical_message, "a remark");
     deployment.no_jobs_left();
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
 
     let sql = "SELECT count(*) FROM job_history
                WHERE outcome = 'SUCCEEDED' AND starts = 1 AND registered_at <= submitted_at
@@ -92,7 +92,8 @@ fn an_unknown_workflow_is_an_error_result() {
     let logs = "Workflow type no_such_workflow is unknown by orchestrator at the time this \
                 submission was received.";
     assert_eq!(client.outcome(job), (ResultType::Error, logs.to_owned()));
-    client.heard_nothing_more(job);
+    let worker = Worker::new(&deployment, "workflow_1");
+    client.heard_nothing_more(&worker, job);
 }
 
 #[test]
@@ -273,6 +274,8 @@ fn what_clients_declare_is_left_to_them() {
     worker.succeed(&task, OUTPUT);
     let sql = "SELECT count(*) FROM job_history";
     deployment.comes_to(1, sql);
+    // Its client has been told by then, if there is one.
+    deployment.no_jobs_left();
     let expiring = QueueDeclareOptions {
         durable: true,
         arguments: FieldTable::from([("x-expires".to_owned(), AmqpValue::LongInt(60_000))]),

@@ -1,6 +1,9 @@
 //! What ends because time has passed: timeouts, retention, history.
 
-use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use std::collections::{HashMap, HashSet};
+
+use omotes_orchestrator::wire::{JobResult, job_result::ResultType, job_status_update::JobStatus};
+use prost::Message;
 use rstest::rstest;
 use uuid::Uuid;
 
@@ -36,7 +39,7 @@ fn a_job_that_runs_for_too_long_is_ended() {
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     // Two of them, which find the same.
-    let _services = [start(&deployment, &[]), start(&deployment, &[])];
+    let [service, other] = [start(&deployment, &[]), start(&deployment, &[])];
     let hour = Some(60 * 60 * 1000);
     let [short, long, unlimited, zero] =
         [hour, Some(u32::MAX), None, Some(0)].map(|timeout| running_job(&client, &worker, timeout));
@@ -59,7 +62,12 @@ fn a_job_that_runs_for_too_long_is_ended() {
         worker.succeed(task, "<e/>");
         assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     }
-    client.heard_nothing_more(short.job);
+    // What it does not finish comes to the one that is left.
+    assert!(other.stop().success());
+    deployment.looked_for_what_is_due();
+    client.heard_nothing_more(&worker, short.job);
+    outcomes(&deployment, "SUCCEEDED", 3);
+    assert!(service.stop().success());
 }
 
 #[test]
@@ -72,7 +80,8 @@ fn a_timeout_is_told_as_one_where_asked_for() {
     age(&deployment, "running_at", task.job, 1000.0);
     assert_eq!(worker.revoked(), task.id);
     assert_eq!(client.outcome(task.job).0, ResultType::Timeout);
-    client.heard_nothing_more(task.job);
+    deployment.looked_for_what_is_due();
+    client.heard_nothing_more(&worker, task.job);
 }
 
 #[test]
@@ -81,19 +90,10 @@ fn no_timeout_is_enforced_right_after_the_start() {
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let buffer = [("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "10000")];
-    // Old history goes at once, which shows that a round has been.
-    let _service = start(
-        &deployment,
-        &[&buffer[..], &[("JOB_HISTORY_RETENTION_SEC", "1000")]].concat(),
-    );
+    let _service = start(&deployment, &buffer);
     let task = running_job(&client, &worker, Some(1000));
     age(&deployment, "running_at", task.job, 500.0);
-    let other = running_job(&client, &worker, None);
-    worker.succeed(&other, "<e/>");
-    outcomes(&deployment, "SUCCEEDED", 1);
-    let sql = "UPDATE job_history SET finished_at = finished_at - interval '1000 seconds'";
-    deployment.sql().batch_execute(sql).unwrap();
-    outcomes(&deployment, "SUCCEEDED", 0);
+    deployment.looked_for_what_is_due();
     worker.succeed(&task, "<e/>");
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
 }
@@ -125,13 +125,64 @@ fn jobs_that_nothing_is_heard_of_are_given_up_with_a_reason() {
             logs.contains(&format!("it had been {doing} for longer than the 2h")),
             "{logs}"
         );
-        client.heard_nothing_more(job);
     }
     outcomes(&deployment, "EXPIRED", 3);
     deployment.no_jobs_left();
+    deployment.looked_for_what_is_due();
+    for job in [running.job, waiting, registered] {
+        client.heard_nothing_more(&worker, job);
+    }
     let revoked = [worker.revoked(), worker.revoked()];
     assert_eq!(revoked[0], running.id);
     assert_eq!(worker.take().id, revoked[1]);
+}
+
+/// More than one round looks for.
+#[test]
+fn thousands_of_jobs_that_are_due_at_once_all_get_their_end() {
+    const OVERDUE: usize = 2500;
+    const WAITING: usize = 2000;
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    assert!(deployment.start().stop().success());
+    let jobs: Vec<Uuid> = (0..OVERDUE + WAITING).map(|_| Uuid::new_v4()).collect();
+    let (overdue, waiting) = jobs.split_at(OVERDUE);
+    // Running for longer than their timeout and than any job may.
+    let sql = "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
+                                submitted_at, running_at, timeout_after_ms)
+               SELECT id, 'a task', 'workflow_1', 'RUNNING', t, t, t, 1000
+               FROM unnest($1::uuid[]) AS id, (SELECT now() - interval '3 hours' AS t) AS long_ago";
+    let mut connection = deployment.sql();
+    connection.execute(sql, &[&overdue]).unwrap();
+    let sql =
+        "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at, submitted_at)
+               SELECT id, 'a task', 'workflow_1', 'SUBMITTED', t, t
+               FROM unnest($1::uuid[]) AS id, (SELECT now() - interval '3 hours' AS t) AS long_ago";
+    connection.execute(sql, &[&waiting]).unwrap();
+    let results = client.listen_to_results(&jobs);
+
+    let _service = start(&deployment, &[("JOB_RETENTION_SEC", "7200")]);
+    deployment.comes_to(0, "SELECT count(*) FROM job");
+    deployment.looked_for_what_is_due();
+    let mut ends = HashMap::new();
+    while let Some(taken) = client.peer.poll(&results) {
+        let result = JobResult::decode(taken.body.as_slice()).unwrap();
+        let end = result.result_type();
+        let first = ends.insert(result.uuid.parse::<Uuid>().unwrap(), end);
+        assert_eq!(first, None, "{} ends twice", result.uuid);
+    }
+    for (jobs, end) in [
+        (overdue, ResultType::Cancelled),
+        (waiting, ResultType::Error),
+    ] {
+        let others: HashSet<_> = jobs
+            .iter()
+            .filter(|job| ends.get(job) != Some(&end))
+            .collect();
+        assert!(others.is_empty(), "{} do not end as {end:?}", others.len());
+    }
+    outcomes(&deployment, "TIMED_OUT", i64::try_from(OVERDUE).unwrap());
+    outcomes(&deployment, "EXPIRED", i64::try_from(WAITING).unwrap());
 }
 
 #[test]

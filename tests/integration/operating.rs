@@ -360,12 +360,14 @@ fn a_client_that_waits_without_a_worker_is_told_once() {
     assert!(line.contains("workflow workflow_1"), "{line}");
     let page = service.get("/").unwrap().1;
     assert!(page.contains("has no worker, and 1 job waits"), "{page}");
+    // It still waits, and is looked at again.
+    deployment.looked_for_what_is_due();
     let task = worker.take();
     worker.start(&task);
     assert_eq!(client.status(job), JobStatus::Running);
     worker.succeed(&task, OUTPUT);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
-    client.heard_nothing_more(job);
+    client.heard_nothing_more(&worker, job);
 }
 
 fn text_of(output: &Output) -> String {

@@ -15,7 +15,7 @@ use prost::Message;
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, setting};
+use crate::deployment::{Deployment, Service, eventually, setting};
 
 pub const ESDL: &str = "<?xml version='1.0' encoding='UTF-8'?>\n<esdl:EnergySystem \
                         xmlns:esdl=\"http://www.tno.nl/esdl\" id=\"input\" name=\"n\"/>\n";
@@ -97,6 +97,24 @@ impl Peer {
 
     pub fn next(&self, queue: &str) -> Taken {
         eventually(&format!("a message in {queue}"), || self.poll(queue))
+    }
+
+    /// Sends a message that cannot be handled, and waits until it is among the dead letters: then the
+    /// handler that it went to has done with what it got from this queue before, all of its effects
+    /// included.
+    fn handled_before(&self, queue: &str, body: &[u8]) {
+        // Twice, for the letter may be there before all that its own batch causes, but not before
+        // what the batches before it have caused.
+        for _ in 0..2 {
+            let mark = Uuid::new_v4().to_string();
+            self.send_as(queue, body, &mark);
+            eventually("a mark among the dead letters", || {
+                let letter = self.poll(wire::DEAD_LETTERS_QUEUE)?;
+                format!("{:?}", letter.properties)
+                    .contains(&mark)
+                    .then_some(())
+            });
+        }
     }
 
     pub fn queue_length(&self, queue: &str) -> u32 {
@@ -209,12 +227,52 @@ impl Client {
         (result.result_type(), result.logs)
     }
 
-    /// That nothing more has come for a job.
-    pub fn heard_nothing_more(&self, job: Uuid) {
+    /// That nothing waits for the client of a job. Says something about the service only when that is
+    /// known to have handled what could have led to a message.
+    pub fn hears_nothing(&self, job: Uuid) {
         for kind in ["status", "progress", "result"] {
             let queue = format!("jobs.{job}.{kind}");
             assert_eq!(self.peer.queue_length(&queue), 0, "{queue}");
         }
+    }
+
+    /// That nothing more comes for a job that has ended, of all that has been sent about it so far.
+    /// Only one replica may run, or others are not waited for.
+    pub fn heard_nothing_more(&self, worker: &Worker, job: Uuid) {
+        self.all_handled(worker, job);
+        self.hears_nothing(job);
+    }
+
+    /// Waits until all that was sent about a job has been handled. The job has ended, or ends by it.
+    pub fn all_handled(&self, worker: &Worker, job: Uuid) {
+        // Nobody can read them but for the job's id, so they go to the handler that has the job.
+        let body = [b"\x0a\x24", job.to_string().as_bytes(), b"\xff"].concat();
+        for (peer, queue) in [
+            (&self.peer, "job_submissions"),
+            (&self.peer, "job_deletions"),
+            (&worker.peer, "omotes_task_progress_events"),
+            (&worker.peer, "omotes_task_result_events"),
+        ] {
+            peer.handled_before(queue, &body);
+        }
+    }
+
+    /// One queue that gets the results of all these jobs.
+    pub fn listen_to_results(&self, jobs: &[Uuid]) -> String {
+        let options = QueueDeclareOptions {
+            exclusive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let channel = &self.peer.channel;
+        let queue = channel.queue_declare("", options).unwrap();
+        for job in jobs {
+            let key = format!("jobs.{job}.result");
+            let arguments = FieldTable::new();
+            channel
+                .queue_bind(queue.name(), "omotes_exchange", key, arguments)
+                .unwrap();
+        }
+        queue.name().to_owned()
     }
 
     /// Waits until a single-file service has handled the submissions so far.
@@ -225,15 +283,7 @@ impl Client {
 
     /// Waits until a single-file service has handled the cancels so far.
     pub fn cancels_handled(&self) {
-        // A message that cannot be decoded leaves its trace in the dead letters.
-        let mark = Uuid::new_v4().to_string();
-        self.peer.send_as("job_deletions", b"\xff", &mark);
-        eventually("a mark among the dead letters", || {
-            let letter = self.peer.poll(wire::DEAD_LETTERS_QUEUE)?;
-            format!("{:?}", letter.properties)
-                .contains(&mark)
-                .then_some(())
-        });
+        self.peer.handled_before("job_deletions", b"\xff");
     }
 }
 
@@ -391,11 +441,19 @@ impl Worker {
     }
 
     pub fn succeed(&self, task: &Task, output_esdl: &str) {
-        self.finish(task, task_result::ResultType::Succeeded, output_esdl);
+        let body = self.result(task, task_result::ResultType::Succeeded, output_esdl);
+        self.peer.send_safely("omotes_task_result_events", &body);
+    }
+
+    /// The same without a word from RabbitMQ that it has the result.
+    pub fn succeed_in_passing(&self, task: &Task, output_esdl: &str) {
+        let body = self.result(task, task_result::ResultType::Succeeded, output_esdl);
+        self.peer.send("omotes_task_result_events", &body);
     }
 
     pub fn fail(&self, task: &Task) {
-        self.finish(task, task_result::ResultType::Error, "");
+        let body = self.result(task, task_result::ResultType::Error, "");
+        self.peer.send_safely("omotes_task_result_events", &body);
     }
 
     /// The task that the next revoke is about.
@@ -408,26 +466,22 @@ impl Worker {
     /// Waits until a single-file service has handled the progress events so far, and says that
     /// it had revoked nothing.
     pub fn progress_handled(&self) {
-        self.marks.set(self.marks.get() + 1);
-        let mark = Task {
-            job: Uuid::new_v4(),
-            id: format!("mark {}", self.marks.get()),
-        };
-        self.progress(&mark, 0.0);
-        assert_eq!(self.revoked(), mark.id);
+        // Twice, for the revoke may be there before all that its own batch causes.
+        for _ in 0..2 {
+            self.marks.set(self.marks.get() + 1);
+            let mark = Task {
+                job: Uuid::new_v4(),
+                id: format!("mark {}", self.marks.get()),
+            };
+            self.progress(&mark, 0.0);
+            assert_eq!(self.revoked(), mark.id);
+        }
     }
 
     /// Waits until a single-file service has handled the results so far.
     pub fn results_handled(&self) {
-        let mark = Uuid::new_v4().to_string();
         self.peer
-            .send_as("omotes_task_result_events", b"\xff", &mark);
-        eventually("a mark among the dead letters", || {
-            let letter = self.peer.poll(wire::DEAD_LETTERS_QUEUE)?;
-            format!("{:?}", letter.properties)
-                .contains(&mark)
-                .then_some(())
-        });
+            .handled_before("omotes_task_result_events", b"\xff");
     }
 }
 
@@ -442,4 +496,28 @@ pub fn running_job(client: &Client, worker: &Worker, timeout_ms: Option<u32>) ->
     assert_eq!(client.status(job), JobStatus::Enqueued);
     assert_eq!(client.status(job), JobStatus::Running);
     task
+}
+
+/// That the service's first session with RabbitMQ is the current one, also after each of its
+/// connections has been asked for an answer: what is wrong with an idle one shows only then.
+pub fn kept_its_session(deployment: &Deployment, service: &Service) {
+    // The vhost that is asked last, where nobody else takes what is sent for an answer.
+    let peer = Peer::new(deployment, &deployment.celery_vhost());
+    let exclusive = QueueDeclareOptions {
+        exclusive: true,
+        ..QueueDeclareOptions::default()
+    };
+    let pulse = "omotes_orchestrator_pulse";
+    peer.channel.queue_declare(pulse, exclusive).unwrap();
+    // The round of the first one may have begun before this. A new session has them too.
+    for _ in 0..2 {
+        peer.next(pulse);
+    }
+    let (_, metrics) = service.get("/metrics").unwrap();
+    let sessions = metrics
+        .lines()
+        .find(|line| line.starts_with("omotes_orchestrator_sessions_total "));
+    assert_eq!(sessions, Some("omotes_orchestrator_sessions_total 1"));
+    let log = service.log();
+    assert!(!log.contains("the session with RabbitMQ has ended"));
 }

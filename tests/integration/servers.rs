@@ -7,7 +7,7 @@ use omotes_orchestrator::wire::{
 use rstest::rstest;
 
 use crate::deployment::{Deployment, Server, eventually};
-use crate::peers::{Client, Worker, running_job};
+use crate::peers::{Client, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -60,11 +60,7 @@ fn a_postgres_that_is_killed_loses_nothing() {
     assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
     assert_eq!(worker.take().job, waiting);
     service.wait_until_ready();
-    assert!(
-        !service
-            .log()
-            .contains("the session with RabbitMQ has ended")
-    );
+    kept_its_session(&deployment, &service);
 }
 
 #[rstest]

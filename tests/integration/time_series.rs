@@ -366,8 +366,10 @@ fn the_commands_list_keep_and_drop() {
 fn there_need_be_no_influxdb() {
     let deployment = Deployment::new();
     let service = start(&deployment, &[("INFLUXDB_HOST", "")]);
-    service.wait_until_ready();
-    assert!(!service.log().contains("time series"));
+    // By the time that it is ready all of its threads are there.
+    let threads = service.threads();
+    assert!(threads.contains(&"maintenance".to_owned()), "{threads:?}");
+    assert!(!threads.contains(&"time-series".to_owned()), "{threads:?}");
     let output = deployment
         .command(&["time-series", "list"])
         .env("INFLUXDB_HOST", "")

@@ -239,7 +239,7 @@ fn a_result_that_was_told_is_not_lost_by_a_standstill(#[case] replicas: usize) {
         held.service.signal("-CONT");
         held.go_on().wait_until_ready();
     }
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
     deployment.comes_to(
         1,
         "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",

@@ -86,7 +86,7 @@ fn an_outcome_waits_and_nothing_waits_for_it() {
     service.logged("a cancel is ignored: the job has ended already");
     an_old_job_gets_its_result(&deployment, &client, &worker);
     for job in jobs {
-        client.heard_nothing_more(job);
+        client.hears_nothing(job);
     }
     assert_eq!(worker.waiting(), 0);
     assert!(service.stop().success());
@@ -107,7 +107,7 @@ fn an_outcome_waits_and_nothing_waits_for_it() {
     assert!(logs.contains("no such workflow"), "{logs}");
     deployment.no_jobs_left();
     for job in jobs {
-        client.heard_nothing_more(job);
+        client.hears_nothing(job);
     }
 }
 
@@ -142,7 +142,7 @@ fn an_outcome_is_told_once_when_its_time_has_come() {
     client.submissions_handled();
     worker.results_handled();
     for job in tasks.map(|task| task.job).into_iter().chain(refused) {
-        client.heard_nothing_more(job);
+        client.hears_nothing(job);
     }
     let ended = "SELECT count(*) FROM job_history WHERE outcome IN ('SUCCEEDED', 'REJECTED')";
     assert_eq!(deployment.count(ended), 7);
@@ -169,7 +169,7 @@ fn a_message_that_is_put_aside_has_one_letter(
     assert_eq!(client.outcome(job).0, ResultType::Error);
     client.submissions_handled();
     assert_eq!(client.peer.queue_length(wire::DEAD_LETTERS_QUEUE), 0);
-    client.heard_nothing_more(job);
+    client.hears_nothing(job);
 }
 
 /// What Postgres does not take becomes a letter and an error, each once.
@@ -196,7 +196,7 @@ fn a_result_that_is_refused_has_one_letter() {
     deployment.no_jobs_left();
     worker.results_handled();
     assert_eq!(worker.peer.queue_length(wire::DEAD_LETTERS_QUEUE), 0);
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
 }
 
 /// A job that has failed at once, on which a service is killed.
@@ -237,12 +237,12 @@ fn an_outcome_that_waits_survives_a_kill(#[case] kill: fn(&Deployment, &Client, 
     // It waits again, and dies again.
     let service = start_single_file(&deployment, LONG);
     service.logged("waits for its client");
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
     service.kill();
     let _next = start_single_file(&deployment, ("OUTCOME_DELAY_MS", "0"));
     assert_eq!(client.outcome(task.job).0, ResultType::Error);
     worker.results_handled();
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
     deployment.no_jobs_left();
 }
 
@@ -265,7 +265,7 @@ fn an_outcome_that_has_waited_survives_a_kill(#[case] point: &str, #[case] resul
         assert_eq!(client.outcome(task.job).0, ResultType::Error);
     }
     worker.results_handled();
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
     deployment.no_jobs_left();
 }
 
@@ -291,7 +291,7 @@ fn a_replica_takes_over_what_waited_in_another() {
     assert_eq!(client.outcome(task.job).0, ResultType::Error);
     deployment.no_jobs_left();
     worker.results_handled();
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
 }
 
 /// Nobody delivers it again: it is found again.
@@ -314,13 +314,13 @@ fn a_timeout_waits_too() {
     eventually("it is found again", || {
         (service.log().matches("waits for its client").count() > 2).then_some(())
     });
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
     assert!(service.stop().success());
     let _next = deployment.start_with(&soon);
     assert_eq!(client.status(task.job), JobStatus::Cancelled);
     assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
     deployment.no_jobs_left();
-    client.heard_nothing_more(task.job);
+    client.hears_nothing(task.job);
     let timed_out = "SELECT count(*) FROM job_history WHERE outcome = 'TIMED_OUT'";
     assert_eq!(deployment.count(timed_out), 1);
 }

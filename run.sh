@@ -17,7 +17,7 @@ Usage: ./run.sh [COMMAND]
        --keep [ARGS]   The same, leaving the services for the next run; source
                        target/test-services/env to run `cargo test` by hand.
        --stop          Stop what --keep has left.
-  chaos [--jobs N] [--replicas R] [--minutes M] [--seed S]
+  chaos [--jobs N] [--replicas R] [--minutes M] [--seed S] [--idle-clients N]
                        Load on replicas while they and all around them fail; whether anything was
                        lost.
   bench [--only PART] [--compare REPORT]
@@ -575,7 +575,7 @@ make_venvs() {
   # The oldest and the newest that deployments have, and what the recorded messages came from.
   make_venv sdk-4.1 'omotes-sdk-python==4.1.*' 'celery==5.3.*'
   make_venv sdk-4.2 'omotes-sdk-python==4.2.*' 'celery==5.4.*'
-  make_venv sdk-4.3 'omotes-sdk-python==4.3.*' 'celery==5.7.*'
+  make_venv sdk-4.3 'omotes-sdk-python==4.3.7' 'celery==5.7.*'
   # What the Python orchestrator keeps its tables with.
   make_venv alembic 'alembic==1.13.*' 'sqlalchemy==2.0.*' 'psycopg2-binary==2.9.*'
 }

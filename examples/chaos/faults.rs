@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -57,7 +58,8 @@ impl Fault {
                 time,
             ),
             16 => Fault::Weather(replica, line, Weather::Throttle(20_000), time),
-            17 => Fault::Weather(replica, line, Weather::Refuse, time),
+            17 if random.bool() => Fault::Weather(replica, line, Weather::Refuse, time),
+            17 => Fault::Weather(replica, line, Weather::Reset, time),
             18 => Fault::RestartRabbitMq,
             _ => Fault::RestartPostgres,
         }
@@ -73,9 +75,10 @@ impl Fault {
             Fault::Weather(_, line, Weather::BlackHole, _) => format!("{line:?} silent"),
             Fault::Weather(_, line, Weather::Delay(_), _) => format!("{line:?} delayed"),
             Fault::Weather(_, line, Weather::Throttle(_), _) => format!("{line:?} throttled"),
-            Fault::Weather(_, line, Weather::Refuse | Weather::Reset | Weather::Fair, _) => {
+            Fault::Weather(_, line, Weather::Refuse | Weather::Fair, _) => {
                 format!("{line:?} refused")
             }
+            Fault::Weather(_, line, Weather::Reset, _) => format!("{line:?} reset"),
             Fault::RestartRabbitMq => "RabbitMQ killed and started".to_owned(),
             Fault::RestartPostgres => "Postgres killed and started".to_owned(),
         }
@@ -87,6 +90,8 @@ pub struct Site {
     pub folder: PathBuf,
     pub rabbitmq: u16,
     pub postgres: u16,
+    /// When RabbitMQ was killed, and was there again.
+    pub rabbitmq_kills: Vec<Range<Instant>>,
     program: PathBuf,
     replicas: Vec<Replica>,
 }
@@ -118,6 +123,7 @@ impl Site {
             folder: folder.to_owned(),
             rabbitmq,
             postgres,
+            rabbitmq_kills: Vec::new(),
             program: program.to_owned(),
             replicas,
         };
@@ -173,7 +179,13 @@ impl Site {
                 self.line(which, line).set(Weather::Fair);
                 self.line(which, line).cut(End::Rst);
             }
-            Fault::RestartRabbitMq => self.restart("rabbitmq", self.rabbitmq)?,
+            Fault::RestartRabbitMq => {
+                let killed = Instant::now();
+                self.restart("rabbitmq", self.rabbitmq)?;
+                let time = killed.elapsed().as_secs_f64();
+                eprintln!("RabbitMQ was there again after {time:.1} s");
+                self.rabbitmq_kills.push(killed..Instant::now());
+            }
             Fault::RestartPostgres => self.restart("postgres", self.postgres)?,
         }
         self.start_missing()

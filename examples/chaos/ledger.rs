@@ -1,6 +1,8 @@
 //! What was done to each job and what its client heard: whether the one goes with the other.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::time::Instant;
 
 use omotes_orchestrator::job::{CRASH_LOOP_LOGS, LOST_LOGS};
 use omotes_orchestrator::wire::job_result::ResultType;
@@ -21,8 +23,12 @@ pub enum Plan {
     UnknownWorkflow,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Record {
+    /// Since when its client has been at it.
+    pub begun: Instant,
+    /// When its client was through with it.
+    pub over: Option<Instant>,
     /// Each result that came, in their order.
     pub results: Vec<(ResultType, String)>,
     /// How often each of its tasks was started.
@@ -45,6 +51,36 @@ pub enum Violation {
 }
 
 impl Record {
+    pub fn new(begun: Instant) -> Record {
+        Record {
+            begun,
+            over: None,
+            results: Vec::new(),
+            starts: BTreeMap::new(),
+            delivered: Vec::new(),
+            queue_lost: false,
+        }
+    }
+
+    /// Its client has got a result.
+    pub fn hear(&mut self, result_type: ResultType, logs: String, now: Instant) {
+        self.over.get_or_insert(now);
+        self.results.push((result_type, logs));
+    }
+
+    /// RabbitMQ does not know the queue of the result.
+    pub fn lose_queue(&mut self, now: Instant) {
+        self.over.get_or_insert(now);
+        self.queue_lost = true;
+    }
+
+    /// Whether RabbitMQ itself was killed while it lived. Nothing else makes RabbitMQ lose anything.
+    fn lived_through(&self, kills: &[Range<Instant>]) -> bool {
+        kills
+            .iter()
+            .any(|kill| self.begun < kill.end && self.over.is_none_or(|over| kill.start < over))
+    }
+
     /// How often a result was told once more.
     pub fn duplicates(&self) -> usize {
         self.results.len().saturating_sub(1)
@@ -65,9 +101,15 @@ impl Record {
         self.starts.values().any(|starts| *starts > 1)
     }
 
-    pub fn check(&self, plan: Plan) -> Result<(), Violation> {
+    /// Holds what its client heard against what was done to it. `kills` are RabbitMQ's, each from its
+    /// end until it was there again.
+    ///
+    /// # Errors
+    /// What does not go together.
+    pub fn check(&self, plan: Plan, kills: &[Range<Instant>]) -> Result<(), Violation> {
+        let broker_died = self.lived_through(kills);
         let Some((result_type, logs)) = self.results.first() else {
-            if self.queue_lost {
+            if self.queue_lost && broker_died {
                 return Ok(());
             }
             return Err(Violation::Lost);
@@ -75,10 +117,11 @@ impl Record {
         if self.results.iter().any(|other| *other != self.results[0]) {
             return Err(Violation::Contradictory(format!("{:?}", self.results)));
         }
-        if self.result_lost() {
+        if self.result_lost() && broker_died {
             return Ok(());
         }
-        let crash_loop = logs == CRASH_LOOP_LOGS && self.crashed();
+        let may_crash = plan == Plan::Crashes || broker_died;
+        let crash_loop = logs == CRASH_LOOP_LOGS && self.crashed() && may_crash;
         let delivered = self.delivered.contains(result_type);
         let possible = match (plan, result_type) {
             (Plan::UnknownWorkflow, ResultType::Error) => logs.contains("is unknown by"),
@@ -115,25 +158,41 @@ pub fn stray_letters(sent: &BTreeSet<Uuid>, found: &[Option<Uuid>]) -> Vec<Strin
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn record(results: &[ResultType], delivered: &[ResultType]) -> Record {
+        let begun = Instant::now();
         Record {
+            over: Some(begun + Duration::from_secs(10)),
             results: results.iter().map(|one| (*one, String::new())).collect(),
-            starts: BTreeMap::new(),
             delivered: delivered.to_vec(),
-            queue_lost: false,
+            ..Record::new(begun)
         }
+    }
+
+    /// A kill of RabbitMQ in these seconds of a job that lives from 0 to 10.
+    fn kill(record: &Record, from: i64, to: i64) -> Range<Instant> {
+        let at = |seconds: i64| {
+            let far = Duration::from_secs(seconds.unsigned_abs());
+            match seconds {
+                ..0 => record.begun - far,
+                0.. => record.begun + far,
+            }
+        };
+        at(from)..at(to)
     }
 
     #[test]
     fn what_was_heard_must_go_with_what_was_done() {
         use ResultType::{Cancelled, Error, Succeeded};
-        assert_eq!(record(&[], &[]).check(Plan::Plain), Err(Violation::Lost));
+        let check = |record: &Record, plan| record.check(plan, &[]);
+        assert_eq!(check(&record(&[], &[]), Plan::Plain), Err(Violation::Lost));
         let told_twice = record(&[Succeeded, Succeeded], &[Succeeded]);
-        assert_eq!(told_twice.check(Plan::Plain), Ok(()));
+        assert_eq!(check(&told_twice, Plan::Plain), Ok(()));
         assert_eq!(told_twice.duplicates(), 1);
-        let violated = |record: Record, plan| record.check(plan).is_err();
+        let violated = |record: Record, plan| check(&record, plan).is_err();
         assert!(violated(
             record(&[Succeeded, Cancelled], &[Succeeded]),
             Plan::Cancelled
@@ -147,15 +206,43 @@ mod tests {
         let mut looped = record(&[Error], &[]);
         looped.results[0].1 = CRASH_LOOP_LOGS.to_owned();
         looped.starts.insert("task".to_owned(), 1);
-        assert!(looped.check(Plan::Crashes).is_err());
+        assert!(check(&looped, Plan::Crashes).is_err());
         looped.starts.insert("task".to_owned(), 2);
-        assert_eq!(looped.check(Plan::Crashes), Ok(()));
-        let mut lost = record(&[Error], &[]);
-        lost.results[0].1 = format!("The job succeeded, but its result {LOST_LOGS}");
-        assert!(lost.check(Plan::Plain).is_err());
-        lost.delivered.push(Succeeded);
-        assert_eq!(lost.check(Plan::Plain), Ok(()));
-        assert!(lost.result_lost());
+        assert_eq!(check(&looped, Plan::Crashes), Ok(()));
+        // Only its own plan or RabbitMQ gives a task out again.
+        assert!(check(&looped, Plan::Plain).is_err());
+        assert_eq!(looped.check(Plan::Plain, &[kill(&looped, 1, 2)]), Ok(()));
+    }
+
+    /// Whether that a result or a queue was lost is put down to RabbitMQ, which was killed then.
+    #[test]
+    fn only_a_rabbitmq_that_was_killed_meanwhile_may_lose_something() {
+        use ResultType::{Error, Succeeded};
+        let mut result = record(&[Error], &[Succeeded]);
+        result.results[0].1 = format!("The job succeeded, but its result {LOST_LOGS}");
+        assert!(result.result_lost());
+        let mut queue = record(&[], &[]);
+        queue.lose_queue(queue.begun);
+        for lost in [&result, &queue] {
+            assert!(lost.check(Plan::Plain, &[]).is_err());
+            for (from, to, excused) in [
+                (-5, -1, false),
+                (-5, 1, true),
+                (3, 4, true),
+                (9, 12, true),
+                (-5, 12, true),
+                (10, 12, false),
+                (11, 12, false),
+            ] {
+                let other = kill(lost, -9, -8);
+                let outcome = lost.check(Plan::Plain, &[other, kill(lost, from, to)]);
+                assert_eq!(outcome.is_ok(), excused, "{from} to {to}: {outcome:?}");
+            }
+        }
+        // Nor does a kill excuse the loss of what nobody had delivered.
+        result.delivered.clear();
+        let killed = [kill(&result, 3, 4)];
+        assert!(result.check(Plan::Plain, &killed).is_err());
     }
 
     #[test]

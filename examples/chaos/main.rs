@@ -14,6 +14,7 @@ mod people;
 mod proxy;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::PoisonError;
@@ -49,6 +50,10 @@ struct Options {
     seed: u64,
     #[arg(long, default_value_t = 8)]
     workers: usize,
+    /// So many clients more do nothing but keep the three queues of a job throughout, as the SDK
+    /// does for two days.
+    #[arg(long, default_value_t = 0)]
+    idle_clients: usize,
     /// Where the private servers and the logs are.
     #[arg(long)]
     folder: PathBuf,
@@ -75,6 +80,7 @@ fn main() -> anyhow::Result<ExitCode> {
         config.postgres.port,
         options.replicas,
     )?;
+    let idle = world.declare_idle_clients(options.idle_clients)?;
     let mut random = Rng::with_seed(options.seed);
     let length = Duration::from_secs_f64(options.minutes * 60.0);
     let actions = plan(&mut random, options.jobs, length);
@@ -91,7 +97,19 @@ fn main() -> anyhow::Result<ExitCode> {
         bail!("the client panicked");
     }
     let mut violations = settle(world, &mut site, &config)?;
-    violations.extend(report(world, &counts, began.elapsed())?);
+    violations.extend(report(
+        world,
+        &counts,
+        &site.rabbitmq_kills,
+        began.elapsed(),
+    )?);
+    let missing = world.missing(&idle)?;
+    println!("{} queues of idle clients", idle.len());
+    violations.extend(
+        missing
+            .iter()
+            .map(|queue| format!("the queue {queue} of an idle client is gone")),
+    );
     if !site.stop()? {
         violations.push("a replica did not end with 0".to_owned());
     }
@@ -203,6 +221,7 @@ fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
 fn report(
     world: &World,
     faults: &BTreeMap<String, usize>,
+    rabbitmq_kills: &[Range<Instant>],
     time: Duration,
 ) -> anyhow::Result<Vec<String>> {
     world.sweep()?;
@@ -220,7 +239,7 @@ fn report(
             .map_or("nothing", |(kind, _)| kind.as_str_name());
         *outcomes.entry(format!("{plan:?}: {outcome}")).or_default() += 1;
         duplicates += record.duplicates();
-        if let Err(violation) = record.check(*plan) {
+        if let Err(violation) = record.check(*plan, rabbitmq_kills) {
             match &violation {
                 Violation::Lost => lost += 1,
                 Violation::Contradictory(_) => contradictory += 1,

@@ -121,11 +121,11 @@ impl World {
             pause(time.saturating_sub(began.elapsed()));
             match action {
                 Action::Submit(job, plan) => {
-                    // Before the submission, as clients do, and again after a failure.
-                    sdk.declare_client_queue(&wire::result_queue(*job), QUEUE_EXPIRY)?;
                     lock(&self.records)
                         .entry(*job)
-                        .or_insert((*plan, Record::default()));
+                        .or_insert_with(|| (*plan, Record::new(Instant::now())));
+                    // Before the submission, as clients do, and again after a failure.
+                    sdk.declare_client_queue(&wire::result_queue(*job), QUEUE_EXPIRY)?;
                     to_sdk.publish(&[wire::job_submission(&submission(*job, *plan))])?;
                     lock(&self.waiting).insert(*job);
                 }
@@ -176,13 +176,14 @@ impl World {
                 loop {
                     let got = channel.basic_get(wire::result_queue(job), false);
                     if let Err(amiquip::Error::ServerClosedChannel { code: 404, .. }) = &got {
-                        self.note(job, |record| record.queue_lost = true);
+                        self.note(job, |record| record.lose_queue(Instant::now()));
                         lock(&self.waiting).remove(&job);
                     }
                     let Some(got) = got? else { break };
                     let result = JobResult::decode(got.delivery.body.as_slice())?;
+                    let now = Instant::now();
                     self.note(job, |record| {
-                        record.results.push((result.result_type(), result.logs));
+                        record.hear(result.result_type(), result.logs, now);
                     });
                     got.ack(&channel)?;
                     if lock(&self.waiting).remove(&job) {
@@ -220,11 +221,54 @@ impl World {
     fn drain(&self, channel: &Channel, job: Uuid) -> anyhow::Result<()> {
         while let Some(got) = channel.basic_get(wire::result_queue(job), true)? {
             let result = JobResult::decode(got.delivery.body.as_slice())?;
+            let now = Instant::now();
             self.note(job, |record| {
-                record.results.push((result.result_type(), result.logs));
+                record.hear(result.result_type(), result.logs, now);
             });
         }
         Ok(())
+    }
+
+    /// Declares the three queues of so many jobs whose clients are idle, and keep them, as the SDK
+    /// does for two days. Returns their names.
+    ///
+    /// # Errors
+    /// The broker is gone.
+    pub fn declare_idle_clients(&self, clients: usize) -> anyhow::Result<Vec<String>> {
+        let sdk = Link::open(&self.sdk, "chaos idle clients")?;
+        sdk.declare_for_clients()?;
+        let queues: Vec<_> = (0..clients)
+            .flat_map(|_| {
+                let job = Uuid::new_v4();
+                ["status", "progress", "result"].map(|kind| format!("jobs.{job}.{kind}"))
+            })
+            .collect();
+        for queue in &queues {
+            sdk.declare_client_queue(queue, QUEUE_EXPIRY)?;
+        }
+        sdk.close()?;
+        Ok(queues)
+    }
+
+    /// Those of these queues of clients that are no more.
+    ///
+    /// # Errors
+    /// The broker is gone.
+    pub fn missing<'q>(&self, queues: &'q [String]) -> anyhow::Result<Vec<&'q str>> {
+        let mut connection = open(&self.sdk)?;
+        let mut channel = connection.open_channel(None)?;
+        let mut missing = Vec::new();
+        for queue in queues {
+            let found = channel.queue_declare_passive(queue.as_str()).map(drop);
+            match found {
+                Err(amiquip::Error::ServerClosedChannel { code: 404, .. }) => {
+                    missing.push(queue.as_str());
+                    channel = connection.open_channel(None)?;
+                }
+                found => found?,
+            }
+        }
+        Ok(missing)
     }
 
     /// How many messages wait in these queues of a vhost.

@@ -85,7 +85,8 @@ impl Proxy {
 
     /// Ends all connections, in both directions.
     pub fn cut(&self, end: End) {
-        for connection in self.shared.lock().connections.drain(..) {
+        let mut state = self.shared.lock();
+        for connection in state.connections.drain(..) {
             for stream in [connection.client, connection.server] {
                 // A connection may have ended by itself; then there is nothing to do.
                 let _ = match end {
@@ -96,6 +97,8 @@ impl Proxy {
             }
             connection.reset.store(end == End::Rst, Ordering::Relaxed);
         }
+        // Also of those that keep to themselves what they have read.
+        self.shared.changed.notify_all();
     }
 }
 
@@ -114,16 +117,17 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The weather, once it lets anything through; None when the proxy is gone.
-    fn passable(&self) -> Option<Weather> {
+    /// The weather, once it lets anything through; None when the proxy or the connection is gone.
+    fn passable(&self, reset: &AtomicBool) -> Option<Weather> {
         let mut state = self.lock();
-        while state.weather == Weather::BlackHole && !state.closed {
+        let gone = |state: &State| state.closed || reset.load(Ordering::Relaxed);
+        while state.weather == Weather::BlackHole && !gone(&state) {
             state = self
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        (!state.closed).then_some(state.weather)
+        (!gone(&state)).then_some(state.weather)
     }
 
     /// Waits unless the proxy is gone.
@@ -183,10 +187,7 @@ fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
 /// Forwards one direction of one connection until either end closes.
 fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, reset: &AtomicBool) {
     let mut buffer = vec![0; 64 * 1024];
-    while let Some(weather) = shared.passable() {
-        if reset.load(Ordering::Relaxed) {
-            return;
-        }
+    while let Some(weather) = shared.passable(reset) {
         let size = match weather {
             Weather::Throttle(rate) => (rate as usize / 50).clamp(1, buffer.len()),
             Weather::Fair
@@ -214,9 +215,12 @@ fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, reset: &AtomicB
             Weather::Fair | Weather::BlackHole | Weather::Refuse | Weather::Reset => {}
         }
         // It may have become a black hole while this was read.
-        if shared.passable().is_none() || to.write_all(&buffer[..read]).is_err() {
+        if shared.passable(reset).is_none() || to.write_all(&buffer[..read]).is_err() {
             break;
         }
+    }
+    if reset.load(Ordering::Relaxed) {
+        return;
     }
     let _ = to.shutdown(Shutdown::Write);
     let _ = from.shutdown(Shutdown::Read);

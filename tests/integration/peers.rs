@@ -412,11 +412,6 @@ impl Worker {
         self.peer.send("omotes_task_progress_events", &body);
     }
 
-    pub fn finish(&self, task: &Task, result_type: task_result::ResultType, output_esdl: &str) {
-        let body = self.result(task, result_type, output_esdl);
-        self.peer.send_safely("omotes_task_result_events", &body);
-    }
-
     /// The message with a task's result.
     pub fn result(
         &self,

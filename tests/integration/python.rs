@@ -1,6 +1,7 @@
 //! End to end with the real SDK and real Celery workers, in the versions that deployments have.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -46,6 +47,11 @@ struct CeleryWorker {
 impl CeleryWorker {
     /// Starts one and waits until it takes tasks.
     fn new(deployment: &Deployment, sdk: &str) -> CeleryWorker {
+        CeleryWorker::with(deployment, sdk, &[])
+    }
+
+    /// One with more variables than those of its connection.
+    fn with(deployment: &Deployment, sdk: &str, variables: &[(&str, &str)]) -> CeleryWorker {
         let host = format!("host-{}", Uuid::new_v4().simple());
         let log = deployment.folder.join(format!("{host}.log"));
         // The worker reads the variables of its own connection.
@@ -61,6 +67,9 @@ impl CeleryWorker {
         }
         let child = command
             .env("WORKER_HOST", &host)
+            .envs(variables.iter().copied())
+            // A group of its own, for it may have to be killed as a whole.
+            .process_group(0)
             .stdout(File::create(&log).unwrap())
             .stderr(File::create(log.with_extension("err")).unwrap())
             .spawn()
@@ -77,6 +86,14 @@ impl CeleryWorker {
             },
         );
         worker
+    }
+
+    /// Ends it with all its children as the kernel does with a container: at once.
+    fn kill(&mut self) {
+        let group = format!("-{}", self.child.id());
+        let killed = Command::new("kill").args(["-KILL", "--", &group]).status();
+        assert!(killed.unwrap().success());
+        self.child.wait().unwrap();
     }
 }
 
@@ -217,6 +234,92 @@ fn a_task_that_kills_its_worker_ends_as_a_crash_loop() {
         "Job cannot be processed due to being retried the maximum number of times."
     );
     assert_eq!(stories[1]["result"], "SUCCEEDED");
+}
+
+/// As OMOTES ships its workers: each task has a process to itself.
+const ONE_TASK_EACH: [(&str, &str); 1] = [("MAX_TASKS_BEFORE_RESTART", "1")];
+
+#[test]
+fn a_worker_that_replaces_its_process_after_each_task_runs_one_job_after_the_other() {
+    let deployment = Deployment::new();
+    let _service = start(&deployment);
+    let _worker = CeleryWorker::with(&deployment, "4.3", &ONE_TASK_EACH);
+    let mut cancelled = order("sleep");
+    cancelled["cancel_on"] = "RUNNING".into();
+    // The client waits until the second one runs, with those before it done and the others behind.
+    let some = vec![order("succeed"); 4];
+    let between = [cancelled.clone(), order("fail"), order("die"), cancelled];
+    let jobs = [&some[..], &between[..2], &some, &between[2..], &some].concat();
+    let stories = SdkClient::new(&deployment, "4.3", &jobs).stories();
+    for (story, job) in stories.iter().zip(&jobs) {
+        let (statuses, result) = match job["reference"].as_str().unwrap() {
+            "succeed" => (json!(["ENQUEUED", "RUNNING"]), "SUCCEEDED"),
+            "sleep" => (json!(["ENQUEUED", "RUNNING", "CANCELLED"]), "CANCELLED"),
+            _ => (json!(["ENQUEUED", "RUNNING"]), "ERROR"),
+        };
+        assert_eq!(story["result"], result, "{story}");
+        assert_eq!(story["statuses"], statuses, "{story}");
+        if job["reference"] == "succeed" {
+            let progress = json!([[0.5, "half way"], [1.0, "Calculation finished."]]);
+            assert_eq!(story["progress"], progress, "{story}");
+        }
+    }
+    deployment.no_jobs_left();
+    for (outcome, expected) in [
+        ("SUCCEEDED", 12),
+        ("CANCELLED", 2),
+        ("FAILED", 1),
+        // Given out again when its process was gone; the start that ends it is not counted.
+        ("CRASH_LOOP", 1),
+    ] {
+        let sql =
+            format!("SELECT count(*) FROM job_history WHERE outcome = '{outcome}' AND starts = 1");
+        assert_eq!(deployment.count(&sql), expected, "{outcome}");
+    }
+}
+
+#[rstest]
+#[case::that_may_start_once("1", "ERROR")]
+#[case::that_may_start_twice("2", "SUCCEEDED")]
+fn the_task_of_a_worker_that_is_killed_goes_to_another(#[case] limit: &str, #[case] result: &str) {
+    let deployment = Deployment::new();
+    let workflows = format!("{PYTHON}/workflows.json");
+    let _service = deployment.start_with(&[
+        ("WORKFLOW_CONFIG_PATH", &workflows),
+        ("DELIVERY_LIMIT_THRESHOLD_PER_JOB", limit),
+    ]);
+    let mut worker = CeleryWorker::with(&deployment, "4.3", &ONE_TASK_EACH);
+    let file = deployment.folder.join("go on");
+    let mut waiting = order(&format!("wait for {}", file.display()));
+    waiting["reference"] = "wait".into();
+    let client = SdkClient::new(
+        &deployment,
+        "4.3",
+        &[order("succeed"), waiting, order("succeed")],
+    );
+    let starts = "SELECT count(*) FROM job_starts";
+    let running = format!("{starts} JOIN job USING (job_id) WHERE job_reference = 'wait'");
+    deployment.comes_to(1, &running);
+    worker.kill();
+    let _other = CeleryWorker::with(&deployment, "4.3", &ONE_TASK_EACH);
+    if limit != "1" {
+        deployment.comes_to(2, &running);
+    }
+    // One that is ended has been told so, and goes on until it hears it.
+    fs::write(&file, "").unwrap();
+    let stories = client.stories();
+    let results: Vec<_> = stories.iter().map(|story| &story["result"]).collect();
+    assert_eq!(results, ["SUCCEEDED", result, "SUCCEEDED"], "{stories:?}");
+    if result == "ERROR" {
+        assert_eq!(
+            stories[1]["logs"],
+            "Job cannot be processed due to being retried the maximum number of times."
+        );
+    }
+    deployment.no_jobs_left();
+    // The start that ends it is not counted.
+    let starts = "SELECT starts::bigint FROM job_history WHERE job_reference = 'wait'";
+    assert_eq!(deployment.count(starts).to_string(), limit);
 }
 
 #[test]

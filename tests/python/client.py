@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 import uuid
 
 from omotes_sdk.config import RabbitMQConfig
@@ -110,4 +111,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        # The SDK's threads would keep the process alive.
+        sys.stderr.flush()
+        os._exit(1)

@@ -27,9 +27,12 @@ def steerable(input_esdl, params, update_progress, *_task_name):
             time.sleep(0.1)
     if behaviour == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    waits = behaviour.startswith("wait for ")
+    while waits and not os.path.exists(behaviour.removeprefix("wait for ")):
+        time.sleep(0.05)
     message = EsdlMessage("a remark", MessageSeverity.WARNING, "an-asset")
     output = input_esdl.replace('id="input"', f'id="output-{time.time_ns()}"')
-    return (output if behaviour == "succeed" else None), [message]
+    return (output if waits or behaviour == "succeed" else None), [message]
 
 
 if __name__ == "__main__":

@@ -55,8 +55,14 @@ pub const LIBRARY: &str = "amiquip";
 const PRECONDITION_FAILED: u16 = 406;
 /// AMQP's NOT_FOUND.
 const NOT_FOUND: u16 = 404;
-/// AMQP's ACCESS_REFUSED and RESOURCE_LOCKED: no rights on a queue, or somebody's alone.
-const NOT_OURS: [u16; 2] = [403, 405];
+/// What it means that RabbitMQ gives a type to a queue that names none, as no OMOTES service does.
+const DEFAULT_QUEUE_TYPE: &str = "the vhost's default queue type is not classic, as OMOTES needs it: \
+     rabbitmqctl update_vhost_metadata VHOST --default-queue-type classic changes that, and where \
+     RabbitMQ has no such command, making the vhost anew with rabbitmqctl add_vhost";
+/// AMQP's RESOURCE_LOCKED: a queue is somebody's alone.
+const RESOURCE_LOCKED: u16 = 405;
+/// AMQP's ACCESS_REFUSED, no rights on a queue, and RESOURCE_LOCKED.
+const NOT_OURS: [u16; 2] = [403, RESOURCE_LOCKED];
 /// What to look at when a broker takes connections and nothing comes of them. One that has to recover
 /// more queues than it may open files stays like that.
 const STUCK: &str = "RabbitMQ may be recovering its queues, or be short of file descriptors: see its \
@@ -184,10 +190,10 @@ impl Link {
         let options = ExchangeDeclareOptions::default();
         channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options)?;
         for queue in [SUBMISSIONS_QUEUE, CANCELS_QUEUE] {
-            channel.queue_declare(queue, durable(FieldTable::new()))?;
+            let options = durable(FieldTable::new());
+            channel.queue_declare(queue, options).map_err(explained)?;
             channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new())?;
         }
-        channel.queue_declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new()))?;
         channel.close().context("declaring the queues of clients")
     }
 
@@ -197,8 +203,9 @@ impl Link {
     /// As [`Link::declare_for_clients`].
     pub fn declare_for_workers(&self, queues: &[&str]) -> anyhow::Result<()> {
         let channel = self.channel()?;
-        for queue in queues.iter().chain([&DEAD_LETTERS_QUEUE]) {
-            channel.queue_declare(*queue, durable(FieldTable::new()))?;
+        for queue in queues {
+            let options = durable(FieldTable::new());
+            channel.queue_declare(*queue, options).map_err(explained)?;
         }
         channel.close().context("declaring the queues of workers")
     }
@@ -217,28 +224,39 @@ impl Link {
     }
 
     fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
-        // On a channel of its own, since a refusal closes it.
-        let declare = || {
-            let channel = self.channel()?;
-            let priority = AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY);
-            let arguments = FieldTable::from([("x-max-priority".to_owned(), priority)]);
-            channel.queue_declare(queue, durable(arguments))?;
-            channel.close()
-        };
-        declare().map_err(|error: amiquip::Error| match &error {
-            amiquip::Error::ServerClosedChannel { code, message, .. }
-                if NOT_OURS.contains(code) =>
-            {
-                PublishError::Refused(format!("the task queue {queue:?} is not ours: {message}"))
-            }
-            _ => match refusal(&error) {
-                Some(message) => PublishError::Refused(format!(
-                    "the task queue {queue:?} exists, but not as durable with x-max-priority = \
-                     {TASK_QUEUE_MAX_PRIORITY}: {message}"
-                )),
+        let priority = AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY);
+        let arguments = FieldTable::from([("x-max-priority".to_owned(), priority)]);
+        match self.declare(queue, durable(arguments)) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match closed(&error) {
+                Some((code, message)) => task_queue_refusal(queue, code, message),
                 None => self.lost(error, "declaring a task queue"),
+            }),
+        }
+    }
+
+    /// Declares where the messages of this vhost go that cannot be handled. One that somebody
+    /// declared otherwise is as good.
+    ///
+    /// # Errors
+    /// [`PublishError::Unavailable`] with what the broker says where that is not possible.
+    pub fn declare_dead_letters(&self) -> Result<(), PublishError> {
+        match self.declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new())) {
+            Ok(_) => Ok(()),
+            Err(error) => match closed(&error) {
+                Some((PRECONDITION_FAILED, _)) => Ok(()),
+                Some((_, message)) => Err(PublishError::Unavailable(message.to_owned())),
+                None => Err(self.lost(error, "declaring the queue of dead letters")),
             },
-        })
+        }
+    }
+
+    /// Declares a queue, on a channel of its own, since a refusal closes it. Returns its name.
+    fn declare(&self, queue: &str, options: QueueDeclareOptions) -> Result<String, amiquip::Error> {
+        let channel = self.channel()?;
+        let name = channel.queue_declare(queue, options)?.name().to_owned();
+        channel.close()?;
+        Ok(name)
     }
 
     /// Declares a client's own queue: durable, bound to the exchange under its own name, and gone
@@ -263,17 +281,54 @@ impl Link {
     /// As [`Link::declare_for_clients`].
     pub fn declare_private_queue(&self, exchange: &str, key: &str) -> anyhow::Result<String> {
         let channel = self.channel()?;
-        let options = QueueDeclareOptions {
-            exclusive: true,
-            ..QueueDeclareOptions::default()
-        };
+        let options = exclusive(FieldTable::new());
         let queue = channel.queue_declare("", options)?.name().to_owned();
         channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
         channel.close().context("declaring a private queue")?;
         Ok(queue)
     }
 
-    /// How full these queues are, and who takes from them; None where there is no such queue.
+    /// Tries to get a queue of this name for this connection alone; where somebody has left one that
+    /// is nobody's alone, that is as good. With it comes a mark that others find ([`Mark`]).
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn claim_queue(&self, queue: &str, mark: Mark) -> anyhow::Result<Claim> {
+        let claimed = self.claim(queue, mark);
+        claimed.or_else(|error| match closed(&error) {
+            Some((_, message)) => Ok(Claim::Refused(message.to_owned())),
+            None => Err(anyhow!(error).context(format!("{}: {queue}", self.name))),
+        })
+    }
+
+    fn claim(&self, queue: &str, mark: Mark) -> Result<Claim, amiquip::Error> {
+        match self.declare(queue, exclusive(FieldTable::new())) {
+            Ok(_) => {}
+            Err(error) => {
+                let Some((RESOURCE_LOCKED | PRECONDITION_FAILED, _)) = closed(&error) else {
+                    return Err(error);
+                };
+                let channel = self.channel()?;
+                match channel.queue_declare_passive(queue) {
+                    Ok(_) => channel.close()?,
+                    // What was said first says more.
+                    Err(again) if closed(&again).is_some() => return Err(error),
+                    Err(lost) => return Err(lost),
+                }
+            }
+        }
+        // It takes messages and keeps none.
+        let nothing = [("x-max-length".to_owned(), AmqpValue::LongInt(0))];
+        let channel = self.channel()?;
+        let options = exclusive(FieldTable::from(nothing));
+        let marker = channel.queue_declare("", options)?.name().to_owned();
+        channel.queue_bind(marker.as_str(), mark.exchange, mark.key, FieldTable::new())?;
+        channel.close()?;
+        Ok(Claim::Held { marker })
+    }
+
+    /// How full these queues are, and who takes from them; None where there is no such queue, or
+    /// none that may be looked at.
     ///
     /// # Errors
     /// The connection is lost.
@@ -286,8 +341,10 @@ impl Link {
                     messages: declared.declared_message_count().unwrap_or_default(),
                     consumers: declared.declared_consumer_count().unwrap_or_default(),
                 }),
-                // A refusal closes the channel.
-                Err(amiquip::Error::ServerClosedChannel { code, .. }) if code == NOT_FOUND => {
+                // A refusal closes the channel. Of a queue that is somebody's alone nothing is told.
+                Err(amiquip::Error::ServerClosedChannel { code, .. })
+                    if code == NOT_FOUND || NOT_OURS.contains(&code) =>
+                {
                     channel = self.channel()?;
                     None
                 }
@@ -416,16 +473,81 @@ fn durable(arguments: FieldTable) -> QueueDeclareOptions {
     }
 }
 
-/// What the broker said when it closed the channel because of what it was asked.
-fn refusal(error: &amiquip::Error) -> Option<&str> {
+fn exclusive(arguments: FieldTable) -> QueueDeclareOptions {
+    QueueDeclareOptions {
+        exclusive: true,
+        arguments,
+        ..QueueDeclareOptions::default()
+    }
+}
+
+/// The code and what the broker said when it closed the channel because of what it was asked.
+fn closed(error: &amiquip::Error) -> Option<(u16, &str)> {
     match error {
-        amiquip::Error::ServerClosedChannel { code, message, .. }
-            if *code == PRECONDITION_FAILED =>
-        {
-            Some(message)
-        }
+        amiquip::Error::ServerClosedChannel { code, message, .. } => Some((*code, message)),
         _ => None,
     }
+}
+
+/// What it said because a message or an argument is not as it should be.
+fn refusal(error: &amiquip::Error) -> Option<&str> {
+    closed(error)
+        .filter(|(code, _)| *code == PRECONDITION_FAILED)
+        .map(|(_, message)| message)
+}
+
+/// Whether that is because the vhost has a default queue type. A queue is refused then that takes
+/// priorities, which a quorum queue does not, and any that exists as a classic one.
+fn is_default_queue_type(message: &str) -> bool {
+    let no_priorities = message.contains("invalid arg 'x-max-priority'")
+        && message.contains("of queue type rabbit_");
+    no_priorities || message.contains("inequivalent arg 'x-queue-type'")
+}
+
+/// The error of a declaration, with what to do about it where that is known.
+fn explained(error: amiquip::Error) -> anyhow::Error {
+    match closed(&error) {
+        Some((PRECONDITION_FAILED, message)) if is_default_queue_type(message) => {
+            anyhow!(error).context(DEFAULT_QUEUE_TYPE)
+        }
+        Some(_) | None => anyhow!(error),
+    }
+}
+
+/// What it means that the broker refuses to declare a task queue.
+fn task_queue_refusal(queue: &str, code: u16, message: &str) -> PublishError {
+    match code {
+        // It exists, on a node of the cluster that is not there.
+        NOT_FOUND => PublishError::Unavailable(format!("it is not available: {message}")),
+        PRECONDITION_FAILED if is_default_queue_type(message) => PublishError::Refused(format!(
+            "the task queue {queue:?} cannot be declared with x-max-priority = \
+                 {TASK_QUEUE_MAX_PRIORITY}, as its workers do: {DEFAULT_QUEUE_TYPE} ({message})"
+        )),
+        PRECONDITION_FAILED => PublishError::Refused(format!(
+            "the task queue {queue:?} exists, but not as durable with x-max-priority = \
+             {TASK_QUEUE_MAX_PRIORITY}: {message}"
+        )),
+        _ => PublishError::Refused(format!("the task queue {queue:?} is not ours: {message}")),
+    }
+}
+
+/// Whether this connection has a queue that others want too.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    Held {
+        /// The queue that is its mark.
+        marker: String,
+    },
+    /// What the broker says: most often that it is somebody's alone.
+    Refused(String),
+}
+
+/// Where a mandatory message is not returned while somebody holds a claim. So others need not ask
+/// for the queue itself, which RabbitMQ logs as an error each time.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    pub exchange: &'static str,
+    pub key: &'static str,
 }
 
 /// What became of a message that the broker confirmed.
@@ -444,6 +566,9 @@ pub enum PublishError {
     /// is open. The publisher can be used again.
     #[error("{0}")]
     Refused(String),
+    /// A queue is not available for now, and may be later.
+    #[error("{0}")]
+    Unavailable(String),
     /// The connection is of no more use.
     #[error(transparent)]
     Lost(anyhow::Error),
@@ -486,12 +611,48 @@ impl<'l> Publisher<'l> {
     /// Declares a task queue as the workers do.
     ///
     /// # Errors
-    /// [`PublishError::Refused`] when somebody declared it with other arguments.
+    /// [`PublishError::Refused`] when somebody declared it with other arguments,
+    /// [`PublishError::Unavailable`] while its node in a cluster is down.
     pub fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
         self.busy.touch();
         let declared = self.link.declare_task_queue(queue);
         self.busy.idle();
         declared
+    }
+
+    /// As [`Link::declare_dead_letters`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn declare_dead_letters(&self) -> Result<(), PublishError> {
+        self.busy.touch();
+        let declared = self.link.declare_dead_letters();
+        self.busy.idle();
+        declared
+    }
+
+    /// Puts messages back at the end of the queue that they came from, as they were: what became
+    /// of each copy.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn put_back(
+        &mut self,
+        queue: &str,
+        messages: &[&Received],
+    ) -> Result<Vec<Delivered>, PublishError> {
+        let publishes = messages.iter().map(|message| {
+            let publish = Publish {
+                body: &message.body,
+                routing_key: queue.to_owned(),
+                mandatory: true,
+                immediate: false,
+                properties: republished(&message.properties),
+            };
+            ("", publish)
+        });
+        self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)?;
+        self.confirm()
     }
 
     /// Publishes these messages and waits for the broker's confirms: what became of each.
@@ -508,11 +669,29 @@ impl<'l> Publisher<'l> {
     /// # Errors
     /// As [`PublishError`].
     pub fn send(&mut self, messages: &[Outgoing]) -> Result<(), PublishError> {
+        let publishes = messages.iter().map(|message| {
+            let publish = Publish {
+                body: &message.body,
+                routing_key: message.routing_key.clone(),
+                mandatory: message.mandatory,
+                immediate: false,
+                properties: properties(message),
+            };
+            (message.exchange, publish)
+        });
+        self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)
+    }
+
+    /// Sends messages, each with its exchange; they may take longer the more bytes they have.
+    fn send_with_deadline<'m>(
+        &mut self,
+        bytes: impl Iterator<Item = usize>,
+        messages: impl ExactSizeIterator<Item = (&'m str, Publish<'m>)>,
+    ) -> Result<(), PublishError> {
         self.pending.clear();
         self.ids.clear();
-        let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
-        self.allowance = Duration::from_secs(bytes as u64 / SLOWEST_PUBLISHING);
-        if messages.is_empty() {
+        self.allowance = Duration::from_secs(bytes.sum::<usize>() as u64 / SLOWEST_PUBLISHING);
+        if messages.len() == 0 {
             return Ok(());
         }
         self.busy.touch_for(self.allowance);
@@ -521,22 +700,17 @@ impl<'l> Publisher<'l> {
         sent.map_err(|error| self.fail(Some(error)))
     }
 
-    fn send_all(&mut self, messages: &[Outgoing]) -> Result<(), amiquip::Error> {
+    fn send_all<'m>(
+        &mut self,
+        messages: impl Iterator<Item = (&'m str, Publish<'m>)>,
+    ) -> Result<(), amiquip::Error> {
         let open = match &mut self.open {
             Some(open) => open,
             none => none.insert(OpenChannel::new(self.link)?),
         };
-        for message in messages {
-            let properties = properties(message);
-            self.ids.push(return_id(&properties).cloned());
-            let publish = Publish {
-                body: &message.body,
-                routing_key: message.routing_key.clone(),
-                mandatory: message.mandatory,
-                immediate: false,
-                properties,
-            };
-            open.channel.basic_publish(message.exchange, publish)?;
+        for (exchange, publish) in messages {
+            self.ids.push(return_id(&publish.properties).cloned());
+            open.channel.basic_publish(exchange, publish)?;
             open.published += 1;
             self.pending.insert(open.published);
             self.busy.touch_for(self.allowance);
@@ -593,9 +767,11 @@ impl<'l> Publisher<'l> {
         }
         // A message that comes back does so before its confirm.
         for returned in open.returns.try_iter() {
+            // Of those without an id, any may have come back. Of ours, only those without one that
+            // are put back are mandatory.
             let id = return_id(&returned.properties);
             for (outcome, own) in outcome.iter_mut().zip(&self.ids) {
-                if own.is_some() && own.as_ref() == id {
+                if own.as_ref() == id {
                     *outcome = Delivered::Unroutable;
                 }
             }
@@ -656,6 +832,41 @@ impl OpenChannel {
 fn return_id(properties: &AmqpProperties) -> Option<&String> {
     let correlation_id = properties.correlation_id().as_ref();
     properties.message_id().as_ref().or(correlation_id)
+}
+
+/// The properties of a received message as they are published once more: without its user id, which
+/// the broker takes from that user alone, and without the copies that its sender has asked for.
+fn republished(original: &AmqpProperties) -> AmqpProperties {
+    type Copy = fn(&AmqpProperties, AmqpProperties) -> Option<AmqpProperties>;
+    let copies: [Copy; 11] = [
+        |from, to| Some(to.with_content_type(from.content_type().clone()?)),
+        |from, to| Some(to.with_content_encoding(from.content_encoding().clone()?)),
+        |from, to| Some(to.with_delivery_mode((*from.delivery_mode())?)),
+        |from, to| Some(to.with_priority((*from.priority())?)),
+        |from, to| Some(to.with_correlation_id(from.correlation_id().clone()?)),
+        |from, to| Some(to.with_reply_to(from.reply_to().clone()?)),
+        |from, to| Some(to.with_expiration(from.expiration().clone()?)),
+        |from, to| Some(to.with_message_id(from.message_id().clone()?)),
+        |from, to| Some(to.with_timestamp((*from.timestamp())?)),
+        |from, to| Some(to.with_type_(from.type_().clone()?)),
+        |from, to| Some(to.with_app_id(from.app_id().clone()?)),
+    ];
+    let properties = AmqpProperties::default();
+    let properties = copies.iter().fold(properties, |properties, copy| {
+        copy(original, properties.clone()).unwrap_or(properties)
+    });
+    match original.headers() {
+        None => properties,
+        Some(headers) => properties.with_headers(without_copies(headers.clone())),
+    }
+}
+
+/// Headers without those that make RabbitMQ deliver a message to other queues too.
+fn without_copies(mut headers: FieldTable) -> FieldTable {
+    for name in ["CC", "BCC"] {
+        headers.remove(name);
+    }
+    headers
 }
 
 fn properties(message: &Outgoing) -> AmqpProperties {
@@ -739,4 +950,81 @@ fn amqp_to_json(value: &AmqpValue) -> Value {
 /// JSON has no NaN and no infinity; their names have to do.
 fn double(number: f64) -> Value {
     Number::from_f64(number).map_or_else(|| number.to_string().into(), Value::Number)
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    /// What RabbitMQ says; the first four are of RabbitMQ 3.10.
+    #[rstest]
+    #[case::no_priorities(
+        406,
+        "PRECONDITION_FAILED - invalid arg 'x-max-priority' for queue 'w' in vhost 'v' of queue type \
+         rabbit_quorum_queue",
+        "default queue type"
+    )]
+    #[case::exists_as_classic(
+        406,
+        "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'w' in vhost 'v': received \
+         'quorum' but current is 'classic'",
+        "default queue type"
+    )]
+    #[case::other_arguments(
+        406,
+        "PRECONDITION_FAILED - inequivalent arg 'x-max-priority' for queue 'w' in vhost 'v': received \
+         the value '10' of type 'signedint' but current is none",
+        "exists, but not as durable"
+    )]
+    #[case::somebodys_alone(
+        405,
+        "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'w' in vhost 'v'",
+        "is not ours"
+    )]
+    #[case::no_rights(403, "ACCESS_REFUSED - access to queue 'w' refused", "is not ours")]
+    fn a_task_queue_that_is_refused_is_explained(
+        #[case] code: u16,
+        #[case] message: &str,
+        #[case] expected: &str,
+    ) {
+        match task_queue_refusal("w", code, message) {
+            PublishError::Refused(why) => {
+                assert!(why.contains(expected), "{why}");
+                assert!(why.contains("the task queue \"w\""), "{why}");
+                assert!(why.contains(message), "{why}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[rstest]
+    #[case(
+        "NOT_FOUND - home node 'rabbit@b' of durable queue 'w' in vhost 'v' is down or inaccessible"
+    )]
+    #[case("NOT_FOUND - queue 'w' in vhost 'v' process is stopped by supervisor")]
+    fn a_task_queue_that_is_not_there_may_come_back(#[case] message: &str) {
+        let refusal = task_queue_refusal("w", 404, message);
+        assert!(
+            matches!(refusal, PublishError::Unavailable(_)),
+            "{refusal:?}"
+        );
+    }
+
+    #[test]
+    fn what_goes_back_goes_nowhere_else() {
+        let headers = ["CC", "BCC", "kept"].map(|name| (name.to_owned(), AmqpValue::Void));
+        let original = AmqpProperties::default()
+            .with_user_id("somebody".to_owned())
+            .with_message_id("id".to_owned())
+            .with_priority(3)
+            .with_headers(FieldTable::from(headers));
+        let kept = FieldTable::from([("kept".to_owned(), AmqpValue::Void)]);
+        let expected = AmqpProperties::default()
+            .with_message_id("id".to_owned())
+            .with_priority(3)
+            .with_headers(kept);
+        assert_eq!(republished(&original), expected);
+    }
 }

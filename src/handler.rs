@@ -2,18 +2,21 @@
 //! settle, acknowledge; a batch at a time, in one Postgres transaction each.
 
 use std::any::Any;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::convert::Infallible;
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, at, never, select_biased};
 use jiff::Timestamp;
 use log::{debug, error, info, warn};
 use uuid::Uuid;
 
+pub use self::closed::ClosedQueues;
+use self::closed::{Destination, Load, Side};
 use self::item::{Item, Waiting};
 pub use self::watched::Watched;
 use crate::broker::{Delivered, Handled, PublishError, Publisher, Received};
@@ -26,7 +29,9 @@ use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transit
 use crate::wire::{self, Inbox, Outgoing};
 use crate::workflow::CurrentCatalogue;
 
+mod closed;
 mod item;
+mod letters;
 mod watched;
 
 /// A batch ends at whichever comes first.
@@ -38,6 +43,15 @@ const LAST_RETRY: Duration = Duration::from_secs(5);
 /// When Postgres has not worked for so long, a replica lets go of its messages: others may have one
 /// that does.
 const CUT_OFF: Duration = Duration::from_secs(20);
+
+/// Of messages that wait and are too many, so many go back to the end of their queue at once, and
+/// not again before so long, nor faster than so many bytes per second.
+const PUT_BACK_MESSAGES: usize = 100;
+const PUT_BACK_BYTES: usize = 1024 * 1024;
+const PUT_BACK_PAUSE: Duration = Duration::from_millis(100);
+const PUT_BACK_BYTES_PER_SECOND: usize = 8 * 1024 * 1024;
+/// How long they stay when even that does not work.
+const PUT_BACK_RETRY: Duration = Duration::from_secs(5);
 
 /// Something to handle.
 #[expect(
@@ -70,6 +84,7 @@ pub struct Setting<'s> {
     pub metrics: &'s Metrics,
     /// The queue behind each inbox.
     pub queue_names: &'s HashMap<Inbox, String>,
+    pub closed: &'s ClosedQueues,
 }
 
 /// The channels that one handler thread publishes on.
@@ -82,6 +97,8 @@ pub struct Publishers<'s> {
 
 /// One handler thread's part of the session.
 pub struct Handler<'s> {
+    /// Tells it from the session's others.
+    number: usize,
     setting: &'s Setting<'s>,
     watched: &'s Watched,
     publishers: Publishers<'s>,
@@ -91,6 +108,10 @@ pub struct Handler<'s> {
     connection: Option<Connection>,
     /// Task queues known to exist.
     declared: HashSet<String>,
+    /// Messages that stay unacknowledged until a queue takes something again.
+    stalled: BTreeMap<Destination, Vec<Item>>,
+    /// When some of them may next go back to the end of their queue.
+    put_back_at: Instant,
 }
 
 /// Why a batch did not go through.
@@ -101,6 +122,8 @@ enum Trouble {
     Locked(anyhow::Error),
     /// Less of it may go through.
     TooMuch(anyhow::Error),
+    /// A queue does not take a task for now. The same batch goes through without what it is for.
+    Closed,
     /// Something in the batch is refused.
     Refused { reason: String, by: Refuser },
     /// The session is at its end.
@@ -135,7 +158,7 @@ impl From<PublishError> for Trouble {
     fn from(error: PublishError) -> Self {
         match error {
             PublishError::Lost(error) => Trouble::Session(error),
-            PublishError::Refused(reason) => Trouble::Refused {
+            PublishError::Refused(reason) | PublishError::Unavailable(reason) => Trouble::Refused {
                 reason,
                 by: Refuser::Broker,
             },
@@ -145,12 +168,14 @@ impl From<PublishError> for Trouble {
 
 impl<'s> Handler<'s> {
     pub fn new(
+        number: usize,
         setting: &'s Setting<'s>,
         watched: &'s Watched,
         publishers: Publishers<'s>,
         done: HashMap<Inbox, Sender<Handled>>,
     ) -> Handler<'s> {
         Handler {
+            number,
             setting,
             watched,
             publishers,
@@ -158,6 +183,8 @@ impl<'s> Handler<'s> {
             waiting: Waiting::default(),
             connection: None,
             declared: HashSet::new(),
+            stalled: BTreeMap::new(),
+            put_back_at: Instant::now(),
         }
     }
 
@@ -174,7 +201,8 @@ impl<'s> Handler<'s> {
         stop: &Receiver<Infallible>,
     ) -> anyhow::Result<()> {
         loop {
-            let due = self.waiting.next_due().map_or_else(never, at);
+            let due = self.waiting.next_due().into_iter().chain(self.due());
+            let due = due.min().map_or_else(never, at);
             self.watched.waits();
             let first = select_biased! {
                 recv(stop) -> _ => return Ok(()),
@@ -184,6 +212,11 @@ impl<'s> Handler<'s> {
                 recv(findings) -> work => Some(work),
                 recv(messages) -> work => Some(work),
             };
+            if first.is_none()
+                && let Err(trouble) = self.look_after_stalled(stop)
+            {
+                return trouble.end();
+            }
             let mut batch = Vec::new();
             let mut bytes = 0;
             let mut take = |item: Item| {
@@ -205,16 +238,32 @@ impl<'s> Handler<'s> {
                 let Some(next) = next else { break };
                 has_room = take(next);
             }
-            match self.handle(&mut batch, stop) {
-                Ok(()) => {}
-                Err(Trouble::Refused { reason, by }) => {
-                    self.handle_one_by_one(batch, &reason, by, stop)?;
-                    continue;
-                }
-                Err(trouble) => return trouble.end(),
+            if let Err(trouble) = self.handle_all(batch, stop) {
+                return trouble.end();
             }
-            self.setting.metrics.batch(batch.len());
-            batch.into_iter().for_each(|item| self.finish(item));
+            self.count_stalled();
+        }
+    }
+
+    /// Takes a batch through, one by one if need be.
+    fn handle_all(
+        &mut self,
+        mut batch: Vec<Item>,
+        stop: &Receiver<Infallible>,
+    ) -> Result<(), Trouble> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        match self.handle(&mut batch, stop) {
+            Ok(()) => {
+                self.setting.metrics.batch(batch.len());
+                batch.into_iter().for_each(|item| self.finish(item));
+                Ok(())
+            }
+            Err(Trouble::Refused { reason, by }) => {
+                self.handle_one_by_one(batch, &reason, by, stop)
+            }
+            Err(trouble) => Err(trouble),
         }
     }
 
@@ -226,7 +275,7 @@ impl<'s> Handler<'s> {
         reason: &str,
         by: Refuser,
         stop: &Receiver<Infallible>,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), Trouble> {
         let alone = batch.len() == 1;
         for mut item in batch {
             let mut outcome = if alone {
@@ -247,16 +296,128 @@ impl<'s> Handler<'s> {
             }
             match outcome {
                 Ok(()) => {}
-                Err(Trouble::Refused { reason, .. }) => error!(
-                    "{}: the message of {} bytes cannot even be put aside and is dropped: {}",
-                    item.label(),
-                    item.work.size(),
-                    one_line(&reason)
-                ),
-                Err(trouble) => return trouble.end(),
+                Err(Trouble::Refused { reason, .. }) => self.hold(&mut item, &reason),
+                Err(trouble) => return Err(trouble),
             }
             self.finish(item);
         }
+        Ok(())
+    }
+
+    /// What cannot even be put aside is not acknowledged either.
+    fn hold(&self, item: &mut Item, reason: &str) {
+        let reason = one_line(reason);
+        error!("{}: cannot even be put aside: {reason}", item.label());
+        if let Some(inbox) = item.inbox() {
+            let queue = Destination::DeadLetters(Side::of(inbox));
+            let now = Instant::now();
+            self.setting.closed.close(self.number, &queue, &reason, now);
+            item.waits_for = Some(queue);
+        }
+    }
+
+    /// Tells the other handlers what waits here.
+    fn count_stalled(&mut self) {
+        if self.stalled.is_empty() && self.setting.closed.is_empty() {
+            return;
+        }
+        self.stalled.retain(|_, items| !items.is_empty());
+        let mut load = Load::default();
+        for (queue, items) in &self.stalled {
+            load.messages.insert(queue.clone(), items.len());
+            for item in items {
+                load.bytes += item.held();
+                if let Some(inbox) = item.inbox() {
+                    *load.by_inbox.entry(inbox).or_default() += 1;
+                }
+            }
+        }
+        self.setting.closed.count(self.number, load);
+    }
+
+    /// When something has to be done about the messages that wait.
+    fn due(&self) -> Option<Instant> {
+        let closed = self.setting.closed;
+        let retry = self.stalled.keys().filter_map(|queue| closed.due(queue));
+        let put_back = match self.stalled.is_empty() || closed.excess().is_empty() {
+            true => None,
+            false => Some(self.put_back_at),
+        };
+        retry.chain(put_back).min()
+    }
+
+    /// Tries again what is due, and puts back what is too much.
+    fn look_after_stalled(&mut self, stop: &Receiver<Infallible>) -> Result<(), Trouble> {
+        let closed = self.setting.closed;
+        let queues: Vec<_> = self.stalled.keys().cloned().collect();
+        for queue in queues {
+            let mut left = self.stalled.remove(&queue).unwrap_or_default();
+            while !left.is_empty() && !closed.is_closed(&queue, Instant::now()) {
+                let mut bytes = 0;
+                let fits = |item: &&Item| {
+                    bytes += item.size();
+                    bytes < MAX_BATCH_BYTES
+                };
+                let batch = left.iter().take(MAX_BATCH_MESSAGES).take_while(fits);
+                let rest = left.split_off(batch.count().max(1));
+                self.handle_all(mem::replace(&mut left, rest), stop)?;
+            }
+            self.stalled.entry(queue).or_default().append(&mut left);
+        }
+        if Instant::now() >= self.put_back_at {
+            self.put_back(&closed.excess())?;
+        }
+        self.count_stalled();
+        Ok(())
+    }
+
+    /// Puts some of the messages that wait back to the end of their queues, so that others come to
+    /// be handed out. Their order is of no use any more: of what is put aside none, and a
+    /// submission may come after its cancel.
+    fn put_back(&mut self, inboxes: &[Inbox]) -> Result<(), Trouble> {
+        let (mut bytes, mut failed) = (0, false);
+        for inbox in inboxes {
+            let mut chosen = Vec::new();
+            for (queue, items) in &mut self.stalled {
+                for item in mem::take(items) {
+                    let fits = chosen.len() < PUT_BACK_MESSAGES && bytes < PUT_BACK_BYTES;
+                    if fits && item.inbox() == Some(*inbox) {
+                        bytes += item.held();
+                        chosen.push((queue.clone(), item));
+                    } else {
+                        items.push(item);
+                    }
+                }
+            }
+            let messages: Vec<_> = chosen
+                .iter()
+                .filter_map(|(_, item)| match &item.work {
+                    Work::Message { received, .. } => Some(received),
+                    Work::Finding { .. } | Work::Announce => None,
+                })
+                .collect();
+            let name = &self.setting.queue_names[inbox];
+            let publisher = self.publishers.towards(Side::of(*inbox));
+            self.watched.waits();
+            let outcome = letters::put_back(publisher, name, &messages)?;
+            self.watched.goes_on();
+            for ((queue, item), delivered) in chosen.into_iter().zip(outcome) {
+                if delivered == Delivered::Yes {
+                    self.finish(item);
+                } else {
+                    failed = true;
+                    self.stalled.entry(queue).or_default().push(item);
+                }
+            }
+        }
+        let pause = match failed {
+            true => PUT_BACK_RETRY,
+            false => {
+                let seconds = bytes as f64 / PUT_BACK_BYTES_PER_SECOND as f64;
+                PUT_BACK_PAUSE.max(Duration::from_secs_f64(seconds))
+            }
+        };
+        self.put_back_at = Instant::now() + pause;
         Ok(())
     }
 
@@ -276,6 +437,8 @@ impl<'s> Handler<'s> {
                     debug!("a batch is divided: {error:#}");
                     return self.handle_in_halves(batch, stop);
                 }
+                // It is known now, and what is for it is left out.
+                Ok(Err(Trouble::Closed)) => continue,
                 Ok(Err(Trouble::Locked(error))) => {
                     trouble_since = None;
                     error
@@ -336,22 +499,42 @@ impl<'s> Handler<'s> {
 
     fn attempt(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
         let mut told = Outbox::default();
-        for item in &*batch {
-            self.put_aside(item, &mut told);
+        for item in &mut *batch {
+            item.waits_for = None;
+            if item.list_workflows {
+                self.setting.metrics.workflows_told();
+                debug!("telling clients the workflows");
+                let catalogue = self.setting.catalogue.get();
+                let announcement = wire::available_workflows(catalogue.announcement());
+                told.sdk.push(announcement);
+            }
         }
         if batch.iter().all(|item| item.job.is_none()) {
-            return self.publish(&told);
+            self.publish(&told)?;
+        } else {
+            self.attempt_jobs(batch, &mut told)?;
         }
+        self.put_aside(batch)
+    }
+
+    fn attempt_jobs(&mut self, batch: &mut [Item], told: &mut Outbox) -> Result<(), Trouble> {
         self.watched.waits_for_postgres();
         // Dropped on any error, and closed if it was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.setting.store.connection()?,
         };
-        let Committed { ending, waiting } = self.transact(batch, &mut told, &mut connection)?;
+        let Committed {
+            ending,
+            waiting,
+            stalled,
+        } = self.transact(batch, told, &mut connection)?;
+        for (place, queue) in stalled {
+            batch[place].waits_for = Some(queue);
+        }
         fault_point::reached("after commit");
         let mut stopwatch = self.setting.metrics.stopwatch();
-        self.publish(&told)?;
+        self.publish(told)?;
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
         if !ending.is_empty() {
@@ -377,40 +560,64 @@ impl<'s> Handler<'s> {
         Ok(())
     }
 
-    /// What a message causes beside its job.
-    fn put_aside(&self, item: &Item, outbox: &mut Outbox) {
-        let setting = self.setting;
-        if item.list_workflows {
-            setting.metrics.workflows_told();
-            debug!("telling clients the workflows");
-            let catalogue = setting.catalogue.get();
-            outbox
-                .sdk
-                .push(wire::available_workflows(catalogue.announcement()));
-        }
-        if let Some((inbox, received, reason)) = item.letter() {
-            let queue = &setting.queue_names[&inbox];
-            setting.metrics.dead_letter(inbox);
-            warn!(
-                "{}: put into {}: {}",
-                item.label(),
-                wire::DEAD_LETTERS_QUEUE,
-                one_line(reason)
-            );
-            let letter = wire::dead_letter(
-                queue,
-                reason,
-                Timestamp::now(),
-                received.properties(),
-                received.body.clone(),
-            );
-            match inbox {
-                Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => {
-                    outbox.sdk.push(letter);
+    /// Puts aside those messages of a batch that are to be; those that cannot be for now wait.
+    fn put_aside(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
+        let Setting {
+            closed,
+            metrics,
+            queue_names,
+            ..
+        } = self.setting;
+        for side in Side::ALL {
+            let (mut items, letters): (Vec<_>, Vec<_>) = batch
+                .iter_mut()
+                .filter(|item| item.waits_for.is_none())
+                .filter(|item| item.inbox().map(Side::of) == Some(side))
+                .filter_map(|item| {
+                    let (inbox, received, reason) = item.letter()?;
+                    let letter = wire::dead_letter(
+                        &queue_names[&inbox],
+                        reason,
+                        Timestamp::now(),
+                        received.properties(),
+                        received.body.clone(),
+                    );
+                    Some((item, letter))
+                })
+                .unzip();
+            if items.is_empty() {
+                continue;
+            }
+            let queue = Destination::DeadLetters(side);
+            let mut outcome = vec![Some(String::new()); items.len()];
+            if !closed.is_closed(&queue, Instant::now()) {
+                self.watched.waits();
+                outcome = letters::put_aside(self.publishers.towards(side), &letters)?;
+                self.watched.goes_on();
+                let refused = outcome.iter().flatten().count();
+                metrics.published("confirmed", outcome.len() - refused);
+                metrics.published("rejected", refused);
+                let now = Instant::now();
+                if outcome.contains(&None) {
+                    closed.took(&queue, now);
                 }
-                Inbox::Progress | Inbox::Results => outbox.task.push(letter),
+                if let Some(why) = outcome.iter().flatten().next() {
+                    closed.close(self.number, &queue, why, now);
+                }
+            }
+            for (item, why) in items.iter_mut().zip(outcome) {
+                if why.is_none() {
+                    item.is_put_aside(metrics);
+                }
+                // Where its client is to be told of its job later, it comes once more anyway.
+                if item.wait.is_none() {
+                    item.job = None;
+                    item.list_workflows = false;
+                    item.waits_for = why.map(|_| queue.clone());
+                }
             }
         }
+        Ok(())
     }
 
     /// Decides about a batch and commits that. Adds to `told` what clients are to hear of it now.
@@ -448,6 +655,7 @@ impl<'s> Handler<'s> {
         let mut series = SeriesChanges::default();
         let mut events = Vec::new();
         let mut waiting = Vec::new();
+        let mut stalled = Vec::new();
         for (place, item, (id, command)) in jobs() {
             let state = after
                 .get(id)
@@ -471,6 +679,10 @@ impl<'s> Handler<'s> {
             self.watched.decides(*id, command.name());
             fault_point::reached(command.reference());
             let decision = job::decide(*id, state, command, &context);
+            if let Some(queue) = self.closed_for(&decision.publications) {
+                stalled.push((place, queue));
+                continue;
+            }
             if !decision.wait.is_zero() {
                 waiting.push(Waits::new(place, command, &decision));
             } else if !decision.announcements.is_empty() {
@@ -560,7 +772,18 @@ impl<'s> Handler<'s> {
         Ok(Committed {
             ending: ending.into_iter().collect(),
             waiting,
+            stalled,
         })
+    }
+
+    /// The task queue that takes none of these for now.
+    fn closed_for(&self, publications: &[Publication<'_>]) -> Option<Destination> {
+        let closed = self.setting.closed;
+        if closed.is_empty() {
+            return None;
+        }
+        let mut queues = publications.iter().filter_map(task_queue);
+        queues.find(|queue| closed.is_closed(queue, Instant::now()))
     }
 
     fn write_out(&self, publication: Publication<'_>, outbox: &mut Outbox) {
@@ -612,9 +835,9 @@ impl<'s> Handler<'s> {
         self.watched.waits();
         let published = self.publish_all(outbox);
         self.watched.goes_on();
-        if let Err(Trouble::Refused { .. }) = published {
-            let Publishers { sdk, celery, task } = &mut self.publishers;
-            [sdk, celery, task].into_iter().for_each(Publisher::abandon);
+        if let Err(Trouble::Refused { .. } | Trouble::Closed) = published {
+            let Publishers { sdk, celery, .. } = &mut self.publishers;
+            [sdk, celery].into_iter().for_each(Publisher::abandon);
         }
         if published.is_err() {
             // What follows is a rollback.
@@ -643,18 +866,15 @@ impl<'s> Handler<'s> {
         for queue in &outbox.tasks_for {
             self.declare(queue)?;
         }
-        let Publishers { sdk, celery, task } = &mut self.publishers;
+        let Publishers { sdk, celery, .. } = &mut self.publishers;
         celery.send(&outbox.celery)?;
         sdk.send(&outbox.sdk)?;
-        task.send(&outbox.task)?;
-        // All of them before any is looked at, lest a confirm be taken for the next batch's.
-        let (to_celery, to_sdk, to_task) = (celery.confirm(), sdk.confirm(), task.confirm());
-        let (to_celery, to_sdk, to_task) = (to_celery?, to_sdk?, to_task?);
-        let outcomes = [&to_celery, &to_sdk, &to_task].into_iter().flatten();
-        self.count_published(outcomes);
+        // Both before any is looked at, lest a confirm be taken for the next batch's.
+        let (to_celery, to_sdk) = (celery.confirm(), sdk.confirm());
+        let (to_celery, to_sdk) = (to_celery?, to_sdk?);
+        self.count_published(to_celery.iter().chain(&to_sdk));
         let to_celery = undelivered(&outbox.celery, &to_celery);
         let to_sdk = undelivered(&outbox.sdk, &to_sdk);
-        let to_task = undelivered(&outbox.task, &to_task);
         if let Some(task) = to_celery
             .rejected
             .iter()
@@ -669,11 +889,7 @@ impl<'s> Handler<'s> {
             self.publish_tasks_again(&to_celery.unroutable)?;
         }
         let mut results = to_sdk.unroutable;
-        for message in to_sdk.rejected.into_iter().chain(to_task.rejected) {
-            if message.routing_key == wire::DEAD_LETTERS_QUEUE {
-                let error = anyhow!("{} takes nothing more", wire::DEAD_LETTERS_QUEUE);
-                return Err(Trouble::Session(error));
-            }
+        for message in to_sdk.rejected {
             warn!("a queue for {} takes nothing more", message.routing_key);
             if message.mandatory {
                 results.push(message);
@@ -687,29 +903,42 @@ impl<'s> Handler<'s> {
 
     fn declare(&mut self, queue: &str) -> Result<(), Trouble> {
         if !self.declared.contains(queue) {
-            self.publishers.celery.declare_task_queue(queue)?;
+            match self.publishers.celery.declare_task_queue(queue) {
+                Ok(()) => {}
+                Err(PublishError::Unavailable(why)) => return Err(self.close(queue, &why)),
+                Err(error @ (PublishError::Refused(_) | PublishError::Lost(_))) => {
+                    return Err(error.into());
+                }
+            }
             self.declared.insert(queue.to_owned());
         }
         Ok(())
     }
 
+    /// A task queue takes nothing for now.
+    fn close(&mut self, queue: &str, why: &str) -> Trouble {
+        self.declared.remove(queue);
+        let (number, now) = (self.number, Instant::now());
+        let queue = Destination::TaskQueue(queue.to_owned());
+        self.setting.closed.close(number, &queue, why, now);
+        Trouble::Closed
+    }
+
     /// A task comes back when somebody has deleted its queue since it was declared.
     fn publish_tasks_again(&mut self, tasks: &[Outgoing]) -> Result<(), Trouble> {
-        for task in tasks {
-            warn!(
-                "the task queue {:?} was deleted; it is declared again",
-                task.routing_key
-            );
-            self.declared.remove(&task.routing_key);
-            self.declare(&task.routing_key)?;
+        let queues: BTreeSet<_> = tasks.iter().map(|task| &task.routing_key).collect();
+        for queue in queues {
+            warn!("the task queue {queue:?} was deleted, or is not there; it is declared again");
+            self.declared.remove(queue);
+            self.declare(queue)?;
         }
         let outcome = self.publishers.celery.publish(tasks)?;
         match undelivered(tasks, &outcome).unroutable.first() {
             None => Ok(()),
-            Some(task) => Err(Trouble::Session(anyhow!(
-                "the task queue {:?} was deleted again right after it was declared",
-                task.routing_key
-            ))),
+            Some(task) => {
+                let why = "it was deleted again right after it was declared";
+                Err(self.close(&task.routing_key, why))
+            }
         }
     }
 
@@ -734,8 +963,13 @@ impl<'s> Handler<'s> {
         Ok(())
     }
 
-    /// Lets go of an item that is through, or keeps it until its client may be told.
-    fn finish(&mut self, item: Item) {
+    /// Lets go of an item that is through, or keeps it until its client may be told, or until a
+    /// queue takes what it is for.
+    fn finish(&mut self, mut item: Item) {
+        if let Some(queue) = item.waits_for.take() {
+            self.stalled.entry(queue).or_default().push(item);
+            return;
+        }
         let (inbox, handled) = match (item.wait, &item.work) {
             (Some(wait), _) => {
                 debug!("{}: it waits for its client for {wait:?}", item.label());
@@ -759,6 +993,9 @@ struct Committed {
     /// The jobs that are at their end when their clients have been told.
     ending: Vec<Uuid>,
     waiting: Vec<Waits>,
+    /// Messages, by their place in the batch, for which nothing was done, since a queue takes
+    /// nothing for now.
+    stalled: Vec<(usize, Destination)>,
 }
 
 /// An item of a batch whose outcome is not to be told yet.
@@ -786,6 +1023,29 @@ impl Waits {
             place,
             wait: decision.wait,
             refusal: matches!(command, Command::Submit(_)).then(logs).flatten(),
+        }
+    }
+}
+
+/// The queue that a publication is for, if it is a task.
+fn task_queue(publication: &Publication<'_>) -> Option<Destination> {
+    match publication {
+        Publication::Task { submission, .. } => {
+            Some(Destination::TaskQueue(submission.workflow_type.clone()))
+        }
+        Publication::Revoke { .. }
+        | Publication::Status { .. }
+        | Publication::Progress { .. }
+        | Publication::Result { .. } => None,
+    }
+}
+
+impl<'s> Publishers<'s> {
+    /// The way to the dead letters of a vhost.
+    fn towards(&mut self, side: Side) -> &mut Publisher<'s> {
+        match side {
+            Side::Clients => &mut self.sdk,
+            Side::Workers => &mut self.task,
         }
     }
 }
@@ -819,7 +1079,6 @@ pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
 struct Outbox {
     sdk: Vec<Outgoing>,
     celery: Vec<Outgoing>,
-    task: Vec<Outgoing>,
     /// The queues of the tasks among them.
     tasks_for: BTreeSet<String>,
 }
@@ -868,6 +1127,7 @@ impl Trouble {
             | Trouble::Database(error)
             | Trouble::Locked(error)
             | Trouble::TooMuch(error) => Err(error),
+            Trouble::Closed => bail!("a queue takes nothing"),
             Trouble::Refused { reason, .. } => bail!(reason),
         }
     }

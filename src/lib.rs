@@ -34,6 +34,7 @@ pub mod page;
 pub mod parameters;
 pub mod queues;
 pub mod report;
+mod requests;
 pub mod session;
 pub mod store;
 mod stuck;

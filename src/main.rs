@@ -538,6 +538,9 @@ fn show_letter(vhost: &str, letter: &DeadLetter, body: Option<&Path>) -> anyhow:
     println!("time:       {}", one_line(&letter.time));
     println!("queue:      {} ({vhost})", one_line(&letter.queue));
     println!("reason:     {}", harmless(&letter.reason));
+    if !letter.cut.is_empty() {
+        println!("cut:        {}", harmless(&letter.cut));
+    }
     println!(
         "properties: {}",
         readable(&format!("{:#}", letter.properties))

@@ -19,19 +19,20 @@ use jiff::{SignedDuration, Timestamp};
 use log::{error, info, warn};
 
 use crate::broker::intake::Intake;
-use crate::broker::{self, DEADLINE, Link, Publisher};
+use crate::broker::{self, Claim, DEADLINE, Delivered, Link, PublishError, Publisher, Received};
 use crate::busy::Busy;
 use crate::celery;
 use crate::config::Config;
 use crate::fault_point;
 use crate::handler::{
-    self, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work, panic_text,
+    self, ClosedQueues, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work, panic_text,
 };
 use crate::health::{Health, Part};
 use crate::job::Rules;
 use crate::maintenance;
 use crate::metrics::Metrics;
 use crate::overview::{Overview, Queues};
+use crate::requests;
 use crate::store::{Connection, Store, StoreError, Task};
 use crate::stuck;
 use crate::wire::{self, Inbox};
@@ -129,10 +130,11 @@ impl Service {
 
 /// The queues of each consumer thread. What a worker says of a task comes through two, and a start or
 /// the last progress is of no use after the result.
-const CONSUMERS: [(&str, &[Inbox]); 4] = [
+const CONSUMERS: [(&str, &[Inbox]); 5] = [
     ("submissions", &[Inbox::Submissions]),
     ("cancels", &[Inbox::Cancels]),
     ("workflow-requests", &[Inbox::WorkflowRequests]),
+    ("named-requests", &[Inbox::NamedWorkflowRequests]),
     ("events", &[Inbox::Progress, Inbox::Results]),
 ];
 
@@ -147,8 +149,16 @@ fn prefetch(inbox: Inbox, outcome_delay: Duration) -> u16 {
         Inbox::Submissions | Inbox::Results => waiting.saturating_add(1000),
         Inbox::Cancels => waiting.saturating_add(100),
         Inbox::Progress => 2000,
-        Inbox::WorkflowRequests => 20,
+        Inbox::WorkflowRequests | Inbox::NamedWorkflowRequests => 20,
     }
+}
+
+/// How many messages of each queue may wait for one that takes nothing, of all handlers together:
+/// most of what RabbitMQ hands out is to be for those that get through.
+fn closed_queues() -> ClosedQueues {
+    let prefetch = |inbox| usize::from(prefetch(inbox, Duration::ZERO));
+    let limits = Inbox::ALL.map(|inbox| (inbox, prefetch(inbox) / 4));
+    ClosedQueues::new(HashMap::from(limits), MAX_IN_HAND / 2)
 }
 
 /// A blocked publisher must not take the consumers down, hence the two directions of each vhost.
@@ -226,7 +236,7 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()>
     let intake = Intake::new(MAX_IN_HAND);
     let links = Links::open(&service.config, &intake)?;
     let outcome = broker::within_deadline(DEADLINE, || links.kill(), || prepare(service, &links))
-        .and_then(|queues| work(service, &links, &intake, &queues, stop));
+        .and_then(|prepared| work(service, &links, &intake, prepared, stop));
     if outcome.is_err() {
         // A connection that is lost in silence or blocked would keep its close waiting.
         links.kill();
@@ -238,13 +248,33 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) -> anyhow::Result<()>
     })
 }
 
-/// Declares what the orchestrator and others rely on, tells all clients the workflows, and returns
-/// the queue behind each inbox.
-fn prepare(service: &Service, links: &Links) -> anyhow::Result<HashMap<Inbox, String>> {
+/// What a session begins with.
+struct Prepared {
+    /// The queue behind each inbox.
+    queue_names: HashMap<Inbox, String>,
+    /// Whether the requests that are sent to their queue are answered here.
+    claim: Claim,
+}
+
+/// Declares what the orchestrator and others rely on, and tells all clients the workflows.
+fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
     let config = &service.config;
     let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
     links.sdk_in.declare_for_clients()?;
     links.task_in.declare_for_workers(&[results, progress])?;
+    for link in [&links.sdk_out, links.task_out()] {
+        match link.declare_dead_letters() {
+            // It is tried again with the first letter.
+            Err(PublishError::Unavailable(why) | PublishError::Refused(why)) => {
+                warn!(
+                    "{}: {} cannot be declared: {why}",
+                    link.name(),
+                    wire::DEAD_LETTERS_QUEUE
+                );
+            }
+            declared => declared?,
+        }
+    }
     links.celery_out.declare_pidbox()?;
     // Each replica has its own, for a queue of all would need one that is exclusive to none; so a
     // client may get more than one answer. It is there before the workflows are told, lest a
@@ -252,18 +282,24 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<HashMap<Inbox, St
     let requests = links
         .sdk_in
         .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
+    let claim = requests::claim(&links.sdk_in)?;
     let announcement = wire::available_workflows(service.catalogue.get().announcement());
     let busy = Busy::default();
     Publisher::new(&links.sdk_out, &busy)
         .publish(&[announcement])
         .context("telling clients the workflows")?;
-    Ok(HashMap::from([
+    let queue_names = HashMap::from([
         (Inbox::Submissions, wire::SUBMISSIONS_QUEUE.to_owned()),
         (Inbox::Cancels, wire::CANCELS_QUEUE.to_owned()),
         (Inbox::WorkflowRequests, requests),
+        (
+            Inbox::NamedWorkflowRequests,
+            wire::WORKFLOW_REQUESTS_KEY.to_owned(),
+        ),
         (Inbox::Progress, progress.clone()),
         (Inbox::Results, results.clone()),
-    ]))
+    ]);
+    Ok(Prepared { queue_names, claim })
 }
 
 /// How a thread of the session ended.
@@ -276,10 +312,12 @@ fn work(
     service: &Service,
     links: &Links,
     intake: &Intake,
-    queue_names: &HashMap<Inbox, String>,
+    prepared: Prepared,
     stop: &Receiver<Infallible>,
 ) -> anyhow::Result<()> {
+    let Prepared { queue_names, claim } = &prepared;
     let config = &service.config;
+    let closed = closed_queues();
     let setting = Setting {
         store: &service.store,
         catalogue: &service.catalogue,
@@ -288,6 +326,7 @@ fn work(
         rules: &service.rules,
         metrics: &service.metrics,
         queue_names,
+        closed: &closed,
     };
     let watched: Vec<Watched> = (0..config.handler_threads)
         .map(|_| Watched::default())
@@ -322,7 +361,7 @@ fn work(
                 celery: Publisher::new(&links.celery_out, &watched.celery),
                 task: Publisher::new(links.task_out(), &watched.task),
             };
-            let handler = Handler::new(&setting, watched, publishers, done_senders.clone());
+            let handler = Handler::new(number, &setting, watched, publishers, done_senders.clone());
             let stopped = session_stopped.clone();
             let name = format!("handler-{}", number + 1);
             running.insert(name.clone());
@@ -332,9 +371,13 @@ fn work(
         }
         // From here on only handlers hold them: a consumer knows by their end that no more comes.
         drop(done_senders);
+        let (nobody_answers, vacant) = bounded(1);
         for ((name, inboxes), done) in CONSUMERS.into_iter().zip(done_receivers) {
             let link = match inboxes[0] {
-                Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => &links.sdk_in,
+                Inbox::Submissions
+                | Inbox::Cancels
+                | Inbox::WorkflowRequests
+                | Inbox::NamedWorkflowRequests => &links.sdk_in,
                 Inbox::Progress | Inbox::Results => &links.task_in,
             };
             let queues: Vec<_> = inboxes
@@ -345,28 +388,40 @@ fn work(
                 })
                 .collect();
             let inputs = handler_inputs.clone();
-            let stopped = session_stopped.clone();
+            let (stopped, vacant) = (session_stopped.clone(), vacant.clone());
+            let hand_over = move |place: usize, received: Received| {
+                // One job's messages all go to one handler, which keeps their order.
+                let job = catch_unwind(|| wire::job_id(&received.body));
+                // What makes this panic makes its handler panic too, which puts it aside.
+                let handler = job
+                    .ok()
+                    .flatten()
+                    .map_or(0, |id| handler::index(id, inputs.len()));
+                let inbox = inboxes[place];
+                // A handler that is gone leaves it to the next session.
+                let _ = inputs[handler].send(Work::Message { inbox, received });
+            };
+            let announcer = handler_inputs[0].clone();
             let name = format!("consume-{name}");
             running.insert(name.clone());
             spawn(scope, name, &report, move || {
-                broker::consume(link, &queues, &stopped, &done, |place, received| {
-                    // One job's messages all go to one handler, which keeps their order.
-                    let job = catch_unwind(|| wire::job_id(&received.body));
-                    // What makes this panic makes its handler panic too, which puts it aside.
-                    let handler = job
-                        .ok()
-                        .flatten()
-                        .map_or(0, |id| handler::index(id, inputs.len()));
-                    let inbox = inboxes[place];
-                    // A handler that is gone leaves it to the next session.
-                    let _ = inputs[handler].send(Work::Message { inbox, received });
-                })
+                if inboxes[0] != Inbox::NamedWorkflowRequests {
+                    return broker::consume(link, &queues, &stopped, &done, hand_over);
+                }
+                let (claim, prefetch) = (claim.clone(), queues[0].1);
+                let answering = requests::Answering {
+                    link,
+                    prefetch,
+                    announcer,
+                    vacant,
+                };
+                answering.run(claim, &stopped, &done, hand_over)
             })?;
         }
         drop(handler_inputs);
         let (stopped, own_pulse) = (session_stopped.clone(), &pulse);
         spawn(scope, "pulse".to_owned(), &report, move || {
-            own_pulse.run(links, &stopped)
+            own_pulse.run(links, &nobody_answers, &stopped)
         })?;
         running.insert("pulse".to_owned());
         let announcer = finding_inputs[0].clone();
@@ -396,6 +451,7 @@ fn work(
             watched: &watched,
             pulse: &pulse,
             maintenance: &maintenance_busy,
+            closed: &closed,
             intake,
             announcer,
             blocked: HashMap::new(),
@@ -458,6 +514,7 @@ struct Watch<'s> {
     watched: &'s [Watched],
     pulse: &'s Pulse,
     maintenance: &'s Busy,
+    closed: &'s ClosedQueues,
     intake: &'s Intake,
     /// To a handler, which can publish.
     announcer: Sender<Work>,
@@ -634,9 +691,14 @@ impl Watch<'_> {
                 .or_else(for_postgres)
                 .or_else(by_itself);
         }
-        match lost {
-            Some(text) => self.fail(anyhow!(text)),
-            None => self.report(Part::Handling, held_up),
+        match (lost, self.closed.trouble()) {
+            (Some(text), _) => self.fail(anyhow!(text)),
+            // The log has it from whoever found out.
+            (None, Some(trouble)) if held_up.is_none() && self.cause.is_none() => {
+                let (health, now) = (&self.service.health, Timestamp::now());
+                health.report(Part::Handling, Some(trouble), now);
+            }
+            (None, _) => self.report(Part::Handling, held_up),
         }
     }
 
@@ -669,15 +731,23 @@ struct Pulse {
 }
 
 impl Pulse {
-    /// Asks each connection for an answer from time to time, until `stop` is disconnected: an idle
+    /// Asks each connection for an answer from time to time, until `stop` is disconnected, and tells
+    /// when no replica answers the requests that are sent to their queue: an idle
     /// one would not notice that it is blocked, nor, where the broker has switched heartbeats off,
     /// that nobody is there any more.
     ///
     /// # Errors
     /// A connection is lost.
-    fn run(&self, links: &Links, stop: &Receiver<Infallible>) -> anyhow::Result<()> {
+    fn run(
+        &self,
+        links: &Links,
+        nobody_answers: &Sender<()>,
+        stop: &Receiver<Infallible>,
+    ) -> anyhow::Result<()> {
+        let mut to_clients = Publisher::new(&links.sdk_out, &self.publishing);
         let mut publishers: Vec<_> = links
             .publishing()
+            .skip(1)
             .map(|link| Publisher::new(link, &self.publishing))
             .collect();
         loop {
@@ -691,6 +761,11 @@ impl Pulse {
                 self.consuming.touch();
                 link.check()?;
                 self.consuming.idle();
+            }
+            let came_back = to_clients.publish(&[wire::pulse_for_requests()])?;
+            if came_back.contains(&Delivered::Unroutable) {
+                // Whoever is to look is looking already, or answers.
+                let _ = nobody_answers.try_send(());
             }
             for publisher in &mut publishers {
                 publisher.publish(&[wire::pulse()])?;

@@ -34,8 +34,11 @@ pub use proto::{
 pub const OMOTES_EXCHANGE: &str = "omotes_exchange";
 pub const SUBMISSIONS_QUEUE: &str = "job_submissions";
 pub const CANCELS_QUEUE: &str = "job_deletions";
-/// Key of the clients' requests for the workflow definitions.
+/// Key of the clients' requests for the workflow definitions, and the queue to which the TypeScript
+/// SDK sends them, through the default exchange.
 pub const WORKFLOW_REQUESTS_KEY: &str = "request_available_workflows";
+/// Key that leads somewhere while one of the replicas holds the queue of that name.
+pub const WORKFLOW_REQUESTS_HELD_KEY: &str = "omotes_orchestrator_answers_requests";
 /// Key on which every client hears the workflow definitions.
 pub const AVAILABLE_WORKFLOWS_KEY: &str = "available_workflows";
 /// Exchange of Celery's remote control: fanout, not durable.
@@ -50,16 +53,20 @@ pub const TASK_QUEUE_MAX_PRIORITY: i32 = 10;
 pub enum Inbox {
     Submissions,
     Cancels,
+    /// What comes by the exchange.
     WorkflowRequests,
+    /// What is sent to the queue of this name, which one replica has.
+    NamedWorkflowRequests,
     Progress,
     Results,
 }
 
 impl Inbox {
-    pub const ALL: [Inbox; 5] = [
+    pub const ALL: [Inbox; 6] = [
         Inbox::Submissions,
         Inbox::Cancels,
         Inbox::WorkflowRequests,
+        Inbox::NamedWorkflowRequests,
         Inbox::Progress,
         Inbox::Results,
     ];
@@ -69,7 +76,7 @@ impl Inbox {
         match self {
             Inbox::Submissions => "submissions",
             Inbox::Cancels => "cancels",
-            Inbox::WorkflowRequests => "workflow-requests",
+            Inbox::WorkflowRequests | Inbox::NamedWorkflowRequests => "workflow-requests",
             Inbox::Progress => "progress",
             Inbox::Results => "results",
         }
@@ -223,6 +230,15 @@ pub fn pulse() -> Outgoing {
     }
 }
 
+/// The same to clients' exchange: it comes back when no replica answers the requests that are sent
+/// to their queue.
+pub fn pulse_for_requests() -> Outgoing {
+    Outgoing {
+        mandatory: true,
+        ..to_clients(WORKFLOW_REQUESTS_HELD_KEY.to_owned(), Vec::new())
+    }
+}
+
 /// What a worker sends to `queue`, through the default exchange.
 pub fn worker_event(queue: &str, message: &impl prost::Message) -> Outgoing {
     Outgoing {
@@ -263,8 +279,35 @@ pub fn dead_letter(
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value))
             .collect(),
+        // The message that it is made of is gone once it is confirmed.
+        mandatory: true,
         ..to_clients(DEAD_LETTERS_QUEUE.to_owned(), body)
     }
+}
+
+/// A dead letter that the broker refuses, with the beginning of its body only; None where that is
+/// all of it. `why` is what the broker said.
+pub fn cut_letter(letter: &Outgoing, why: &str) -> Option<Outgoing> {
+    /// Less than any limit for messages that lets jobs through.
+    const KEPT: usize = 8 * 1024;
+    let kept = letter.body.get(..KEPT)?;
+    let mut headers = letter.headers.clone();
+    let size = letter.body.len();
+    let cut = format!("the first {KEPT} of {size} bytes: {why}");
+    headers.insert("cut".to_owned(), cut.into());
+    Some(Outgoing {
+        exchange: letter.exchange,
+        routing_key: letter.routing_key.clone(),
+        mandatory: letter.mandatory,
+        with_message_id: letter.with_message_id,
+        content_type: letter.content_type,
+        content_encoding: letter.content_encoding,
+        priority: letter.priority,
+        correlation_id: letter.correlation_id.clone(),
+        reply_to: letter.reply_to.clone(),
+        headers,
+        body: kept.to_vec(),
+    })
 }
 
 /// A received message's content: what it asks for.
@@ -329,7 +372,7 @@ pub fn decode(
             let message = parse::<JobDelete>(body, |_| None)?;
             job_request(&message.uuid, Command::Cancel)
         }
-        Inbox::WorkflowRequests => {
+        Inbox::WorkflowRequests | Inbox::NamedWorkflowRequests => {
             parse::<RequestAvailableWorkflows>(body, |_| None).map(|_| Request::ListWorkflows)
         }
         Inbox::Progress => decode_progress(body, message_id, redelivered),

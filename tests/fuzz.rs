@@ -424,7 +424,11 @@ fn task(kind: Inbox) -> Fields {
         .with(2, Uuid::nil().to_string());
     match kind {
         Inbox::Progress => event.with_number(6, 0),
-        Inbox::Results | Inbox::Submissions | Inbox::Cancels | Inbox::WorkflowRequests => event,
+        Inbox::Results
+        | Inbox::Submissions
+        | Inbox::Cancels
+        | Inbox::WorkflowRequests
+        | Inbox::NamedWorkflowRequests => event,
     }
 }
 

@@ -34,12 +34,12 @@ pub struct Received {
     pub tag: u64,
     pub body: Vec<u8>,
     pub redelivered: bool,
-    properties: AmqpProperties,
+    pub(super) properties: AmqpProperties,
 }
 
 impl Received {
     /// How many bytes of memory it takes, about: its body, and its properties as they are held.
-    fn size(&self) -> usize {
+    pub fn size(&self) -> usize {
         let own = &self.properties;
         let texts = [
             own.content_type(),

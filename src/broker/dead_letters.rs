@@ -6,7 +6,7 @@ use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use super::{DEADLINE, Link, OpenChannel, amqp_to_json, durable};
+use super::{DEADLINE, Link, OpenChannel, amqp_to_json, without_copies};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
 /// A message that could not be handled; [`crate::wire::dead_letter`] wrote it.
@@ -20,6 +20,8 @@ pub struct DeadLetter {
     /// The original message's, those that were set.
     pub properties: Value,
     pub body: Vec<u8>,
+    /// Where the body is not all of the message's: how much of it is missing, and why.
+    pub cut: String,
 }
 
 /// What to do with a letter.
@@ -40,8 +42,10 @@ pub fn go_through(
     link: &Link,
     mut fate: impl FnMut(&DeadLetter) -> Fate,
 ) -> anyhow::Result<BTreeMap<String, String>> {
+    // As it is: somebody may have declared it otherwise.
+    link.declare_dead_letters()?;
     let channel = link.channel()?;
-    let queue = channel.queue_declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new()))?;
+    let queue = channel.queue_declare_passive(DEAD_LETTERS_QUEUE)?;
     let mut publishing: Option<OpenChannel> = None;
     let mut failed = BTreeMap::new();
     for _ in 0..queue.declared_message_count().unwrap_or_default() {
@@ -90,6 +94,9 @@ fn requeue(
     if letter.queue.is_empty() {
         return Ok(Some("it does not say which queue it came from".to_owned()));
     }
+    if !letter.cut.is_empty() {
+        return Ok(Some(format!("it is not the whole message: {}", letter.cut)));
+    }
     let publish = Publish {
         body: &letter.body,
         routing_key: letter.queue.clone(),
@@ -125,12 +132,14 @@ impl DeadLetter {
             time: text("time"),
             properties: header("properties").map_or(Value::Null, amqp_to_json),
             body: body.to_vec(),
+            cut: text("cut"),
         }
     }
 }
 
 /// The properties that the letter's header says the message had. Without its user id, which the
-/// broker takes from that user alone.
+/// broker takes from that user alone, and without the copies that its sender has asked for: they
+/// were delivered.
 fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
     let none = FieldTable::new();
     let table = match letter
@@ -150,7 +159,7 @@ fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
     let mut properties =
         AmqpProperties::default().with_delivery_mode(small("delivery_mode").unwrap_or(2));
     if let Some(AmqpValue::FieldTable(headers)) = table.get("headers") {
-        properties = properties.with_headers(headers.clone());
+        properties = properties.with_headers(without_copies(headers.clone()));
     }
     if let Some(priority) = small("priority") {
         properties = properties.with_priority(priority);

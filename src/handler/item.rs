@@ -6,13 +6,15 @@ use std::mem;
 use std::panic::catch_unwind;
 use std::time::{Duration, Instant};
 
-use log::error;
+use log::{error, warn};
 use uuid::Uuid;
 
+use super::closed::Destination;
 use super::watched::Watched;
 use super::{Refuser, Work, fault_in_ourselves};
 use crate::fault_point;
 use crate::job::Command;
+use crate::metrics::Metrics;
 use crate::report::{self, one_line};
 use crate::wire::{self, Inbox, Request};
 
@@ -26,6 +28,8 @@ pub(super) struct Item {
     pub(super) list_workflows: bool,
     /// Why the message itself is put aside.
     pub(super) dead_letter: Option<String>,
+    /// What takes nothing of it for now, so that it is not done.
+    pub(super) waits_for: Option<Destination>,
     /// How long its job's client is not to be told what has been committed.
     pub(super) wait: Option<Duration>,
     /// It has been through once, and waited since.
@@ -43,6 +47,7 @@ impl Item {
             job: None,
             list_workflows: false,
             dead_letter: None,
+            waits_for: None,
             wait: None,
             has_waited: false,
             altered: false,
@@ -97,6 +102,15 @@ impl Item {
         self.work.size() + command.map_or(0, Command::decoded_bytes)
     }
 
+    /// The same, with the properties that it came with.
+    pub(super) fn held(&self) -> usize {
+        let properties = match &self.work {
+            Work::Message { received, .. } => received.size().saturating_sub(received.body.len()),
+            Work::Finding { .. } | Work::Announce => 0,
+        };
+        self.size() + properties
+    }
+
     /// It comes again, and may have been committed. What tells a START from its repetition is its
     /// message id or, without one, the broker's word.
     pub(super) fn repeat(&mut self) {
@@ -126,6 +140,7 @@ impl Item {
             let reason = format!("The orchestrator could not handle this job: {reason}.");
             Some((id, command.instead(reason)?))
         });
+        self.list_workflows = false;
         // What the broker refuses is most often too big for any of its queues.
         if by != Refuser::Broker || instead.is_none() {
             self.dead_letter = Some(reason);
@@ -145,10 +160,10 @@ impl Item {
     /// whether that is next to nothing, because its body is not needed any more.
     fn rest(&mut self) -> bool {
         self.has_waited = true;
-        // What it causes beside its job has been done.
-        self.dead_letter = None;
         self.wait = None;
         let is_small = match &self.job {
+            // It could not be put aside yet.
+            _ if self.dead_letter.is_some() => false,
             Some((_, command)) => size(command) <= SMALL,
             None => false,
         };
@@ -183,6 +198,15 @@ impl Item {
             }
             Work::Message { inbox, received } => Some((*inbox, received, reason)),
             Work::Finding { .. } | Work::Announce => None,
+        }
+    }
+
+    /// It is where the operator finds it.
+    pub(super) fn is_put_aside(&mut self, metrics: &Metrics) {
+        if let (Some(inbox), Some(reason)) = (self.inbox(), self.dead_letter.take()) {
+            metrics.dead_letter(inbox);
+            let (label, letters) = (self.label(), wire::DEAD_LETTERS_QUEUE);
+            warn!("{label}: put into {letters}: {}", one_line(&reason));
         }
     }
 

@@ -13,9 +13,10 @@ use omotes_orchestrator::wire::{
 };
 use prost::Message;
 use rstest::rstest;
+use serde_json::json;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, management, server_client};
+use crate::deployment::{Deployment, eventually, management, server_client, setting};
 use crate::peers::{Client, Peer, Task, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -189,6 +190,30 @@ fn a_task_queue_declared_otherwise_is_an_error_result_that_says_so() {
     let worker = Worker::new(&deployment, "workflow_2");
     let job = client.submit("workflow_2");
     assert_eq!(worker.take().job, job);
+}
+
+#[test]
+fn a_default_queue_type_that_forbids_a_task_queue_is_named() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let vhost = deployment.celery_vhost();
+    management("DELETE", &format!("vhosts/{vhost}"), None);
+    let quorum = json!({"defaultqueuetype": "quorum"});
+    management("PUT", &format!("vhosts/{vhost}"), Some(quorum));
+    let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+    let user = setting("RABBITMQ_USER");
+    management("PUT", &format!("permissions/{vhost}/{user}"), Some(all));
+    let service = deployment.start();
+    let job = client.submit("workflow_1");
+    let (result_type, logs) = client.outcome(job);
+    assert_eq!(result_type, ResultType::Error);
+    assert!(logs.contains("default queue type is not classic"), "{logs}");
+    assert!(!logs.contains("exists"), "{logs}");
+    assert!(
+        !service
+            .log()
+            .contains("the session with RabbitMQ has ended")
+    );
 }
 
 #[test]

@@ -76,6 +76,14 @@ impl Peer {
         publish(&self.channel, queue, body, message_id);
     }
 
+    pub fn send_with(&self, queue: &str, body: &[u8], headers: FieldTable) {
+        let properties = AmqpProperties::default()
+            .with_delivery_mode(2)
+            .with_headers(headers);
+        let publish = Publish::with_properties(body, queue, properties);
+        Exchange::direct(&self.channel).publish(publish).unwrap();
+    }
+
     /// When this returns, RabbitMQ has written it to its disk, or it has been acknowledged.
     pub fn send_safely(&self, queue: &str, body: &[u8]) {
         let channel = self.connection.borrow_mut().open_channel(None).unwrap();

@@ -1,0 +1,308 @@
+//! Messages that wait unacknowledged for a queue that takes nothing for now: one that is full by a
+//! policy, or whose node is down. The handlers share what they know of such queues, so that one of
+//! them asks at a time and the log has one line.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use crate::wire::{DEAD_LETTERS_QUEUE, Inbox};
+
+/// Pauses between attempts.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_secs(60);
+
+/// The two vhosts that messages come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Side {
+    Clients,
+    Workers,
+}
+
+impl Side {
+    pub(super) const ALL: [Side; 2] = [Side::Clients, Side::Workers];
+
+    pub(super) fn of(inbox: Inbox) -> Side {
+        match inbox {
+            Inbox::Submissions
+            | Inbox::Cancels
+            | Inbox::WorkflowRequests
+            | Inbox::NamedWorkflowRequests => Side::Clients,
+            Inbox::Progress | Inbox::Results => Side::Workers,
+        }
+    }
+}
+
+/// A queue that messages go to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Destination {
+    TaskQueue(String),
+    DeadLetters(Side),
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Destination::TaskQueue(name) => write!(f, "the task queue {name:?}"),
+            Destination::DeadLetters(Side::Clients) => {
+                write!(f, "{DEAD_LETTERS_QUEUE} of the SDK vhost")
+            }
+            Destination::DeadLetters(Side::Workers) => {
+                write!(f, "{DEAD_LETTERS_QUEUE} of the TASK vhost")
+            }
+        }
+    }
+}
+
+/// What waits of one handler.
+#[derive(Debug, Default)]
+pub(super) struct Load {
+    pub(super) messages: BTreeMap<Destination, usize>,
+    pub(super) by_inbox: HashMap<Inbox, usize>,
+    pub(super) bytes: usize,
+}
+
+#[derive(Debug)]
+struct Closed {
+    why: String,
+    /// Nobody asks again before.
+    until: Instant,
+    pause: Duration,
+    /// How many messages of each handler wait for it.
+    messages: HashMap<usize, usize>,
+}
+
+/// What the handlers of a session know of queues that take nothing.
+#[derive(Debug)]
+pub struct ClosedQueues {
+    /// How many messages of an inbox may wait. More would leave no room for the others among those
+    /// that the broker hands out.
+    limits: HashMap<Inbox, usize>,
+    max_bytes: usize,
+    /// Whether there is anything in `state`: mostly there is not.
+    any: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    closed: BTreeMap<Destination, Closed>,
+    loads: HashMap<usize, Load>,
+}
+
+impl ClosedQueues {
+    pub fn new(limits: HashMap<Inbox, usize>, max_bytes: usize) -> ClosedQueues {
+        ClosedQueues {
+            limits,
+            max_bytes,
+            any: AtomicBool::new(false),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Whether there is no such queue.
+    pub(super) fn is_empty(&self) -> bool {
+        !self.any.load(Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is not yet time to ask a queue again that took nothing.
+    pub(super) fn is_closed(&self, queue: &Destination, now: Instant) -> bool {
+        let state = (!self.is_empty()).then(|| self.lock());
+        state.is_some_and(|state| {
+            let closed = state.closed.get(queue);
+            closed.is_some_and(|closed| now < closed.until)
+        })
+    }
+
+    /// When a queue that took nothing is to be asked again.
+    pub(super) fn due(&self, queue: &Destination) -> Option<Instant> {
+        self.lock().closed.get(queue).map(|closed| closed.until)
+    }
+
+    /// A queue took nothing from `handler`, which must [`ClosedQueues::count`] what waits for it.
+    pub(super) fn close(&self, handler: usize, queue: &Destination, why: &str, now: Instant) {
+        self.any.store(true, Ordering::Relaxed);
+        let mut state = self.lock();
+        match state.closed.get_mut(queue) {
+            None => {
+                warn!("{queue}: {why}; what is for it waits unacknowledged, and is tried again");
+                let closed = Closed {
+                    why: why.to_owned(),
+                    until: now + FIRST_PAUSE,
+                    pause: FIRST_PAUSE,
+                    messages: HashMap::from([(handler, 0)]),
+                };
+                state.closed.insert(queue.clone(), closed);
+            }
+            Some(closed) => {
+                closed.messages.entry(handler).or_default();
+                why.clone_into(&mut closed.why);
+                // Another handler may just have asked.
+                if now >= closed.until {
+                    closed.pause = (closed.pause * 2).min(LAST_PAUSE);
+                    closed.until = now + closed.pause;
+                }
+            }
+        }
+    }
+
+    /// A queue took something after all.
+    pub(super) fn took(&self, queue: &Destination, now: Instant) {
+        if !self.is_empty()
+            && let Some(closed) = self.lock().closed.get_mut(queue)
+        {
+            closed.pause = FIRST_PAUSE;
+            closed.until = now;
+        }
+    }
+
+    /// Notes all that waits of `handler`. A queue for which nothing waits any more is forgotten.
+    pub(super) fn count(&self, handler: usize, load: Load) {
+        let mut state = self.lock();
+        state.closed.retain(|queue, closed| {
+            match load.messages.get(queue) {
+                Some(messages) => drop(closed.messages.insert(handler, *messages)),
+                None if closed.messages.remove(&handler).is_none() => return true,
+                None => {}
+            }
+            if closed.messages.is_empty() {
+                info!("{queue}: nothing waits for it any more");
+            }
+            !closed.messages.is_empty()
+        });
+        state.loads.insert(handler, load);
+        self.any.store(!state.closed.is_empty(), Ordering::Relaxed);
+    }
+
+    /// The inboxes of which more waits than may; all where it is too many bytes.
+    pub(super) fn excess(&self) -> Vec<Inbox> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        let state = self.lock();
+        let bytes: usize = state.loads.values().map(|load| load.bytes).sum();
+        let of = |inbox| {
+            let loads = state.loads.values();
+            let counts = loads.filter_map(|load| load.by_inbox.get(&inbox));
+            counts.sum::<usize>()
+        };
+        let limit = |inbox| self.limits.get(&inbox).copied().unwrap_or_default();
+        Inbox::ALL
+            .into_iter()
+            .filter(|inbox| of(*inbox) > 0)
+            .filter(|inbox| bytes > self.max_bytes || of(*inbox) > limit(*inbox))
+            .collect()
+    }
+
+    /// What messages wait for, for the health.
+    pub fn trouble(&self) -> Option<String> {
+        if self.is_empty() {
+            return None;
+        }
+        let state = self.lock();
+        let all: Vec<_> = state
+            .closed
+            .iter()
+            .map(|(queue, closed)| {
+                let messages: usize = closed.messages.values().sum();
+                let why = &closed.why;
+                format!("{queue}: {why}; {messages} messages wait for it unacknowledged")
+            })
+            .collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(queue: &Destination, inbox: Inbox, messages: usize, bytes: usize) -> Load {
+        Load {
+            messages: BTreeMap::from([(queue.clone(), messages)]),
+            by_inbox: HashMap::from([(inbox, messages)]),
+            bytes,
+        }
+    }
+
+    #[test]
+    fn a_queue_is_asked_again_later_and_later_by_one_handler() {
+        let queues = ClosedQueues::new(HashMap::new(), 0);
+        let queue = Destination::TaskQueue("workflow".to_owned());
+        let mut now = Instant::now();
+        assert!(!queues.is_closed(&queue, now));
+        for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+            for handler in [1, 2] {
+                queues.close(handler, &queue, "down", now);
+                queues.count(handler, load(&queue, Inbox::Submissions, 1, 1));
+            }
+            let due = now + Duration::from_secs(seconds);
+            assert_eq!(queues.due(&queue), Some(due));
+            assert!(queues.is_closed(&queue, due - Duration::from_millis(1)));
+            assert!(!queues.is_closed(&queue, due));
+            now = due;
+        }
+        let trouble = "the task queue \"workflow\": down; 2 messages wait for it unacknowledged";
+        assert_eq!(queues.trouble().as_deref(), Some(trouble));
+
+        queues.took(&queue, now);
+        queues.close(1, &queue, "down", now);
+        let soon = now + Duration::from_secs(2);
+        assert_eq!(queues.due(&queue), Some(soon));
+        queues.count(1, Load::default());
+        assert!(queues.trouble().is_some());
+        queues.count(2, Load::default());
+        assert_eq!(queues.trouble(), None);
+        assert!(!queues.is_closed(&queue, now));
+    }
+
+    #[test]
+    fn a_queue_for_which_nothing_came_to_wait_is_forgotten() {
+        let queues = ClosedQueues::new(HashMap::new(), 0);
+        let queue = Destination::DeadLetters(Side::Workers);
+        queues.close(1, &queue, "full", Instant::now());
+        queues.count(2, Load::default());
+        assert!(queues.trouble().is_some());
+        queues.count(1, Load::default());
+        assert_eq!(queues.trouble(), None);
+    }
+
+    #[test]
+    fn what_is_too_much_is_known_of_all_handlers_together() {
+        let limits = HashMap::from([(Inbox::Submissions, 10), (Inbox::Cancels, 2)]);
+        let queue = Destination::DeadLetters(Side::Clients);
+        for (loads, expected) in [
+            (
+                [(Inbox::Submissions, 5, 1), (Inbox::Submissions, 5, 1)],
+                vec![],
+            ),
+            (
+                [(Inbox::Submissions, 5, 1), (Inbox::Submissions, 6, 1)],
+                vec![Inbox::Submissions],
+            ),
+            (
+                [(Inbox::Submissions, 1, 1), (Inbox::Cancels, 3, 1)],
+                vec![Inbox::Cancels],
+            ),
+            (
+                [(Inbox::Submissions, 1, 60), (Inbox::Cancels, 1, 60)],
+                vec![Inbox::Submissions, Inbox::Cancels],
+            ),
+        ] {
+            let queues = ClosedQueues::new(limits.clone(), 100);
+            for (handler, (inbox, messages, bytes)) in loads.into_iter().enumerate() {
+                queues.close(handler, &queue, "full", Instant::now());
+                queues.count(handler, load(&queue, inbox, messages, bytes));
+            }
+            assert_eq!(queues.excess(), expected, "{loads:?}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Puts messages aside that cannot be handled: into the dead letters of the vhost they came from.
+
+use log::error;
+
+use crate::broker::{Delivered, PublishError, Publisher, Received};
+use crate::wire::{self, Outgoing};
+
+/// Publishes dead letters. Returns of each why it was not taken: only one without a reason is where
+/// the operator finds it, and what it is made of may be acknowledged.
+///
+/// # Errors
+/// [`PublishError::Lost`] alone.
+pub(super) fn put_aside(
+    publisher: &mut Publisher<'_>,
+    letters: &[Outgoing],
+) -> Result<Vec<Option<String>>, PublishError> {
+    let mut outcome = publish(publisher, letters)?;
+    let gone: Vec<usize> = places(&outcome, Delivered::Unroutable);
+    if !gone.is_empty() {
+        // Somebody has deleted the queue since it was declared.
+        if let Some(why) = declare(publisher)? {
+            return Ok(reasons(&outcome, &why));
+        }
+        let again: Vec<_> = gone.iter().map(|place| letters[*place].clone()).collect();
+        for (place, delivered) in gone.into_iter().zip(publish(publisher, &again)?) {
+            outcome[place] = delivered;
+        }
+    }
+    Ok(reasons(
+        &outcome,
+        "it was deleted again right after it was declared",
+    ))
+}
+
+fn reasons(outcome: &[Result<Delivered, String>], unroutable: &str) -> Vec<Option<String>> {
+    let reason = |delivered: &Result<Delivered, String>| match delivered {
+        Ok(Delivered::Yes) => None,
+        Ok(Delivered::Unroutable) => Some(unroutable.to_owned()),
+        Ok(Delivered::Rejected) => Some("it takes nothing more".to_owned()),
+        Err(reason) => Some(reason.clone()),
+    };
+    outcome.iter().map(reason).collect()
+}
+
+fn places(outcome: &[Result<Delivered, String>], wanted: Delivered) -> Vec<usize> {
+    let places = outcome.iter().enumerate();
+    places
+        .filter(|(_, delivered)| **delivered == Ok(wanted))
+        .map(|(place, _)| place)
+        .collect()
+}
+
+/// Declares the queue; why that is not possible for now.
+fn declare(publisher: &Publisher<'_>) -> Result<Option<String>, PublishError> {
+    match publisher.declare_dead_letters() {
+        Ok(()) => Ok(None),
+        Err(PublishError::Refused(why) | PublishError::Unavailable(why)) => Ok(Some(why)),
+        Err(error @ PublishError::Lost(_)) => Err(error),
+    }
+}
+
+/// Publishes as much of the letters as the broker takes of each.
+fn publish(
+    publisher: &mut Publisher<'_>,
+    letters: &[Outgoing],
+) -> Result<Vec<Result<Delivered, String>>, PublishError> {
+    match publisher.publish(letters) {
+        Ok(outcome) => return Ok(outcome.into_iter().map(Ok).collect()),
+        Err(PublishError::Refused(_) | PublishError::Unavailable(_)) => {}
+        Err(error @ PublishError::Lost(_)) => return Err(error),
+    }
+    // Which one it was is not told, nor which of them arrived: rather twice than not at all.
+    letters
+        .iter()
+        .map(|letter| {
+            let mut outcome = publisher.publish(std::slice::from_ref(letter));
+            // The limit for messages may have been lowered since this one came.
+            if let Err(PublishError::Refused(reason)) = &outcome
+                && let Some(cut) = wire::cut_letter(letter, reason)
+            {
+                error!("of a message only the beginning can be put aside: {reason}");
+                outcome = publisher.publish(&[cut]);
+            }
+            match outcome {
+                Ok(outcome) => Ok(outcome.first().copied().ok_or_else(String::new)),
+                Err(PublishError::Refused(why) | PublishError::Unavailable(why)) => Ok(Err(why)),
+                Err(error @ PublishError::Lost(_)) => Err(error),
+            }
+        })
+        .collect()
+}
+
+/// Puts messages back at the end of the queue that they came from: what became of each copy. Only
+/// those that arrived may be acknowledged.
+///
+/// # Errors
+/// [`PublishError::Lost`] alone.
+pub(super) fn put_back(
+    publisher: &mut Publisher<'_>,
+    queue: &str,
+    messages: &[&Received],
+) -> Result<Vec<Delivered>, PublishError> {
+    match publisher.put_back(queue, messages) {
+        Ok(outcome) => Ok(outcome),
+        Err(error @ PublishError::Lost(_)) => Err(error),
+        Err(PublishError::Refused(_) | PublishError::Unavailable(_)) if messages.len() == 1 => {
+            Ok(vec![Delivered::Rejected])
+        }
+        Err(PublishError::Refused(_) | PublishError::Unavailable(_)) => {
+            let mut outcome = Vec::new();
+            for message in messages {
+                outcome.extend(put_back(publisher, queue, &[*message])?);
+            }
+            Ok(outcome)
+        }
+    }
+}

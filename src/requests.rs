@@ -1,0 +1,91 @@
+//! Requests for the workflows that are sent to the queue of this name, through the default exchange,
+//! as the TypeScript SDK does. One replica has that queue, exclusively as the Python service has it;
+//! the others take it over when that one goes.
+
+use std::convert::Infallible;
+
+use anyhow::Context;
+use crossbeam_channel::{Receiver, Sender, select};
+use log::{info, warn};
+
+use crate::broker::{self, Claim, Handled, Link, Mark, Received};
+use crate::handler::Work;
+use crate::wire::{OMOTES_EXCHANGE, WORKFLOW_REQUESTS_HELD_KEY, WORKFLOW_REQUESTS_KEY};
+
+/// Tries to get the queue.
+///
+/// # Errors
+/// The connection is lost.
+pub(crate) fn claim(link: &Link) -> anyhow::Result<Claim> {
+    let mark = Mark {
+        exchange: OMOTES_EXCHANGE,
+        key: WORKFLOW_REQUESTS_HELD_KEY,
+    };
+    link.claim_queue(WORKFLOW_REQUESTS_KEY, mark)
+}
+
+/// The thread that has the queue, or waits for it.
+pub(crate) struct Answering<'l> {
+    /// The queue belongs to this connection.
+    pub(crate) link: &'l Link,
+    /// How many of its messages are in hand at most.
+    pub(crate) prefetch: u16,
+    /// To a handler, which tells all clients the workflows.
+    pub(crate) announcer: Sender<Work>,
+    /// Something comes in while no replica has the queue.
+    pub(crate) vacant: Receiver<()>,
+}
+
+impl Answering<'_> {
+    /// Consumes the queue, as soon as `claim` or a later one holds it, until `stop` is disconnected;
+    /// the rest is as with [`broker::consume`].
+    ///
+    /// # Errors
+    /// The queue, once it was consumed, or the connection is gone.
+    pub(crate) fn run(
+        self,
+        mut claimed: Claim,
+        stop: &Receiver<Infallible>,
+        done: &Receiver<Handled>,
+        mut hand_over: impl FnMut(usize, Received),
+    ) -> anyhow::Result<()> {
+        let queue = WORKFLOW_REQUESTS_KEY;
+        let mut told = None;
+        loop {
+            let why = match claimed {
+                Claim::Refused(why) => why,
+                Claim::Held { marker } => {
+                    info!("requests that are sent to {queue} are answered here");
+                    let mut consumed = false;
+                    let queues = [(queue, self.prefetch)];
+                    let ended =
+                        broker::consume(self.link, &queues, stop, done, |place, request| {
+                            consumed = true;
+                            hand_over(place, request);
+                        });
+                    match ended {
+                        // It may be somebody's that we may not read.
+                        Err(error) if !consumed && self.link.check().is_ok() => {
+                            self.link.delete_queue(&marker).context("a mark")?;
+                            format!("{error:#}")
+                        }
+                        ended => return ended,
+                    }
+                }
+            };
+            if told.as_ref() != Some(&why) {
+                warn!("{queue}: not ours for now, it is tried again: {why}");
+                told = Some(why);
+            }
+            select! {
+                recv(stop) -> _ => return Ok(()),
+                recv(self.vacant) -> _ => {}
+            }
+            claimed = claim(self.link)?;
+            if matches!(claimed, Claim::Held { .. }) {
+                // Whoever asked since the one before went has asked in vain.
+                let _ = self.announcer.send(Work::Announce);
+            }
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Queues that take nothing for now, and the messages that wait for them unacknowledged.
+
+use amiquip::{AmqpValue, FieldTable, QueueDeleteOptions};
+use omotes_orchestrator::wire::{
+    DEAD_LETTERS_QUEUE, job_result::ResultType, job_status_update::JobStatus,
+};
+use prost::Message;
+use rstest::rstest;
+use serde_json::json;
+
+use crate::deployment::{Deployment, Service, eventually, management};
+use crate::peers::{Client, Peer, Taken, Worker};
+
+const OUTPUT: &str = "<e id='out-1'/>";
+
+fn assert_one_session(service: &Service) {
+    let ended = "the session with RabbitMQ has ended";
+    assert!(!service.log().contains(ended), "{ended}");
+}
+
+/// Lets the dead letters of a vhost hold so many messages and refuse the others, as an operator
+/// might.
+fn limit_dead_letters(vhost: &str, messages: u32) {
+    let policy = json!({
+        "pattern": format!("^{DEAD_LETTERS_QUEUE}$"),
+        "definition": {"max-length": messages, "overflow": "reject-publish"},
+        "apply-to": "queues",
+    });
+    management("PUT", &format!("policies/{vhost}/limit"), Some(policy));
+}
+
+fn unlimit_dead_letters(vhost: &str) {
+    management("DELETE", &format!("policies/{vhost}/limit"), None);
+}
+
+/// Waits until a policy is in force.
+fn fill_dead_letters(client: &Client, vhost: &str) {
+    client.peer.declare(DEAD_LETTERS_QUEUE);
+    limit_dead_letters(vhost, 1);
+    eventually("the policy is in force", || {
+        let queue = management("GET", &format!("queues/{vhost}/{DEAD_LETTERS_QUEUE}"), None);
+        (queue["policy"] == "limit").then_some(())
+    });
+    client.peer.send(DEAD_LETTERS_QUEUE, b"there is no room");
+}
+
+/// Why a service is not ready.
+fn why_not_ready(service: &Service, text: &str) {
+    eventually(&format!("not ready: {text}"), || {
+        let (ready, body) = service.readiness()?;
+        (!ready && body.to_string().contains(text)).then_some(())
+    });
+}
+
+fn one_job_goes_through(client: &Client, worker: &Worker) {
+    let job = client.submit("workflow_1");
+    let task = worker.take();
+    assert_eq!(task.job, job);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+}
+
+/// The next letter of a queue that may not be there yet.
+fn next_letter(deployment: &Deployment, vhost: &str) -> Taken {
+    eventually("a dead letter", || {
+        let path = format!("queues/{vhost}");
+        let queues = management("GET", &path, None);
+        let mut queues = queues.as_array()?.iter();
+        queues.find(|queue| queue["name"] == DEAD_LETTERS_QUEUE)?;
+        Peer::new(deployment, vhost).poll(DEAD_LETTERS_QUEUE)
+    })
+}
+
+#[test]
+fn dead_letters_whose_queue_was_deleted_go_into_a_new_one() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start();
+    let sides = [
+        (&client.peer, deployment.sdk_vhost(), "job_submissions"),
+        (
+            &worker.peer,
+            deployment.celery_vhost(),
+            "omotes_task_result_events",
+        ),
+    ];
+    for (peer, vhost, queue) in sides {
+        peer.send(queue, b"\xffbefore");
+        assert_eq!(peer.next(DEAD_LETTERS_QUEUE).body, b"\xffbefore");
+        let delete = QueueDeleteOptions::default();
+        peer.channel
+            .queue_delete(DEAD_LETTERS_QUEUE, delete)
+            .unwrap();
+        peer.send(queue, b"\xffafter");
+        assert_eq!(next_letter(&deployment, &vhost).body, b"\xffafter");
+    }
+    one_job_goes_through(&client, &worker);
+    assert_one_session(&service);
+}
+
+#[test]
+fn a_message_whose_dead_letter_is_not_taken_waits_for_room() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let vhost = deployment.sdk_vhost();
+    fill_dead_letters(&client, &vhost);
+    let service = deployment.start_single_file();
+    client.peer.send("job_submissions", b"\xffbad");
+    let line = "omotes_dead_letters of the SDK vhost: it takes nothing more";
+    service.logged(line);
+    why_not_ready(&service, line);
+    // Before it and after it, in the same batch and in others.
+    client.peer.send("job_submissions", b"\xffworse");
+    one_job_goes_through(&client, &worker);
+    assert_eq!(service.log().matches(line).count(), 1);
+
+    // Room for one, then for the other.
+    let bodies: Vec<_> = (0..3)
+        .map(|_| client.peer.next(DEAD_LETTERS_QUEUE).body)
+        .collect();
+    assert_eq!(bodies[0], b"there is no room");
+    assert!(bodies.contains(&b"\xffbad".to_vec()), "{bodies:?}");
+    assert!(bodies.contains(&b"\xffworse".to_vec()), "{bodies:?}");
+    service.logged("omotes_dead_letters of the SDK vhost: nothing waits for it any more");
+    service.wait_until_ready();
+    assert_one_session(&service);
+    assert!(service.stop().success());
+    assert_eq!(client.peer.queue_length("job_submissions"), 0);
+}
+
+#[test]
+fn a_job_whose_messages_dead_letter_waits_is_answered_at_once() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    fill_dead_letters(&client, &deployment.sdk_vhost());
+    let service = deployment.start();
+    let (job, submission) = client.submission("workflow_1");
+    client.listen(job);
+    let mut body = submission.encode_to_vec();
+    body.truncate(body.len() - 3);
+    client.peer.send("job_submissions", &body);
+    assert_eq!(client.outcome(job).0, ResultType::Error);
+    deployment.no_jobs_left();
+    service.logged("it takes nothing more");
+    client.peer.next(DEAD_LETTERS_QUEUE);
+    assert_eq!(client.peer.next(DEAD_LETTERS_QUEUE).body, body);
+    // Not told again with the letter.
+    assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
+    assert_one_session(&service);
+}
+
+/// More than RabbitMQ hands out before something is acknowledged, by their number or by their size.
+#[rstest]
+#[case::many(400, 10)]
+#[case::large(40, 1024 * 1024)]
+fn a_flood_whose_dead_letters_are_not_taken_lets_others_through(
+    #[case] messages: u32,
+    #[case] bytes: usize,
+) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let vhost = deployment.sdk_vhost();
+    fill_dead_letters(&client, &vhost);
+    let service = deployment.start();
+    let job = client.submit("workflow_1");
+    worker.take();
+    // A copy must not go to others each time that it goes round.
+    let copies = AmqpValue::FieldArray(vec![AmqpValue::LongString("copies".to_owned())]);
+    let headers = FieldTable::from([("CC".to_owned(), copies)]);
+    client.peer.declare("copies");
+    let bad = vec![b'\xff'; bytes];
+    for _ in 0..messages {
+        client
+            .peer
+            .send_with("job_deletions", &bad, headers.clone());
+    }
+    client.cancel(job);
+    assert_eq!(client.outcome(job).0, ResultType::Cancelled);
+    one_job_goes_through(&client, &worker);
+    why_not_ready(&service, "it takes nothing more");
+
+    unlimit_dead_letters(&vhost);
+    eventually("all letters", || {
+        (client.peer.queue_length(DEAD_LETTERS_QUEUE) == messages + 1).then_some(())
+    });
+    service.wait_until_ready();
+    assert_eq!(client.peer.queue_length("copies"), messages);
+    assert_one_session(&service);
+    assert!(service.stop().success());
+    assert_eq!(client.peer.queue_length("job_deletions"), 0);
+    assert_eq!(
+        client.peer.queue_length(DEAD_LETTERS_QUEUE),
+        messages + 1,
+        "each once"
+    );
+}
+
+/// As after an upgrade of RabbitMQ to one that takes less.
+#[test]
+fn a_message_above_a_lowered_limit_is_put_aside_in_part() {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let body = vec![b'\xff'; 1024 * 1024];
+    client.peer.send_as("job_submissions", &body, "large");
+    deployment.rabbitmqctl(&[
+        "eval",
+        "application:set_env(rabbit, max_message_size, 262144).",
+    ]);
+    let service = deployment.start();
+    let letter = client.peer.next(DEAD_LETTERS_QUEUE);
+    assert_eq!(letter.body, body[..letter.body.len()]);
+    assert!(letter.body.len() >= 1000, "{}", letter.body.len());
+    match letter.header("cut") {
+        AmqpValue::LongString(cut) => {
+            assert!(cut.contains("of 1048576 bytes"), "{cut}");
+            assert!(cut.contains("larger than configured max size"), "{cut}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_one_session(&service);
+    assert!(service.stop().success());
+    assert_eq!(client.peer.queue_length("job_submissions"), 0);
+}
+
+/// Makes RabbitMQ treat a durable queue as one whose node in a cluster is down: it is known, but
+/// not there.
+fn take_down(deployment: &Deployment, queue: &str) {
+    let code = format!(
+        "N = rabbit_misc:r(<<\"{}\">>, queue, <<\"{queue}\">>), \
+         [Q] = mnesia:dirty_read(rabbit_queue, N), persistent_term:put(N, Q), \
+         mnesia:dirty_delete(rabbit_queue, N).",
+        deployment.celery_vhost()
+    );
+    deployment.rabbitmqctl(&["eval", &code]);
+}
+
+fn bring_up(deployment: &Deployment, queue: &str) {
+    let code = format!(
+        "N = rabbit_misc:r(<<\"{}\">>, queue, <<\"{queue}\">>), \
+         mnesia:dirty_write(rabbit_queue, persistent_term:get(N)).",
+        deployment.celery_vhost()
+    );
+    deployment.rabbitmqctl(&["eval", &code]);
+}
+
+#[test]
+fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let one = Worker::new(&deployment, "workflow_1");
+    let two = Worker::new(&deployment, "workflow_2");
+    take_down(&deployment, "workflow_1");
+    let service = deployment.start_single_file();
+    let waiting = client.submit("workflow_1");
+    let line = "the task queue \"workflow_1\": it is not available: ";
+    let told = service.logged(line);
+    assert!(told.contains("is down or inaccessible"), "{told}");
+    why_not_ready(&service, "workflow_1");
+    let job = client.submit("workflow_2");
+    assert_eq!(two.take().job, job);
+    client.hears_nothing(waiting);
+    bring_up(&deployment, "workflow_1");
+    assert_eq!(one.take().job, waiting);
+    assert_eq!(client.status(waiting), JobStatus::Enqueued);
+    service.wait_until_ready();
+    assert_eq!(service.log().matches(line).count(), 1);
+
+    // It was there when the service declared it.
+    take_down(&deployment, "workflow_1");
+    let waiting = [client.submit("workflow_1"), client.submit("workflow_1")];
+    why_not_ready(&service, "2 messages wait");
+    client.cancel(waiting[0]);
+    assert_eq!(client.outcome(waiting[0]).0, ResultType::Cancelled);
+    let job = client.submit("workflow_2");
+    assert_eq!(two.take().job, job);
+    bring_up(&deployment, "workflow_1");
+    assert_eq!(one.take().job, waiting[1]);
+    service.wait_until_ready();
+    assert_eq!(one.waiting(), 0);
+    assert_one_session(&service);
+    assert!(service.stop().success());
+    assert_eq!(client.peer.queue_length("job_submissions"), 0);
+}
+
+/// What becomes of the dead letters' own queue must not keep the service from starting.
+#[test]
+fn dead_letters_declared_otherwise_are_used_as_they_are() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let options = amiquip::QueueDeclareOptions {
+        durable: true,
+        arguments: FieldTable::from([("x-max-length".to_owned(), AmqpValue::LongInt(1000))]),
+        ..Default::default()
+    };
+    client
+        .peer
+        .channel
+        .queue_declare(DEAD_LETTERS_QUEUE, options)
+        .unwrap();
+    let service = deployment.start();
+    client.peer.send("job_submissions", b"\xff");
+    assert_eq!(client.peer.next(DEAD_LETTERS_QUEUE).body, b"\xff");
+    assert_one_session(&service);
+}

@@ -63,7 +63,8 @@ fn value_bytes(value: &Value) -> usize {
     match value {
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => 0,
         Value::Array(items) => {
-            size_of_val(items.as_slice()) + items.iter().map(value_bytes).sum::<usize>()
+            // Room for four at least, and half of it may be free.
+            items.capacity() * size_of::<Value>() + items.iter().map(value_bytes).sum::<usize>()
         }
         Value::Object(members) => bytes(members),
     }

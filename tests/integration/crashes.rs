@@ -526,6 +526,8 @@ fn a_replica_without_postgres_lets_go_of_its_messages(#[case] weather: Weather) 
     let mut tasks = vec![task];
     tasks.extend(jobs.map(|_| worker.take()));
     cut_off.logged("what is in hand is left to other replicas");
+    // A task that is published and not committed would be given out again.
+    deployment.comes_to(4, "SELECT count(*) FROM job");
     drop(other);
     proxy.set(Weather::Fair);
     cut_off.wait_until_ready();

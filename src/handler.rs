@@ -338,7 +338,10 @@ impl<'s> Handler<'s> {
     /// When something has to be done about the messages that wait.
     fn due(&self) -> Option<Instant> {
         let closed = self.setting.closed;
-        let retry = self.stalled.keys().filter_map(|queue| closed.due(queue));
+        let retry = self.stalled.keys().map(|queue| {
+            // Another handler may have found it open meanwhile.
+            closed.due(queue).unwrap_or_else(Instant::now)
+        });
         let put_back = match self.stalled.is_empty() || closed.excess().is_empty() {
             true => None,
             false => Some(self.put_back_at),

@@ -28,6 +28,7 @@ use crate::handler::{
     self, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work, panic_text,
 };
 use crate::health::{Health, Part};
+use crate::inquiry::{self, Inquiry};
 use crate::job::Rules;
 use crate::maintenance;
 use crate::metrics::Metrics;
@@ -253,6 +254,8 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<HashMap<Inbox, St
         .sdk_in
         .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
     let announcement = wire::available_workflows(service.catalogue.get().announcement());
+    // Before anything is consumed, so that it comes between the starts from before and after.
+    service.store.connection()?.session_begins()?;
     let busy = Busy::default();
     Publisher::new(&links.sdk_out, &busy)
         .publish(&[announcement])
@@ -280,6 +283,7 @@ fn work(
     stop: &Receiver<Infallible>,
 ) -> anyhow::Result<()> {
     let config = &service.config;
+    let (nudge, nudges) = bounded(1);
     let setting = Setting {
         store: &service.store,
         catalogue: &service.catalogue,
@@ -287,6 +291,7 @@ fn work(
         revoke_clock: &service.revoke_clock,
         rules: &service.rules,
         metrics: &service.metrics,
+        inquiry: nudge,
         queue_names,
     };
     let watched: Vec<Watched> = (0..config.handler_threads)
@@ -294,6 +299,7 @@ fn work(
         .collect();
     let pulse = Pulse::default();
     let maintenance_busy = Busy::default();
+    let inquiry_watched = inquiry::Watched::default();
     let (report, reports) = unbounded();
     let (session_stop, session_stopped) = bounded::<Infallible>(0);
 
@@ -370,6 +376,19 @@ fn work(
         })?;
         running.insert("pulse".to_owned());
         let announcer = finding_inputs[0].clone();
+        let inquiry = Inquiry {
+            service,
+            link: &links.celery_out,
+            handlers: finding_inputs.clone(),
+            watched: &inquiry_watched,
+            stop: session_stopped.clone(),
+        };
+        let nudges = &nudges;
+        spawn(scope, "inquiry".to_owned(), &report, move || {
+            inquiry.run(nudges);
+            Ok(())
+        })?;
+        running.insert("inquiry".to_owned());
         let (stopped, own_busy) = (session_stopped.clone(), &maintenance_busy);
         let handlers = watched.as_slice();
         spawn(scope, "maintenance".to_owned(), &report, move || {
@@ -396,6 +415,7 @@ fn work(
             watched: &watched,
             pulse: &pulse,
             maintenance: &maintenance_busy,
+            inquiry: &inquiry_watched,
             intake,
             announcer,
             blocked: HashMap::new(),
@@ -458,6 +478,7 @@ struct Watch<'s> {
     watched: &'s [Watched],
     pulse: &'s Pulse,
     maintenance: &'s Busy,
+    inquiry: &'s inquiry::Watched,
     intake: &'s Intake,
     /// To a handler, which can publish.
     announcer: Sender<Work>,
@@ -567,7 +588,8 @@ impl Watch<'_> {
             .watched
             .iter()
             .flat_map(|watched| [&watched.sdk, &watched.celery, &watched.task])
-            .chain([&self.pulse.publishing, &self.pulse.consuming]);
+            .chain([&self.pulse.publishing, &self.pulse.consuming])
+            .chain([&self.inquiry.celery]);
         let longest = to_broker.filter_map(Busy::for_how_long).max();
         if let Some(wait) = longest.filter(|wait| *wait > DEADLINE) {
             self.fail(anyhow!("RabbitMQ has not answered for {wait:.0?}"));
@@ -589,7 +611,8 @@ impl Watch<'_> {
         self.report(Part::Publishing, fault);
         self.look_at_handlers();
         let in_postgres = self.watched.iter().map(|watched| &watched.postgres);
-        let stuck = in_postgres.chain([self.maintenance]).any(|busy| {
+        let aside = [self.maintenance, &self.inquiry.postgres];
+        let stuck = in_postgres.chain(aside).any(|busy| {
             let wait = busy.for_how_long();
             wait.is_some_and(|wait| wait > STUCK)
         });

@@ -1,8 +1,10 @@
 //! End to end with the real SDK and real Celery workers, in the versions that deployments have.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -12,7 +14,8 @@ use crate::deployment::{Deployment, Service, eventually, setting};
 
 const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
 
-fn start(deployment: &Deployment) -> Service {
+/// A service that knows the workflow of the workers here.
+pub fn start(deployment: &Deployment) -> Service {
     let workflows = format!("{PYTHON}/workflows.json");
     deployment.start_with(&[("WORKFLOW_CONFIG_PATH", &workflows)])
 }
@@ -39,20 +42,22 @@ fn python(deployment: &Deployment, sdk: &str, program: &str) -> Command {
 }
 
 /// A Celery worker with all its child processes, ended when dropped.
-struct CeleryWorker {
+pub struct CeleryWorker {
+    /// Its host's name.
+    pub host: String,
     child: Child,
 }
 
 impl CeleryWorker {
     /// Starts one and waits until it takes tasks.
-    fn new(deployment: &Deployment, sdk: &str) -> CeleryWorker {
+    pub fn new(deployment: &Deployment, sdk: &str) -> CeleryWorker {
         let host = format!("host-{}", Uuid::new_v4().simple());
         let log = deployment.folder.join(format!("{host}.log"));
         // The worker reads the variables of its own connection.
         let mut command = python(deployment, sdk, "worker.py");
         for (suffix, name) in [
             ("HOSTNAME", "127.0.0.1".to_owned()),
-            ("PORT", setting("RABBITMQ_PORT")),
+            ("PORT", deployment.rabbitmq_port().to_string()),
             ("USERNAME", setting("RABBITMQ_USER")),
             ("PASSWORD", setting("RABBITMQ_PASSWORD")),
             ("VIRTUALHOST", deployment.celery_vhost()),
@@ -61,11 +66,12 @@ impl CeleryWorker {
         }
         let child = command
             .env("WORKER_HOST", &host)
+            .process_group(0)
             .stdout(File::create(&log).unwrap())
             .stderr(File::create(log.with_extension("err")).unwrap())
             .spawn()
             .unwrap();
-        let worker = CeleryWorker { child };
+        let worker = CeleryWorker { host, child };
         eventually(
             &format!("a worker that is ready: {}", log.display()),
             || {
@@ -82,10 +88,20 @@ impl CeleryWorker {
 
 impl Drop for CeleryWorker {
     fn drop(&mut self) {
-        // QUIT is Celery's cold shutdown, which ends the children too.
-        let id = self.child.id().to_string();
-        let _ = Command::new("kill").args(["-QUIT", &id]).status();
-        eventually("the worker ends", || self.child.try_wait().unwrap());
+        // QUIT is Celery's cold shutdown, which ends the children too; unless it hangs, as it may
+        // when one of them has been killed.
+        let id = self.child.id();
+        let _ = Command::new("kill")
+            .args(["-QUIT", &id.to_string()])
+            .status();
+        let patience = Instant::now();
+        eventually("the worker ends", || {
+            if patience.elapsed() > Duration::from_secs(10) {
+                let group = format!("-{id}");
+                let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
+            }
+            self.child.try_wait().unwrap()
+        });
     }
 }
 

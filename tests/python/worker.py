@@ -25,11 +25,14 @@ def steerable(input_esdl, params, update_progress, *_task_name):
     if behaviour == "sleep":
         while True:
             time.sleep(0.1)
+    if behaviour == "wait":
+        while not os.path.exists(params["file"]):
+            time.sleep(0.1)
     if behaviour == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     message = EsdlMessage("a remark", MessageSeverity.WARNING, "an-asset")
     output = input_esdl.replace('id="input"', f'id="output-{time.time_ns()}"')
-    return (output if behaviour == "succeed" else None), [message]
+    return (output if behaviour in ("succeed", "wait") else None), [message]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ fn a_restart_of_the_broker_is_nobodys_death(#[case] with_service: bool) {
     assert_eq!(deployment.count(sql), 1);
 }
 
-/// Of the first session nobody knows how it would have ended.
 #[test]
 fn what_brings_the_broker_down_each_time_comes_to_an_end() {
     const EXCUSED: usize = 10;
@@ -265,19 +264,28 @@ fn a_celery_worker_that_lost_its_connection_is_not_dead(#[case] sdk: &str) {
     assert_eq!(client.peer.queue_length(&format!("jobs.{job}.result")), 0);
 }
 
-#[test]
-fn celery_workers_survive_a_restart_of_the_broker() {
+#[rstest]
+#[case::and_another_one_gets_the_task(true)]
+#[case::and_the_same_one_gets_it_again(false)]
+fn a_celery_worker_survives_a_restart_of_the_broker(#[case] another: bool) {
     let deployment = Deployment::with_own_servers();
     let service = python::start(&deployment);
     let client = Client::new(&deployment);
-    let _first = CeleryWorker::new(&deployment, "4.3");
+    let first = CeleryWorker::new(&deployment, "4.3");
     let file = deployment.folder.join("go on");
     let job = waiting_job(&client, file.to_str().unwrap());
     assert_eq!(client.status(job), JobStatus::Enqueued);
     assert_eq!(client.status(job), JobStatus::Running);
-    let _second = CeleryWorker::new(&deployment, "4.3");
+    let second = another.then(|| CeleryWorker::new(&deployment, "4.3"));
+    if second.is_some() {
+        // Its child goes on, but it is not the one to get its task once more.
+        first.signal("-STOP");
+    }
     restart_broker(&deployment);
-    service.logged("its task was started 2 times, and goes on");
+    if second.is_some() {
+        service.logged("its task was started 2 times, and goes on");
+        first.signal("-CONT");
+    }
     File::create(file).unwrap();
     let client = Client::new(&deployment);
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);

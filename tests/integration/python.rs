@@ -86,6 +86,15 @@ impl CeleryWorker {
     }
 }
 
+impl CeleryWorker {
+    /// To the main process alone.
+    pub fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        let sent = Command::new("kill").args([name, &id]).status().unwrap();
+        assert!(sent.success());
+    }
+}
+
 impl Drop for CeleryWorker {
     fn drop(&mut self) {
         // QUIT is Celery's cold shutdown, which ends the children too; unless it hangs, as it may

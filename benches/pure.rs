@@ -115,6 +115,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
     };
     let context = Context {
         now: Timestamp::UNIX_EPOCH,
+        session_begun: None,
         new_task_id: Uuid::nil(),
         catalogue: &catalogue,
         rules: &rules,

@@ -63,8 +63,8 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
-    // One for each handler; one each for the probe, maintenance and the cleaner.
-    let connections = u32::try_from(config.handler_threads)? + 3;
+    // One for each handler; one each for the probe, maintenance, the cleaner and the inquiry.
+    let connections = u32::try_from(config.handler_threads)? + 4;
     let host = gethostname::gethostname().to_string_lossy().into_owned();
     let (catalogue_changed, catalogue_news) = bounded(1);
     let service = Service {

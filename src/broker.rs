@@ -39,6 +39,7 @@ pub mod dead_letters;
 mod guarded_stream;
 pub mod inspection;
 pub mod intake;
+mod questions;
 mod readable;
 mod tls_stream;
 mod unacked;

@@ -7,12 +7,12 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::job::{Priority, Submission};
-use crate::wire::{Outgoing, PIDBOX_EXCHANGE};
+use crate::wire::{Outgoing, PIDBOX_EXCHANGE, REPLIES_EXCHANGE};
 
-/// How long a revoke is worth hearing. Celery itself says one second, which is short for clocks that
-/// differ. A late one harms nothing, since no task id comes twice, and none is late for long: a
+/// How long remote control is worth hearing. Celery itself says one second, which is short for clocks that
+/// differ. A late revoke harms nothing, since no task id comes twice, and none is late for long: a
 /// worker's queue of them keeps nothing for more than five minutes.
-const REVOKE_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+const CONTROL_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Who sends tasks: this process, for its lifetime.
 #[derive(Debug, Clone)]
@@ -85,7 +85,6 @@ pub fn task(sender: &Sender, job_id: Uuid, task_id: Uuid, submission: &Submissio
 /// Tells every worker that is up to end a task, or never to begin it. `clock` is the sender's
 /// Lamport clock, which only has to rise; `now` is its own host's time.
 pub fn revoke(task_id: &str, clock: i64, now: Timestamp) -> Outgoing {
-    let expires = now.as_second() + REVOKE_LIFETIME.as_secs().cast_signed();
     let body = json!({
         "method": "revoke",
         "arguments": {"task_id": task_id, "terminate": true, "signal": "SIGTERM"},
@@ -93,6 +92,56 @@ pub fn revoke(task_id: &str, clock: i64, now: Timestamp) -> Outgoing {
         "pattern": null,
         "matcher": null,
     });
+    to_all_workers(&body, clock, now)
+}
+
+/// Asks every worker that is up which tasks it runs. The answers come with `key`, which is fresh for
+/// each question, through [`crate::wire::REPLIES_EXCHANGE`].
+///
+/// Not Celery's `query_task`, which can be asked about a single task: its answer has the task's
+/// arguments, and with them the ESDL.
+pub fn who_runs_what(key: &str, clock: i64, now: Timestamp) -> Outgoing {
+    let body = json!({
+        "method": "active",
+        "arguments": {"safe": true},
+        "destination": null,
+        "pattern": null,
+        "matcher": null,
+        "ticket": key,
+        "reply_to": {"exchange": REPLIES_EXCHANGE, "routing_key": key},
+    });
+    to_all_workers(&body, clock, now)
+}
+
+/// One time that a task is being run.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Execution {
+    pub task_id: String,
+    /// The worker's name.
+    worker: String,
+    /// Of the process that runs it, where the worker has several.
+    process: Option<i64>,
+}
+
+/// What a worker answers to [`who_runs_what`]: an object with a list of tasks by the worker's name.
+/// What is no such answer tells of none.
+pub fn executions(answer: &[u8]) -> Vec<Execution> {
+    let answer: Map<String, Value> = serde_json::from_slice(answer).unwrap_or_default();
+    let of_worker = |(worker, tasks): (String, Value)| {
+        let tasks = tasks.as_array().cloned().unwrap_or_default();
+        tasks.into_iter().filter_map(move |task| {
+            Some(Execution {
+                task_id: task.get("id")?.as_str()?.to_owned(),
+                worker: worker.clone(),
+                process: task.get("worker_pid").and_then(Value::as_i64),
+            })
+        })
+    };
+    answer.into_iter().flat_map(of_worker).collect()
+}
+
+fn to_all_workers(body: &Value, clock: i64, now: Timestamp) -> Outgoing {
+    let expires = now.as_second() + CONTROL_LIFETIME.as_secs().cast_signed();
     Outgoing {
         exchange: PIDBOX_EXCHANGE,
         routing_key: String::new(),
@@ -272,5 +321,62 @@ mod tests {
             Value::Object(ours.headers),
             json!({"clock": 7, "expires": 87400})
         );
+    }
+
+    #[test]
+    fn a_question_is_one_of_celerys_own() {
+        let ours = who_runs_what("the key", 8, Timestamp::from_second(1000).unwrap());
+        let body: Value = serde_json::from_slice(&ours.body).unwrap();
+        // As `app.control.inspect().active(safe=True)` writes it.
+        assert_eq!(
+            body,
+            json!({
+                "method": "active",
+                "arguments": {"safe": true},
+                "destination": null,
+                "pattern": null,
+                "matcher": null,
+                "ticket": "the key",
+                "reply_to": {"exchange": "reply.celery.pidbox", "routing_key": "the key"},
+            })
+        );
+        let revoke = revoke("task", 8, Timestamp::from_second(1000).unwrap());
+        assert_eq!(
+            ours,
+            Outgoing {
+                body: ours.body.clone(),
+                ..revoke
+            }
+        );
+    }
+
+    #[rstest]
+    #[case::of_celery_5_7(
+        r#"{"worker-w@host": [{"id": "t", "name": "w", "args": "[…]", "kwargs": "{}", "type": "w",
+            "hostname": "worker-w@host", "time_start": 1795574421.9, "acknowledged": false,
+            "delivery_info": {"exchange": "", "routing_key": "w", "priority": 0, "redelivered": true},
+            "worker_pid": 13331}]}"#,
+        &[("t", "worker-w@host", Some(13331))]
+    )]
+    #[case::several(
+        r#"{"a": [{"id": "t", "worker_pid": 1}, {"id": "u", "worker_pid": 2}], "b": [{"id": "t"}]}"#,
+        &[("t", "a", Some(1)), ("u", "a", Some(2)), ("t", "b", None)]
+    )]
+    #[case::idle(r#"{"a": []}"#, &[])]
+    #[case::nothing(r#"{"a": null}"#, &[])]
+    #[case::an_error(r#"{"a": {"error": "KeyError()"}}"#, &[])]
+    #[case::strange_tasks(r#"{"a": [1, null, {"id": 5}, {"worker_pid": 1}]}"#, &[])]
+    #[case::no_object("[]", &[])]
+    #[case::no_json("\u{80}", &[])]
+    fn an_answer_tells_what_is_run(
+        #[case] answer: &str,
+        #[case] expected: &[(&str, &str, Option<i64>)],
+    ) {
+        let found = executions(answer.as_bytes());
+        let found: Vec<_> = found
+            .iter()
+            .map(|one| (one.task_id.as_str(), one.worker.as_str(), one.process))
+            .collect();
+        assert_eq!(found, expected);
     }
 }

@@ -25,7 +25,7 @@ use crate::fault_point;
 use crate::job::{self, Command, Ending, Event, Publication, Rules, State, TimeSeries};
 use crate::metrics::{Metrics, Stage};
 use crate::report::{self, Subject, one_line};
-use crate::store::{Connection, Series, SeriesChanges, Store, StoreError, Transition};
+use crate::store::{Connection, Loaded, Series, SeriesChanges, Store, StoreError, Transition};
 use crate::wire::{self, Inbox, Outgoing};
 use crate::workflow::CurrentCatalogue;
 
@@ -82,6 +82,8 @@ pub struct Setting<'s> {
     pub revoke_clock: &'s AtomicI64,
     pub rules: &'s Rules,
     pub metrics: &'s Metrics,
+    /// Nudges whoever asks the workers about suspected starts.
+    pub inquiry: Sender<()>,
     /// The queue behind each inbox.
     pub queue_names: &'s HashMap<Inbox, String>,
     pub closed: &'s ClosedQueues,
@@ -648,7 +650,11 @@ impl<'s> Handler<'s> {
         transaction.lock(&ids)?;
         stopwatch.lap(Stage::Lock);
         self.watched.postgres.touch();
-        let (before, now) = transaction.load(&ids)?;
+        let Loaded {
+            states: before,
+            now,
+            session_begun,
+        } = transaction.load(&ids)?;
         self.watched.goes_on();
         stopwatch.lap(Stage::Load);
 
@@ -675,6 +681,7 @@ impl<'s> Handler<'s> {
             };
             let context = job::Context {
                 now,
+                session_begun,
                 new_task_id: Uuid::new_v4(),
                 catalogue: &catalogue,
                 rules: setting.rules,
@@ -759,6 +766,10 @@ impl<'s> Handler<'s> {
                     setting.metrics.message(item.inbox(), &event);
                     report::log(&subject, &event, command);
                 }
+            }
+            if let Event::Suspected { .. } = event {
+                // Full when it has been nudged already.
+                let _ = setting.inquiry.try_send(());
             }
         }
         for (id, state) in &after {

@@ -32,6 +32,10 @@ use crate::text::excerpt;
 use crate::wire::EsdlMessage;
 use crate::workflow::Catalogue;
 
+mod starts;
+
+pub use self::starts::{MAX_EXCUSED, Start, Suspicion, Verdict};
+
 /// Characters of a client's reference that are kept. Its task carries it whole, but a cancel, say,
 /// loads what is kept of any job that it names.
 pub const MAX_REFERENCE: usize = 1000;
@@ -146,15 +150,6 @@ impl JobStatus {
     }
 }
 
-/// One time that a worker began the job's task.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Start {
-    pub at: Timestamp,
-    /// AMQP message id of the worker's START, which tells a redelivery from a second start.
-    /// None in rows of the Python service.
-    pub message_id: Option<String>,
-}
-
 /// A job that has ended: its row in `job_history`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ended {
@@ -168,6 +163,8 @@ pub struct Ended {
     pub running_at: Option<Timestamp>,
     pub finished_at: Timestamp,
     pub starts: i32,
+    /// AMQP message ids of the last starts; none in rows of earlier versions.
+    pub start_ids: Vec<String>,
     /// Size of the output ESDL and the logs together.
     pub result_bytes: i64,
 }
@@ -268,6 +265,16 @@ pub enum Command {
     Expire,
     /// Somebody has seen that the job waits for a worker and that there is none.
     NoWorker,
+    /// The workers have been asked who runs the task, because of its start at this time: a
+    /// [`Suspicion`].
+    Judge {
+        task_id: String,
+        at: Timestamp,
+        /// How many executions of it the workers told of.
+        alive: usize,
+        /// Whether they had the time that they may need to come back to RabbitMQ.
+        last: bool,
+    },
     /// An event of the job that cannot be handled, and without which it would never end.
     Fail {
         reason: String,
@@ -310,6 +317,8 @@ impl Priority {
 /// What a decision needs to know beside the job.
 pub struct Context<'a> {
     pub now: Timestamp,
+    /// When a replica last began a session with RabbitMQ; whatever had one before has lost it.
+    pub session_begun: Option<Timestamp>,
     /// For the task, if one is published: fresh for each attempt, since the same task twice
     /// would look like a crash loop.
     pub new_task_id: Uuid,
@@ -454,6 +463,15 @@ pub enum Event {
     Started {
         starts: usize,
     },
+    /// Started once more, which does not count.
+    Excused {
+        starts: usize,
+        why: &'static str,
+    },
+    /// Started once more, which is too often unless the workers say that nobody died.
+    Suspected {
+        starts: usize,
+    },
     Progressed,
     Ended(Outcome),
     /// A cancel before the submission it belongs to.
@@ -488,6 +506,16 @@ pub fn decide<'a>(
                 ..again
             };
         }
+        // What led to it would not any more: since then a session has begun, or a worker is back.
+        State::Ending(ending)
+            if ending.ended.outcome == Outcome::CrashLoop
+                && starts::may_end(&ending.job, command) =>
+        {
+            return Decision {
+                next: None,
+                ..starts::crash_loop(job_id, &ending.job, context)
+            };
+        }
         State::Ending(ending) => {
             let again = decide_for(job_id, Standing::Live(&ending.job), command, context);
             match again.event {
@@ -507,6 +535,8 @@ pub fn decide<'a>(
                 }
                 Event::Submitted { .. }
                 | Event::Started { .. }
+                | Event::Excused { .. }
+                | Event::Suspected { .. }
                 | Event::Progressed
                 | Event::Ended(_)
                 | Event::CancelNoted
@@ -556,9 +586,21 @@ fn decide_for<'a>(
             message_id,
             redelivered,
         } => match own_task(standing, task_id) {
-            Own::Current(job) => start(job_id, job, message_id, *redelivered, context),
-            Own::Done => Decision::ignored("the job has ended with this task's result"),
+            Own::Current(job) => starts::start(job_id, job, message_id, *redelivered, context),
+            Own::Done(ended) => {
+                starts::start_after_result(ended, task_id, message_id, *redelivered)
+            }
             Own::Stray(why) => revoke(task_id, why),
+        },
+        Command::Judge {
+            task_id,
+            at,
+            alive,
+            last,
+        } => match own_task(standing, task_id) {
+            Own::Current(job) => starts::judge(job_id, job, *at, *alive, *last, context),
+            Own::Done(_) => Decision::ignored("the job has ended"),
+            Own::Stray(why) => Decision::ignored(why),
         },
         Command::Progress {
             task_id,
@@ -580,7 +622,7 @@ fn decide_for<'a>(
                 }],
                 ..Decision::nothing(Event::Progressed)
             },
-            Own::Done => Decision::ignored("the job has ended with this task's result"),
+            Own::Done(_) => Decision::ignored("the job has ended with this task's result"),
             Own::Stray(why) => revoke(task_id, why),
         },
         Command::Result {
@@ -615,7 +657,7 @@ fn decide_for<'a>(
                         ..job.ends(outcome, result_bytes, [result], context)
                     }
                 }
-                Own::Done => Decision::ignored("the job has ended"),
+                Own::Done(_) => Decision::ignored("the job has ended"),
                 Own::Stray(why) => Decision {
                     time_series: late_series(standing, task_id, *succeeded, output_esdl),
                     ..Decision::ignored(why)
@@ -783,6 +825,7 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
                 running_at: None,
                 finished_at: context.now,
                 starts: 0,
+                start_ids: Vec::new(),
                 result_bytes: 0,
             })),
             time_series: Some(TimeSeries::Retire),
@@ -923,61 +966,11 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     job.ends(Outcome::Lost, result_bytes, told, context)
 }
 
-fn start<'a>(
-    job_id: Uuid,
-    job: &Job,
-    message_id: &Option<String>,
-    redelivered: bool,
-    context: &Context<'_>,
-) -> Decision<'a> {
-    let counted = match message_id {
-        Some(_) => job
-            .starts
-            .iter()
-            .any(|start| start.message_id == *message_id),
-        // Without an id the broker's flag is all there is to go by.
-        None => redelivered && !job.starts.is_empty(),
-    };
-    if counted {
-        return Decision::ignored("this start was counted already");
-    }
-    let limit = context
-        .catalogue
-        .definition(&job.workflow_type)
-        .and_then(|definition| definition.limits.delivery_limit)
-        .unwrap_or(context.rules.delivery_limit);
-    if job.starts.len() >= limit {
-        let told = [error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))];
-        return job.ends(Outcome::CrashLoop, CRASH_LOOP_LOGS.len(), told, context);
-    }
-    let mut job = job.clone();
-    job.status = JobStatus::Running;
-    job.running_at = job.running_at.or(Some(context.now));
-    job.progress = None;
-    // The rows' key is their time, and a batch has one time for all its messages.
-    let at = job.starts.last().map_or(context.now, |last| {
-        context.now.max(last.at + SignedDuration::from_micros(1))
-    });
-    job.starts.push(Start {
-        at,
-        message_id: message_id.clone(),
-    });
-    let starts = job.starts.len();
-    Decision {
-        next: Some(State::Live(job)),
-        publications: vec![Publication::Status {
-            job_id,
-            status: ClientStatus::Running,
-        }],
-        ..Decision::nothing(Event::Started { starts })
-    }
-}
-
 /// How a task relates to the job that its event names.
 enum Own<'s> {
     Current(&'s Job),
     /// It is the task whose result ended the job.
-    Done,
+    Done(&'s Ended),
     /// Nobody waits for it.
     Stray(&'static str),
 }
@@ -990,7 +983,7 @@ fn own_task<'s>(standing: Standing<'s>, task_id: &str) -> Own<'s> {
         Standing::Ended(ended)
             if ended.outcome.by_its_task() && ended.task_id.as_deref() == Some(task_id) =>
         {
-            Own::Done
+            Own::Done(ended)
         }
         Standing::Ended(_) => Own::Stray("the job has ended"),
     }
@@ -1118,11 +1111,13 @@ impl Job {
             running_at: self.running_at,
             finished_at: now,
             starts: i32::try_from(self.starts.len()).unwrap_or(i32::MAX),
+            start_ids: self.start_ids(),
             result_bytes: to_i64(result_bytes),
         }
     }
 
-    /// Ends it with this outcome: its task, unless that has done it, and then the client is told.
+    /// Ends it with this outcome: its task, unless that has done it and there is no second copy of
+    /// it, and then the client is told.
     fn ends<'a>(
         &self,
         outcome: Outcome,
@@ -1130,7 +1125,8 @@ impl Job {
         told: impl IntoIterator<Item = Publication<'a>>,
         context: &Context<'_>,
     ) -> Decision<'a> {
-        let task = self.task_id.clone().filter(|_| !outcome.by_its_task());
+        let runs = !outcome.by_its_task() || self.starts.len() > 1;
+        let task = self.task_id.clone().filter(|_| runs);
         let revocation = task.map(|task_id| Publication::Revoke {
             task_id: Cow::Owned(task_id),
         });
@@ -1177,7 +1173,8 @@ impl Ending {
             | Command::Progress { .. }
             | Command::TimeOut
             | Command::Expire
-            | Command::NoWorker => false,
+            | Command::NoWorker
+            | Command::Judge { .. } => false,
         }
     }
 
@@ -1192,6 +1189,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::Judge { .. }
             | Command::Fail { .. } => false,
         };
         is_submission
@@ -1233,6 +1231,7 @@ impl Command {
             Command::TimeOut => "a timeout",
             Command::Expire => "the end of its retention",
             Command::NoWorker => "the lack of a worker",
+            Command::Judge { .. } => "what the workers say of a start",
         }
     }
 
@@ -1248,6 +1247,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::Judge { .. }
             | Command::Fail { .. } => "",
         }
     }
@@ -1264,6 +1264,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }
     }
@@ -1273,7 +1274,8 @@ impl Command {
         match self {
             Command::Start { task_id, .. }
             | Command::Progress { task_id, .. }
-            | Command::Result { task_id, .. } => Some(task_id),
+            | Command::Result { task_id, .. }
+            | Command::Judge { task_id, .. } => Some(task_id),
             Command::Fail { task_id, .. } => task_id.as_deref(),
             Command::Submit(_)
             | Command::Refuse { .. }
@@ -1296,6 +1298,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::Judge { .. }
             | Command::Fail { .. } => 0,
         }
     }
@@ -1323,6 +1326,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }
     }

@@ -25,6 +25,7 @@ pub mod handler;
 pub mod health;
 pub mod http;
 pub mod influx;
+pub mod inquiry;
 pub mod job;
 pub mod logger;
 pub mod maintenance;

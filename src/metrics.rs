@@ -204,6 +204,8 @@ impl Metrics {
         let outcome = match event {
             Event::Submitted { .. } => "submitted",
             Event::Started { .. } => "started",
+            Event::Excused { .. } => "excused",
+            Event::Suspected { .. } => "suspected",
             Event::Progressed => "progressed",
             Event::Ended(_) => "ended",
             Event::CancelNoted => "cancel_noted",

@@ -127,6 +127,14 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
             let text = format!("running, started {starts} times");
             say(Level::Warn, command.task_id(), &text);
         }
+        Event::Excused { starts, why } => {
+            let text = format!("its task was started {starts} times, and goes on: {why}");
+            say(Level::Warn, command.task_id(), &text);
+        }
+        Event::Suspected { starts } => {
+            let text = format!("its task was started {starts} times: asking whether a worker died");
+            say(Level::Warn, command.task_id(), &text);
+        }
         Event::Progressed if log_enabled!(Level::Debug) => {
             say(Level::Debug, command.task_id(), &progress(command));
         }
@@ -150,7 +158,9 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
         Event::Ignored(why) => {
             let level = match command {
                 // Every job's last progress trails its result.
-                Command::Progress { .. } | Command::NoWorker => Level::Debug,
+                Command::Progress { .. } | Command::NoWorker | Command::Judge { .. } => {
+                    Level::Debug
+                }
                 Command::Submit(_)
                 | Command::Refuse { .. }
                 | Command::Cancel
@@ -188,7 +198,8 @@ fn reason(command: &Command) -> Option<String> {
         | Command::Result { .. }
         | Command::TimeOut
         | Command::Expire
-        | Command::NoWorker => None,
+        | Command::NoWorker
+        | Command::Judge { .. } => None,
     }
 }
 

@@ -28,6 +28,7 @@ use crate::handler::{
     self, ClosedQueues, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work, panic_text,
 };
 use crate::health::{Health, Part};
+use crate::inquiry::{self, Inquiry};
 use crate::job::Rules;
 use crate::maintenance;
 use crate::metrics::Metrics;
@@ -284,6 +285,8 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
         .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
     let claim = requests::claim(&links.sdk_in)?;
     let announcement = wire::available_workflows(service.catalogue.get().announcement());
+    // Before anything is consumed, so that it comes between the starts from before and after.
+    service.store.connection()?.session_begins()?;
     let busy = Busy::default();
     Publisher::new(&links.sdk_out, &busy)
         .publish(&[announcement])
@@ -318,6 +321,7 @@ fn work(
     let Prepared { queue_names, claim } = &prepared;
     let config = &service.config;
     let closed = closed_queues();
+    let (nudge, nudges) = bounded(1);
     let setting = Setting {
         store: &service.store,
         catalogue: &service.catalogue,
@@ -325,6 +329,7 @@ fn work(
         revoke_clock: &service.revoke_clock,
         rules: &service.rules,
         metrics: &service.metrics,
+        inquiry: nudge,
         queue_names,
         closed: &closed,
     };
@@ -333,6 +338,7 @@ fn work(
         .collect();
     let pulse = Pulse::default();
     let maintenance_busy = Busy::default();
+    let inquiry_watched = inquiry::Watched::default();
     let (report, reports) = unbounded();
     let (session_stop, session_stopped) = bounded::<Infallible>(0);
 
@@ -425,6 +431,19 @@ fn work(
         })?;
         running.insert("pulse".to_owned());
         let announcer = finding_inputs[0].clone();
+        let inquiry = Inquiry {
+            service,
+            link: &links.celery_out,
+            handlers: finding_inputs.clone(),
+            watched: &inquiry_watched,
+            stop: session_stopped.clone(),
+        };
+        let nudges = &nudges;
+        spawn(scope, "inquiry".to_owned(), &report, move || {
+            inquiry.run(nudges);
+            Ok(())
+        })?;
+        running.insert("inquiry".to_owned());
         let (stopped, own_busy) = (session_stopped.clone(), &maintenance_busy);
         let handlers = watched.as_slice();
         spawn(scope, "maintenance".to_owned(), &report, move || {
@@ -452,6 +471,7 @@ fn work(
             pulse: &pulse,
             maintenance: &maintenance_busy,
             closed: &closed,
+            inquiry: &inquiry_watched,
             intake,
             announcer,
             blocked: HashMap::new(),
@@ -515,6 +535,7 @@ struct Watch<'s> {
     pulse: &'s Pulse,
     maintenance: &'s Busy,
     closed: &'s ClosedQueues,
+    inquiry: &'s inquiry::Watched,
     intake: &'s Intake,
     /// To a handler, which can publish.
     announcer: Sender<Work>,
@@ -624,7 +645,8 @@ impl Watch<'_> {
             .watched
             .iter()
             .flat_map(|watched| [&watched.sdk, &watched.celery, &watched.task])
-            .chain([&self.pulse.publishing, &self.pulse.consuming]);
+            .chain([&self.pulse.publishing, &self.pulse.consuming])
+            .chain([&self.inquiry.celery]);
         let longest = to_broker.filter_map(Busy::for_how_long).max();
         if let Some(wait) = longest.filter(|wait| *wait > DEADLINE) {
             self.fail(anyhow!("RabbitMQ has not answered for {wait:.0?}"));
@@ -646,7 +668,8 @@ impl Watch<'_> {
         self.report(Part::Publishing, fault);
         self.look_at_handlers();
         let in_postgres = self.watched.iter().map(|watched| &watched.postgres);
-        let stuck = in_postgres.chain([self.maintenance]).any(|busy| {
+        let aside = [self.maintenance, &self.inquiry.postgres];
+        let stuck = in_postgres.chain(aside).any(|busy| {
             let wait = busy.for_how_long();
             wait.is_some_and(|wait| wait > STUCK)
         });

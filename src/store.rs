@@ -28,6 +28,7 @@ mod connect;
 pub mod inspection;
 pub mod migrate;
 pub mod rights;
+mod starts;
 mod upkeep;
 pub mod views;
 
@@ -300,6 +301,16 @@ pub struct Transaction<'a> {
     failed: &'a mut bool,
 }
 
+/// What a batch's decisions need to know.
+#[derive(Debug)]
+pub struct Loaded {
+    pub states: HashMap<Uuid, State>,
+    /// The database's time.
+    pub now: Timestamp,
+    /// When a replica last began a session with RabbitMQ, by the same clock.
+    pub session_begun: Option<Timestamp>,
+}
+
 /// How a batch leaves a job: its state before and after.
 #[derive(Debug)]
 pub struct Transition<'a> {
@@ -357,34 +368,34 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// The states of these jobs, all of which are in the answer, and the database's time.
+    /// The states of these jobs, all of which are in the answer, and what else is to be known for a
+    /// decision.
     ///
     /// # Errors
     /// The connection is lost. A row is not one that this program or the Python service writes:
     /// [`StoreError::Refused`].
-    pub fn load(
-        &mut self,
-        job_ids: &[Uuid],
-    ) -> Result<(HashMap<Uuid, State>, Timestamp), StoreError> {
+    pub fn load(&mut self, job_ids: &[Uuid]) -> Result<Loaded, StoreError> {
         let rows = self.query(
             "SELECT clock_timestamp() AS now, wanted.job_id,
+                    (SELECT begun_at FROM broker_session) AS session_begun,
                     job.status::text AS status, left(job.workflow_type, $3) AS workflow_type,
                     left(job.job_reference, $2) AS job_reference,
                     job.celery_id, job.registered_at, job.submitted_at, job.running_at,
                     job.timeout_after_ms, job.priority, job.progress, job.progress_message,
-                    job.progress_at, starts.started_at, starts.message_id,
+                    job.progress_at, starts.started_at, starts.message_id, starts.verdict,
                     ended.outcome, left(ended.workflow_type, $3) AS ended_workflow_type,
                     left(ended.job_reference, $2) AS ended_job_reference,
                     ended.celery_id AS ended_celery_id,
                     ended.registered_at AS ended_registered_at,
                     ended.submitted_at AS ended_submitted_at,
                     ended.running_at AS ended_running_at, ended.finished_at, ended.starts,
-                    ended.result_bytes
+                    ended.start_ids, ended.result_bytes
              FROM unnest($1::uuid[]) AS wanted (job_id)
              LEFT JOIN job USING (job_id)
              LEFT JOIN LATERAL (
                  SELECT array_agg(started_at ORDER BY started_at) AS started_at,
-                        array_agg(message_id ORDER BY started_at) AS message_id
+                        array_agg(message_id ORDER BY started_at) AS message_id,
+                        array_agg(verdict ORDER BY started_at) AS verdict
                  FROM job_starts WHERE job_starts.job_id = job.job_id
              ) AS starts ON true
              LEFT JOIN job_history AS ended USING (job_id)",
@@ -395,17 +406,21 @@ impl Transaction<'_> {
                 &characters(MAX_WORKFLOW_TYPE),
             ],
         )?;
-        let mut now = Timestamp::UNIX_EPOCH;
-        let mut states = HashMap::with_capacity(rows.len());
+        let mut loaded = Loaded {
+            states: HashMap::with_capacity(rows.len()),
+            now: Timestamp::UNIX_EPOCH,
+            session_begun: None,
+        };
         for row in &rows {
-            now = row.try_get("now")?;
+            loaded.now = row.try_get("now")?;
+            loaded.session_begun = row.try_get("session_begun")?;
             let job_id: Uuid = row.try_get("job_id")?;
             let state = state(row).map_err(|error| {
                 StoreError::Refused(format!("the row of job {job_id}: {error:#}"))
             })?;
-            states.insert(job_id, state);
+            loaded.states.insert(job_id, state);
         }
-        Ok((states, now))
+        Ok(loaded)
     }
 
     /// Writes what has become of the jobs, and of the guard rows of their time series.
@@ -424,6 +439,7 @@ impl Transaction<'_> {
         let mut progressed = Vec::new();
         let mut ended = Vec::new();
         let mut started: Vec<(Uuid, &Start)> = Vec::new();
+        let mut judged = Vec::new();
         for &Transition {
             job_id,
             before,
@@ -443,6 +459,9 @@ impl Transaction<'_> {
                     }
                     let new = after.starts.iter().skip(before.starts.len());
                     started.extend(new.map(|start| (job_id, start)));
+                    let both = before.starts.iter().zip(&after.starts);
+                    let changed = both.filter(|(before, after)| before.verdict != after.verdict);
+                    judged.extend(changed.map(|(_, start)| (job_id, start)));
                 }
                 (None, Some(after)) => {
                     inserted.push((job_id, after));
@@ -461,8 +480,14 @@ impl Transaction<'_> {
                 ended.push((job_id, after));
             }
         }
-        let rows = [inserted.len(), updated.len(), started.len(), ended.len()];
-        if !progressed.is_empty() && rows == [0; 4] && *series == SeriesChanges::default() {
+        let rows = [
+            inserted.len(),
+            updated.len(),
+            started.len(),
+            judged.len(),
+            ended.len(),
+        ];
+        if !progressed.is_empty() && rows == [0; 5] && *series == SeriesChanges::default() {
             // The next progress makes good what a crash of Postgres takes away of it.
             self.execute("SET LOCAL synchronous_commit TO off", &[])?;
         }
@@ -470,6 +495,7 @@ impl Transaction<'_> {
         self.insert_jobs(&inserted)?;
         self.update_jobs(&updated)?;
         self.insert_starts(&started)?;
+        self.judge_starts(&judged)?;
         self.write_history(&ended)?;
         self.write_series(series, now)
     }
@@ -579,21 +605,6 @@ impl Transaction<'_> {
         expect_rows("updating jobs", rows, jobs.len())
     }
 
-    fn insert_starts(&mut self, starts: &[(Uuid, &Start)]) -> Result<(), StoreError> {
-        if starts.is_empty() {
-            return Ok(());
-        }
-        let ids: Vec<_> = starts.iter().map(|(id, _)| id).collect();
-        let times: Vec<_> = starts.iter().map(|(_, start)| start.at).collect();
-        let messages: Vec<_> = starts.iter().map(|(_, start)| &start.message_id).collect();
-        self.execute(
-            "INSERT INTO job_starts (job_id, started_at, message_id)
-             SELECT * FROM unnest($1::uuid[], $2::timestamptz[], $3::varchar[])",
-            &[&ids, &times, &messages],
-        )?;
-        Ok(())
-    }
-
     fn write_history(&mut self, ended: &[(Uuid, &Ended)]) -> Result<(), StoreError> {
         if ended.is_empty() {
             return Ok(());
@@ -606,22 +617,28 @@ impl Transaction<'_> {
         let submitted: Vec<_> = ended.iter().map(|(_, job)| job.submitted_at).collect();
         let running: Vec<_> = ended.iter().map(|(_, job)| job.running_at).collect();
         let finished: Vec<_> = ended.iter().map(|(_, job)| job.finished_at).collect();
-        let starts: Vec<_> = ended.iter().map(|(_, job)| job.starts).collect();
+        let started: Vec<_> = ended.iter().map(|(_, job)| job.starts).collect();
         let outcomes: Vec<_> = ended.iter().map(|(_, job)| job.outcome.name()).collect();
         let sizes: Vec<_> = ended.iter().map(|(_, job)| job.result_bytes).collect();
+        let start_ids = ended
+            .iter()
+            .map(|(_, job)| starts::ids_to_text(&job.start_ids));
+        let start_ids: Vec<_> = start_ids.collect();
         self.execute(
             "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
                                       registered_at, submitted_at, running_at, finished_at,
-                                      starts, outcome, result_bytes)
+                                      starts, outcome, result_bytes, start_ids)
              SELECT * FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[],
                                   $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
-                                  $8::timestamptz[], $9::integer[], $10::varchar[], $11::bigint[])
+                                  $8::timestamptz[], $9::integer[], $10::varchar[], $11::bigint[],
+                                  $12::varchar[])
              ON CONFLICT (job_id) DO UPDATE
              SET job_reference = excluded.job_reference, workflow_type = excluded.workflow_type,
                  celery_id = excluded.celery_id, registered_at = excluded.registered_at,
                  submitted_at = excluded.submitted_at, running_at = excluded.running_at,
                  finished_at = excluded.finished_at, starts = excluded.starts,
-                 outcome = excluded.outcome, result_bytes = excluded.result_bytes",
+                 outcome = excluded.outcome, result_bytes = excluded.result_bytes,
+                 start_ids = excluded.start_ids",
             &[
                 &ids,
                 &references,
@@ -631,9 +648,10 @@ impl Transaction<'_> {
                 &submitted,
                 &running,
                 &finished,
-                &starts,
+                &started,
                 &outcomes,
                 &sizes,
+                &start_ids,
             ],
         )?;
         Ok(())
@@ -792,8 +810,6 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
     let Some(status) = row.try_get::<_, Option<&str>>("status")? else {
         return Ok(None);
     };
-    let times: Option<Vec<Timestamp>> = row.try_get("started_at")?;
-    let messages: Option<Vec<Option<String>>> = row.try_get("message_id")?;
     Ok(Some(Job {
         workflow_type: row.try_get("workflow_type")?,
         reference: row
@@ -810,12 +826,7 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
             .map(|name| named(Priority::ALL, Priority::name, name))
             .transpose()?,
         progress: progress(row)?,
-        starts: times
-            .unwrap_or_default()
-            .into_iter()
-            .zip(messages.unwrap_or_default())
-            .map(|(at, message_id)| Start { at, message_id })
-            .collect(),
+        starts: starts::starts(row)?,
     }))
 }
 
@@ -845,6 +856,7 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
         running_at: row.try_get("ended_running_at")?,
         finished_at: row.try_get("finished_at")?,
         starts: row.try_get("starts")?,
+        start_ids: starts::ids_from_text(row.try_get("start_ids")?)?,
         result_bytes: row.try_get("result_bytes")?,
     }))
 }

@@ -43,6 +43,8 @@ pub const WORKFLOW_REQUESTS_HELD_KEY: &str = "omotes_orchestrator_answers_reques
 pub const AVAILABLE_WORKFLOWS_KEY: &str = "available_workflows";
 /// Exchange of Celery's remote control: fanout, not durable.
 pub const PIDBOX_EXCHANGE: &str = "celery.pidbox";
+/// Exchange through which Celery's workers answer: direct, not durable.
+pub const REPLIES_EXCHANGE: &str = "reply.celery.pidbox";
 /// Where messages go that cannot be handled, on the vhost they came from.
 pub const DEAD_LETTERS_QUEUE: &str = "omotes_dead_letters";
 /// `x-max-priority` of a task queue, as the workers declare it.

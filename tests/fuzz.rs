@@ -194,6 +194,7 @@ fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
     };
     let context = Context {
         now,
+        session_begun: None,
         // The one that the events come from.
         new_task_id: Uuid::nil(),
         catalogue: &CATALOGUE,
@@ -270,6 +271,11 @@ proptest! {
                 take(Uuid::nil(), &state, &command, second);
             }
         }
+    }
+
+    #[test]
+    fn answers_of_workers(answer in text_near(r#"{"w@host": [{"id": "t", "worker_pid": 1, "args": []}]}"#)) {
+        celery::executions(answer.as_bytes());
     }
 
     #[test]

@@ -269,7 +269,7 @@ fn delivered(
 
 /// Ends the deliveries. Those that are on their way go back to the queue when the channel closes;
 /// meanwhile nobody keeps them, for they may be many and large.
-fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
+pub(super) fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
     let (cancelled, is_cancelled) = bounded::<Infallible>(0);
     thread::scope(|scope| {
         for consumer in consumers {

@@ -48,6 +48,7 @@ static CATALOGUE: LazyLock<Catalogue> = LazyLock::new(|| catalogue(""));
 fn context() -> Context<'static> {
     Context {
         now: at(100),
+        session_begun: Some(at(2)),
         new_task_id: new_task(),
         catalogue: &CATALOGUE,
         rules: &RULES,
@@ -68,14 +69,30 @@ fn job(status: JobStatus) -> Job {
         timeout_ms: None,
         priority: Some(Priority::Medium),
         starts: running
-            .then(|| Start {
-                at: at(3),
-                message_id: Some("start-1".to_owned()),
-            })
+            .then(|| start_at(3, "start-1", Verdict::Counts))
             .into_iter()
             .collect(),
         progress: None,
     }
+}
+
+fn start_at(second: i64, message_id: &str, verdict: Verdict) -> Start {
+    Start {
+        at: at(second),
+        message_id: Some(message_id.to_owned()),
+        verdict,
+    }
+}
+
+/// A running job that was started as often as it may be, and then with these verdicts, from second
+/// 5 on.
+fn started_again(verdicts: &[Verdict]) -> Job {
+    let mut job = job(JobStatus::Running);
+    job.starts.push(start_at(4, "start-2", Verdict::Counts));
+    let more = verdicts.iter().zip(5..);
+    job.starts
+        .extend(more.map(|(verdict, second)| start_at(second, &format!("at {second}"), *verdict)));
+    job
 }
 
 fn ended(outcome: Outcome) -> State {
@@ -110,6 +127,23 @@ fn start_of(task: &str, message: &str) -> Command {
     }
 }
 
+fn start_without_id(task: &str, redelivered: bool) -> Command {
+    Command::Start {
+        task_id: task.to_owned(),
+        message_id: None,
+        redelivered,
+    }
+}
+
+fn judge_of(task: &str, second: i64, alive: usize, last: bool) -> Command {
+    Command::Judge {
+        task_id: task.to_owned(),
+        at: at(second),
+        alive,
+        last,
+    }
+}
+
 fn progress_of(task: &str, fraction: f64) -> Command {
     Command::Progress {
         task_id: task.to_owned(),
@@ -137,11 +171,13 @@ fn fail_of(task: Option<&str>) -> Command {
 
 fn states() -> Vec<(&'static str, State)> {
     let noted = cancel(job_id(), Standing::Unknown, &context()).next;
-    let mut crashed_once = job(JobStatus::Running);
-    crashed_once.starts.push(Start {
-        at: at(4),
-        message_id: Some("start-2".to_owned()),
-    });
+    let crashed_once = started_again(&[]);
+    let suspected = started_again(&[Verdict::Suspected]);
+    let mut interrupted = job(JobStatus::Running);
+    interrupted.starts[0].at = at(1);
+    let mut of_earlier_version = job(JobStatus::Running).ended(Outcome::Succeeded, 7, at(50));
+    of_earlier_version.start_ids.clear();
+    let overtaken = job(JobStatus::Submitted).ended(Outcome::Succeeded, 7, at(50));
     // Running since second 3, and it is second 100.
     let mut overdue = job(JobStatus::Running);
     overdue.timeout_ms = Some(97_000);
@@ -156,9 +192,21 @@ fn states() -> Vec<(&'static str, State)> {
         ("submitted", State::Live(job(JobStatus::Submitted))),
         ("running", State::Live(job(JobStatus::Running))),
         ("started twice", State::Live(crashed_once.clone())),
+        ("interrupted", State::Live(interrupted)),
+        ("suspected", State::Live(suspected.clone())),
+        ("with a copy", State::Live(started_again(&[Verdict::Copy]))),
+        (
+            "excused too often",
+            State::Live(started_again(&[Verdict::Copy; MAX_EXCUSED])),
+        ),
         ("overdue", State::Live(overdue.clone())),
         ("ancient", State::Live(ancient.clone())),
         ("succeeded", ended(Outcome::Succeeded)),
+        (
+            "succeeded in an earlier version",
+            State::Ended(of_earlier_version),
+        ),
+        ("succeeded before its start", State::Ended(overtaken)),
         ("failed", ended(Outcome::Failed)),
         ("cancelled", ended(Outcome::Cancelled)),
         ("crash loop", ended(Outcome::CrashLoop)),
@@ -192,6 +240,10 @@ fn states() -> Vec<(&'static str, State)> {
             ending(crashed_once.clone(), Outcome::CrashLoop),
         ),
         (
+            "ending as suspected crash loop",
+            ending(suspected, Outcome::CrashLoop),
+        ),
+        (
             "ending since long as succeeded",
             ending_since(at(-200), long_ago.clone(), Outcome::Succeeded),
         ),
@@ -216,7 +268,19 @@ fn commands() -> Vec<(&'static str, Command)> {
         ("cancel", Command::Cancel),
         ("start", start_of(TASK, "start-3")),
         ("start again delivered", start_of(TASK, "start-1")),
+        ("start without id", start_without_id(TASK, false)),
+        (
+            "start without id again delivered",
+            start_without_id(TASK, true),
+        ),
         ("start of other task", start_of(OTHER_TASK, "start-3")),
+        ("judge: three run", judge_of(TASK, 5, 3, false)),
+        ("judge: two run", judge_of(TASK, 5, 2, false)),
+        ("judge: one runs", judge_of(TASK, 5, 1, false)),
+        ("judge: no more than two run", judge_of(TASK, 5, 2, true)),
+        ("judge: no more than one runs", judge_of(TASK, 5, 1, true)),
+        ("judge another start", judge_of(TASK, 6, 0, true)),
+        ("judge other task", judge_of(OTHER_TASK, 5, 0, true)),
         ("progress", progress_of(TASK, 0.5)),
         ("progress NaN", progress_of(TASK, f64::NAN)),
         ("progress of other task", progress_of(OTHER_TASK, 0.5)),
@@ -281,6 +345,11 @@ fn summary(decision: &Decision<'_>) -> String {
         Some(State::Unknown) => text.push_str(" -> unknown"),
         Some(State::Live(job)) => {
             write!(text, " -> {:?}, {} starts", job.status, job.starts.len()).unwrap();
+            for start in &job.starts {
+                if let Some(verdict) = start.verdict.name() {
+                    write!(text, " {verdict}").unwrap();
+                }
+            }
         }
         Some(State::Ending(job)) => write!(text, " -> ending {:?}", job.ended.outcome).unwrap(),
         Some(State::Ended(ended)) => write!(text, " -> ended {:?}", ended.outcome).unwrap(),
@@ -412,9 +481,8 @@ fn without_a_message_id_the_redelivered_flag_tells(
 
 #[test]
 fn the_crash_loops_text_is_what_clients_compare() {
-    let mut state = job(JobStatus::Running);
-    state.starts.push(state.starts[0].clone());
-    let command = start_of(TASK, "start-3");
+    let state = started_again(&[Verdict::Suspected]);
+    let command = judge_of(TASK, 5, 1, true);
     let decision = decide(job_id(), &State::Live(state), &command, &context());
     let Publication::Result { logs, .. } = &decision.announcements[1] else {
         panic!("{decision:?}");
@@ -494,6 +562,7 @@ fn the_history_tells_the_jobs_whole_story() {
         running_at: Some(at(3)),
         finished_at: at(100),
         starts: 1,
+        start_ids: vec!["start-1".to_owned()],
         result_bytes: i64::try_from(OUTPUT.len() + "logs".len()).unwrap(),
     };
     let Some(State::Ending(ending)) = decision.next else {
@@ -581,7 +650,7 @@ fn a_workflow_has_its_own_limits() {
     let running = State::Live(job(JobStatus::Running));
     let again = start_of(TASK, "start-2");
     let decision = decide(job_id(), &running, &again, &own);
-    assert_eq!(decision.event, Event::Ended(Outcome::CrashLoop));
+    assert_eq!(decision.event, Event::Suspected { starts: 2 });
 
     for (given, stored) in [(None, 7), (Some(5), 5), (Some(0), 0)] {
         let Command::Submit(mut submission) = submission("simulator") else {
@@ -729,6 +798,14 @@ enum Happening {
     Cancel,
     /// A worker takes the oldest task that is published and not revoked, and starts it.
     TaskTaken,
+    /// RabbitMQ restarts, and what some worker runs is delivered to another one too.
+    Interrupted(usize),
+    /// RabbitMQ loses a worker alone, who goes on, and its task is delivered to another one too.
+    Copied(usize),
+    /// A worker dies, and its task is delivered to another one.
+    Crashed(usize),
+    /// The workers have been asked, and all have answered.
+    Asked,
     /// An event that some task has sent is delivered again.
     SentAgain(usize),
     Progress(usize),
@@ -760,6 +837,10 @@ fn happening() -> impl Strategy<Value = Happening> {
         3 => Just(Happening::Submission),
         1 => Just(Happening::Cancel),
         4 => Just(Happening::TaskTaken),
+        2 => any::<usize>().prop_map(Happening::Interrupted),
+        2 => any::<usize>().prop_map(Happening::Copied),
+        1 => any::<usize>().prop_map(Happening::Crashed),
+        2 => Just(Happening::Asked),
         2 => any::<usize>().prop_map(Happening::SentAgain),
         2 => any::<usize>().prop_map(Happening::Progress),
         3 => any::<usize>().prop_map(Happening::Finished),
@@ -785,14 +866,28 @@ fn happening() -> impl Strategy<Value = Happening> {
 struct World {
     state: Option<State>,
     seconds_passed: i64,
+    /// Microseconds, one for each thing that happens.
+    ticks: i64,
+    session_begun: Option<Timestamp>,
     tasks: u128,
     waiting: Vec<String>,
     taken: Vec<String>,
+    /// The task of each execution that has not died.
+    alive: Vec<String>,
+    executions: usize,
+    /// The STARTs that came through, by their task and message.
+    heard: BTreeSet<(String, String)>,
     revoked: BTreeSet<String>,
     sent: Vec<Command>,
     /// What was not acknowledged.
     unacknowledged: Vec<Command>,
     deaths: usize,
+    /// Of workers.
+    crashes: usize,
+    /// A start came while the workers were being asked about another one.
+    hasty: bool,
+    /// Outcomes that were committed.
+    outcomes: BTreeSet<&'static str>,
     /// The broker forgot something that led to the job's end.
     forgetful: bool,
     /// Results told to the client.
@@ -811,6 +906,7 @@ impl World {
             }
             Happening::MuchTimePasses => {
                 self.deliver_all();
+                self.run(&Happening::Asked, Death::Never);
                 self.seconds_passed += 2000;
                 self.apply(&Command::TimeOut, Death::Never);
                 return self.apply(&Command::Expire, death);
@@ -824,7 +920,42 @@ impl World {
                     return;
                 }
                 self.taken.push(task.clone());
-                start_of(&task, &format!("start of {task}"))
+                self.execute(&task)
+            }
+            Happening::Interrupted(which)
+            | Happening::Copied(which)
+            | Happening::Crashed(which) => {
+                let running = self.alive.iter().enumerate();
+                let running: Vec<_> = running
+                    .filter(|(_, task)| !self.revoked.contains(*task))
+                    .collect();
+                let Some((place, task)) = running.get(which % running.len().max(1)) else {
+                    return;
+                };
+                let (place, task) = (*place, (*task).clone());
+                match happening {
+                    Happening::Interrupted(_) => self.session_begun = Some(self.now()),
+                    Happening::Crashed(_) => {
+                        self.crashes += 1;
+                        self.alive.remove(place);
+                    }
+                    _ => {}
+                }
+                self.execute(&task)
+            }
+            Happening::Asked => {
+                let Some((task_id, at)) = self.suspicion() else {
+                    return;
+                };
+                let alive = self.alive.iter().filter(|task| **task == task_id);
+                let judgment = Command::Judge {
+                    alive: alive.count(),
+                    task_id,
+                    at,
+                    last: true,
+                };
+                // As with time: nobody has to deliver it again.
+                return self.apply(&judgment, death);
             }
             Happening::Progress(which) | Happening::Finished(which) => {
                 let running: Vec<_> = self
@@ -882,14 +1013,47 @@ impl World {
         }
     }
 
+    /// A worker begins a task.
+    fn execute(&mut self, task: &str) -> Command {
+        self.alive.push(task.to_owned());
+        self.executions += 1;
+        start_of(task, &format!("start {} of {task}", self.executions))
+    }
+
+    fn now(&mut self) -> Timestamp {
+        self.ticks += 1;
+        at(100 + self.seconds_passed) + SignedDuration::from_micros(self.ticks)
+    }
+
+    /// What the inquiry finds in the database.
+    fn suspicion(&self) -> Option<(String, Timestamp)> {
+        let (State::Live(job) | State::Ending(Ending { job, .. })) = self.state.as_ref()? else {
+            return None;
+        };
+        let mut starts = job.starts.iter();
+        let start = starts.find(|start| start.verdict == Verdict::Suspected)?;
+        Some((job.task_id.clone()?, start.at))
+    }
+
     fn apply(&mut self, command: &Command, death: Death) {
         self.tasks += 1;
+        if let Command::Start {
+            task_id,
+            message_id: Some(id),
+            ..
+        } = command
+            && death > Death::BeforeCommit
+        {
+            self.hasty |= self.suspicion().is_some();
+            self.heard.insert((task_id.clone(), id.clone()));
+        }
         let rules = Rules {
             delivery_limit: 1,
             ..RULES.clone()
         };
         let context = Context {
-            now: at(100 + self.seconds_passed),
+            now: self.now(),
+            session_begun: self.session_begun,
             new_task_id: Uuid::from_u128(self.tasks),
             catalogue: &CATALOGUE,
             rules: &rules,
@@ -900,6 +1064,9 @@ impl World {
         if death > Death::BeforeCommit
             && let Some(next) = decision.next
         {
+            if let State::Ending(Ending { ended, .. }) | State::Ended(ended) = &next {
+                self.outcomes.insert(ended.outcome.name());
+            }
             self.state = Some(next);
         }
         if decision.announcements.is_empty() {
@@ -926,6 +1093,23 @@ impl World {
                 Publication::Status { .. } | Publication::Progress { .. } => {}
             }
         }
+    }
+
+    /// What is held of a job's starts.
+    fn check_starts(&self) -> Result<(), TestCaseError> {
+        let Some(State::Live(job) | State::Ending(Ending { job, .. })) = &self.state else {
+            return Ok(());
+        };
+        let of = |wanted: &[Verdict]| {
+            let verdicts = job.starts.iter().map(|start| start.verdict);
+            verdicts.filter(|verdict| wanted.contains(verdict)).count()
+        };
+        prop_assert!(of(&[Verdict::Counts]) <= 1, "{:?}", job.starts);
+        prop_assert!(of(&[Verdict::Suspected]) <= 1, "{:?}", job.starts);
+        prop_assert!(of(Verdict::NAMED) <= MAX_EXCUSED, "{:?}", job.starts);
+        let ids: BTreeSet<_> = job.starts.iter().map(|start| &start.message_id).collect();
+        prop_assert_eq!(ids.len(), job.starts.len());
+        Ok(())
     }
 
     /// Every task that began and nobody waits for, and that has neither been told to end nor
@@ -961,11 +1145,13 @@ proptest! {
         for happening in &story {
             world.run(happening, Death::Never);
             prop_assert!(world.strays().is_empty(), "{:?} run on", world.strays());
+            world.check_starts()?;
         }
         // The rest of the story: the submission arrives, what was not acknowledged is delivered,
         // what is due is found, workers take what is waiting and finish.
         world.run(&Happening::Submission, Death::Never);
         world.deliver_all();
+        world.run(&Happening::Asked, Death::Never);
         world.apply(&Command::TimeOut, Death::Never);
         if let Some(State::Ending(job)) = &world.state {
             prop_assert!(job.ended.outcome == Outcome::Expired || world.forgetful);
@@ -980,7 +1166,17 @@ proptest! {
         {
             world.apply(&result_of(&task, true), Death::Never);
         }
-        prop_assert!(matches!(world.state, Some(State::Ended(_))), "{:?}", world.state);
+        let Some(State::Ended(ended)) = &world.state else {
+            return Err(TestCaseError::fail(format!("{:?}", world.state)));
+        };
+        // Nobody's job ends as one that kills its workers when none has died.
+        let blamed = world.outcomes.contains(Outcome::CrashLoop.name());
+        prop_assert!(!blamed || world.crashes > 0 || world.hasty || world.executions > MAX_EXCUSED);
+        // Nothing computes on that nobody waits for, if a second start of it was heard.
+        if let Some(task) = ended.task_id.as_ref().filter(|_| ended.starts > 0) {
+            let heard = world.heard.iter().filter(|(of, _)| of == task).count();
+            prop_assert!(heard < 2 || world.revoked.contains(task), "{heard} of {task} run on");
+        }
         prop_assert!((1..=1 + world.deaths).contains(&world.results.len()), "{:?}", world.results);
         let outcomes: BTreeSet<_> = world.results.iter().map(|one| format!("{one:?}")).collect();
         // Of what the broker has forgotten nobody knows whether the client was told.

@@ -5,12 +5,13 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 7] = [
+const TABLES: [&str; 8] = [
     "job",
     "job_starts",
     "job_history",
     "esdl_time_series_info",
     "maintenance_run",
+    "broker_session",
     "alembic_version",
     "orchestrator_version",
 ];

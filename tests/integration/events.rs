@@ -87,11 +87,11 @@ fn progress_that_trails_its_tasks_result_is_ignored() {
     let _service = deployment.start_single_file();
     let job = client.submit("workflow_1");
     let task = worker.take();
-    worker.start(&task);
+    worker.start_as(&task, "the start");
     worker.succeed(&task, OUTPUT);
     client.outcome(job);
     worker.progress(&task, 1.0);
-    worker.start(&task);
+    worker.start_as(&task, "the start");
     // Says that nothing was revoked.
     worker.progress_handled();
     assert_eq!(client.peer.queue_length(&format!("jobs.{job}.progress")), 0);

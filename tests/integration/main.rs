@@ -12,6 +12,7 @@ mod authority;
 mod browser;
 mod cancelling;
 mod commands;
+mod copies;
 mod crashes;
 mod dead_letters;
 mod deployment;

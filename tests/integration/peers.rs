@@ -12,7 +12,7 @@ use omotes_orchestrator::wire::{
     task_result,
 };
 use prost::Message;
-use serde_json::Value;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, Service, eventually, setting};
@@ -459,11 +459,32 @@ impl Worker {
         self.peer.send_safely("omotes_task_result_events", &body);
     }
 
-    /// The task that the next revoke is about.
+    /// The task that the next revoke is about. What workers are asked meanwhile stays unanswered.
     pub fn revoked(&self) -> String {
-        let revoke = self.peer.next(&self.pidbox).json();
-        assert_eq!(revoke["method"], "revoke");
-        revoke["arguments"]["task_id"].as_str().unwrap().to_owned()
+        loop {
+            let message = self.peer.next(&self.pidbox).json();
+            if message["method"] == "revoke" {
+                return message["arguments"]["task_id"].as_str().unwrap().to_owned();
+            }
+            assert_eq!(message["method"], "active");
+        }
+    }
+
+    /// Answers the next question for what is being run, as so many workers that run this task.
+    pub fn answer(&self, task: &Task, workers: usize) {
+        let question = self.peer.next(&self.pidbox).json();
+        assert_eq!(question["method"], "active");
+        assert_eq!(question["arguments"], json!({"safe": true}));
+        let text = |key: &str| question["reply_to"][key].as_str().unwrap().to_owned();
+        let other = json!({"id": "another task", "worker_pid": 8});
+        for number in 0..workers {
+            let own = json!({"id": task.id, "worker_pid": 7, "acknowledged": false});
+            let answer = json!({format!("worker-x@host-{number}"): [other, own]});
+            let answer = answer.to_string();
+            let publish = Publish::new(answer.as_bytes(), text("routing_key"));
+            let channel = &self.peer.channel;
+            channel.basic_publish(text("exchange"), publish).unwrap();
+        }
     }
 
     /// Waits until a single-file service has handled the progress events so far, and says that

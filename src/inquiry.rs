@@ -1,0 +1,169 @@
+//! Asks Celery's workers who runs a task, when a start of it would end its job. What that means for
+//! the job is decided where everything else is.
+//!
+//! What is suspected is in the database, with the start. Whoever has written it gives a nudge; what
+//! is left over, by a replica that died or was stopped over it, is found at the beginning of a
+//! session and from time to time. Several replicas may ask about the same start.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Context;
+use crossbeam_channel::{Receiver, Sender, select};
+use jiff::Timestamp;
+use log::{debug, warn};
+use uuid::Uuid;
+
+use crate::broker::Link;
+use crate::busy::Busy;
+use crate::celery::{self, Execution};
+use crate::handler::{self, Work};
+use crate::job::{Command, Suspicion};
+use crate::maintenance::MAX_FINDINGS;
+use crate::session::Service;
+
+/// How long the workers have to answer a question.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+/// How often they are asked before anybody is taken for dead. One that RabbitMQ has lost may take
+/// so many seconds to be back, and Celery takes up to four. Not a time, for that passes too while
+/// this process stands still.
+const PATIENCE: u32 = 10;
+/// The same where the question itself fails, as it does until the session ends when the connection
+/// is lost, and always without the rights to ask.
+const PATIENCE_UNASKED: u32 = 60;
+
+/// What the thread waits for, for whoever watches over it.
+#[derive(Debug, Default)]
+pub struct Watched {
+    pub celery: Busy,
+    pub postgres: Busy,
+}
+
+/// A suspicion that the workers are being asked about.
+struct Open {
+    suspicion: Suspicion,
+    asked: u32,
+    /// How often that failed.
+    failed: u32,
+}
+
+/// The thread's part of the session.
+pub struct Inquiry<'s> {
+    pub service: &'s Service,
+    /// To the vhost of the tasks.
+    pub link: &'s Link,
+    pub handlers: Vec<Sender<Work>>,
+    pub watched: &'s Watched,
+    pub stop: Receiver<Infallible>,
+}
+
+impl Inquiry<'_> {
+    /// Looks for suspected starts with each of the `nudges` and from time to time, and asks about
+    /// them until they are judged. Ends when `stop` is disconnected.
+    pub fn run(&self, nudges: &Receiver<()>) {
+        let mut open = Vec::new();
+        let mut failing = false;
+        loop {
+            let round = self.round(&mut open);
+            let wait = match &round {
+                // The time for the answers was wait enough.
+                Ok(()) if !open.is_empty() => Duration::ZERO,
+                Ok(()) => self.service.config.timeout_check_period,
+                Err(_) => ANSWER_TIME,
+            };
+            match round {
+                Ok(()) => failing = false,
+                Err(error) if failing => debug!("the workers still cannot be asked: {error:#}"),
+                Err(error) => {
+                    failing = true;
+                    warn!("the workers cannot be asked what they run: {error:#}");
+                }
+            }
+            select! {
+                recv(self.stop) -> _ => return,
+                recv(nudges) -> _ => {}
+                default(wait) => {}
+            }
+        }
+    }
+
+    /// Asks once about all that is open by now, and passes on what the workers say.
+    fn round(&self, open: &mut Vec<Open>) -> anyhow::Result<()> {
+        self.watched.postgres.touch();
+        let found = self.suspicions();
+        self.watched.postgres.idle();
+        let found = found?;
+        open.retain(|known| found.contains(&known.suspicion));
+        for suspicion in found {
+            if !open.iter().any(|known| known.suspicion == suspicion) {
+                open.push(Open {
+                    suspicion,
+                    asked: 0,
+                    failed: 0,
+                });
+            }
+        }
+        if open.is_empty() {
+            return Ok(());
+        }
+        let mut executions = HashSet::new();
+        let asked = self.ask(&mut executions);
+        for one in &mut *open {
+            match asked {
+                // The service stops, and some may not have answered.
+                Ok(false) => return Ok(()),
+                Ok(true) => one.asked += 1,
+                Err(_) => one.failed += 1,
+            }
+            let last = one.asked >= PATIENCE || one.failed >= PATIENCE_UNASKED;
+            self.pass_on(&one.suspicion, &executions, last);
+        }
+        asked.map(drop)
+    }
+
+    fn suspicions(&self) -> anyhow::Result<Vec<Suspicion>> {
+        let mut connection = self.service.store.connection()?;
+        Ok(connection.suspicions(MAX_FINDINGS.into())?)
+    }
+
+    /// Whether the workers had the time to answer.
+    fn ask(&self, executions: &mut HashSet<Execution>) -> anyhow::Result<bool> {
+        let key = Uuid::new_v4().to_string();
+        let clock = self.service.revoke_clock.fetch_add(1, Ordering::Relaxed);
+        let question = celery::who_runs_what(&key, clock, Timestamp::now());
+        let Watched { celery: busy, .. } = self.watched;
+        self.link
+            .ask(&question, &key, ANSWER_TIME, busy, &self.stop, |answer| {
+                executions.extend(celery::executions(answer));
+            })
+            .context("asking the workers")
+    }
+
+    fn pass_on(&self, suspicion: &Suspicion, executions: &HashSet<Execution>, last: bool) {
+        let Suspicion {
+            job_id,
+            task_id,
+            at,
+        } = suspicion;
+        let of_task = executions.iter().filter(|one| one.task_id == *task_id);
+        let alive = of_task.count();
+        debug!("job {job_id}: {alive} workers say that they run its task");
+        if alive < 2 && !last {
+            return;
+        }
+        let command = Command::Judge {
+            task_id: task_id.clone(),
+            at: *at,
+            alive,
+            last,
+        };
+        let handler = &self.handlers[handler::index(*job_id, self.handlers.len())];
+        // As long as it is busy, the next round finds the same.
+        let _ = handler.try_send(Work::Finding {
+            job_id: *job_id,
+            command,
+        });
+    }
+}

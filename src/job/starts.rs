@@ -1,0 +1,254 @@
+//! The starts of a job's task: which of them count against its delivery limit, and which are a
+//! second copy of a task that nobody died over.
+//!
+//! A START of a task that was started before means one of two things. The execution before it has
+//! died: the task is one that kills its workers, and must not be tried for ever. Or RabbitMQ has
+//! lost sight of its worker, who goes on: the connection was closed, or RabbitMQ restarted, and
+//! what was not acknowledged was delivered again. The message itself does not tell them apart. So
+//! a START that follows an interruption of RabbitMQ is excused, and before any other ends its job
+//! the workers are asked who runs the task.
+
+use std::borrow::Cow;
+
+use jiff::{SignedDuration, Timestamp};
+use uuid::Uuid;
+
+use super::{
+    CRASH_LOOP_LOGS, ClientStatus, Command, Context, Decision, Ended, Event, Job, JobStatus,
+    Outcome, Publication, State, error_result, revoke,
+};
+
+/// How many starts of a job are excused, for whatever reason: what takes RabbitMQ down with it each
+/// time comes to an end too.
+pub const MAX_EXCUSED: usize = 10;
+/// Of how many starts the history knows the message, the last ones.
+const MAX_IN_HISTORY: usize = 20;
+
+/// One time that a worker began the job's task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Start {
+    pub at: Timestamp,
+    /// AMQP message id of the worker's START, which tells a redelivery from a second start.
+    /// None in rows of the Python service.
+    pub message_id: Option<String>,
+    pub verdict: Verdict,
+}
+
+/// What is held of a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It counts against the delivery limit: what ran before it is taken for dead.
+    Counts,
+    /// Excused: a connection to RabbitMQ was lost since the start before it.
+    Interrupted,
+    /// Excused: the workers said that what was started before it still runs.
+    Copy,
+    /// Open: the workers are asked.
+    Suspected,
+}
+
+impl Verdict {
+    /// Those that have a name.
+    pub const NAMED: &[Verdict] = &[Verdict::Interrupted, Verdict::Copy, Verdict::Suspected];
+
+    /// As the database has it; none where it counts, as in rows of the Python service.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Verdict::Counts => None,
+            Verdict::Interrupted => Some("INTERRUPTED"),
+            Verdict::Copy => Some("COPY"),
+            Verdict::Suspected => Some("SUSPECTED"),
+        }
+    }
+}
+
+/// A start that ends its job, unless the workers say that nobody died.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Suspicion {
+    pub job_id: Uuid,
+    pub task_id: String,
+    /// When the start was: what it is known by.
+    pub at: Timestamp,
+}
+
+impl Job {
+    fn counted(&self) -> usize {
+        let verdicts = self.starts.iter().map(|start| start.verdict);
+        verdicts
+            .filter(|verdict| *verdict == Verdict::Counts)
+            .count()
+    }
+
+    /// The messages of its starts, for the history.
+    pub(super) fn start_ids(&self) -> Vec<String> {
+        let skipped = self.starts.len().saturating_sub(MAX_IN_HISTORY);
+        let starts = self.starts.iter().skip(skipped);
+        starts
+            .filter_map(|start| start.message_id.clone())
+            .collect()
+    }
+}
+
+/// A worker has begun the current task of `job`.
+pub(super) fn start<'a>(
+    job_id: Uuid,
+    job: &Job,
+    message_id: &Option<String>,
+    redelivered: bool,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let known = match message_id {
+        Some(_) => job
+            .starts
+            .iter()
+            .any(|start| start.message_id == *message_id),
+        // Without an id the broker's flag is all there is to go by.
+        None => redelivered && !job.starts.is_empty(),
+    };
+    if known {
+        return Decision::ignored("this start was counted already");
+    }
+    let Some(verdict) = verdict(job, context) else {
+        return crash_loop(job_id, job, context);
+    };
+    let mut job = job.clone();
+    job.status = JobStatus::Running;
+    job.running_at = job.running_at.or(Some(context.now));
+    // The rows' key is their time, and a batch has one time for all its messages.
+    let at = job.starts.last().map_or(context.now, |last| {
+        context.now.max(last.at + SignedDuration::from_micros(1))
+    });
+    job.starts.push(Start {
+        at,
+        message_id: message_id.clone(),
+        verdict,
+    });
+    let starts = job.starts.len();
+    let event = match verdict {
+        Verdict::Counts => {
+            job.progress = None;
+            let running = Publication::Status {
+                job_id,
+                status: ClientStatus::Running,
+            };
+            return Decision {
+                next: Some(State::Live(job)),
+                publications: vec![running],
+                ..Decision::nothing(Event::Started { starts })
+            };
+        }
+        Verdict::Interrupted => Event::Excused {
+            starts,
+            why: "a connection to RabbitMQ was lost since the last time",
+        },
+        Verdict::Suspected | Verdict::Copy => Event::Suspected { starts },
+    };
+    // The client knows that it runs, and what ran before this may go on telling its progress.
+    Decision {
+        next: Some(State::Live(job)),
+        ..Decision::nothing(event)
+    }
+}
+
+/// What is held of the next start of `job`; None when it is one too many.
+fn verdict(job: &Job, context: &Context<'_>) -> Option<Verdict> {
+    let excusable = job.starts.len() - job.counted() < MAX_EXCUSED;
+    let interrupted = |last: &Start| context.session_begun > Some(last.at);
+    if excusable && job.starts.last().is_some_and(interrupted) {
+        return Some(Verdict::Interrupted);
+    }
+    let limit = context
+        .catalogue
+        .definition(&job.workflow_type)
+        .and_then(|definition| definition.limits.delivery_limit)
+        .unwrap_or(context.rules.delivery_limit);
+    if job.counted() < limit {
+        return Some(Verdict::Counts);
+    }
+    // Two in the few seconds that the workers are asked are no accident of a connection: what is
+    // quick to kill its workers does so only once more.
+    let doubted = |start: &Start| start.verdict == Verdict::Suspected;
+    let worth_asking = excusable && !job.starts.is_empty() && !job.starts.iter().any(doubted);
+    worth_asking.then_some(Verdict::Suspected)
+}
+
+/// The workers have been asked about the start of `job` that was at `at`: so many of them run its
+/// task. With `last` nothing more is to be expected of them.
+pub(super) fn judge<'a>(
+    job_id: Uuid,
+    job: &Job,
+    at: Timestamp,
+    alive: usize,
+    last: bool,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let suspected = |start: &Start| start.at == at && start.verdict == Verdict::Suspected;
+    let Some(place) = job.starts.iter().position(suspected) else {
+        return Decision::ignored("nothing is held against this start any more");
+    };
+    // Of the executions before one that counts, or that follows an interruption, nothing is known.
+    let copies = job.starts[..place].iter().rev();
+    let copies = copies.take_while(|start| start.verdict == Verdict::Copy);
+    let executions = copies.count() + 2;
+    let (verdict, why) = if alive >= executions {
+        let why = "the workers say that all before it still run";
+        (Verdict::Copy, why)
+    } else if context.session_begun > Some(at) {
+        let why = "a connection to RabbitMQ was lost before the workers could tell";
+        (Verdict::Interrupted, why)
+    } else if last {
+        return crash_loop(job_id, job, context);
+    } else {
+        return Decision::ignored("a worker may still be on its way back");
+    };
+    let mut job = job.clone();
+    job.starts[place].verdict = verdict;
+    let starts = job.starts.len();
+    Decision {
+        next: Some(State::Live(job)),
+        ..Decision::nothing(Event::Excused { starts, why })
+    }
+}
+
+/// Whether it may have been this command that ended `job` as a crash loop.
+pub(super) fn may_end(job: &Job, command: &Command) -> bool {
+    match command {
+        Command::Start { task_id, .. } | Command::Judge { task_id, .. } => {
+            job.task_id.as_ref() == Some(task_id)
+        }
+        Command::Submit(_)
+        | Command::Refuse { .. }
+        | Command::Cancel
+        | Command::Progress { .. }
+        | Command::Result { .. }
+        | Command::TimeOut
+        | Command::Expire
+        | Command::NoWorker
+        | Command::Fail { .. } => false,
+    }
+}
+
+pub(super) fn crash_loop<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> Decision<'a> {
+    let told = [error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))];
+    job.ends(Outcome::CrashLoop, CRASH_LOOP_LOGS.len(), told, context)
+}
+
+/// A START of the task whose result ended the job: one that was counted and comes again, or trails
+/// its own result, or the task runs once more, for nobody.
+pub(super) fn start_after_result<'a>(
+    ended: &Ended,
+    task_id: &'a str,
+    message_id: &Option<String>,
+    redelivered: bool,
+) -> Decision<'a> {
+    let known = ended.starts == 0
+        || match message_id {
+            // The history of an earlier version, or of the Python service's starts, knows none.
+            Some(id) => ended.start_ids.is_empty() || ended.start_ids.contains(id),
+            None => redelivered,
+        };
+    if known {
+        return Decision::ignored("the job has ended with this task's result");
+    }
+    revoke(task_id, "it runs again after its result")
+}

@@ -665,21 +665,28 @@ impl<'l> Publisher<'l> {
         self.confirm()
     }
 
+    /// Publishes these messages to the queues that are named as their keys, whatever their exchange
+    /// is, and waits for the broker's confirms: what became of each.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn publish_to_queues(
+        &mut self,
+        messages: &[&Outgoing],
+    ) -> Result<Vec<Delivered>, PublishError> {
+        let publishes = messages.iter().map(|message| ("", to_publish(message)));
+        self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)?;
+        self.confirm()
+    }
+
     /// Sends these messages without waiting; [`Publisher::confirm`] must follow.
     ///
     /// # Errors
     /// As [`PublishError`].
     pub fn send(&mut self, messages: &[Outgoing]) -> Result<(), PublishError> {
-        let publishes = messages.iter().map(|message| {
-            let publish = Publish {
-                body: &message.body,
-                routing_key: message.routing_key.clone(),
-                mandatory: message.mandatory,
-                immediate: false,
-                properties: properties(message),
-            };
-            (message.exchange, publish)
-        });
+        let publishes = messages
+            .iter()
+            .map(|message| (message.exchange, to_publish(message)));
         self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)
     }
 
@@ -868,6 +875,16 @@ fn without_copies(mut headers: FieldTable) -> FieldTable {
         headers.remove(name);
     }
     headers
+}
+
+fn to_publish(message: &Outgoing) -> Publish<'_> {
+    Publish {
+        body: &message.body,
+        routing_key: message.routing_key.clone(),
+        mandatory: message.mandatory,
+        immediate: false,
+        properties: properties(message),
+    }
 }
 
 fn properties(message: &Outgoing) -> AmqpProperties {

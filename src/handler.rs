@@ -939,15 +939,18 @@ impl<'s> Handler<'s> {
     }
 
     /// A task comes back when somebody has deleted its queue since it was declared.
-    fn publish_tasks_again(&mut self, tasks: &[Outgoing]) -> Result<(), Trouble> {
+    fn publish_tasks_again(&mut self, tasks: &[&Outgoing]) -> Result<(), Trouble> {
         let queues: BTreeSet<_> = tasks.iter().map(|task| &task.routing_key).collect();
         for queue in queues {
             warn!("the task queue {queue:?} was deleted, or is not there; it is declared again");
             self.declared.remove(queue);
             self.declare(queue)?;
         }
-        let outcome = self.publishers.celery.publish(tasks)?;
-        match undelivered(tasks, &outcome).unroutable.first() {
+        let outcome = self.publishers.celery.publish_to_queues(tasks)?;
+        match undelivered(tasks.iter().copied(), &outcome)
+            .unroutable
+            .first()
+        {
             None => Ok(()),
             Some(task) => {
                 let why = "it was deleted again right after it was declared";
@@ -958,16 +961,9 @@ impl<'s> Handler<'s> {
 
     /// A broker restart takes the bindings of clients that are offline, while their queues stay:
     /// these can still be reached through the default exchange.
-    fn publish_by_queue_name(&mut self, results: &[Outgoing]) -> Result<(), Trouble> {
-        let results: Vec<_> = results
-            .iter()
-            .map(|result| Outgoing {
-                exchange: "",
-                ..result.clone()
-            })
-            .collect();
-        let outcome = self.publishers.sdk.publish(&results)?;
-        let left = undelivered(&results, &outcome);
+    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<(), Trouble> {
+        let outcome = self.publishers.sdk.publish_to_queues(results)?;
+        let left = undelivered(results.iter().copied(), &outcome);
         for result in left.unroutable {
             info!("nobody is waiting any more in {}", result.routing_key);
         }
@@ -1099,18 +1095,21 @@ struct Outbox {
 
 /// The messages of a batch that did not arrive.
 #[derive(Default)]
-struct Undelivered {
-    unroutable: Vec<Outgoing>,
-    rejected: Vec<Outgoing>,
+struct Undelivered<'m> {
+    unroutable: Vec<&'m Outgoing>,
+    rejected: Vec<&'m Outgoing>,
 }
 
-fn undelivered(messages: &[Outgoing], outcome: &[Delivered]) -> Undelivered {
+fn undelivered<'m>(
+    messages: impl IntoIterator<Item = &'m Outgoing>,
+    outcome: &[Delivered],
+) -> Undelivered<'m> {
     let mut left = Undelivered::default();
-    for (message, delivered) in messages.iter().zip(outcome) {
+    for (message, delivered) in messages.into_iter().zip(outcome) {
         match delivered {
             Delivered::Yes => {}
-            Delivered::Unroutable => left.unroutable.push(message.clone()),
-            Delivered::Rejected => left.rejected.push(message.clone()),
+            Delivered::Unroutable => left.unroutable.push(message),
+            Delivered::Rejected => left.rejected.push(message),
         }
     }
     left

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::TcpListener;
 
-use amiquip::{ExchangeDeclareOptions, ExchangeType, QueueDeclareOptions, QueueDeleteOptions};
+use amiquip::{ExchangeDeclareOptions, ExchangeType, QueueDeclareOptions};
 use rstest::rstest;
 use serde_json::Value;
 use uuid::Uuid;
@@ -158,11 +158,6 @@ fn what_is_wrong_in_the_database_is_told() {
     one(&found(), "error Postgres: ", "ffffffffffff");
 }
 
-fn delete(peer: &Peer, queue: &str) {
-    let options = QueueDeleteOptions::default();
-    peer.channel.queue_delete(queue, options).unwrap();
-}
-
 #[test]
 fn what_others_have_made_of_the_broker_is_told() {
     let deployment = Deployment::new();
@@ -176,25 +171,25 @@ fn what_others_have_made_of_the_broker_is_told() {
     sdk.send_safely("omotes_task_result_events", b"a result");
     let mixed = "warning TASK RabbitMQ: omotes_task_result_events is used in the vhost";
     one(&found(), mixed, "of SDK, not in");
-    delete(&sdk, "omotes_task_result_events");
+    sdk.delete_queue("omotes_task_result_events");
     celery.declare("job_submissions");
     celery.send_safely("job_submissions", b"a submission");
     let mixed = "warning SDK RabbitMQ: job_submissions is used in the vhost";
     one(&found(), mixed, "_celery of");
-    delete(&celery, "job_submissions");
+    celery.delete_queue("job_submissions");
 
     // Declared otherwise.
     celery.declare("workflow_1");
     let otherwise = "error CELERY RabbitMQ: workflow_1 is declared otherwise";
     one(&found(), otherwise, "x-max-priority");
-    delete(&celery, "workflow_1");
+    celery.delete_queue("workflow_1");
     let progress = "omotes_task_progress_events";
-    delete(&celery, progress);
+    celery.delete_queue(progress);
     let transient = QueueDeclareOptions::default();
     celery.channel.queue_declare(progress, transient).unwrap();
     let otherwise = "error TASK RabbitMQ: omotes_task_progress_events is declared otherwise";
     one(&found(), otherwise, "durable");
-    delete(&celery, progress);
+    celery.delete_queue(progress);
     let exchange = || {
         sdk.channel
             .exchange_declare_passive("omotes_exchange")

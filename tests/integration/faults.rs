@@ -3,10 +3,7 @@
 use std::collections::HashSet;
 use std::net::TcpListener;
 
-use amiquip::{
-    AmqpProperties, AmqpValue, Exchange, FieldTable, Publish, QueueDeclareOptions,
-    QueueDeleteOptions,
-};
+use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish, QueueDeclareOptions};
 use omotes_orchestrator::wire::{
     AVAILABLE_WORKFLOWS_KEY, DEAD_LETTERS_QUEUE, JobDelete, JobSubmission, OMOTES_EXCHANGE,
     job_result::ResultType, job_status_update::JobStatus,
@@ -329,12 +326,7 @@ fn a_task_queue_that_was_deleted_is_declared_again() {
     let service = deployment.start_single_file();
     client.submit("workflow_1");
     worker.take();
-    let delete = QueueDeleteOptions::default();
-    worker
-        .peer
-        .channel
-        .queue_delete("workflow_1", delete)
-        .unwrap();
+    worker.peer.delete_queue("workflow_1");
     let job = client.submit("workflow_1");
     service.logged("the task queue \"workflow_1\" was deleted");
     let worker = Worker::new(&deployment, "workflow_1");

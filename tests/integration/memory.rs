@@ -243,6 +243,22 @@ fn large_results(client: &Client, worker: &Worker) {
     }
 }
 
+/// A result whose client is gone, and its queue too: RabbitMQ returns it, and once more when it is
+/// sent to the queue itself.
+fn a_result_that_comes_back(deployment: &Deployment, client: &Client, worker: &Worker) {
+    let task = running_job(client, worker, None);
+    for kind in ["status", "progress", "result"] {
+        client
+            .peer
+            .delete_queue(&format!("jobs.{}.{kind}", task.job));
+    }
+    let output = format!("<e id='out-1'>{}</e>", "x".repeat(96 * MIB));
+    worker.succeed(&task, &output);
+    drop(output);
+    let succeeded = "SELECT count(*) FROM job_history WHERE result_bytes > 100000000";
+    deployment.comes_to(1, succeeded);
+}
+
 fn many_remarks(client: &Client, worker: &Worker) {
     let task = running_job(client, worker, None);
     let mut body = field(1, task.job.to_string().as_bytes());
@@ -275,6 +291,8 @@ fn a_small_container_has_memory_enough_for_whatever_is_sent() {
     confined.is_well("16 MiB of empty remarks");
     large_results(&client, &worker);
     confined.is_well("20 results of 64 MiB");
+    a_result_that_comes_back(&deployment, &client, &worker);
+    confined.is_well("a result of 96 MiB that RabbitMQ returns");
     let task = running_job(&client, &worker, None);
     worker.succeed(&task, "<e id='out-2'/>");
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);

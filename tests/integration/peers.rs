@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use amiquip::{
     AmqpProperties, AmqpValue, Channel, Confirm, Connection, Exchange, ExchangeDeclareOptions,
-    ExchangeType, FieldTable, Publish, QueueDeclareOptions,
+    ExchangeType, FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use omotes_orchestrator::wire::{
     self, EsdlMessage, JobDelete, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission,
@@ -92,6 +92,12 @@ impl Peer {
         publish(&channel, queue, body, &Uuid::new_v4().simple().to_string());
         assert!(matches!(confirms.recv().unwrap(), Confirm::Ack(_)));
         channel.close().unwrap();
+    }
+
+    /// Deletes a queue with all that is in it.
+    pub fn delete_queue(&self, queue: &str) {
+        let whatever_is_in_it = QueueDeleteOptions::default();
+        self.channel.queue_delete(queue, whatever_is_in_it).unwrap();
     }
 
     /// The next message of a queue, if there is one now.

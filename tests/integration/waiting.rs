@@ -1,6 +1,6 @@
 //! Queues that take nothing for now, and the messages that wait for them unacknowledged.
 
-use amiquip::{AmqpValue, FieldTable, QueueDeleteOptions};
+use amiquip::{AmqpValue, FieldTable};
 use omotes_orchestrator::wire::{
     DEAD_LETTERS_QUEUE, job_result::ResultType, job_status_update::JobStatus,
 };
@@ -88,10 +88,7 @@ fn dead_letters_whose_queue_was_deleted_go_into_a_new_one() {
     for (peer, vhost, queue) in sides {
         peer.send(queue, b"\xffbefore");
         assert_eq!(peer.next(DEAD_LETTERS_QUEUE).body, b"\xffbefore");
-        let delete = QueueDeleteOptions::default();
-        peer.channel
-            .queue_delete(DEAD_LETTERS_QUEUE, delete)
-            .unwrap();
+        peer.delete_queue(DEAD_LETTERS_QUEUE);
         peer.send(queue, b"\xffafter");
         assert_eq!(next_letter(&deployment, &vhost).body, b"\xffafter");
     }

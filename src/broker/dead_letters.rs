@@ -6,7 +6,9 @@ use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use super::{DEADLINE, Link, OpenChannel, amqp_to_json, without_copies};
+use super::publisher::OpenChannel;
+use super::values::{amqp_to_json, without_copies};
+use super::{DEADLINE, Link};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
 /// A message that could not be handled; [`crate::wire::dead_letter`] wrote it.

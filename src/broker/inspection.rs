@@ -5,7 +5,9 @@ use amiquip::{
 };
 use anyhow::Context;
 
-use super::{Link, NOT_FOUND, PRECONDITION_FAILED, durable};
+use super::Link;
+use super::refusals::{NOT_FOUND, PRECONDITION_FAILED};
+use super::topology::durable;
 use crate::overview::Depth;
 use crate::wire::TASK_QUEUE_MAX_PRIORITY;
 

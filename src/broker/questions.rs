@@ -10,8 +10,9 @@ use amiquip::{
 use anyhow::{Context, bail};
 use crossbeam_channel::{Receiver, after, select};
 
-use super::consuming::cancel;
-use super::{Link, properties};
+use super::Link;
+use super::consumer::cancel;
+use super::values::properties;
 use crate::busy::Busy;
 use crate::wire::{Outgoing, REPLIES_EXCHANGE};
 

@@ -14,7 +14,8 @@ use crossbeam_channel::{Receiver, Select, TryRecvError, bounded, select};
 use serde_json::{Map, Value};
 
 use super::unacked::Unacked;
-use super::{DEADLINE, Link, table_to_json};
+use super::values::table_to_json;
+use super::{DEADLINE, Link};
 use crate::fault_point;
 
 /// When nothing has come in for so long, messages that are done with are no longer kept waiting for

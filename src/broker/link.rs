@@ -1,0 +1,239 @@
+//! A connection to a vhost.
+
+use std::convert::Infallible;
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use amiquip::{
+    Auth, Channel, Connection, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
+    IoStream,
+};
+use anyhow::{Context, anyhow};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+
+use super::guarded_stream::GuardedStream;
+use super::intake::{GatedStream, Intake};
+use super::publisher::PublishError;
+use super::tls_stream::TlsStream;
+use crate::config::{self, CONNECT_TIMEOUT};
+use crate::tls::Tls;
+
+/// Seconds between heartbeats; a silent network is noticed after twice as long.
+const HEARTBEAT_SECONDS: u16 = 10;
+/// What to look at when a broker takes connections and nothing comes of them. One that has to recover
+/// more queues than it may open files stays like that.
+pub(super) const STUCK: &str = "RabbitMQ may be recovering its queues, or be short of file descriptors: see its \
+                     log, `rabbitmqctl status`, and `ulimit -n` where it runs";
+
+/// One connection to a vhost.
+pub struct Link {
+    /// `<name> (<user>@<host>:<port>/<vhost>)`, for messages.
+    pub(super) name: String,
+    /// Opening a channel needs the connection for itself.
+    connection: Mutex<Connection>,
+    kill_switch: TcpStream,
+    blocked: Receiver<ConnectionBlockedNotification>,
+    /// Where what is consumed here counts.
+    pub(super) intake: Option<Arc<Intake>>,
+}
+
+impl Link {
+    /// Connects; `purpose` names the link in messages and in RabbitMQ's management page.
+    ///
+    /// # Errors
+    /// The host does not resolve or answer within [`CONNECT_TIMEOUT`], or refuses the user or the
+    /// vhost.
+    pub fn open(config: &config::RabbitMq, purpose: &str) -> anyhow::Result<Link> {
+        Link::open_with(config, purpose, None)
+    }
+
+    /// The same, for a link to consume on: it reads nothing while `intake` is full.
+    ///
+    /// # Errors
+    /// As [`Link::open`].
+    pub fn open_gated(
+        config: &config::RabbitMq,
+        purpose: &str,
+        intake: &Arc<Intake>,
+    ) -> anyhow::Result<Link> {
+        Link::open_with(config, purpose, Some(intake))
+    }
+
+    fn open_with(
+        config: &config::RabbitMq,
+        purpose: &str,
+        intake: Option<&Arc<Intake>>,
+    ) -> anyhow::Result<Link> {
+        let name = format!("{purpose} ({config})");
+        let (connection, kill_switch, blocked) = open(config, purpose, intake)
+            .with_context(|| format!("connecting to RabbitMQ for {name}"))?;
+        Ok(Link {
+            name,
+            connection: Mutex::new(connection),
+            kill_switch,
+            blocked,
+            intake: intake.cloned(),
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Ends the connection at once and frees every call that is blocked on it.
+    pub fn kill(&self) {
+        // It fails when the connection is gone already, which is as good.
+        let _ = self.kill_switch.shutdown(Shutdown::Both);
+    }
+
+    /// Why the broker blocks this connection, if the latest word is that it does; None when there
+    /// is no news.
+    pub fn blocked_news(&self) -> Option<Option<String>> {
+        self.blocked.try_iter().last().map(|news| match news {
+            ConnectionBlockedNotification::Blocked(reason) => Some(reason),
+            ConnectionBlockedNotification::Unblocked => None,
+        })
+    }
+
+    /// Closes the connection in good order.
+    ///
+    /// # Errors
+    /// What ended the connection, if it was ended before.
+    pub fn close(self) -> anyhow::Result<()> {
+        let connection = self
+            .connection
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        connection.close().context(self.name)
+    }
+
+    /// The same, in good order only if that takes no longer than `deadline`.
+    ///
+    /// # Errors
+    /// As [`Link::close`], or it took longer.
+    pub fn close_within(self, deadline: Duration) -> anyhow::Result<()> {
+        let kill_switch = self.kill_switch.try_clone()?;
+        let kill = move || {
+            // As in `kill`.
+            let _ = kill_switch.shutdown(Shutdown::Both);
+        };
+        within_deadline(deadline, kill, || self.close())
+    }
+
+    /// Asks for an answer.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let channel = self.channel().with_context(|| self.name.clone())?;
+        channel.close().with_context(|| self.name.clone())
+    }
+
+    pub(super) fn channel(&self) -> Result<Channel, amiquip::Error> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .open_channel(None)
+    }
+
+    pub(super) fn lost(&self, error: amiquip::Error, during: &str) -> PublishError {
+        PublishError::Lost(anyhow!(error).context(format!("{}: {during}", self.name)))
+    }
+}
+
+/// Runs `body`, and `kill` when it takes too long, which is to free every call that it waits in.
+///
+/// # Errors
+/// Those of `body`.
+pub fn within_deadline<T>(
+    time: Duration,
+    kill: impl FnOnce() + Send,
+    body: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let (done, is_done) = bounded::<Infallible>(0);
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("deadline".to_owned())
+            .spawn_scoped(scope, move || {
+                if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(time) {
+                    kill();
+                }
+            })?;
+        let outcome = body();
+        drop(done);
+        outcome
+    })
+}
+
+fn open(
+    config: &config::RabbitMq,
+    purpose: &str,
+    intake: Option<&Arc<Intake>>,
+) -> anyhow::Result<(
+    Connection,
+    TcpStream,
+    Receiver<ConnectionBlockedNotification>,
+)> {
+    // Before anything is asked of the network.
+    let tls = config.tls.as_ref().map(Tls::client_config).transpose()?;
+    let addresses = (config.host.as_str(), config.port).to_socket_addrs()?;
+    let mut last_error = anyhow!("{} has no address", config.host);
+    for address in addresses {
+        let stream = match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+            Ok(stream) => stream,
+            Err(error) => {
+                last_error = anyhow!(error).context(address);
+                continue;
+            }
+        };
+        // amiquip never sets it, and without it a confirm takes 44 ms.
+        stream.set_nodelay(true)?;
+        let kill_switch = stream.try_clone()?;
+        let options = ConnectionOptions::default()
+            .auth(Auth::Plain {
+                username: config.username.clone(),
+                password: config.password.reveal().to_owned(),
+            })
+            .virtual_host(config.vhost.as_str())
+            .heartbeat(HEARTBEAT_SECONDS)
+            .connection_timeout(Some(CONNECT_TIMEOUT))
+            .information(Some(format!("omotes-orchestrator {purpose}")));
+        let mut connection = match tls {
+            None => {
+                let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
+                speak(stream, options, intake).with_context(|| address.to_string())?
+            }
+            Some(tls) => {
+                let stream = TlsStream::open(stream, &config.host, tls, CONNECT_TIMEOUT)
+                    .with_context(|| format!("TLS with {address}"))?;
+                speak(stream, options, intake).with_context(|| address.to_string())?
+            }
+        };
+        let blocked = connection.listen_for_connection_blocked()?;
+        return Ok((connection, kill_switch, blocked));
+    }
+    Err(last_error)
+}
+
+fn speak<S: IoStream>(
+    stream: S,
+    options: ConnectionOptions<Auth>,
+    intake: Option<&Arc<Intake>>,
+) -> anyhow::Result<Connection> {
+    let tuning = ConnectionTuning::default();
+    let stream = GuardedStream::new(stream);
+    let opened = match intake {
+        None => Connection::insecure_open_stream(stream, options, tuning),
+        Some(intake) => {
+            Connection::insecure_open_stream(GatedStream::new(stream, intake), options, tuning)
+        }
+    };
+    opened.map_err(|error| match error {
+        amiquip::Error::ConnectionTimeout => {
+            anyhow!("no end of the AMQP handshake: nothing for {CONNECT_TIMEOUT:?}; {STUCK}")
+        }
+        error => error.into(),
+    })
+}

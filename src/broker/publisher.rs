@@ -1,0 +1,321 @@
+//! Publishing with confirms.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use amiquip::{AmqpProperties, Channel, Confirm, Publish, Return};
+use anyhow::anyhow;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use thiserror::Error;
+
+use super::DEADLINE;
+use super::consumer::Received;
+use super::link::Link;
+use super::refusals::refusal;
+use super::values::{properties, republished};
+use crate::busy::Busy;
+use crate::wire::Outgoing;
+
+/// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
+const SLOWEST_PUBLISHING: u64 = 1024 * 1024;
+
+/// What became of a message that the broker confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivered {
+    Yes,
+    /// It was mandatory, and no queue is bound to its key.
+    Unroutable,
+    /// A queue does not take it, because it is full or failed.
+    Rejected,
+}
+
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// The broker does not take one of the messages for what it is. Which of the others arrived
+    /// is open. The publisher can be used again.
+    #[error("{0}")]
+    Refused(String),
+    /// A queue is not available for now, and may be later.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The connection is of no more use.
+    #[error(transparent)]
+    Lost(anyhow::Error),
+}
+
+/// Publishes with confirms, on a channel of its own.
+pub struct Publisher<'l> {
+    link: &'l Link,
+    busy: &'l Busy,
+    /// None after a refusal, which closes the channel.
+    open: Option<OpenChannel>,
+    /// Tags, as the broker counts them, of messages that it has not confirmed yet.
+    pending: BTreeSet<u64>,
+    /// By what each message of the batch is recognised when it comes back.
+    ids: Vec<Option<String>>,
+    /// How much longer than usual the broker may take over the batch, for its size.
+    allowance: Duration,
+}
+
+pub(super) struct OpenChannel {
+    pub(super) channel: Channel,
+    pub(super) confirms: Receiver<Confirm>,
+    pub(super) returns: Receiver<Return>,
+    published: u64,
+}
+
+impl<'l> Publisher<'l> {
+    /// `busy` tells a watchdog since when a call has been waiting.
+    pub fn new(link: &'l Link, busy: &'l Busy) -> Publisher<'l> {
+        Publisher {
+            link,
+            busy,
+            open: None,
+            pending: BTreeSet::new(),
+            ids: Vec::new(),
+            allowance: Duration::ZERO,
+        }
+    }
+
+    /// Declares a task queue as the workers do.
+    ///
+    /// # Errors
+    /// [`PublishError::Refused`] when somebody declared it with other arguments,
+    /// [`PublishError::Unavailable`] while its node in a cluster is down.
+    pub fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
+        self.busy.touch();
+        let declared = self.link.declare_task_queue(queue);
+        self.busy.idle();
+        declared
+    }
+
+    /// As [`Link::declare_dead_letters`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn declare_dead_letters(&self) -> Result<(), PublishError> {
+        self.busy.touch();
+        let declared = self.link.declare_dead_letters();
+        self.busy.idle();
+        declared
+    }
+
+    /// Puts messages back at the end of the queue that they came from, as they were: what became
+    /// of each copy.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn put_back(
+        &mut self,
+        queue: &str,
+        messages: &[&Received],
+    ) -> Result<Vec<Delivered>, PublishError> {
+        let publishes = messages.iter().map(|message| {
+            let publish = Publish {
+                body: &message.body,
+                routing_key: queue.to_owned(),
+                mandatory: true,
+                immediate: false,
+                properties: republished(&message.properties),
+            };
+            ("", publish)
+        });
+        self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)?;
+        self.confirm()
+    }
+
+    /// Publishes these messages and waits for the broker's confirms: what became of each.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn publish(&mut self, messages: &[Outgoing]) -> Result<Vec<Delivered>, PublishError> {
+        self.send(messages)?;
+        self.confirm()
+    }
+
+    /// Publishes these messages to the queues that are named as their keys, whatever their exchange
+    /// is, and waits for the broker's confirms: what became of each.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn publish_to_queues(
+        &mut self,
+        messages: &[&Outgoing],
+    ) -> Result<Vec<Delivered>, PublishError> {
+        let publishes = messages.iter().map(|message| ("", to_publish(message)));
+        self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)?;
+        self.confirm()
+    }
+
+    /// Sends these messages without waiting; [`Publisher::confirm`] must follow.
+    ///
+    /// # Errors
+    /// As [`PublishError`].
+    pub fn send(&mut self, messages: &[Outgoing]) -> Result<(), PublishError> {
+        let publishes = messages
+            .iter()
+            .map(|message| (message.exchange, to_publish(message)));
+        self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)
+    }
+
+    /// Sends messages, each with its exchange; they may take longer the more bytes they have.
+    fn send_with_deadline<'m>(
+        &mut self,
+        bytes: impl Iterator<Item = usize>,
+        messages: impl ExactSizeIterator<Item = (&'m str, Publish<'m>)>,
+    ) -> Result<(), PublishError> {
+        self.pending.clear();
+        self.ids.clear();
+        self.allowance = Duration::from_secs(bytes.sum::<usize>() as u64 / SLOWEST_PUBLISHING);
+        if messages.len() == 0 {
+            return Ok(());
+        }
+        self.busy.touch_for(self.allowance);
+        let sent = self.send_all(messages);
+        self.busy.idle();
+        sent.map_err(|error| self.fail(Some(error)))
+    }
+
+    fn send_all<'m>(
+        &mut self,
+        messages: impl Iterator<Item = (&'m str, Publish<'m>)>,
+    ) -> Result<(), amiquip::Error> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => none.insert(OpenChannel::new(self.link)?),
+        };
+        for (exchange, publish) in messages {
+            self.ids.push(return_id(&publish.properties).cloned());
+            open.channel.basic_publish(exchange, publish)?;
+            open.published += 1;
+            self.pending.insert(open.published);
+            self.busy.touch_for(self.allowance);
+        }
+        Ok(())
+    }
+
+    /// Waits for the confirms of the messages sent: what became of each.
+    ///
+    /// # Errors
+    /// As [`PublishError`]; also when none comes for [`DEADLINE`].
+    pub fn confirm(&mut self) -> Result<Vec<Delivered>, PublishError> {
+        let mut outcome = vec![Delivered::Yes; self.ids.len()];
+        let Some(open) = &self.open else {
+            return Ok(outcome);
+        };
+        let first = (open.published + 1).saturating_sub(self.ids.len() as u64);
+        while !self.pending.is_empty() {
+            self.busy.touch_for(self.allowance);
+            let confirm = open.confirms.recv_timeout(DEADLINE + self.allowance);
+            self.busy.idle();
+            match confirm {
+                Ok(Confirm::Ack(ack)) => {
+                    if ack.multiple {
+                        self.pending = self.pending.split_off(&(ack.delivery_tag + 1));
+                    } else {
+                        self.pending.remove(&ack.delivery_tag);
+                    }
+                }
+                Ok(Confirm::Nack(nack)) => {
+                    let rejected: Vec<_> = if nack.multiple {
+                        self.pending.range(..=nack.delivery_tag).copied().collect()
+                    } else {
+                        vec![nack.delivery_tag]
+                    };
+                    for tag in rejected {
+                        let index = tag.checked_sub(first).map(usize::try_from);
+                        if self.pending.remove(&tag)
+                            && let Some(Ok(index)) = index
+                        {
+                            outcome[index] = Delivered::Rejected;
+                        }
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(PublishError::Lost(anyhow!(
+                        "{}: no confirm within {:?}",
+                        self.link.name,
+                        DEADLINE + self.allowance
+                    )));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(self.fail(None)),
+            }
+        }
+        // A message that comes back does so before its confirm.
+        for returned in open.returns.try_iter() {
+            // Of those without an id, any may have come back. Of ours, only those without one that
+            // are put back are mandatory.
+            let id = return_id(&returned.properties);
+            for (outcome, own) in outcome.iter_mut().zip(&self.ids) {
+                if own.as_ref() == id {
+                    *outcome = Delivered::Unroutable;
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Gives up whatever is not confirmed yet, after a refusal on another connection: what becomes
+    /// of it must not be taken for the next batch's.
+    pub fn abandon(&mut self) {
+        self.pending.clear();
+        if let Some(open) = self.open.take() {
+            self.busy.touch_for(self.allowance);
+            // A refusal of what is given up is of no interest.
+            let _ = open.channel.close();
+            self.busy.idle();
+        }
+    }
+
+    /// Finds out why the channel is gone, and gives it up.
+    fn fail(&mut self, error: Option<amiquip::Error>) -> PublishError {
+        let closed = self.open.take().map(|open| {
+            self.busy.touch();
+            let closed = open.channel.close();
+            self.busy.idle();
+            closed
+        });
+        // The broker's reason is told once, to whichever call comes first.
+        let error = match (error, closed) {
+            (Some(error), _) if refusal(&error).is_some() => error,
+            (_, Some(Err(closed))) if refusal(&closed).is_some() => closed,
+            (Some(error), _) | (None, Some(Err(error))) => error,
+            (None, Some(Ok(())) | None) => amiquip::Error::ClientClosedChannel,
+        };
+        match refusal(&error) {
+            Some(message) => PublishError::Refused(format!("the broker refuses it: {message}")),
+            None => self.link.lost(error, "publishing"),
+        }
+    }
+}
+
+impl OpenChannel {
+    pub(super) fn new(link: &Link) -> Result<OpenChannel, amiquip::Error> {
+        let channel = link.channel()?;
+        let confirms = channel.listen_for_publisher_confirms()?;
+        let returns = channel.listen_for_returns()?;
+        channel.enable_publisher_confirms()?;
+        Ok(OpenChannel {
+            channel,
+            confirms,
+            returns,
+            published: 0,
+        })
+    }
+}
+
+/// By what a message is recognised when it comes back.
+fn return_id(properties: &AmqpProperties) -> Option<&String> {
+    let correlation_id = properties.correlation_id().as_ref();
+    properties.message_id().as_ref().or(correlation_id)
+}
+
+fn to_publish(message: &Outgoing) -> Publish<'_> {
+    Publish {
+        body: &message.body,
+        routing_key: message.routing_key.clone(),
+        mandatory: message.mandatory,
+        immediate: false,
+        properties: properties(message),
+    }
+}

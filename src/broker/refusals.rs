@@ -1,0 +1,130 @@
+//! What RabbitMQ means by what it says when it closes a channel.
+
+use anyhow::anyhow;
+
+use super::publisher::PublishError;
+use crate::wire::TASK_QUEUE_MAX_PRIORITY;
+
+/// AMQP's PRECONDITION_FAILED: a message above the size limit, a queue with other arguments.
+pub(super) const PRECONDITION_FAILED: u16 = 406;
+/// AMQP's NOT_FOUND.
+pub(super) const NOT_FOUND: u16 = 404;
+/// What it means that RabbitMQ gives a type to a queue that names none, as no OMOTES service does.
+const DEFAULT_QUEUE_TYPE: &str = "the vhost's default queue type is not classic, as OMOTES needs it: \
+     rabbitmqctl update_vhost_metadata VHOST --default-queue-type classic changes that, and where \
+     RabbitMQ has no such command, making the vhost anew with rabbitmqctl add_vhost";
+/// AMQP's RESOURCE_LOCKED: a queue is somebody's alone.
+pub(super) const RESOURCE_LOCKED: u16 = 405;
+/// AMQP's ACCESS_REFUSED, no rights on a queue, and RESOURCE_LOCKED.
+pub(super) const NOT_OURS: [u16; 2] = [403, RESOURCE_LOCKED];
+
+/// The code and what the broker said when it closed the channel because of what it was asked.
+pub(super) fn closed(error: &amiquip::Error) -> Option<(u16, &str)> {
+    match error {
+        amiquip::Error::ServerClosedChannel { code, message, .. } => Some((*code, message)),
+        _ => None,
+    }
+}
+
+/// What it said because a message or an argument is not as it should be.
+pub(super) fn refusal(error: &amiquip::Error) -> Option<&str> {
+    closed(error)
+        .filter(|(code, _)| *code == PRECONDITION_FAILED)
+        .map(|(_, message)| message)
+}
+
+/// Whether that is because the vhost has a default queue type. A queue is refused then that takes
+/// priorities, which a quorum queue does not, and any that exists as a classic one.
+fn is_default_queue_type(message: &str) -> bool {
+    let no_priorities = message.contains("invalid arg 'x-max-priority'")
+        && message.contains("of queue type rabbit_");
+    no_priorities || message.contains("inequivalent arg 'x-queue-type'")
+}
+
+/// The error of a declaration, with what to do about it where that is known.
+pub(super) fn explained(error: amiquip::Error) -> anyhow::Error {
+    match closed(&error) {
+        Some((PRECONDITION_FAILED, message)) if is_default_queue_type(message) => {
+            anyhow!(error).context(DEFAULT_QUEUE_TYPE)
+        }
+        Some(_) | None => anyhow!(error),
+    }
+}
+
+/// What it means that the broker refuses to declare a task queue.
+pub(super) fn task_queue_refusal(queue: &str, code: u16, message: &str) -> PublishError {
+    match code {
+        // It exists, on a node of the cluster that is not there.
+        NOT_FOUND => PublishError::Unavailable(format!("it is not available: {message}")),
+        PRECONDITION_FAILED if is_default_queue_type(message) => PublishError::Refused(format!(
+            "the task queue {queue:?} cannot be declared with x-max-priority = \
+                 {TASK_QUEUE_MAX_PRIORITY}, as its workers do: {DEFAULT_QUEUE_TYPE} ({message})"
+        )),
+        PRECONDITION_FAILED => PublishError::Refused(format!(
+            "the task queue {queue:?} exists, but not as durable with x-max-priority = \
+             {TASK_QUEUE_MAX_PRIORITY}: {message}"
+        )),
+        _ => PublishError::Refused(format!("the task queue {queue:?} is not ours: {message}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    /// What RabbitMQ says; the first four are of RabbitMQ 3.10.
+    #[rstest]
+    #[case::no_priorities(
+        406,
+        "PRECONDITION_FAILED - invalid arg 'x-max-priority' for queue 'w' in vhost 'v' of queue type \
+         rabbit_quorum_queue",
+        "default queue type"
+    )]
+    #[case::exists_as_classic(
+        406,
+        "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'w' in vhost 'v': received \
+         'quorum' but current is 'classic'",
+        "default queue type"
+    )]
+    #[case::other_arguments(
+        406,
+        "PRECONDITION_FAILED - inequivalent arg 'x-max-priority' for queue 'w' in vhost 'v': received \
+         the value '10' of type 'signedint' but current is none",
+        "exists, but not as durable"
+    )]
+    #[case::somebodys_alone(
+        405,
+        "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'w' in vhost 'v'",
+        "is not ours"
+    )]
+    #[case::no_rights(403, "ACCESS_REFUSED - access to queue 'w' refused", "is not ours")]
+    fn a_task_queue_that_is_refused_is_explained(
+        #[case] code: u16,
+        #[case] message: &str,
+        #[case] expected: &str,
+    ) {
+        match task_queue_refusal("w", code, message) {
+            PublishError::Refused(why) => {
+                assert!(why.contains(expected), "{why}");
+                assert!(why.contains("the task queue \"w\""), "{why}");
+                assert!(why.contains(message), "{why}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[rstest]
+    #[case(
+        "NOT_FOUND - home node 'rabbit@b' of durable queue 'w' in vhost 'v' is down or inaccessible"
+    )]
+    #[case("NOT_FOUND - queue 'w' in vhost 'v' process is stopped by supervisor")]
+    fn a_task_queue_that_is_not_there_may_come_back(#[case] message: &str) {
+        let refusal = task_queue_refusal("w", 404, message);
+        assert!(
+            matches!(refusal, PublishError::Unavailable(_)),
+            "{refusal:?}"
+        );
+    }
+}

@@ -1,0 +1,239 @@
+//! What is declared, looked at and deleted: exchanges, queues and their bindings.
+
+use std::time::Duration;
+
+use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, QueueDeclareOptions};
+use anyhow::{Context, anyhow};
+
+use super::link::Link;
+use super::publisher::PublishError;
+use super::refusals::{
+    NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, RESOURCE_LOCKED, closed, explained,
+    task_queue_refusal,
+};
+use crate::overview::Depth;
+use crate::wire::{
+    CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
+    TASK_QUEUE_MAX_PRIORITY,
+};
+
+impl Link {
+    /// Declares what clients rely on.
+    ///
+    /// # Errors
+    /// Somebody declared one of them otherwise, or the connection is lost.
+    pub fn declare_for_clients(&self) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        let options = ExchangeDeclareOptions::default();
+        channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options)?;
+        for queue in [SUBMISSIONS_QUEUE, CANCELS_QUEUE] {
+            let options = durable(FieldTable::new());
+            channel.queue_declare(queue, options).map_err(explained)?;
+            channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new())?;
+        }
+        channel.close().context("declaring the queues of clients")
+    }
+
+    /// Declares what workers send their events to.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_for_workers(&self, queues: &[&str]) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        for queue in queues {
+            let options = durable(FieldTable::new());
+            channel.queue_declare(*queue, options).map_err(explained)?;
+        }
+        channel.close().context("declaring the queues of workers")
+    }
+
+    /// Declares the exchange through which workers hear revokes.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_pidbox(&self) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        let options = ExchangeDeclareOptions::default();
+        channel.exchange_declare(ExchangeType::Fanout, PIDBOX_EXCHANGE, options)?;
+        channel
+            .close()
+            .context("declaring Celery's exchange for remote control")
+    }
+
+    pub(super) fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
+        let priority = AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY);
+        let arguments = FieldTable::from([("x-max-priority".to_owned(), priority)]);
+        match self.declare(queue, durable(arguments)) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(match closed(&error) {
+                Some((code, message)) => task_queue_refusal(queue, code, message),
+                None => self.lost(error, "declaring a task queue"),
+            }),
+        }
+    }
+
+    /// Declares where the messages of this vhost go that cannot be handled. One that somebody
+    /// declared otherwise is as good.
+    ///
+    /// # Errors
+    /// [`PublishError::Unavailable`] with what the broker says where that is not possible.
+    pub fn declare_dead_letters(&self) -> Result<(), PublishError> {
+        match self.declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new())) {
+            Ok(_) => Ok(()),
+            Err(error) => match closed(&error) {
+                Some((PRECONDITION_FAILED, _)) => Ok(()),
+                Some((_, message)) => Err(PublishError::Unavailable(message.to_owned())),
+                None => Err(self.lost(error, "declaring the queue of dead letters")),
+            },
+        }
+    }
+
+    /// Declares a queue, on a channel of its own, since a refusal closes it. Returns its name.
+    fn declare(&self, queue: &str, options: QueueDeclareOptions) -> Result<String, amiquip::Error> {
+        let channel = self.channel()?;
+        let name = channel.queue_declare(queue, options)?.name().to_owned();
+        channel.close()?;
+        Ok(name)
+    }
+
+    /// Declares a client's own queue: durable, bound to the exchange under its own name, and gone
+    /// when unused for `expires`.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_client_queue(&self, queue: &str, expires: Duration) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        let expires = i64::try_from(expires.as_millis()).unwrap_or(i64::MAX);
+        let arguments =
+            FieldTable::from([("x-expires".to_owned(), AmqpValue::LongLongInt(expires))]);
+        channel.queue_declare(queue, durable(arguments))?;
+        channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new())?;
+        channel.close().context("declaring a client's queue")
+    }
+
+    /// Declares a queue of this connection alone, bound to a key of an exchange, and returns its
+    /// name.
+    ///
+    /// # Errors
+    /// As [`Link::declare_for_clients`].
+    pub fn declare_private_queue(&self, exchange: &str, key: &str) -> anyhow::Result<String> {
+        let channel = self.channel()?;
+        let options = exclusive(FieldTable::new());
+        let queue = channel.queue_declare("", options)?.name().to_owned();
+        channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
+        channel.close().context("declaring a private queue")?;
+        Ok(queue)
+    }
+
+    /// Tries to get a queue of this name for this connection alone; where somebody has left one that
+    /// is nobody's alone, that is as good. With it comes a mark that others find ([`Mark`]).
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn claim_queue(&self, queue: &str, mark: Mark) -> anyhow::Result<Claim> {
+        let claimed = self.claim(queue, mark);
+        claimed.or_else(|error| match closed(&error) {
+            Some((_, message)) => Ok(Claim::Refused(message.to_owned())),
+            None => Err(anyhow!(error).context(format!("{}: {queue}", self.name))),
+        })
+    }
+
+    fn claim(&self, queue: &str, mark: Mark) -> Result<Claim, amiquip::Error> {
+        match self.declare(queue, exclusive(FieldTable::new())) {
+            Ok(_) => {}
+            Err(error) => {
+                let Some((RESOURCE_LOCKED | PRECONDITION_FAILED, _)) = closed(&error) else {
+                    return Err(error);
+                };
+                let channel = self.channel()?;
+                match channel.queue_declare_passive(queue) {
+                    Ok(_) => channel.close()?,
+                    // What was said first says more.
+                    Err(again) if closed(&again).is_some() => return Err(error),
+                    Err(lost) => return Err(lost),
+                }
+            }
+        }
+        // It takes messages and keeps none.
+        let nothing = [("x-max-length".to_owned(), AmqpValue::LongInt(0))];
+        let channel = self.channel()?;
+        let options = exclusive(FieldTable::from(nothing));
+        let marker = channel.queue_declare("", options)?.name().to_owned();
+        channel.queue_bind(marker.as_str(), mark.exchange, mark.key, FieldTable::new())?;
+        channel.close()?;
+        Ok(Claim::Held { marker })
+    }
+
+    /// How full these queues are, and who takes from them; None where there is no such queue, or
+    /// none that may be looked at.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn depths(&self, queues: &[&str]) -> anyhow::Result<Vec<Option<Depth>>> {
+        let mut depths = Vec::with_capacity(queues.len());
+        let mut channel = self.channel()?;
+        for queue in queues {
+            depths.push(match channel.queue_declare_passive(*queue) {
+                Ok(declared) => Some(Depth {
+                    messages: declared.declared_message_count().unwrap_or_default(),
+                    consumers: declared.declared_consumer_count().unwrap_or_default(),
+                }),
+                // A refusal closes the channel. Of a queue that is somebody's alone nothing is told.
+                Err(amiquip::Error::ServerClosedChannel { code, .. })
+                    if code == NOT_FOUND || NOT_OURS.contains(&code) =>
+                {
+                    channel = self.channel()?;
+                    None
+                }
+                Err(error) => return Err(error).context(format!("{}: {queue}", self.name)),
+            });
+        }
+        channel.close().context("looking at queues")?;
+        Ok(depths)
+    }
+
+    /// Deletes a queue that this program declared.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn delete_queue(&self, queue: &str) -> anyhow::Result<()> {
+        let channel = self.channel()?;
+        channel.queue_delete(queue, Default::default())?;
+        channel.close().context("deleting a queue")
+    }
+}
+
+pub(super) fn durable(arguments: FieldTable) -> QueueDeclareOptions {
+    QueueDeclareOptions {
+        durable: true,
+        arguments,
+        ..QueueDeclareOptions::default()
+    }
+}
+
+fn exclusive(arguments: FieldTable) -> QueueDeclareOptions {
+    QueueDeclareOptions {
+        exclusive: true,
+        arguments,
+        ..QueueDeclareOptions::default()
+    }
+}
+
+/// Whether this connection has a queue that others want too.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    Held {
+        /// The queue that is its mark.
+        marker: String,
+    },
+    /// What the broker says: most often that it is somebody's alone.
+    Refused(String),
+}
+
+/// Where a mandatory message is not returned while somebody holds a claim. So others need not ask
+/// for the queue itself, which RabbitMQ logs as an error each time.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    pub exchange: &'static str,
+    pub key: &'static str,
+}

@@ -1,4 +1,4 @@
-//! Generates what the sources include: the protobuf messages of `src/wire/omotes.proto` and the
+//! Generates what the sources include: the protobuf messages of `src/proto/omotes.proto` and the
 //! chain of database revisions found in `migrations/`.
 
 use std::collections::HashMap;
@@ -9,9 +9,9 @@ use std::{env, fs};
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
-    println!("cargo::rerun-if-changed=src/wire/omotes.proto");
+    println!("cargo::rerun-if-changed=src/proto/omotes.proto");
     println!("cargo::rerun-if-changed=migrations");
-    let messages = protox::compile(["src/wire/omotes.proto"], ["src/wire"])?;
+    let messages = protox::compile(["src/proto/omotes.proto"], ["src/proto"])?;
     prost_build::Config::new()
         .enable_type_names()
         .compile_fds(messages)?;

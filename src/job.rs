@@ -28,8 +28,8 @@ use uuid::Uuid;
 
 use crate::esdl;
 use crate::parameters;
+use crate::proto::EsdlMessage;
 use crate::text::excerpt;
-use crate::wire::EsdlMessage;
 use crate::workflow::Catalogue;
 
 mod starts;

@@ -33,6 +33,7 @@ pub mod metrics;
 pub mod overview;
 pub mod page;
 pub mod parameters;
+pub mod proto;
 pub mod queues;
 pub mod report;
 mod requests;

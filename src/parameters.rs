@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::wire::{
+use crate::proto::{
     WorkflowParameter,
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };

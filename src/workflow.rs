@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::text::excerpt;
-use crate::wire::{
+use crate::proto::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
     IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };
+use crate::text::excerpt;
 
 /// A workflow's name is also the name of its task queue, which AMQP limits to this many bytes.
 const MAX_TYPE_NAME: usize = 255;

@@ -342,7 +342,7 @@ unquoted() {
   return 1
 }
 
-# Exports what .env, or another file, sets and the environment doesn't. As src/environment.rs reads it:
+# Exports what .env, or another file, sets and the environment doesn't. As src/config/environment.rs reads it:
 # tests/env-lines.json holds both to the same. No message shows a value.
 load_env() {
   local file=${1:-.env} line name value number=0 ours=' '

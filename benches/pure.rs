@@ -5,11 +5,13 @@
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use jiff::Timestamp;
-use omotes_orchestrator::celery::{self, Sender};
-use omotes_orchestrator::esdl;
-use omotes_orchestrator::job::{Command, Context, Rules, State, Submission, TimeoutResult, decide};
+use omotes_orchestrator::domain::esdl;
+use omotes_orchestrator::domain::job::{
+    Command, Context, Rules, State, Submission, TimeoutResult, decide,
+};
+use omotes_orchestrator::domain::workflow::Catalogue;
+use omotes_orchestrator::wire::celery::{self, Sender};
 use omotes_orchestrator::wire::{self, Inbox, JobSubmission, Request, TaskResult};
-use omotes_orchestrator::workflow::Catalogue;
 use prost::Message;
 use serde_json::json;
 use std::time::Duration;

@@ -18,7 +18,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
 use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::esdl;
+use omotes_orchestrator::domain::esdl;
 use omotes_orchestrator::wire::{
     self, PIDBOX_EXCHANGE, TaskProgressUpdate, TaskResult,
     task_progress_update::{ProgressStatus, ProgressType},

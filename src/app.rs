@@ -18,21 +18,22 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
-use crate::celery;
-use crate::cleaner;
 use crate::config::Config;
-use crate::handler::panic_text;
-use crate::health::{Health, Part};
+use crate::domain::job::Rules;
+use crate::domain::workflow::{Catalogue, CurrentCatalogue};
 use crate::http;
-use crate::job::Rules;
-use crate::logger;
-use crate::metrics::Metrics;
-use crate::queues;
-use crate::session::{self, Service};
+use crate::service::handler::panic_text;
+use crate::service::queues;
+use crate::service::session;
+use crate::service::shared::Service;
+use crate::service::time_series;
 use crate::store::migrate::{self, REVISIONS};
 use crate::store::{Store, StoreError};
+use crate::telemetry::health::{Health, Part};
+use crate::telemetry::logger;
+use crate::telemetry::metrics::Metrics;
 use crate::text_file;
-use crate::workflow::{Catalogue, CurrentCatalogue};
+use crate::wire::celery;
 
 /// Between a stop signal and the end of the process, whatever is still going on then. Docker kills
 /// after ten seconds.
@@ -144,7 +145,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             })?);
             if let Some(influxdb) = &service.config.influxdb {
                 aside.push(named("time-series").spawn_scoped(scope, || {
-                    cleaner::run(&service.store, &service.config, influxdb, &stopped);
+                    time_series::run(&service.store, &service.config, influxdb, &stopped);
                 })?);
             }
             run_sessions(service, &stopped);

@@ -6,11 +6,11 @@ use anyhow::Context;
 use comfy_table::{ContentArrangement, Table, presets};
 use console::Term;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::overview::{Overview, Queues};
-use omotes_orchestrator::queues::Watch;
+use omotes_orchestrator::domain::overview::{Overview, Queues};
+use omotes_orchestrator::domain::workflow::Catalogue;
+use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
 use omotes_orchestrator::text_file;
-use omotes_orchestrator::workflow::Catalogue;
 
 pub(crate) mod configuration;
 pub(crate) mod doctor;

@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::broker::{self, Handled, Link, Publisher};
 use crate::busy::Busy;
 use crate::config;
-use crate::report::{one_line, percent, readable};
+use crate::telemetry::report::{one_line, percent, readable};
 use crate::wire::{
     self, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, Outgoing,
     job_result::ResultType, job_submission::JobPriority,

@@ -1,5 +1,7 @@
 //! The environment variables, which are the names and defaults that OMOTES deployments use.
 
+pub mod environment;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32};
@@ -10,8 +12,7 @@ use std::time::Duration;
 use log::LevelFilter;
 use serde::Serialize;
 
-use crate::job::TimeoutResult;
-use crate::logger::Format;
+use crate::domain::job::TimeoutResult;
 use crate::text_file;
 use crate::tls::{Check, Identity, Roots, Tls};
 
@@ -59,7 +60,17 @@ pub struct Config {
     /// `user:password`, which everything but the health asks for.
     pub http_basic_auth: Option<Secret>,
     pub log_level: LevelFilter,
-    pub log_format: Format,
+    pub log_format: LogFormat,
+}
+
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `<time> <level> <thread> <message>`.
+    Text,
+    /// An object with these, and with what else is known of the record: `job`, `reference`,
+    /// `workflow`, `task`.
+    Json,
 }
 
 /// How to reach one vhost.
@@ -657,11 +668,11 @@ impl Reader<'_> {
         Some(Secret(value))
     }
 
-    fn log_format(&mut self) -> Format {
+    fn log_format(&mut self) -> LogFormat {
         self.parsed("LOG_FORMAT", "text", "text or json", |value| {
             match value.to_lowercase().as_str() {
-                "text" => Some(Format::Text),
-                "json" => Some(Format::Json),
+                "text" => Some(LogFormat::Text),
+                "json" => Some(LogFormat::Json),
                 _ => None,
             }
         })

@@ -10,19 +10,19 @@ use serde::Serialize;
 use crate::broker::inspection::{ExchangeKind, Standing};
 use crate::broker::{self, Link};
 use crate::config::{Config, RabbitMq};
-use crate::handler::MAX_BATCH_MESSAGES;
+use crate::domain::overview::{Depth, spoken};
+use crate::domain::workflow::Catalogue;
 use crate::influx::Influx;
-use crate::overview::{Depth, spoken};
-use crate::report::one_line;
+use crate::service::handler::MAX_BATCH_MESSAGES;
 use crate::store::Store;
 use crate::store::inspection::Inspection;
 use crate::store::migrate::REVISIONS;
 use crate::store::rights;
+use crate::telemetry::report::one_line;
 use crate::text_file;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
 };
-use crate::workflow::Catalogue;
 
 mod limits;
 

@@ -16,13 +16,13 @@ use log::{error, info};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::health::PartView;
-use crate::metrics;
-use crate::overview::{Filter, Overview};
+use crate::domain::overview::{Filter, Overview};
 use crate::page::{self, Frame};
-use crate::report::one_line;
-use crate::session::Service;
+use crate::service::shared::Service;
 use crate::store::StoreError;
+use crate::telemetry::health::PartView;
+use crate::telemetry::metrics;
+use crate::telemetry::report::one_line;
 
 mod server;
 

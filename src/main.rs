@@ -14,21 +14,24 @@ use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
+use omotes_orchestrator::app;
 use omotes_orchestrator::broker::Link;
 use omotes_orchestrator::broker::dead_letters::{self, DeadLetter, Fate};
-use omotes_orchestrator::cleaner;
 use omotes_orchestrator::client::{self, Order, Output};
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::environment::Environment;
+use omotes_orchestrator::config::environment::Environment;
+use omotes_orchestrator::domain::time_series::{Guard, PROTECTED};
+use omotes_orchestrator::http;
 use omotes_orchestrator::influx::Influx;
-use omotes_orchestrator::report::{harmless, one_line, readable};
+use omotes_orchestrator::service::time_series;
 use omotes_orchestrator::store::Store;
 use omotes_orchestrator::store::migrate::{self, Loss, REVISIONS, Revision};
-use omotes_orchestrator::time_series::{Guard, PROTECTED};
+use omotes_orchestrator::telemetry::logger;
+use omotes_orchestrator::telemetry::report::{harmless, one_line, readable};
+use omotes_orchestrator::wire;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
-use omotes_orchestrator::{app, http, logger, wire};
 use serde_json::{Map, Value};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
@@ -391,7 +394,7 @@ fn time_series(config: &Config, command: &TimeSeries) -> anyhow::Result<ExitCode
             println!("{}: kept", one_line(esdl_id));
         }
         TimeSeries::Drop { esdl_id, agreed } => {
-            let protected = cleaner::protected(influxdb);
+            let protected = time_series::protected(influxdb);
             if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
                 bail!("the database {esdl_id} is protected");
             }
@@ -563,7 +566,7 @@ fn show_letter(vhost: &str, letter: &DeadLetter, body: Option<&Path>) -> anyhow:
     Ok(())
 }
 
-fn show_workflows(catalogue: &omotes_orchestrator::workflow::Catalogue) {
+fn show_workflows(catalogue: &omotes_orchestrator::domain::workflow::Catalogue) {
     for workflow in &catalogue.announcement().workflows {
         let (name, description) = (&workflow.type_name, &workflow.type_description);
         println!("{}: {}", harmless(name), harmless(description));

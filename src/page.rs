@@ -1,16 +1,17 @@
-//! The status page: what [`crate::overview`] has, as HTML. It changes nothing, and shows neither
+//! The status page: what [`crate::domain::overview`] has, as HTML. It changes nothing, and shows neither
 //! ESDLs nor parameters.
 
 use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use uuid::Uuid;
 
-use crate::health::PartView;
-use crate::job::Priority;
-use crate::overview::{
+use crate::domain::job::Priority;
+use crate::domain::overview::{
     Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone, WorkflowView, spoken,
 };
-use crate::report::{harmless, one_line, percent, readable};
+use crate::telemetry::health::PartView;
+use crate::telemetry::report::{harmless, one_line, percent, readable};
+use crate::wire::DEAD_LETTERS_QUEUE;
 
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
@@ -42,7 +43,7 @@ pub fn overview(frame: &Frame<'_>, overview: &Overview, filter: &Filter, page: &
     });
     let shown: Vec<_> = busy.collect();
     let queues = overview.queues.as_ref();
-    let dead_letters = queues.map_or(0, Queues::dead_letters);
+    let dead_letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
     document(
         frame,
         "OMOTES jobs",

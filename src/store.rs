@@ -1,7 +1,7 @@
 //! Postgres: all SQL is here and below, and in `migrations/`.
 //!
 //! Each statement works on a whole batch of jobs. A handler locks the jobs of its batch, loads
-//! their states, and writes back what [`crate::job::decide`] made of them, all in one transaction.
+//! their states, and writes back what [`crate::domain::job::decide`] made of them, all in one transaction.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,11 +16,11 @@ use uuid::Uuid;
 
 use self::connect::{Access, ConnectError, Connector, noted};
 use crate::config;
-use crate::job::{
+use crate::domain::job::{
     Ended, Ending, Job, JobStatus, MAX_REFERENCE, MAX_WORKFLOW_TYPE, Outcome, Priority, Progress,
     Start, State,
 };
-use crate::time_series::Guard;
+use crate::domain::time_series::Guard;
 
 pub use self::upkeep::{Overdue, Task};
 

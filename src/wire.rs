@@ -1,5 +1,5 @@
 //! The messages as they stand on the broker: queues, exchanges and keys, and protobuf to
-//! [`Command`] and back. The Celery side of a publication is in [`crate::celery`].
+//! [`Command`] and back. The Celery side of a publication is in [`celery`].
 
 use jiff::Timestamp;
 use prost::{Message as _, encoding};
@@ -8,10 +8,11 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 use uuid::Uuid;
 
-use crate::job::{ClientStatus, Command, Priority, ResultType, Submission};
-use crate::text::excerpt;
+use crate::domain::job::{ClientStatus, Command, Priority, ResultType, Submission};
+use crate::domain::text::excerpt;
 
 mod bounds;
+pub mod celery;
 
 pub use crate::proto::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, EsdlMessage,

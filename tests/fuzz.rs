@@ -7,18 +7,18 @@ use std::time::Duration;
 
 use allocation_counter::AllocationInfo;
 use jiff::Timestamp;
-use omotes_orchestrator::celery;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::esdl;
-use omotes_orchestrator::job::{
+use omotes_orchestrator::domain::esdl;
+use omotes_orchestrator::domain::job::{
     self, Command, Context, Priority, Publication, Rules, State, Submission, TimeoutResult, decide,
 };
-use omotes_orchestrator::report;
+use omotes_orchestrator::domain::workflow::Catalogue;
+use omotes_orchestrator::telemetry::report;
+use omotes_orchestrator::wire::celery;
 use omotes_orchestrator::wire::{
     self, EsdlMessage, Inbox, JobDelete, JobSubmission, Request, TaskProgressUpdate, TaskResult,
     task_progress_update::ProgressType,
 };
-use omotes_orchestrator::workflow::Catalogue;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use prost::Message as _;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Instant;
 
-use omotes_orchestrator::job::{CRASH_LOOP_LOGS, LOST_LOGS};
+use omotes_orchestrator::domain::job::{CRASH_LOOP_LOGS, LOST_LOGS};
 use omotes_orchestrator::wire::job_result::ResultType;
 use uuid::Uuid;
 

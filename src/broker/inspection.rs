@@ -8,7 +8,7 @@ use anyhow::Context;
 use super::Link;
 use super::refusals::{NOT_FOUND, PRECONDITION_FAILED};
 use super::topology::durable;
-use crate::overview::Depth;
+use crate::domain::overview::Depth;
 use crate::wire::TASK_QUEUE_MAX_PRIORITY;
 
 /// How something stands that this program and others rely on.

@@ -11,7 +11,7 @@ use super::refusals::{
     NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, RESOURCE_LOCKED, closed, explained,
     task_queue_refusal,
 };
-use crate::overview::Depth;
+use crate::domain::overview::Depth;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
     TASK_QUEUE_MAX_PRIORITY,

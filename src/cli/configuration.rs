@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use comfy_table::Cell;
+use omotes_orchestrator::config::environment::Environment;
 use omotes_orchestrator::config::{Config, Setting};
-use omotes_orchestrator::environment::Environment;
-use omotes_orchestrator::report::harmless;
+use omotes_orchestrator::telemetry::report::harmless;
 use serde_json::json;
 
 use super::{print, say_aside, table};

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::Args;
 use console::Style;
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::environment::Environment;
 use omotes_orchestrator::doctor::{Severity, examine};
-use omotes_orchestrator::environment::Environment;
 
 use super::print;
 

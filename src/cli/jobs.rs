@@ -13,10 +13,12 @@ use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::broker::{Delivered, Link, Publisher};
 use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::overview::{Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken};
-use omotes_orchestrator::queues::Watch;
-use omotes_orchestrator::report::{one_line, percent};
+use omotes_orchestrator::domain::overview::{
+    Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken,
+};
+use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::Connection;
+use omotes_orchestrator::telemetry::report::{one_line, percent};
 use omotes_orchestrator::wire::{self, Outgoing};
 use signal_hook::consts::SIGINT;
 use uuid::Uuid;

@@ -8,9 +8,9 @@ use clap::Args;
 use comfy_table::{Cell, CellAlignment};
 use crossbeam_channel::after;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::overview::{Depth, Queue};
-use omotes_orchestrator::queues::Watch;
-use omotes_orchestrator::report::one_line;
+use omotes_orchestrator::domain::overview::{Depth, Queue};
+use omotes_orchestrator::service::queues::Watch;
+use omotes_orchestrator::telemetry::report::one_line;
 use serde_json::json;
 
 use super::{connect, defined, overview, print, table};

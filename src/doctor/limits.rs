@@ -9,8 +9,8 @@ use crossbeam_channel::bounded;
 use jiff::SignedDuration;
 
 use super::{Finding, Findings, Severity};
-use crate::overview::spoken;
-use crate::report::one_line;
+use crate::domain::overview::spoken;
+use crate::telemetry::report::one_line;
 
 /// How long rabbitmqctl may take, which starts a virtual machine, perhaps in a container.
 const TOOL_DEADLINE: Duration = Duration::from_secs(60);

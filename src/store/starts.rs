@@ -5,7 +5,7 @@ use postgres::Row;
 use uuid::Uuid;
 
 use super::{Connection, StoreError, Transaction, expect_rows, named};
-use crate::job::{Start, Suspicion, Verdict};
+use crate::domain::job::{Start, Suspicion, Verdict};
 
 impl Connection {
     /// Writes that a session with RabbitMQ begins now: whatever had a connection before may have

@@ -8,9 +8,9 @@ use postgres::Row;
 use uuid::Uuid;
 
 use super::{Connection, StoreError, named, progress};
-use crate::estimate::{self, Runs};
-use crate::job::{JobStatus, Outcome, Priority};
-use crate::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
+use crate::domain::estimate::{self, Runs};
+use crate::domain::job::{JobStatus, Outcome, Priority};
+use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
 
 /// Jobs that have not ended, whose clients have perhaps not been told yet. In the order in which
 /// workers take them, those that they have taken first.

@@ -12,10 +12,10 @@ use uuid::Uuid;
 use super::closed::Destination;
 use super::watched::Watched;
 use super::{Refuser, Work, fault_in_ourselves};
+use crate::domain::job::Command;
 use crate::fault_point;
-use crate::job::Command;
-use crate::metrics::Metrics;
-use crate::report::{self, one_line};
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::report::{self, one_line};
 use crate::wire::{self, Inbox, Request};
 
 /// What a command may take up beside its message's body, which is not kept with it then.

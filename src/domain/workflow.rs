@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::domain::text::excerpt;
 use crate::proto::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
     IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };
-use crate::text::excerpt;
 
 /// A workflow's name is also the name of its task queue, which AMQP limits to this many bytes.
 const MAX_TYPE_NAME: usize = 255;
@@ -439,11 +439,11 @@ mod tests {
     #[test]
     fn the_recorded_announcement_comes_out_byte_for_byte() {
         let captures: Value =
-            serde_json::from_str(include_str!("../tests/wire/captures.json")).unwrap();
+            serde_json::from_str(include_str!("../../tests/wire/captures.json")).unwrap();
         let recorded = captures["available_workflows"][0]["body_b64"]
             .as_str()
             .unwrap();
-        let config = include_str!("../tests/wire/available_workflows.config.json");
+        let config = include_str!("../../tests/wire/available_workflows.config.json");
         let catalogue = Catalogue::parse(config).unwrap();
         let encoded = catalogue.announcement().encode_to_vec();
         assert_eq!(BASE64_STANDARD.encode(encoded), recorded);

@@ -11,19 +11,10 @@ use log::{LevelFilter, Record, info};
 use serde_json::Map;
 
 use crate::broker;
-
-/// How a line looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// `<time> <level> <thread> <message>`.
-    Text,
-    /// An object with these, and with what else is known of the record: `job`, `reference`,
-    /// `workflow`, `task`.
-    Json,
-}
+use crate::config::LogFormat;
 
 /// Begins to log. Panics are logged with where they came from.
-pub fn start(level: LevelFilter, format: Format) {
+pub fn start(level: LevelFilter, format: LogFormat) {
     let mut builder = env_logger::Builder::new();
     // What other crates have to say below a warning is of no use to an operator. Of ours all passes
     // here, for the level to be changed.
@@ -33,7 +24,7 @@ pub fn start(level: LevelFilter, format: Format) {
         // It warns of what it reports to its caller as well, such as a queue that does not exist.
         .filter_module(broker::LIBRARY, LevelFilter::Error);
     match format {
-        Format::Text => builder.format(|out, record| {
+        LogFormat::Text => builder.format(|out, record| {
             let style = out.default_level_style(record.level());
             writeln!(
                 out,
@@ -44,7 +35,7 @@ pub fn start(level: LevelFilter, format: Format) {
                 record.args()
             )
         }),
-        Format::Json => builder.format(|out, record| {
+        LogFormat::Json => builder.format(|out, record| {
             let thread = thread::current();
             let name = thread.name().unwrap_or("-");
             writeln!(out, "{}", json(record, name, Timestamp::now()))

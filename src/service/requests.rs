@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, Sender, select};
 use log::{info, warn};
 
 use crate::broker::{self, Claim, Handled, Link, Mark, Received};
-use crate::handler::Work;
+use crate::service::handler::Work;
 use crate::wire::{OMOTES_EXCHANGE, WORKFLOW_REQUESTS_HELD_KEY, WORKFLOW_REQUESTS_KEY};
 
 /// Tries to get the queue.

@@ -1,5 +1,5 @@
 //! Gives up the time series that nobody needs any more: scans InfluxDB from time to time and does
-//! what [`crate::time_series::plan`] says.
+//! what [`crate::domain::time_series::plan`] says.
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -9,10 +9,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use log::{debug, info, warn};
 
 use crate::config::{Config, InfluxDb};
+use crate::domain::time_series;
 use crate::influx::Influx;
-use crate::report::one_line;
 use crate::store::{Store, Task};
-use crate::time_series;
+use crate::telemetry::report::one_line;
 
 /// A scan every [`Config::time_series_period`] among all replicas, until `stop` is disconnected. Jobs do not depend on
 /// it: an InfluxDB that is away is said so once, and asked again the next time.

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::Work;
 use crate::busy::Busy;
-use crate::report::one_line;
+use crate::telemetry::report::one_line;
 use crate::wire::{self, Inbox};
 
 /// What a handler thread is waiting for, or what it is busy with itself.

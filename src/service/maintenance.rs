@@ -17,10 +17,10 @@ use log::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::busy::Busy;
+use crate::domain::job::Command;
 use crate::fault_point;
-use crate::handler::{self, Work};
-use crate::job::Command;
-use crate::session::Service;
+use crate::service::handler::{self, Work};
+use crate::service::shared::Service;
 use crate::store::{Connection, Overdue, StoreError, Task};
 
 /// How many jobs are found or forgotten at once; after them come the next ones. A handler's queue of

@@ -1,5 +1,5 @@
 //! What the service counts and times, for Prometheus. What is read from elsewhere only when somebody
-//! asks is in [`crate::overview`].
+//! asks is in [`crate::domain::overview`].
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -14,9 +14,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::health::Health;
-use crate::job::{Ended, Event};
-use crate::overview::Overview;
+use crate::domain::job::{Ended, Event};
+use crate::domain::overview::Overview;
+use crate::telemetry::health::Health;
 use crate::wire::Inbox;
 use jiff::Timestamp;
 
@@ -27,7 +27,7 @@ const PREFIX: &str = "omotes_orchestrator";
 /// become time series.
 const OTHER_WORKFLOW: &str = "other";
 
-/// A step of a batch's way; see [`crate::handler`].
+/// A step of a batch's way; see [`crate::service::handler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Stage {
     Lock,

@@ -4,8 +4,8 @@
 use log::{Level, log, log_enabled};
 use uuid::Uuid;
 
-use crate::job::{Command, Event, Outcome};
-use crate::text::beginning;
+use crate::domain::job::{Command, Event, Outcome};
+use crate::domain::text::beginning;
 
 /// The longest text of somebody else's that a line repeats, in characters.
 const MAX_TEXT: usize = 300;

@@ -6,8 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
-use std::sync::atomic::{AtomicBool, AtomicI64};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,23 +20,18 @@ use log::{error, info, warn};
 use crate::broker::intake::Intake;
 use crate::broker::{self, Claim, DEADLINE, Delivered, Link, PublishError, Publisher, Received};
 use crate::busy::Busy;
-use crate::celery;
 use crate::config::Config;
 use crate::fault_point;
-use crate::handler::{
+use crate::service::handler::{
     self, ClosedQueues, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work, panic_text,
 };
-use crate::health::{Health, Part};
-use crate::inquiry::{self, Inquiry};
-use crate::job::Rules;
-use crate::maintenance;
-use crate::metrics::Metrics;
-use crate::overview::{Overview, Queues};
-use crate::requests;
-use crate::store::{Connection, Store, StoreError, Task};
-use crate::stuck;
+use crate::service::inquiry::{self, Inquiry};
+use crate::service::maintenance;
+use crate::service::requests;
+use crate::service::shared::Service;
+use crate::service::stuck;
+use crate::telemetry::health::Part;
 use crate::wire::{self, Inbox};
-use crate::workflow::CurrentCatalogue;
 
 /// How long the threads may take to finish what is in hand when the service stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(4);
@@ -58,76 +52,6 @@ const END_DEADLINE: Duration = Duration::from_secs(60);
 /// All the statements of a batch together never last as long, where Postgres has a say in it: it
 /// ends each of them after 35 seconds.
 const STUCK: Duration = Duration::from_secs(6 * 60);
-
-/// What outlives a session.
-pub struct Service {
-    pub config: Config,
-    pub store: Store,
-    /// The same database, for those who look on.
-    pub views: Store,
-    /// Whether those who look on get a connection, as far as is known: from a standby, say, too.
-    pub can_look_on: AtomicBool,
-    pub catalogue: CurrentCatalogue,
-    /// Something comes in when the catalogue has been replaced.
-    pub catalogue_news: Receiver<()>,
-    pub health: Health,
-    pub metrics: Metrics,
-    /// RabbitMQ's queues, as they were a moment ago.
-    pub queues: Mutex<Option<Queues>>,
-    /// What this replica calls itself.
-    pub host: String,
-    pub celery_sender: celery::Sender,
-    pub revoke_clock: AtomicI64,
-    pub rules: Rules,
-}
-
-impl Service {
-    /// Notes that there is no session: what only one can know is not known.
-    pub fn no_session(&self, why: &anyhow::Error) {
-        let now = Timestamp::now();
-        let why = format!("{why:#}");
-        self.health.report(Part::Broker, Some(why), now);
-        for part in [Part::Publishing, Part::Handling] {
-            let fault = "not known without a session with RabbitMQ".to_owned();
-            self.health.report(part, Some(fault), now);
-        }
-    }
-
-    /// What is going on in the deployment, but for the single jobs.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn overview(&self, connection: &mut Connection) -> Result<Overview, StoreError> {
-        let overview = self.overview_without_database();
-        let mut maintenance = connection.maintenance_runs()?;
-        if self.config.influxdb.is_none() {
-            // It may have been done before, and is not late now.
-            maintenance.retain(|(task, _)| task != Task::TimeSeries.name());
-        }
-        Ok(Overview {
-            has_rows: true,
-            rows: connection.workflows(&overview.defined)?,
-            maintenance,
-            ..overview
-        })
-    }
-
-    /// The same as far as it is known without Postgres.
-    pub fn overview_without_database(&self) -> Overview {
-        let (connections, idle_connections) = self.store.connections();
-        Overview {
-            defined: self.catalogue.get().names(),
-            queues: self
-                .queues
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
-            connections,
-            idle_connections,
-            ..Overview::default()
-        }
-    }
-}
 
 /// The queues of each consumer thread. What a worker says of a task comes through two, and a start or
 /// the last progress is of no use after the result.

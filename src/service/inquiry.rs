@@ -18,11 +18,11 @@ use uuid::Uuid;
 
 use crate::broker::Link;
 use crate::busy::Busy;
-use crate::celery::{self, Execution};
-use crate::handler::{self, Work};
-use crate::job::{Command, Suspicion};
-use crate::maintenance::MAX_FINDINGS;
-use crate::session::Service;
+use crate::domain::job::{Command, Suspicion};
+use crate::service::handler::{self, Work};
+use crate::service::maintenance::MAX_FINDINGS;
+use crate::service::shared::Service;
+use crate::wire::celery::{self, Execution};
 
 /// How long the workers have to answer a question.
 const ANSWER_TIME: Duration = Duration::from_secs(1);

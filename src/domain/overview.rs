@@ -9,8 +9,8 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::estimate::{Runs, Span};
-use crate::job::{JobStatus, Outcome, Priority, Progress};
+use crate::domain::estimate::{Runs, Span};
+use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -335,12 +335,10 @@ impl Queues {
         Some(queue.depth.map_or(0, |depth| depth.consumers))
     }
 
-    pub fn dead_letters(&self) -> u32 {
-        let letters = self
-            .queues
-            .iter()
-            .filter(|queue| queue.name == crate::wire::DEAD_LETTERS_QUEUE);
-        letters
+    /// How many messages are in the queues of this name, of all vhosts together.
+    pub fn messages_in(&self, queue: &str) -> u32 {
+        let queues = self.queues.iter().filter(|one| one.name == queue);
+        queues
             .filter_map(|queue| queue.depth)
             .map(|depth| depth.messages)
             .sum()

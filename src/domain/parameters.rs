@@ -5,11 +5,11 @@
 
 use serde_json::{Map, Value};
 
+use crate::domain::workflow::found;
 use crate::proto::{
     WorkflowParameter,
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };
-use crate::workflow::found;
 
 /// In what `params` do not fit `definitions`, a text for each fault.
 ///
@@ -182,7 +182,7 @@ fn violated(constraint: &Constraint, value: &Value, other: &Value) -> Option<&'s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workflow::Catalogue;
+    use crate::domain::workflow::Catalogue;
     use rstest::rstest;
     use serde_json::json;
 

@@ -26,11 +26,11 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::esdl;
-use crate::parameters;
+use crate::domain::esdl;
+use crate::domain::parameters;
+use crate::domain::text::excerpt;
+use crate::domain::workflow::Catalogue;
 use crate::proto::EsdlMessage;
-use crate::text::excerpt;
-use crate::workflow::Catalogue;
 
 mod starts;
 

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::job::{Priority, Submission};
+use crate::domain::job::{Priority, Submission};
 use crate::wire::{Outgoing, PIDBOX_EXCHANGE, REPLIES_EXCHANGE};
 
 /// How long remote control is worth hearing. Celery itself says one second, which is short for clocks that
@@ -172,7 +172,7 @@ mod tests {
     use rstest::rstest;
 
     fn captures() -> Value {
-        serde_json::from_str(include_str!("../tests/wire/captures.json")).unwrap()
+        serde_json::from_str(include_str!("../../tests/wire/captures.json")).unwrap()
     }
 
     /// A captured job as a client would have sent it.
@@ -195,7 +195,7 @@ mod tests {
         let bytes = message.encode_to_vec();
         match wire::decode(wire::Inbox::Submissions, &bytes, None, false).unwrap() {
             wire::Request::Job {
-                command: crate::job::Command::Submit(submission),
+                command: crate::domain::job::Command::Submit(submission),
                 ..
             } => submission,
             other => panic!("{other:?}"),

@@ -368,7 +368,7 @@ fn every_pair_of_state_and_command_has_its_decision() {
         }
     }
     if std::env::var_os("UPDATE_DECISIONS").is_some() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/job/decisions.txt");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/domain/job/decisions.txt");
         std::fs::write(path, &table).unwrap();
         return;
     }

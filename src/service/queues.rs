@@ -12,8 +12,8 @@ use log::{debug, info, warn};
 
 use crate::broker::{self, DEADLINE, Link};
 use crate::config::{Config, RabbitMq};
-use crate::overview::{Queue, Queues};
-use crate::session::Service;
+use crate::domain::overview::{Queue, Queues};
+use crate::service::shared::Service;
 use crate::wire;
 
 const PERIOD: Duration = Duration::from_secs(5);
@@ -210,7 +210,7 @@ impl Lonely {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overview::Depth;
+    use crate::domain::overview::Depth;
 
     #[test]
     fn an_outage_counts_when_it_lasts() {

@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn a_line_is_read_as_docker_compose_does_but_for_variables_in_it() {
         let table: Vec<(String, Value)> =
-            serde_json::from_str(include_str!("../tests/env-lines.json")).unwrap();
+            serde_json::from_str(include_str!("../../tests/env-lines.json")).unwrap();
         for (line, expected) in table {
             // The mark is the file's.
             let text = line.strip_prefix('\u{feff}').unwrap_or(&line);

@@ -1,0 +1,11 @@
+//! What jobs, workflows and their data are, and what is decided about them. Knows no broker, database,
+//! clock or environment.
+
+pub mod esdl;
+pub mod estimate;
+pub mod job;
+pub mod overview;
+pub mod parameters;
+pub mod text;
+pub mod time_series;
+pub mod workflow;

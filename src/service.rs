@@ -1,0 +1,12 @@
+//! The service at work: a session with RabbitMQ and its threads, and those that look after what is in
+//! the databases.
+
+pub mod handler;
+pub mod inquiry;
+pub mod maintenance;
+pub mod queues;
+mod requests;
+pub mod session;
+pub mod shared;
+mod stuck;
+pub mod time_series;

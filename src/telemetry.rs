@@ -1,0 +1,6 @@
+//! What the service tells of itself: its log, its health, its metrics.
+
+pub mod health;
+pub mod logger;
+pub mod metrics;
+pub mod report;

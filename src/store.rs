@@ -549,7 +549,7 @@ impl Transaction<'_> {
         }
         let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
         let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, job)| *job));
-        self.execute(
+        let rows = self.execute(
             "UPDATE job
              SET progress = new.progress, progress_message = new.message, progress_at = new.at
              FROM unnest($1::uuid[], $2::float8[], $3::varchar[], $4::timestamptz[])
@@ -557,7 +557,7 @@ impl Transaction<'_> {
              WHERE job.job_id = new.job_id",
             &[&ids, &fractions, &messages, &times],
         )?;
-        Ok(())
+        expect_rows("updating progress", rows, jobs.len())
     }
 
     fn update_jobs(&mut self, jobs: &[(Uuid, &Job, &Job)]) -> Result<(), StoreError> {
@@ -792,9 +792,29 @@ fn progress_columns<'a>(jobs: impl Iterator<Item = &'a Job>) -> ProgressColumns<
     columns
 }
 
-/// But for the progress.
-fn same_row(a: &Job, b: &Job) -> bool {
-    a.status == b.status && a.task_id == b.task_id && a.running_at == b.running_at
+/// Whether a job's row stays as it is, but for the progress.
+fn same_row(before: &Job, after: &Job) -> bool {
+    let Job {
+        // Of these nothing changes in a job's life.
+        workflow_type: _,
+        reference: _,
+        registered_at: _,
+        status,
+        task_id,
+        submitted_at,
+        running_at,
+        timeout_ms,
+        priority,
+        // They have rows of their own.
+        starts: _,
+        progress: _,
+    } = before;
+    *status == after.status
+        && *task_id == after.task_id
+        && *submitted_at == after.submitted_at
+        && *running_at == after.running_at
+        && *timeout_ms == after.timeout_ms
+        && *priority == after.priority
 }
 
 fn state(row: &Row) -> anyhow::Result<State> {
@@ -866,4 +886,51 @@ fn named<T: Copy>(all: &[T], name_of: fn(T) -> &'static str, name: &str) -> anyh
     let mut all = all.iter().copied();
     all.find(|one| name_of(*one) == name)
         .ok_or_else(|| anyhow!("{name:?} is none of what may be here"))
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+    use crate::domain::job;
+
+    #[rstest]
+    #[case::status(|job: &mut Job| job.status = JobStatus::Running, false)]
+    #[case::task(|job: &mut Job| job.task_id = Some("task".to_owned()), false)]
+    #[case::submission(|job: &mut Job| job.submitted_at = Some(job.registered_at), false)]
+    #[case::running(|job: &mut Job| job.running_at = Some(job.registered_at), false)]
+    #[case::timeout(|job: &mut Job| job.timeout_ms = Some(1), false)]
+    #[case::priority(|job: &mut Job| job.priority = Some(Priority::High), false)]
+    #[case::starts(|job: &mut Job| job.starts.push(Start {
+        at: job.registered_at,
+        message_id: None,
+        verdict: job::Verdict::Counts,
+    }), true)]
+    #[case::progress(|job: &mut Job| job.progress = Some(Progress {
+        fraction: 0.5,
+        message: String::new(),
+        at: job.registered_at,
+    }), true)]
+    fn a_row_is_written_when_a_field_of_it_changes(
+        #[case] change: fn(&mut Job),
+        #[case] stays: bool,
+    ) {
+        let before = Job {
+            workflow_type: "a workflow".to_owned(),
+            reference: String::new(),
+            status: JobStatus::Registered,
+            task_id: None,
+            registered_at: Timestamp::UNIX_EPOCH,
+            submitted_at: None,
+            running_at: None,
+            timeout_ms: None,
+            priority: None,
+            starts: Vec::new(),
+            progress: None,
+        };
+        let mut after = before.clone();
+        change(&mut after);
+        assert_eq!(same_row(&before, &after), stays);
+    }
 }

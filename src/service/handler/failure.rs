@@ -1,0 +1,81 @@
+//! Why a batch did not go through.
+
+use std::any::Any;
+
+use anyhow::bail;
+
+use super::panic_text;
+use crate::broker::PublishError;
+use crate::store::StoreError;
+
+/// Why a batch did not go through.
+pub(super) enum Trouble {
+    /// Postgres does not work for this replica; the same batch may go through later.
+    Database(anyhow::Error),
+    /// Postgres works, and somebody else holds a lock: it would be no better with another replica.
+    Locked(anyhow::Error),
+    /// Less of it may go through.
+    TooMuch(anyhow::Error),
+    /// A queue does not take a task for now. The same batch goes through without what it is for.
+    Closed,
+    /// Something in the batch is refused.
+    Refused { reason: String, by: Refuser },
+    /// The session is at its end.
+    Session(anyhow::Error),
+    /// The service is stopping, and the batch was not done.
+    Stopped,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refuser {
+    Broker,
+    Database,
+    /// A panic.
+    Ourselves,
+}
+
+impl From<StoreError> for Trouble {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Transient(error) | StoreError::TooLong(error) => Trouble::Database(error),
+            StoreError::Locked(error) => Trouble::Locked(error),
+            StoreError::TooMuch(error) => Trouble::TooMuch(error),
+            StoreError::Refused(reason) => Trouble::Refused {
+                reason,
+                by: Refuser::Database,
+            },
+        }
+    }
+}
+
+impl From<PublishError> for Trouble {
+    fn from(error: PublishError) -> Self {
+        match error {
+            PublishError::Lost(error) => Trouble::Session(error),
+            PublishError::Refused(reason) | PublishError::Unavailable(reason) => Trouble::Refused {
+                reason,
+                by: Refuser::Broker,
+            },
+        }
+    }
+}
+
+impl Trouble {
+    /// What is left to do about trouble that no retry helps against.
+    pub(super) fn end(self) -> anyhow::Result<()> {
+        match self {
+            Trouble::Stopped => Ok(()),
+            Trouble::Session(error)
+            | Trouble::Database(error)
+            | Trouble::Locked(error)
+            | Trouble::TooMuch(error) => Err(error),
+            Trouble::Closed => bail!("a queue takes nothing"),
+            Trouble::Refused { reason, .. } => bail!(reason),
+        }
+    }
+}
+
+/// What is said of a message that has made us panic.
+pub(super) fn fault_in_ourselves(panic: &(dyn Any + Send)) -> String {
+    format!("a fault in the orchestrator: {}", panic_text(panic))
+}

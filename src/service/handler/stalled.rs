@@ -1,0 +1,150 @@
+//! Messages that stay unacknowledged until a queue takes something again.
+
+use std::convert::Infallible;
+use std::mem;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+use log::error;
+
+use super::closed::{Destination, Load, Side};
+use super::failure::Trouble;
+use super::item::Item;
+use super::{Handler, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES, Work, letters};
+use crate::broker::Delivered;
+use crate::telemetry::report::one_line;
+use crate::wire::Inbox;
+
+/// Of messages that wait and are too many, so many go back to the end of their queue at once, and
+/// not again before so long, nor faster than so many bytes per second.
+const PUT_BACK_MESSAGES: usize = 100;
+const PUT_BACK_BYTES: usize = 1024 * 1024;
+const PUT_BACK_PAUSE: Duration = Duration::from_millis(100);
+const PUT_BACK_BYTES_PER_SECOND: usize = 8 * 1024 * 1024;
+/// How long they stay when even that does not work.
+const PUT_BACK_RETRY: Duration = Duration::from_secs(5);
+
+impl Handler<'_> {
+    /// What cannot even be put aside is not acknowledged either.
+    pub(super) fn hold(&self, item: &mut Item, reason: &str) {
+        let reason = one_line(reason);
+        error!("{}: cannot even be put aside: {reason}", item.label());
+        if let Some(inbox) = item.inbox() {
+            let queue = Destination::DeadLetters(Side::of(inbox));
+            let now = Instant::now();
+            self.setting.closed.close(self.number, &queue, &reason, now);
+            item.waits_for = Some(queue);
+        }
+    }
+
+    /// Tells the other handlers what waits here.
+    pub(super) fn count_stalled(&mut self) {
+        if self.stalled.is_empty() && self.setting.closed.is_empty() {
+            return;
+        }
+        self.stalled.retain(|_, items| !items.is_empty());
+        let mut load = Load::default();
+        for (queue, items) in &self.stalled {
+            load.messages.insert(queue.clone(), items.len());
+            for item in items {
+                load.bytes += item.held();
+                if let Some(inbox) = item.inbox() {
+                    *load.by_inbox.entry(inbox).or_default() += 1;
+                }
+            }
+        }
+        self.setting.closed.count(self.number, load);
+    }
+
+    /// When something has to be done about the messages that wait.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let closed = self.setting.closed;
+        let retry = self.stalled.keys().map(|queue| {
+            // Another handler may have found it open meanwhile.
+            closed.due(queue).unwrap_or_else(Instant::now)
+        });
+        let put_back = match self.stalled.is_empty() || closed.excess().is_empty() {
+            true => None,
+            false => Some(self.put_back_at),
+        };
+        retry.chain(put_back).min()
+    }
+
+    /// Tries again what is due, and puts back what is too much.
+    pub(super) fn look_after_stalled(
+        &mut self,
+        stop: &Receiver<Infallible>,
+    ) -> Result<(), Trouble> {
+        let closed = self.setting.closed;
+        let queues: Vec<_> = self.stalled.keys().cloned().collect();
+        for queue in queues {
+            let mut left = self.stalled.remove(&queue).unwrap_or_default();
+            while !left.is_empty() && !closed.is_closed(&queue, Instant::now()) {
+                let mut bytes = 0;
+                let fits = |item: &&Item| {
+                    bytes += item.size();
+                    bytes < MAX_BATCH_BYTES
+                };
+                let batch = left.iter().take(MAX_BATCH_MESSAGES).take_while(fits);
+                let rest = left.split_off(batch.count().max(1));
+                self.handle_all(mem::replace(&mut left, rest), stop)?;
+            }
+            self.stalled.entry(queue).or_default().append(&mut left);
+        }
+        if Instant::now() >= self.put_back_at {
+            self.put_back(&closed.excess())?;
+        }
+        self.count_stalled();
+        Ok(())
+    }
+
+    /// Puts some of the messages that wait back to the end of their queues, so that others come to
+    /// be handed out. Their order is of no use any more: of what is put aside none, and a
+    /// submission may come after its cancel.
+    fn put_back(&mut self, inboxes: &[Inbox]) -> Result<(), Trouble> {
+        let (mut bytes, mut failed) = (0, false);
+        for inbox in inboxes {
+            let mut chosen = Vec::new();
+            for (queue, items) in &mut self.stalled {
+                for item in mem::take(items) {
+                    let fits = chosen.len() < PUT_BACK_MESSAGES && bytes < PUT_BACK_BYTES;
+                    if fits && item.inbox() == Some(*inbox) {
+                        bytes += item.held();
+                        chosen.push((queue.clone(), item));
+                    } else {
+                        items.push(item);
+                    }
+                }
+            }
+            let messages: Vec<_> = chosen
+                .iter()
+                .filter_map(|(_, item)| match &item.work {
+                    Work::Message { received, .. } => Some(received),
+                    Work::Finding { .. } | Work::Announce => None,
+                })
+                .collect();
+            let name = &self.setting.queue_names[inbox];
+            let publisher = self.publishers.towards(Side::of(*inbox));
+            self.watched.waits();
+            let outcome = letters::put_back(publisher, name, &messages)?;
+            self.watched.goes_on();
+            for ((queue, item), delivered) in chosen.into_iter().zip(outcome) {
+                if delivered == Delivered::Yes {
+                    self.finish(item);
+                } else {
+                    failed = true;
+                    self.stalled.entry(queue).or_default().push(item);
+                }
+            }
+        }
+        let pause = match failed {
+            true => PUT_BACK_RETRY,
+            false => {
+                let seconds = bytes as f64 / PUT_BACK_BYTES_PER_SECOND as f64;
+                PUT_BACK_PAUSE.max(Duration::from_secs_f64(seconds))
+            }
+        };
+        self.put_back_at = Instant::now() + pause;
+        Ok(())
+    }
+}

@@ -11,8 +11,8 @@ use prost::Message;
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Service};
-use crate::peers::{Client, Peer, Worker};
+use crate::deployment::Deployment;
+use crate::peers::{Client, Peer, Worker, kept_its_session};
 use crate::raw::{Properties, RawPublisher, entry, long};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -117,15 +117,6 @@ impl Poisoner {
     }
 }
 
-fn one_session(service: &Service) {
-    let (_, metrics) = service.get("/metrics").unwrap();
-    assert!(
-        metrics.contains("\nomotes_orchestrator_sessions_total 1\n"),
-        "{}",
-        service.log()
-    );
-}
-
 #[rstest]
 #[case(Poison::ContentType)]
 #[case(Poison::HeaderKey)]
@@ -210,7 +201,7 @@ fn poisoned_properties_harm_nobody(#[case] poison: Poison) {
         assert!(list.status.success(), "{text}");
         (text.lines().count() == 2).then_some(())
     });
-    one_session(&service);
+    kept_its_session(&deployment, &service);
 }
 
 /// Sends so many small submissions with poison of 128 KiB, and returns their jobs.
@@ -259,5 +250,5 @@ fn large_headers_pass_in_bounded_memory(#[case] poison: Poison) {
     let peak = service.peak_memory();
     eprintln!("peak memory with large headers: {peak} MiB");
     assert!(peak < 256, "{peak} MiB");
-    one_session(&service);
+    kept_its_session(&deployment, &service);
 }

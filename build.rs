@@ -51,6 +51,10 @@ fn revision_chain(directory: &Path) -> Result<Vec<Revision>, Failure> {
     let mut by_parent = HashMap::new();
     for entry in fs::read_dir(directory)? {
         let folder = entry?.path();
+        if !folder.is_dir() {
+            // What explains them.
+            continue;
+        }
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
         let (id, slug) = name
             .split_once('_')

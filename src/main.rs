@@ -49,8 +49,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// The OMOTES job orchestrator, between SDK clients and Celery workers.
 ///
-/// Configured by environment variables and an `.env` file in the working directory; the README
-/// lists them. Without a command it runs the service.
+/// Configured by environment variables and an `.env` file in the working directory;
+/// config/README.md lists them. Without a command it runs the service.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {

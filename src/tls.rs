@@ -322,7 +322,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// As the README has it.
+    /// As config/README.md has it.
     #[rstest]
     #[case::plain(IsCa::ExplicitNoCa, "")]
     #[case::marked_as_an_authority(IsCa::Ca(BasicConstraints::Unconstrained), "CaUsedAsEndEntity")]

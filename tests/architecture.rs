@@ -1,4 +1,4 @@
-//! What the README says of the architecture, held against the sources.
+//! What src/README.md says of the architecture, held against the sources.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;

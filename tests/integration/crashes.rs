@@ -1,5 +1,5 @@
 //! What remains when the service is killed, or loses what it talks to, at a given point of its
-//! pipeline: the rows of the README's table of failures.
+//! pipeline: the rows of the table of failures in tests/README.md.
 
 use std::collections::HashSet;
 use std::fs;

@@ -24,6 +24,7 @@ mod values;
 pub use self::consumer::{Handled, Received, consume};
 pub use self::link::{Link, within_deadline};
 pub use self::publisher::{Delivered, PublishError, Publisher};
+pub use self::questions::Question;
 pub use self::topology::{Claim, Mark};
 
 /// How long the broker may take over anything it is asked; a blocked one takes for ever.

@@ -310,7 +310,7 @@ fn return_id(properties: &AmqpProperties) -> Option<&String> {
     properties.message_id().as_ref().or(correlation_id)
 }
 
-fn to_publish(message: &Outgoing) -> Publish<'_> {
+pub(super) fn to_publish(message: &Outgoing) -> Publish<'_> {
     Publish {
         body: &message.body,
         routing_key: message.routing_key.clone(),

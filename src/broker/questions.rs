@@ -4,50 +4,59 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use amiquip::{
-    ConsumerMessage, ConsumerOptions, ExchangeDeclareOptions, ExchangeType, FieldTable, Publish,
-    QueueDeclareOptions,
+    AmqpValue, ConsumerMessage, ConsumerOptions, ExchangeDeclareOptions, ExchangeType, FieldTable,
 };
 use anyhow::{Context, bail};
 use crossbeam_channel::{Receiver, after, select};
 
 use super::Link;
 use super::consumer::cancel;
-use super::values::properties;
+use super::publisher::to_publish;
+use super::topology::exclusive;
 use crate::busy::Busy;
 use crate::wire::{Outgoing, REPLIES_EXCHANGE};
 
 /// How many answers may be on their way, and so in memory.
-const PREFETCH: u16 = 50;
+const PREFETCH: u16 = 5;
 /// More than that is no answer of a worker.
 const LARGEST_ANSWER: usize = 1024 * 1024;
 
+/// How long the queue of answers outlives whoever reads it.
+const EXPIRES_MS: i64 = 60_000;
+
+/// What is asked of the workers.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'q> {
+    pub message: &'q Outgoing,
+    /// The routing key that its answers come with.
+    pub key: &'q str,
+    /// How long they are waited for.
+    pub time: Duration,
+}
+
 impl Link {
-    /// Publishes a question and hands over the answers that come with `key` within `time`. Ends early,
-    /// and returns false, when `stop` is disconnected. `busy` tells a watchdog since when a call has
+    /// Publishes a question and hands over the answers that come in its time. Ends early, and
+    /// returns false, when `stop` is disconnected. `busy` tells a watchdog since when a call has
     /// been waiting.
     ///
     /// # Errors
     /// RabbitMQ refuses the exchange, or the connection is lost.
     pub fn ask(
         &self,
-        question: &Outgoing,
-        key: &str,
-        time: Duration,
+        question: &Question<'_>,
         busy: &Busy,
         stop: &Receiver<Infallible>,
         hand_over: impl FnMut(&[u8]),
     ) -> anyhow::Result<bool> {
         busy.touch();
-        let asked = self.ask_workers(question, key, time, busy, stop, hand_over);
+        let asked = self.ask_workers(question, busy, stop, hand_over);
         busy.idle();
         asked.with_context(|| self.name.clone())
     }
 
     fn ask_workers(
         &self,
-        question: &Outgoing,
-        key: &str,
-        time: Duration,
+        &Question { message, key, time }: &Question<'_>,
         busy: &Busy,
         stop: &Receiver<Infallible>,
         mut hand_over: impl FnMut(&[u8]),
@@ -55,22 +64,16 @@ impl Link {
         let channel = self.channel()?;
         let exchange = ExchangeDeclareOptions::default();
         channel.exchange_declare(ExchangeType::Direct, REPLIES_EXCHANGE, exchange)?;
-        let exclusive = QueueDeclareOptions {
-            exclusive: true,
-            ..QueueDeclareOptions::default()
-        };
-        let queue = channel.queue_declare("", exclusive)?.name().to_owned();
+        // It goes with the channel's failure too, which leaves the connection and what it declared.
+        let expires = ("x-expires".to_owned(), AmqpValue::LongLongInt(EXPIRES_MS));
+        let options = exclusive(FieldTable::from([expires]));
+        let queue = channel.queue_declare("", options)?.name().to_owned();
         channel.queue_bind(queue.as_str(), REPLIES_EXCHANGE, key, FieldTable::new())?;
         channel.qos(0, PREFETCH, false)?;
         let consumer = channel.basic_consume(queue.as_str(), ConsumerOptions::default())?;
         // Outlives the consumer: a delivery for one without receiver ends the connection.
         let answers = consumer.receiver().clone();
-        let publish = Publish::with_properties(
-            &question.body,
-            question.routing_key.clone(),
-            properties(question),
-        );
-        channel.basic_publish(question.exchange, publish)?;
+        channel.basic_publish(message.exchange, to_publish(message))?;
         busy.idle();
         let time = after(time);
         let complete = loop {

@@ -211,7 +211,7 @@ pub(super) fn durable(arguments: FieldTable) -> QueueDeclareOptions {
     }
 }
 
-fn exclusive(arguments: FieldTable) -> QueueDeclareOptions {
+pub(super) fn exclusive(arguments: FieldTable) -> QueueDeclareOptions {
     QueueDeclareOptions {
         exclusive: true,
         arguments,

@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use log::{debug, warn};
 use uuid::Uuid;
 
-use crate::broker::Link;
+use crate::broker::{Link, Question};
 use crate::busy::Busy;
 use crate::domain::job::{Command, Suspicion};
 use crate::service::handler::{self, Work};
@@ -47,6 +47,13 @@ struct Open {
     asked: u32,
     /// How often that failed.
     failed: u32,
+}
+
+/// What the workers have said to one question.
+#[derive(Default)]
+struct Said {
+    answers: u32,
+    executions: HashSet<Execution>,
 }
 
 /// The thread's part of the session.
@@ -108,8 +115,8 @@ impl Inquiry<'_> {
         if open.is_empty() {
             return Ok(());
         }
-        let mut executions = HashSet::new();
-        let asked = self.ask(&mut executions);
+        let mut said = Said::default();
+        let asked = self.ask(&mut said);
         for one in &mut *open {
             match asked {
                 // The service stops, and some may not have answered.
@@ -118,7 +125,7 @@ impl Inquiry<'_> {
                 Err(_) => one.failed += 1,
             }
             let last = one.asked >= PATIENCE || one.failed >= PATIENCE_UNASKED;
-            self.pass_on(&one.suspicion, &executions, last);
+            self.pass_on(&one.suspicion, &said, last);
         }
         asked.map(drop)
     }
@@ -129,29 +136,40 @@ impl Inquiry<'_> {
     }
 
     /// Whether the workers had the time to answer.
-    fn ask(&self, executions: &mut HashSet<Execution>) -> anyhow::Result<bool> {
+    fn ask(&self, said: &mut Said) -> anyhow::Result<bool> {
         let key = Uuid::new_v4().to_string();
         let clock = self.service.revoke_clock.fetch_add(1, Ordering::Relaxed);
-        let question = celery::who_runs_what(&key, clock, Timestamp::now());
+        let question = Question {
+            message: &celery::who_runs_what(&key, clock, Timestamp::now()),
+            key: &key,
+            time: ANSWER_TIME,
+        };
         let Watched { celery: busy, .. } = self.watched;
         self.link
-            .ask(&question, &key, ANSWER_TIME, busy, &self.stop, |answer| {
-                executions.extend(celery::executions(answer));
+            .ask(&question, busy, &self.stop, |answer| {
+                said.answers += 1;
+                said.executions.extend(celery::executions(answer));
             })
             .context("asking the workers")
     }
 
-    fn pass_on(&self, suspicion: &Suspicion, executions: &HashSet<Execution>, last: bool) {
+    fn pass_on(&self, suspicion: &Suspicion, said: &Said, last: bool) {
         let Suspicion {
             job_id,
             task_id,
             at,
         } = suspicion;
-        let of_task = executions.iter().filter(|one| one.task_id == *task_id);
+        let executions = said.executions.iter();
+        let of_task = executions.filter(|one| one.task_id == *task_id);
         let alive = of_task.count();
         debug!("job {job_id}: {alive} workers say that they run its task");
         if alive < 2 && !last {
             return;
+        }
+        if said.answers == 0 {
+            warn!(
+                "job {job_id}: no worker says what it runs, so whoever ran its task is taken for dead"
+            );
         }
         let command = Command::Judge {
             task_id: task_id.clone(),

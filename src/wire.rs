@@ -374,6 +374,18 @@ pub fn decode(
     }
 }
 
+/// What is left to do about a message that nobody could try to read to its end.
+pub fn unread(inbox: Inbox, body: &[u8], reason: String) -> Undecodable {
+    undecodable(body, reason, |reason| match inbox {
+        Inbox::Submissions => Some(refusal(reason)),
+        Inbox::Results => failure(body, reason),
+        Inbox::Cancels
+        | Inbox::WorkflowRequests
+        | Inbox::NamedWorkflowRequests
+        | Inbox::Progress => None,
+    })
+}
+
 fn decode_submission(body: &[u8]) -> Result<Request, Undecodable> {
     if let Err(reason) = bounds::of_submission(body) {
         let head = parse::<SubmissionHead>(body, |reason| Some(refusal(reason)))?;
@@ -431,7 +443,10 @@ fn decode_progress(
         Some(ProgressType::Status(status)) => match ProgressStatus::try_from(status) {
             Ok(ProgressStatus::Start) => Command::Start {
                 task_id,
-                message_id: message_id.map(str::to_owned),
+                // Postgres takes no NUL, and a worker that sends one has no ids worth keeping.
+                message_id: message_id
+                    .filter(|id| !id.contains('\0'))
+                    .map(str::to_owned),
                 redelivered,
             },
             Err(_) => {
@@ -456,17 +471,20 @@ fn decode_progress(
     job_request(&message.job_id, command)
 }
 
+/// What becomes of the job whose result cannot be read.
+fn failure(body: &[u8], reason: String) -> Option<Command> {
+    let task_id = bounds::field(body, 2).unwrap_or_default();
+    (task_id.len() <= MAX_TASK_ID).then(|| Command::Fail {
+        reason,
+        task_id: str::from_utf8(task_id)
+            .ok()
+            .filter(|task_id| !task_id.is_empty())
+            .map(str::to_owned),
+    })
+}
+
 fn decode_result(body: &[u8]) -> Result<Request, Undecodable> {
-    let failure = |reason| {
-        let task_id = bounds::field(body, 2).unwrap_or_default();
-        (task_id.len() <= MAX_TASK_ID).then(|| Command::Fail {
-            reason,
-            task_id: str::from_utf8(task_id)
-                .ok()
-                .filter(|task_id| !task_id.is_empty())
-                .map(str::to_owned),
-        })
-    };
+    let failure = |reason| failure(body, reason);
     bounds::of_result(body).map_err(|reason| undecodable(body, reason, failure))?;
     let message = parse::<TaskResult>(body, failure)?;
     let succeeded = match task_result::ResultType::try_from(message.result_type) {

@@ -563,3 +563,34 @@ proptest! {
         let _ = decode(Inbox::Submissions, &body, None, false);
     }
 }
+
+#[test]
+fn a_start_whose_message_id_no_table_can_hold_is_one_without() {
+    let start = progress(Some(task_progress_update::ProgressType::Status(
+        task_progress_update::ProgressStatus::Start.into(),
+    )));
+    let body = prost::Message::encode_to_vec(&start);
+    match decode(Inbox::Progress, &body, Some("a\0b"), false) {
+        Ok(Request::Job {
+            command: Command::Start { message_id, .. },
+            ..
+        }) => assert_eq!(message_id, None),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[rstest]
+#[case(Inbox::Submissions, Some("a submission"))]
+#[case(Inbox::Results, Some("a result"))]
+#[case(Inbox::Progress, None)]
+#[case(Inbox::Cancels, None)]
+fn whose_message_nobody_can_read_is_told(#[case] inbox: Inbox, #[case] instead: Option<&str>) {
+    let body = [b"\x0a\x24", job().to_string().as_bytes(), b"\xff"].concat();
+    let unread = unread(inbox, &body, "a fault".to_owned());
+    assert_eq!(unread.reason, "a fault");
+    let named = unread.instead.map(|instead| {
+        assert_eq!(instead.0, job());
+        instead.1.name()
+    });
+    assert_eq!(named, instead);
+}

@@ -1,6 +1,6 @@
 //! Threads that do not come back, and those that watch over them.
 
-use omotes_orchestrator::wire;
+use omotes_orchestrator::wire::{self, job_result::ResultType};
 use prost::Message;
 use rstest::rstest;
 use serde_json::Value;
@@ -139,7 +139,8 @@ fn a_message_that_makes_its_reader_panic_is_put_aside() {
         ("HANDLER_THREADS", "1"),
     ]);
     let first = client.submit("workflow_1");
-    let (_, submission) = client.submission("workflow_1");
+    let (job, submission) = client.submission("workflow_1");
+    client.listen(job);
     let body = submission.encode_to_vec();
     client.peer.send_as("job_submissions", &body, "unreadable");
     let last = client.submit("workflow_1");
@@ -149,6 +150,9 @@ fn a_message_that_makes_its_reader_panic_is_put_aside() {
     assert_eq!(letter.body, body);
     let headers = format!("{:?}", letter.properties);
     assert!(headers.contains("a fault in the orchestrator"), "{headers}");
+    let (result, logs) = client.outcome(job);
+    assert_eq!(result, ResultType::Error);
+    assert!(logs.contains("a fault in the orchestrator"), "{logs}");
     kept_its_session(&deployment, &service);
     assert_eq!(client.peer.queue_length("job_submissions"), 0);
     assert!(service.stop().success());

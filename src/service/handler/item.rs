@@ -16,7 +16,7 @@ use crate::domain::job::Command;
 use crate::fault_point;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::report::{self, one_line};
-use crate::wire::{self, Inbox, Request};
+use crate::wire::{self, Inbox, Request, Undecodable};
 
 /// What a command may take up beside its message's body, which is not kept with it then.
 const SMALL: usize = 4 * 1024;
@@ -75,17 +75,24 @@ impl Item {
         match decoded {
             Ok(Ok(Request::Job { id, command })) => self.job = Some((id, command)),
             Ok(Ok(Request::ListWorkflows)) => self.list_workflows = true,
-            Ok(Err(undecodable)) => {
-                self.job = undecodable.instead.map(|instead| *instead);
-                self.dead_letter = Some(undecodable.reason);
-                self.altered = true;
-            }
+            Ok(Err(undecodable)) => self.cannot_be_read(undecodable),
             Err(panic) => {
                 let reason = fault_in_ourselves(&*panic);
                 error!("{}: {}", self.label(), one_line(&reason));
-                self.dead_letter = Some(reason);
+                // What panics over the whole of it may do so over its beginning.
+                let unread = catch_unwind(|| wire::unread(*inbox, &received.body, reason.clone()));
+                self.cannot_be_read(unread.unwrap_or(Undecodable {
+                    reason,
+                    instead: None,
+                }));
             }
         }
+    }
+
+    fn cannot_be_read(&mut self, undecodable: Undecodable) {
+        self.job = undecodable.instead.map(|instead| *instead);
+        self.dead_letter = Some(undecodable.reason);
+        self.altered = true;
     }
 
     /// Where its message came from; None for what the service found itself.

@@ -876,7 +876,7 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
         running_at: row.try_get("ended_running_at")?,
         finished_at: row.try_get("finished_at")?,
         starts: row.try_get("starts")?,
-        start_ids: starts::ids_from_text(row.try_get("start_ids")?)?,
+        start_ids: starts::ids_from_text(row.try_get("start_ids")?),
         result_bytes: row.try_get("result_bytes")?,
     }))
 }

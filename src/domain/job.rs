@@ -1207,9 +1207,7 @@ impl State {
             State::Ended(ended) => ended.reference.as_deref().unwrap_or_default(),
         }
     }
-}
 
-impl State {
     pub fn workflow_type(&self) -> Option<&str> {
         match self {
             State::Unknown => None,

@@ -216,6 +216,28 @@ fn a_task_that_runs_again_after_its_result_is_revoked() {
     client.heard_nothing_more(&worker, overtaken);
 }
 
+/// As a replica of a later version may have written it beside this one.
+#[test]
+fn what_a_later_version_says_of_starts_puts_no_job_out_of_reach() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let service = deployment.start_single_file();
+    let task = running_job(&client, &worker, None);
+    deployment.comes_to(1, "SELECT count(*) FROM job_starts");
+    let mut sql = deployment.sql();
+    sql.batch_execute("UPDATE job_starts SET verdict = 'OF A LATER VERSION'")
+        .unwrap();
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
+    deployment.no_jobs_left();
+    sql.batch_execute("UPDATE job_history SET start_ids = 'of a later version'")
+        .unwrap();
+    worker.start(&task);
+    client.heard_nothing_more(&worker, task.job);
+    assert!(!service.log().contains("of a later version"));
+}
+
 /// Submits a job that runs until the file is there.
 fn waiting_job(client: &Client, file: &str) -> Uuid {
     let (job, mut submission) = client.submission("steerable");

@@ -150,10 +150,18 @@ pub(super) fn start<'a>(
     }
 }
 
+/// Whether a connection to RabbitMQ may have been lost since then. A session that is still to begin,
+/// since the database's clock was put back, would excuse every start until it does.
+fn interrupted_since(at: Timestamp, context: &Context<'_>) -> bool {
+    context
+        .session_begun
+        .is_some_and(|begun| at < begun && begun <= context.now)
+}
+
 /// What is held of the next start of `job`; None when it is one too many.
 fn verdict(job: &Job, context: &Context<'_>) -> Option<Verdict> {
     let excusable = job.starts.len() - job.counted() < MAX_EXCUSED;
-    let interrupted = |last: &Start| context.session_begun > Some(last.at);
+    let interrupted = |last: &Start| interrupted_since(last.at, context);
     if excusable && job.starts.last().is_some_and(interrupted) {
         return Some(Verdict::Interrupted);
     }
@@ -193,7 +201,7 @@ pub(super) fn judge<'a>(
     let (verdict, why) = if alive >= executions {
         let why = "the workers say that all before it still run";
         (Verdict::Copy, why)
-    } else if context.session_begun > Some(at) {
+    } else if interrupted_since(at, context) {
         let why = "a connection to RabbitMQ was lost before the workers could tell";
         (Verdict::Interrupted, why)
     } else if last {

@@ -479,6 +479,24 @@ fn without_a_message_id_the_redelivered_flag_tells(
     assert_eq!(decision.next.is_some(), counts, "{decision:?}");
 }
 
+/// The database's clock was ahead when it was written.
+#[test]
+fn a_session_that_is_still_to_begin_excuses_no_start() {
+    let context = context();
+    let ahead = Context {
+        session_begun: Some(context.now + SignedDuration::from_secs(1)),
+        ..context
+    };
+    let job = started_again(&[]);
+    let start = start_of(TASK, "another start");
+    let decision = decide(job_id(), &State::Live(job), &start, &ahead);
+    assert_eq!(decision.event, Event::Suspected { starts: 3 });
+    let judge = judge_of(TASK, 5, 1, true);
+    let suspected = State::Live(started_again(&[Verdict::Suspected]));
+    let decision = decide(job_id(), &suspected, &judge, &ahead);
+    assert_eq!(decision.event, Event::Ended(Outcome::CrashLoop));
+}
+
 #[test]
 fn the_crash_loops_text_is_what_clients_compare() {
     let state = started_again(&[Verdict::Suspected]);

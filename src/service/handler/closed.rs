@@ -129,8 +129,8 @@ impl ClosedQueues {
 
     /// A queue took nothing from `handler`, which must [`ClosedQueues::count`] what waits for it.
     pub(super) fn close(&self, handler: usize, queue: &Destination, why: &str, now: Instant) {
-        self.any.store(true, Ordering::Relaxed);
         let mut state = self.lock();
+        self.any.store(true, Ordering::Relaxed);
         match state.closed.get_mut(queue) {
             None => {
                 warn!("{queue}: {why}; what is for it waits unacknowledged, and is tried again");

@@ -145,6 +145,9 @@ impl Handler<'_> {
                 by: Refuser::Broker,
             });
         }
+        for revoke in to_celery.rejected {
+            warn!("{}: a worker's queue takes no revoke", revoke.exchange);
+        }
         if !to_celery.unroutable.is_empty() {
             self.publish_tasks_again(&to_celery.unroutable)?;
         }

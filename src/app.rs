@@ -64,7 +64,7 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
-    // One for each handler; one each for the probe, maintenance, the cleaner and the inquiry.
+    // One for each handler; one each for the probe, maintenance, time series and the inquiry.
     let connections = u32::try_from(config.handler_threads)? + 4;
     let host = gethostname::gethostname().to_string_lossy().into_owned();
     let (catalogue_changed, catalogue_news) = bounded(1);

@@ -11,12 +11,17 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, eventually, management};
-use crate::peers::{Client, Worker, running_job};
+use crate::peers::{Client, Task, Worker, running_job};
 use crate::python::{self, CeleryWorker};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 const CRASH_LOOP: &str =
     "Job cannot be processed due to being retried the maximum number of times.";
+
+fn ends_as_a_crash_loop(client: &Client, task: &Task) {
+    let expected = (ResultType::Error, CRASH_LOOP.to_owned());
+    assert_eq!(client.outcome(task.job), expected);
+}
 
 fn restart_broker(deployment: &Deployment) {
     deployment.rabbitmqctl(&["stop_app"]);
@@ -77,10 +82,7 @@ fn what_brings_the_broker_down_each_time_comes_to_an_end() {
         .unwrap();
     worker.start(&task);
     assert_eq!(worker.revoked(), task.id);
-    assert_eq!(
-        client.outcome(task.job),
-        (ResultType::Error, CRASH_LOOP.to_owned())
-    );
+    ends_as_a_crash_loop(&client, &task);
     client.heard_nothing_more(&worker, task.job);
 }
 
@@ -127,10 +129,7 @@ fn a_worker_that_died_is_found_out(#[case] alive: Option<usize>) {
         worker.answer(&task, alive);
     }
     assert_eq!(worker.revoked(), task.id);
-    assert_eq!(
-        client.outcome(task.job),
-        (ResultType::Error, CRASH_LOOP.to_owned())
-    );
+    ends_as_a_crash_loop(&client, &task);
     deployment.no_jobs_left();
     client.heard_nothing_more(&worker, task.job);
 }
@@ -158,10 +157,7 @@ fn the_first_word_about_a_suspected_job_counts() {
     assert_eq!(worker.revoked(), cancelled.id);
     // Two in so short a time are a crash loop, whatever the workers would say.
     worker.start(&died);
-    assert_eq!(
-        client.outcome(died.job),
-        (ResultType::Error, CRASH_LOOP.to_owned())
-    );
+    ends_as_a_crash_loop(&client, &died);
     assert_eq!(worker.revoked(), died.id);
     deployment.no_jobs_left();
 }

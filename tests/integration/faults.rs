@@ -111,8 +111,14 @@ fn what_postgres_refuses_is_put_aside_and_holds_up_nobody_else() {
     let tasks = [worker.take(), worker.take()];
     assert!(service.stop().success());
 
-    // All in one batch of the next service: a start that Postgres cannot store among good ones.
+    // All in one batch of the next service: a start that Postgres refuses among good ones, one of
+    // which has an id that it could not store.
+    let mut sql = deployment.sql();
+    // A division by zero, as any error in the data.
+    sql.batch_execute("ALTER TABLE job_starts ADD CHECK (1 / (length(message_id) - 7) = 0)")
+        .unwrap();
     worker.start(&tasks[0]);
+    worker.start_as(&tasks[1], "refused");
     worker.start_as(&tasks[1], "with a \0 in it");
     worker.progress(&tasks[0], 0.5);
     // An id that is too long for the index.
@@ -122,9 +128,11 @@ fn what_postgres_refuses_is_put_aside_and_holds_up_nobody_else() {
     assert_eq!(client.status(jobs[0]), JobStatus::Enqueued);
     assert_eq!(client.status(jobs[0]), JobStatus::Running);
     assert_eq!(client.progress(jobs[0]).0, 0.5);
+    assert_eq!(client.status(jobs[1]), JobStatus::Enqueued);
+    assert_eq!(client.status(jobs[1]), JobStatus::Running);
     let letter = worker.peer.next(DEAD_LETTERS_QUEUE);
     assert!(
-        text(letter.header("reason")).contains("0x00"),
+        text(letter.header("reason")).contains("division by zero"),
         "{:?}",
         letter.properties
     );

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use self::connect::{Access, ConnectError, Connector, noted};
 use crate::config;
+use crate::domain::batch::{Series, SeriesChanges, Transition};
 use crate::domain::job::{
     Ended, Ending, Job, JobStatus, MAX_REFERENCE, MAX_WORKFLOW_TYPE, Outcome, Priority, Progress,
     Start, State,
@@ -311,33 +312,6 @@ pub struct Loaded {
     pub session_begun: Option<Timestamp>,
 }
 
-/// How a batch leaves a job: its state before and after.
-#[derive(Debug)]
-pub struct Transition<'a> {
-    pub job_id: Uuid,
-    pub before: &'a State,
-    pub after: &'a State,
-}
-
-/// A guard row to write.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Series {
-    pub esdl_id: String,
-    pub job_id: Uuid,
-    pub reference: String,
-}
-
-/// What a batch does to the guard rows of time series.
-#[derive(Debug, Default, PartialEq)]
-pub struct SeriesChanges {
-    /// In use from now on.
-    pub keep: Vec<Series>,
-    /// Nobody's from now on, and perhaps not known before.
-    pub retire_late: Vec<Series>,
-    /// Jobs whose series are nobody's from now on.
-    pub retire: Vec<Uuid>,
-}
-
 impl Transaction<'_> {
     /// Waits until no other transaction of any replica works on these jobs, and keeps others from
     /// it until the end of this one. Unlike a row lock it covers jobs without a row.
@@ -430,7 +404,7 @@ impl Transaction<'_> {
     /// is not one for Postgres: [`StoreError::Refused`].
     pub fn write<'a>(
         &mut self,
-        transitions: &[Transition<'a>],
+        transitions: &'a [Transition<'a>],
         series: &SeriesChanges,
         now: Timestamp,
     ) -> Result<(), StoreError> {
@@ -440,12 +414,13 @@ impl Transaction<'_> {
         let mut ended = Vec::new();
         let mut started: Vec<(Uuid, &Start)> = Vec::new();
         let mut judged = Vec::new();
-        for &Transition {
+        for Transition {
             job_id,
             before,
             after,
         } in transitions
         {
+            let job_id = *job_id;
             let row = |state: &'a State| match state {
                 State::Live(job) | State::Ending(Ending { job, .. }) => Some(job),
                 State::Unknown | State::Ended(_) => None,

@@ -4,6 +4,7 @@
 use log::{Level, log, log_enabled};
 use uuid::Uuid;
 
+use crate::domain::batch::Subject;
 use crate::domain::job::{Command, Event, Outcome};
 use crate::domain::text::beginning;
 
@@ -85,16 +86,6 @@ pub fn job(id: Uuid, reference: &str) -> String {
         "" => format!("job {id}"),
         reference => format!("job {id} ({})", one_line(reference)),
     }
-}
-
-/// The job that a line is about.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Subject {
-    pub id: Uuid,
-    /// The client's own name for it, empty when there is none.
-    pub reference: String,
-    /// Empty when it is not known.
-    pub workflow: String,
 }
 
 /// Logs what became of a command.

@@ -46,7 +46,14 @@ fn undelivered<'m>(
 }
 
 impl Handler<'_> {
-    pub(super) fn write_out(&self, publication: Publication<'_>, outbox: &mut Outbox) {
+    /// Makes messages of these publications, in their order.
+    pub(super) fn write_out(&self, publications: Vec<Publication<'_>>, outbox: &mut Outbox) {
+        for publication in publications {
+            self.write_one(publication, outbox);
+        }
+    }
+
+    fn write_one(&self, publication: Publication<'_>, outbox: &mut Outbox) {
         match publication {
             Publication::Task {
                 job_id,

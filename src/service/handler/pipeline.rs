@@ -1,7 +1,8 @@
 //! One attempt at a batch: lock, load, decide, write, publish, commit, tell, settle.
 
-use std::collections::{BTreeSet, HashMap};
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
+use std::mem;
+use std::time::Instant;
 
 use jiff::Timestamp;
 use log::debug;
@@ -12,11 +13,13 @@ use super::failure::Trouble;
 use super::item::Item;
 use super::outbox::Outbox;
 use super::{Handler, MAX_BATCH_BYTES, Setting, letters};
-use crate::domain::job::{self, Command, Ending, Event, Publication, State, TimeSeries};
+use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
+use crate::domain::job::{Context, Event};
+use crate::domain::workflow::Catalogue;
 use crate::fault_point;
-use crate::store::{Connection, Loaded, Series, SeriesChanges, Transition};
+use crate::store::{Connection, Loaded};
 use crate::telemetry::metrics::Stage;
-use crate::telemetry::report::{self, Subject};
+use crate::telemetry::report;
 use crate::wire;
 
 impl Handler<'_> {
@@ -49,11 +52,11 @@ impl Handler<'_> {
         };
         let Committed {
             ending,
-            waiting,
+            waits,
             stalled,
         } = self.transact(batch, told, &mut connection)?;
-        for (place, queue) in stalled {
-            batch[place].waits_for = Some(queue);
+        for Stalled { place, queue } in stalled {
+            batch[place].waits_for = Some(Destination::TaskQueue(queue));
         }
         fault_point::reached("after commit");
         let mut stopwatch = self.setting.metrics.stopwatch();
@@ -68,15 +71,10 @@ impl Handler<'_> {
             fault_point::reached("after settling");
         }
         self.connection = Some(connection);
-        for Waits {
-            place,
-            wait,
-            refusal,
-        } in waiting
-        {
-            let item = &mut batch[place];
-            item.wait = Some(wait);
-            if let Some(logs) = refusal {
+        for wait in waits {
+            let item = &mut batch[wait.place];
+            item.wait = Some(wait.time);
+            if let Some(logs) = wait.refusal {
                 item.is_refused(logs);
             }
         }
@@ -150,116 +148,24 @@ impl Handler<'_> {
         told: &mut Outbox,
         connection: &mut Connection,
     ) -> Result<Committed, Trouble> {
-        let setting = self.setting;
-        let catalogue = setting.catalogue.get();
-        let jobs = || {
-            let items = batch.iter().enumerate();
-            items.filter_map(|(place, item)| Some((place, item, item.job.as_ref()?)))
-        };
-        let ids: Vec<Uuid> = jobs()
-            .map(|(_, _, (id, _))| *id)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect();
-
-        let mut stopwatch = setting.metrics.stopwatch();
+        let ids: BTreeSet<Uuid> = asked(batch).map(|asked| asked.job_id).collect();
+        let ids = Vec::from_iter(ids);
+        let mut stopwatch = self.setting.metrics.stopwatch();
         let mut transaction = connection.transaction()?;
         self.watched.postgres.touch();
         transaction.lock(&ids)?;
         stopwatch.lap(Stage::Lock);
         self.watched.postgres.touch();
-        let Loaded {
-            states: before,
-            now,
-            session_begun,
-        } = transaction.load(&ids)?;
+        let loaded = transaction.load(&ids)?;
         self.watched.goes_on();
         stopwatch.lap(Stage::Load);
 
-        let mut after: HashMap<Uuid, State> = HashMap::new();
-        let mut ending = BTreeSet::new();
-        let mut outbox = Outbox::default();
-        let mut series = SeriesChanges::default();
-        let mut events = Vec::new();
-        let mut waiting = Vec::new();
-        let mut stalled = Vec::new();
-        for (place, item, (id, command)) in jobs() {
-            let state = after
-                .get(id)
-                .or_else(|| before.get(id))
-                .unwrap_or(&State::Unknown);
-            let settled;
-            let state = match state {
-                // It will be told and settled with this batch.
-                State::Ending(job) if ending.contains(id) => {
-                    settled = State::Ended(job.ended.clone());
-                    &settled
-                }
-                state => state,
-            };
-            let context = job::Context {
-                now,
-                session_begun,
-                new_task_id: Uuid::new_v4(),
-                catalogue: &catalogue,
-                rules: setting.rules,
-            };
-            self.watched.decides(*id, command.name());
-            fault_point::reached(command.reference());
-            let decision = job::decide(*id, state, command, &context);
-            if let Some(queue) = self.closed_for(&decision.publications) {
-                stalled.push((place, queue));
-                continue;
-            }
-            if !decision.wait.is_zero() {
-                waiting.push(Waits::new(place, command, &decision));
-            } else if !decision.announcements.is_empty() {
-                ending.insert(*id);
-            }
-            for publication in decision.publications {
-                self.write_out(publication, &mut outbox);
-            }
-            for announcement in decision.announcements {
-                // A task is revoked at once, and so has been when the outcome's time has come.
-                let is_now = match announcement.tells_outcome() {
-                    true => decision.wait.is_zero(),
-                    false => !item.has_waited,
-                };
-                if is_now {
-                    self.write_out(announcement, told);
-                }
-            }
-            if let Some(change) = decision.time_series {
-                note_series(*id, change, &mut series);
-            }
-            let state = decision.next.as_ref().unwrap_or(state);
-            let reference = match state.reference() {
-                "" => command.reference(),
-                reference => reference,
-            };
-            let workflow = state.workflow_type().or(command.workflow_type());
-            let subject = Subject {
-                id: *id,
-                reference: reference.to_owned(),
-                workflow: workflow.unwrap_or_default().to_owned(),
-            };
-            events.push((item, subject, decision.event, command));
-            if let Some(next) = decision.next {
-                after.insert(*id, next);
-            }
-        }
-
-        let transitions: Vec<_> = after
-            .iter()
-            .map(|(id, after)| Transition {
-                job_id: *id,
-                before: before.get(id).unwrap_or(&State::Unknown),
-                after,
-            })
-            .collect();
+        let catalogue = self.setting.catalogue.get();
+        let mut plan = self.decide(batch, &loaded, &catalogue);
         stopwatch.lap(Stage::Decide);
+
         self.watched.waits_for_postgres();
-        transaction.write(&transitions, &series, now)?;
+        transaction.write(&plan.transitions, &plan.series, loaded.now)?;
         self.watched.goes_on();
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
@@ -269,6 +175,8 @@ impl Handler<'_> {
         }
         // Only now, for what Postgres refuses must not have been asked of anybody. And before the
         // commit, for a task that is committed must have been published.
+        let mut outbox = Outbox::default();
+        self.write_out(mem::take(&mut plan.publications), &mut outbox);
         self.publish(&outbox)?;
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
@@ -276,113 +184,78 @@ impl Handler<'_> {
         transaction.commit()?;
         self.watched.goes_on();
         stopwatch.lap(Stage::Commit);
-        for (item, subject, event, command) in events {
-            match event {
-                // Its message has been counted and its end logged before it waited.
-                Event::Ended(_) if item.has_waited => {}
-                _ => {
-                    setting.metrics.message(item.inbox(), &event);
-                    report::log(&subject, &event, command);
-                }
+        self.report(batch, &plan, &catalogue);
+        self.write_out(plan.announcements, told);
+        Ok(Committed {
+            ending: plan.ending.into_iter().collect(),
+            waits: plan.waits,
+            stalled: plan.stalled,
+        })
+    }
+
+    fn decide<'a>(
+        &self,
+        batch: &'a [Item],
+        loaded: &'a Loaded,
+        catalogue: &'a Catalogue,
+    ) -> Plan<'a> {
+        let setting = self.setting;
+        // The watchdog, and whoever reads of a panic, are to know which job it was.
+        let asked = asked(batch).inspect(|asked| {
+            self.watched.decides(asked.job_id, asked.command.name());
+            fault_point::reached(asked.command.reference());
+        });
+        let context = || Context {
+            now: loaded.now,
+            session_begun: loaded.session_begun,
+            new_task_id: Uuid::new_v4(),
+            catalogue,
+            rules: setting.rules,
+        };
+        let is_closed = |queue: &str| {
+            !setting.closed.is_empty() && {
+                let queue = Destination::TaskQueue(queue.to_owned());
+                setting.closed.is_closed(&queue, Instant::now())
             }
-            if let Event::Suspected { .. } = event {
+        };
+        batch::decide(asked, &loaded.states, context, is_closed)
+    }
+
+    /// Logs and counts what has been committed.
+    fn report(&self, batch: &[Item], plan: &Plan<'_>, catalogue: &Catalogue) {
+        let setting = self.setting;
+        for report in &plan.reports {
+            setting
+                .metrics
+                .message(batch[report.place].inbox(), &report.event);
+            report::log(&report.subject, &report.event, report.command);
+            if let Event::Suspected { .. } = report.event {
                 // Full when it has been nudged already.
                 let _ = setting.inquiry.try_send(());
             }
         }
-        for (id, state) in &after {
-            let known = |workflow: &str| catalogue.definition(workflow).is_some();
-            match (before.get(id), state) {
-                // That it has ended is no news; what it is told may be another thing than before.
-                (Some(State::Ending(_) | State::Ended(_)), _) => {}
-                (_, State::Ending(Ending { ended, .. }) | State::Ended(ended)) => {
-                    setting.metrics.job_ended(ended, known);
-                }
-                (_, State::Unknown | State::Live(_)) => {}
-            }
-        }
-        Ok(Committed {
-            ending: ending.into_iter().collect(),
-            waiting,
-            stalled,
-        })
-    }
-
-    /// The task queue that takes none of these for now.
-    fn closed_for(&self, publications: &[Publication<'_>]) -> Option<Destination> {
-        let closed = self.setting.closed;
-        if closed.is_empty() {
-            return None;
-        }
-        let mut queues = publications.iter().filter_map(task_queue);
-        queues.find(|queue| closed.is_closed(queue, Instant::now()))
+        let known = |workflow: &str| catalogue.definition(workflow).is_some();
+        plan.ended()
+            .for_each(|ended| setting.metrics.job_ended(ended, known));
     }
 }
 
-/// What comes of a batch that is committed.
+/// What comes of a batch that is committed; each as in [`Plan`].
 struct Committed {
-    /// The jobs that are at their end when their clients have been told.
     ending: Vec<Uuid>,
-    waiting: Vec<Waits>,
-    /// Messages, by their place in the batch, for which nothing was done, since a queue takes
-    /// nothing for now.
-    stalled: Vec<(usize, Destination)>,
+    waits: Vec<Wait>,
+    stalled: Vec<Stalled>,
 }
 
-/// An item of a batch whose outcome is not to be told yet.
-struct Waits {
-    /// Its place in the batch.
-    place: usize,
-    wait: Duration,
-    /// With which logs, if it is a submission.
-    refusal: Option<String>,
-}
-
-impl Waits {
-    fn new(place: usize, command: &Command, decision: &job::Decision<'_>) -> Waits {
-        let logs = || {
-            let mut announcements = decision.announcements.iter();
-            announcements.find_map(|announcement| match announcement {
-                Publication::Result { logs, .. } => Some(logs.clone().into_owned()),
-                Publication::Task { .. }
-                | Publication::Revoke { .. }
-                | Publication::Status { .. }
-                | Publication::Progress { .. } => None,
-            })
-        };
-        Waits {
+/// What a batch asks for.
+fn asked(batch: &[Item]) -> impl Iterator<Item = Asked<'_>> {
+    batch.iter().enumerate().filter_map(|(place, item)| {
+        let (job_id, command) = item.job.as_ref()?;
+        Some(Asked {
             place,
-            wait: decision.wait,
-            refusal: matches!(command, Command::Submit(_)).then(logs).flatten(),
-        }
-    }
-}
-
-/// The queue that a publication is for, if it is a task.
-fn task_queue(publication: &Publication<'_>) -> Option<Destination> {
-    match publication {
-        Publication::Task { submission, .. } => {
-            Some(Destination::TaskQueue(submission.workflow_type.clone()))
-        }
-        Publication::Revoke { .. }
-        | Publication::Status { .. }
-        | Publication::Progress { .. }
-        | Publication::Result { .. } => None,
-    }
-}
-
-fn note_series(job_id: Uuid, change: TimeSeries<'_>, changes: &mut SeriesChanges) {
-    match change {
-        TimeSeries::Keep { esdl_id, reference } => changes.keep.push(Series {
-            esdl_id,
-            job_id,
-            reference: reference.into_owned(),
-        }),
-        TimeSeries::RetireLate { esdl_id, reference } => changes.retire_late.push(Series {
-            esdl_id,
-            job_id,
-            reference: reference.into_owned(),
-        }),
-        TimeSeries::Retire => changes.retire.push(job_id),
-    }
+            job_id: *job_id,
+            command,
+            has_waited: item.has_waited,
+        })
+    })
 }

@@ -1,0 +1,287 @@
+//! Folds [`job::decide`] over a batch of messages: each is decided about in the state in which the
+//! one before it leaves its job. What comes of it is a [`Plan`], to be written, published and
+//! committed as a whole.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::domain::job::{
+    self, Command, Context, Decision, Ended, Ending, Event, Publication, State, TimeSeries,
+};
+
+/// A message of a batch, by what it asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Its place in the batch.
+    pub place: usize,
+    pub job_id: Uuid,
+    pub command: &'a Command,
+    /// Whether it comes once more, after the time that its outcome had to wait to be told.
+    pub has_waited: bool,
+}
+
+/// What is to be done about a batch.
+#[derive(Debug, Default)]
+pub struct Plan<'a> {
+    pub transitions: Vec<Transition<'a>>,
+    pub series: SeriesChanges,
+    /// To be sent before the commit, in this order.
+    pub publications: Vec<Publication<'a>>,
+    /// To be sent after the commit, in this order.
+    pub announcements: Vec<Publication<'a>>,
+    /// The jobs that are at their end when their clients have been told.
+    pub ending: BTreeSet<Uuid>,
+    pub waits: Vec<Wait>,
+    pub stalled: Vec<Stalled>,
+    pub reports: Vec<Report<'a>>,
+}
+
+/// How a batch leaves a job: its state before and after.
+#[derive(Debug, PartialEq)]
+pub struct Transition<'a> {
+    pub job_id: Uuid,
+    pub before: &'a State,
+    pub after: State,
+}
+
+/// A guard row to write.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    pub esdl_id: String,
+    pub job_id: Uuid,
+    pub reference: String,
+}
+
+/// What a batch does to the guard rows of time series.
+#[derive(Debug, Default, PartialEq)]
+pub struct SeriesChanges {
+    /// In use from now on.
+    pub keep: Vec<Series>,
+    /// Nobody's from now on, and perhaps not known before.
+    pub retire_late: Vec<Series>,
+    /// Jobs whose series are nobody's from now on.
+    pub retire: Vec<Uuid>,
+}
+
+/// A message whose outcome is not to be told yet.
+#[derive(Debug, PartialEq)]
+pub struct Wait {
+    /// Its place in the batch.
+    pub place: usize,
+    pub time: Duration,
+    /// If it is a submission that is refused: with which logs.
+    pub refusal: Option<String>,
+}
+
+/// A message for which nothing is done, since a task queue takes nothing for now.
+#[derive(Debug, PartialEq)]
+pub struct Stalled {
+    /// Its place in the batch.
+    pub place: usize,
+    pub queue: String,
+}
+
+/// What became of a message, to be logged and counted once that is committed.
+#[derive(Debug)]
+pub struct Report<'a> {
+    /// The message's place in the batch.
+    pub place: usize,
+    pub subject: Subject,
+    pub command: &'a Command,
+    pub event: Event,
+}
+
+/// The job that a report is about.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Subject {
+    pub id: Uuid,
+    /// The client's own name for it, empty when there is none.
+    pub reference: String,
+    /// Empty when it is not known.
+    pub workflow: String,
+}
+
+/// Decides about a batch. `before` has the states of its jobs as they are in the database, `context`
+/// makes the context of each decision, with a task id of its own, and `is_closed` says whether a task
+/// queue takes nothing for now.
+pub fn decide<'a, 'c>(
+    batch: impl IntoIterator<Item = Asked<'a>>,
+    before: &'a HashMap<Uuid, State>,
+    mut context: impl FnMut() -> Context<'c>,
+    is_closed: impl Fn(&str) -> bool,
+) -> Plan<'a> {
+    let before = |job_id: Uuid| before.get(&job_id).unwrap_or(&State::Unknown);
+    let mut after: HashMap<Uuid, State> = HashMap::new();
+    let mut plan = Plan::default();
+    for asked in batch {
+        let Asked {
+            place,
+            job_id,
+            command,
+            ..
+        } = asked;
+        let state = after.get(&job_id).unwrap_or_else(|| before(job_id));
+        let told;
+        let state = match state {
+            // It will be told and settled with this batch.
+            State::Ending(job) if plan.ending.contains(&job_id) => {
+                told = State::Ended(job.ended.clone());
+                &told
+            }
+            state => state,
+        };
+        let decision = job::decide(job_id, state, command, &context());
+        let mut queues = decision.publications.iter().filter_map(task_queue);
+        if let Some(queue) = queues.find(|queue| is_closed(queue)) {
+            let queue = queue.to_owned();
+            plan.stalled.push(Stalled { place, queue });
+            continue;
+        }
+        let subject = subject(job_id, decision.next.as_ref().unwrap_or(state), command);
+        if let Some(next) = plan.add(&asked, subject, decision) {
+            after.insert(job_id, next);
+        }
+    }
+    let transitions = after.into_iter().map(|(job_id, after)| Transition {
+        job_id,
+        before: before(job_id),
+        after,
+    });
+    plan.transitions = transitions.collect();
+    plan
+}
+
+impl<'a> Plan<'a> {
+    /// Adds what is decided about one message, and returns the next state of its job.
+    fn add(
+        &mut self,
+        asked: &Asked<'a>,
+        subject: Subject,
+        decision: Decision<'a>,
+    ) -> Option<State> {
+        let Asked {
+            place,
+            job_id,
+            command,
+            has_waited,
+        } = *asked;
+        let Decision {
+            next,
+            publications,
+            announcements,
+            wait: time,
+            time_series,
+            event,
+        } = decision;
+        if !time.is_zero() {
+            let refusal = refusal(command, &announcements);
+            self.waits.push(Wait {
+                place,
+                time,
+                refusal,
+            });
+        } else if !announcements.is_empty() {
+            self.ending.insert(job_id);
+        }
+        self.publications.extend(publications);
+        // A task is revoked at once, and so has been when the outcome's time has come.
+        let is_now = |announcement: &Publication<'_>| match announcement.tells_outcome() {
+            true => time.is_zero(),
+            false => !has_waited,
+        };
+        self.announcements
+            .extend(announcements.into_iter().filter(is_now));
+        if let Some(change) = time_series {
+            self.series.note(job_id, change);
+        }
+        match event {
+            // It has been logged and counted before its message waited.
+            Event::Ended(_) if has_waited => {}
+            event => self.reports.push(Report {
+                place,
+                subject,
+                command,
+                event,
+            }),
+        }
+        next
+    }
+
+    /// The jobs that end with this batch. Of one that had ended that is no news, although its client
+    /// may be told another thing than before.
+    pub fn ended(&self) -> impl Iterator<Item = &Ended> {
+        self.transitions.iter().filter_map(|transition| {
+            match (transition.before, &transition.after) {
+                (State::Ending(_) | State::Ended(_), _) | (_, State::Unknown | State::Live(_)) => {
+                    None
+                }
+                (
+                    State::Unknown | State::Live(_),
+                    State::Ending(Ending { ended, .. }) | State::Ended(ended),
+                ) => Some(ended),
+            }
+        })
+    }
+}
+
+impl SeriesChanges {
+    fn note(&mut self, job_id: Uuid, change: TimeSeries<'_>) {
+        let (esdl_id, reference, rows) = match change {
+            TimeSeries::Keep { esdl_id, reference } => (esdl_id, reference, &mut self.keep),
+            TimeSeries::RetireLate { esdl_id, reference } => {
+                (esdl_id, reference, &mut self.retire_late)
+            }
+            TimeSeries::Retire => return self.retire.push(job_id),
+        };
+        rows.push(Series {
+            esdl_id,
+            job_id,
+            reference: reference.into_owned(),
+        });
+    }
+}
+
+fn subject(id: Uuid, state: &State, command: &Command) -> Subject {
+    let reference = match state.reference() {
+        "" => command.reference(),
+        reference => reference,
+    };
+    let workflow = state.workflow_type().or(command.workflow_type());
+    Subject {
+        id,
+        reference: reference.to_owned(),
+        workflow: workflow.unwrap_or_default().to_owned(),
+    }
+}
+
+/// The logs of a submission's refusal.
+fn refusal(command: &Command, announcements: &[Publication<'_>]) -> Option<String> {
+    let Command::Submit(_) = command else {
+        return None;
+    };
+    announcements
+        .iter()
+        .find_map(|announcement| match announcement {
+            Publication::Result { logs, .. } => Some(logs.clone().into_owned()),
+            Publication::Task { .. }
+            | Publication::Revoke { .. }
+            | Publication::Status { .. }
+            | Publication::Progress { .. } => None,
+        })
+}
+
+/// The queue that a publication is for, if it is a task.
+fn task_queue<'p>(publication: &'p Publication<'_>) -> Option<&'p str> {
+    match publication {
+        Publication::Task { submission, .. } => Some(&submission.workflow_type),
+        Publication::Revoke { .. }
+        | Publication::Status { .. }
+        | Publication::Progress { .. }
+        | Publication::Result { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

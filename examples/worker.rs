@@ -7,18 +7,17 @@
 )]
 
 use std::collections::HashSet;
-use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select, unbounded};
+use crossbeam_channel::{select, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
-use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::esdl;
+use omotes_orchestrator::threads::{Calls, Signal};
 use omotes_orchestrator::wire::{
     self, PIDBOX_EXCHANGE, TaskProgressUpdate, TaskResult,
     task_progress_update::{ProgressStatus, ProgressType},
@@ -47,12 +46,12 @@ fn main() -> anyhow::Result<()> {
     let tasks_link = Link::open(&config.celery_rabbitmq, "worker, tasks")?;
     let events_link = Link::open(&config.task_rabbitmq, "worker, events")?;
     tasks_link.declare_pidbox()?;
-    let busy = Busy::default();
-    Publisher::new(&tasks_link, &busy).declare_task_queue(&options.workflow)?;
+    let calls = Calls::default();
+    Publisher::new(&tasks_link, &calls).declare_task_queue(&options.workflow)?;
     let pidbox = tasks_link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
-    let mut events = Publisher::new(&events_link, &busy);
+    let mut events = Publisher::new(&events_link, &calls);
 
-    let (stop, stopped) = bounded::<Infallible>(0);
+    let (stop, stopped) = Signal::pending();
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let revoked = Mutex::new(HashSet::new());
     thread::scope(|scope| {
@@ -102,7 +101,7 @@ fn main() -> anyhow::Result<()> {
             loop {
                 let message = select! {
                     recv(tasks) -> message => message.context("no more tasks come")?,
-                    recv(stopped) -> _ => return Ok(()),
+                    recv(stopped.receiver()) -> _ => return Ok(()),
                 };
                 match run_task(
                     &options,
@@ -141,7 +140,7 @@ fn run_task(
     config: &Config,
     message: &Received,
     events: &mut Publisher<'_>,
-    stopped: &Receiver<Infallible>,
+    stopped: &Signal,
     is_revoked: impl Fn(&str) -> bool,
 ) -> anyhow::Result<Ending> {
     let task_id = message.correlation_id().context("a task without an id")?;
@@ -176,10 +175,8 @@ fn run_task(
     progress(start, "Started job at worker.")?;
     for step in 1..STEPS {
         let pause = Duration::from_secs_f64(options.seconds / f64::from(STEPS));
-        match stopped.recv_timeout(pause) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(Ending::Stopped),
-            Ok(never) => match never {},
+        if stopped.comes_within(pause) {
+            return Ok(Ending::Stopped);
         }
         if is_revoked(task_id) {
             return Ok(Ending::Done);

@@ -1,6 +1,5 @@
 //! The service as a whole: what is started, in which order, and how it stops.
 
-use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::Mutex;
@@ -9,9 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{
-    Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select, unbounded,
-};
+use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use jiff::Timestamp;
 use log::{debug, error, info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
@@ -33,6 +30,7 @@ use crate::telemetry::health::{Health, Part};
 use crate::telemetry::logger;
 use crate::telemetry::metrics::Metrics;
 use crate::text_file;
+use crate::threads::{Pending, Signal};
 use crate::wire::celery;
 
 /// Between a stop signal and the end of the process, whatever is still going on then. Docker kills
@@ -95,8 +93,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     };
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2])?;
     let signals_handle = signals.handle();
-    let (stop, stopped) = bounded::<Infallible>(0);
-    let (finished, all_finished) = bounded::<Infallible>(0);
+    let (stop, stopped) = Signal::pending();
+    let (finished, all_finished) = Signal::pending();
     let (signal, signalled) = unbounded();
 
     thread::scope(|scope| {
@@ -171,9 +169,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// Runs a thread's body, and after a panic, which the log has, again.
-fn restarted(stopped: &Receiver<Infallible>, body: impl Fn()) {
+fn restarted(stopped: &Signal, body: impl Fn()) {
     while catch_unwind(AssertUnwindSafe(&body)).is_err() {
-        if let Err(RecvTimeoutError::Disconnected) = stopped.recv_timeout(LAST_PAUSE) {
+        if stopped.comes_within(LAST_PAUSE) {
             return;
         }
     }
@@ -197,18 +195,14 @@ fn reload(service: &Service, changed: &Sender<()>) {
 
 /// Ends the service on the first signal, and the process on the second or when the service takes
 /// too long. Returns, dropping `stop`, when the service has ended.
-fn wait_for_end(
-    signalled: &Receiver<i32>,
-    all_finished: &Receiver<Infallible>,
-    stop: Sender<Infallible>,
-) {
+fn wait_for_end(signalled: &Receiver<i32>, all_finished: &Signal, stop: Pending) {
     select! {
         recv(signalled) -> number => info!("stopping on signal {}", number.unwrap_or_default()),
-        recv(all_finished) -> _ => return,
+        recv(all_finished.receiver()) -> _ => return,
     }
     drop(stop);
     select! {
-        recv(all_finished) -> _ => {}
+        recv(all_finished.receiver()) -> _ => {}
         recv(signalled) -> number => {
             warn!("a second signal: exiting at once");
             process::exit(128 + number.unwrap_or_default());
@@ -221,7 +215,7 @@ fn wait_for_end(
 }
 
 /// Waits for Postgres and brings its tables to this program's revision.
-fn prepare_database(service: &Service, stopped: &Receiver<Infallible>) -> anyhow::Result<()> {
+fn prepare_database(service: &Service, stopped: &Signal) -> anyhow::Result<()> {
     let mut pause = FIRST_PAUSE;
     loop {
         let error = match service.store.connection() {
@@ -274,11 +268,11 @@ fn goes_away(error: &anyhow::Error) -> bool {
         })
 }
 
-/// One session after the other, until `stopped` is disconnected.
-fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
+/// One session after the other, until `stopped` is given.
+fn run_sessions(service: &Service, stopped: &Signal) {
     let mut pause = FIRST_PAUSE;
     loop {
-        if is_disconnected(stopped) {
+        if stopped.is_given() {
             return;
         }
         let started = Instant::now();
@@ -289,7 +283,7 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
         let Err(failure) = outcome else {
             return;
         };
-        if is_disconnected(stopped) {
+        if stopped.is_given() {
             warn!("the session with RabbitMQ was lost while stopping: {failure:#}");
             return;
         }
@@ -310,7 +304,7 @@ fn run_sessions(service: &Service, stopped: &Receiver<Infallible>) {
 
 /// Waits for a Postgres that takes writes, without which a session would only keep messages from
 /// other replicas. False when the service stops.
-fn wait_for_postgres(service: &Service, stopped: &Receiver<Infallible>) -> bool {
+fn wait_for_postgres(service: &Service, stopped: &Signal) -> bool {
     let mut pause = FIRST_PAUSE;
     let writes = || service.store.connection()?.check_writing();
     while let Err(error) = writes() {
@@ -322,22 +316,15 @@ fn wait_for_postgres(service: &Service, stopped: &Receiver<Infallible>) -> bool 
     true
 }
 
-fn is_disconnected(stopped: &Receiver<Infallible>) -> bool {
-    matches!(stopped.try_recv(), Err(TryRecvError::Disconnected))
-}
-
 /// Waits for about `pause`, which becomes longer for the next time. False when the service stops.
-fn wait(pause: &mut Duration, stopped: &Receiver<Infallible>) -> bool {
+fn wait(pause: &mut Duration, stopped: &Signal) -> bool {
     let jittered = pause.mul_f64(0.5 + fastrand::f64());
     *pause = (*pause * 2).min(LAST_PAUSE);
-    matches!(
-        stopped.recv_timeout(jittered),
-        Err(RecvTimeoutError::Timeout)
-    )
+    !stopped.comes_within(jittered)
 }
 
 /// Looks at Postgres from time to time, for an idle service too is to know that it is gone.
-fn probe(service: &Service, stopped: &Receiver<Infallible>) {
+fn probe(service: &Service, stopped: &Signal) {
     loop {
         let (postgres, revisions) = match service.store.connection() {
             Ok(mut connection) => match connection.revisions(migrate::current) {
@@ -364,7 +351,7 @@ fn probe(service: &Service, stopped: &Receiver<Infallible>) {
         if !works && service.views.connection().is_ok() {
             service.can_look_on.store(true, Ordering::Relaxed);
         }
-        if let Err(RecvTimeoutError::Disconnected) = stopped.recv_timeout(PROBE_PERIOD) {
+        if stopped.comes_within(PROBE_PERIOD) {
             return;
         }
     }

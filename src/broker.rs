@@ -22,7 +22,7 @@ mod unacked;
 mod values;
 
 pub use self::consumer::{Handled, Received, consume};
-pub use self::link::{Link, within_deadline};
+pub use self::link::Link;
 pub use self::publisher::{Delivered, PublishError, Publisher};
 pub use self::questions::Question;
 pub use self::topology::{Claim, Mark};

@@ -4,7 +4,6 @@
     reason = "what a command says goes to standard output"
 )]
 
-use std::convert::Infallible;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
@@ -12,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use serde_json::{Map, Value};
@@ -20,9 +19,9 @@ use tempfile::NamedTempFile;
 use uuid::Uuid;
 
 use crate::broker::{self, Handled, Link, Publisher};
-use crate::busy::Busy;
 use crate::config;
 use crate::telemetry::report::{one_line, percent, readable};
+use crate::threads::{Calls, Signal, within_deadline};
 use crate::wire::{
     self, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, Outgoing,
     job_result::ResultType, job_submission::JobPriority,
@@ -217,7 +216,7 @@ pub fn submit(
         incoming.declare_client_queue(queue, QUEUE_EXPIRY)?;
     }
 
-    let (stop, stopped) = bounded::<Infallible>(0);
+    let (stop, stopped) = Signal::pending();
     let (done, all_done) = unbounded();
     let (update, updates) = unbounded();
     let ended = thread::scope(|scope| {
@@ -247,7 +246,7 @@ pub fn submit(
 /// Leaves nothing behind at RabbitMQ. The job has ended, and its result is where it should be: what
 /// fails here is told, and changes nothing.
 fn clean_up(incoming: Link, outgoing: Link, queues: &[String]) {
-    let deleted = broker::within_deadline(
+    let deleted = within_deadline(
         CLEAN_UP_DEADLINE,
         || incoming.kill(),
         || {
@@ -284,8 +283,8 @@ fn converse(
     done: &Sender<Handled>,
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<JobResult> {
-    let busy = Busy::default();
-    let mut publisher = Publisher::new(outgoing, &busy);
+    let calls = Calls::default();
+    let mut publisher = Publisher::new(outgoing, &calls);
     let mut send = |message: Outgoing| {
         publisher.publish(&[message])?;
         anyhow::Ok(())
@@ -305,7 +304,7 @@ fn converse(
 fn follow(
     link: &Link,
     queues: &[String; 3],
-    stopped: &Receiver<Infallible>,
+    stopped: &Signal,
     done: &Receiver<Handled>,
     update: &Sender<(u64, Update)>,
 ) {

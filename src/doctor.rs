@@ -7,8 +7,8 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
+use crate::broker::Link;
 use crate::broker::inspection::{ExchangeKind, Standing};
-use crate::broker::{self, Link};
 use crate::config::{Config, RabbitMq};
 use crate::domain::overview::{Depth, spoken};
 use crate::domain::workflow::Catalogue;
@@ -20,6 +20,7 @@ use crate::store::migrate::REVISIONS;
 use crate::store::rights;
 use crate::telemetry::report::one_line;
 use crate::text_file;
+use crate::threads::within_deadline;
 use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
 };
@@ -352,7 +353,7 @@ fn rabbitmq(config: &Config, workflows: &[String], size: usize, findings: &mut F
         // What does not belong there is looked for as well.
         let queues = ours.iter().map(|queue| ((*queue).to_owned(), false));
         let queues = queues.chain(workflows.iter().map(|queue| (queue.clone(), true)));
-        let looked = broker::within_deadline(
+        let looked = within_deadline(
             DEADLINE,
             || link.kill(),
             || {

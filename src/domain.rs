@@ -9,4 +9,5 @@ pub mod overview;
 pub mod parameters;
 pub mod text;
 pub mod time_series;
+pub mod vhost;
 pub mod workflow;

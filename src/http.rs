@@ -1,7 +1,6 @@
 //! The HTTP endpoint: health, metrics, the status page and its data as JSON; and the question that
 //! Docker asks it.
 
-use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
@@ -23,6 +22,7 @@ use crate::store::StoreError;
 use crate::telemetry::health::PartView;
 use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
+use crate::threads::Signal;
 
 mod server;
 
@@ -99,13 +99,8 @@ pub fn serve(server: &Server, service: &Service, lanes: &Lanes<Sender<Question>>
     }
 }
 
-/// Answers what [`serve`] hands over in one lane, until `stop` is disconnected.
-pub fn answer(
-    server: &Server,
-    service: &Service,
-    questions: &Receiver<Question>,
-    stop: &Receiver<Infallible>,
-) {
+/// Answers what [`serve`] hands over in one lane, until `stop` is given.
+pub fn answer(server: &Server, service: &Service, questions: &Receiver<Question>, stop: &Signal) {
     loop {
         select! {
             recv(questions) -> question => {
@@ -119,7 +114,7 @@ pub fn answer(
                     server.answer(ticket, response);
                 }
             }
-            recv(stop) -> _ => return,
+            recv(stop.receiver()) -> _ => return,
         }
     }
 }

@@ -11,7 +11,6 @@ pub mod app;
 #[path = "../tests/integration/authority.rs"]
 mod authority;
 pub mod broker;
-pub mod busy;
 pub mod client;
 pub mod config;
 pub mod doctor;
@@ -25,5 +24,6 @@ pub mod service;
 pub mod store;
 pub mod telemetry;
 pub mod text_file;
+pub mod threads;
 pub mod tls;
 pub mod wire;

@@ -343,8 +343,8 @@ fn queue_table(queues: &Queues, now: Timestamp) -> Markup {
             thead { tr { th { "Connection" } th { "Queue" } th.number { "Messages" } th.number { "Consumers" } } }
             tbody {
                 @for queue in &queues.queues { @if let Some(depth) = queue.depth {
-                    tr id={ "queue-" (queue.connection) "-" (queue.name) } {
-                        td.dim { (queue.connection) } td { (harmless(&queue.name)) }
+                    tr id={ "queue-" (queue.vhost.name()) "-" (queue.name) } {
+                        td.dim { (queue.vhost.name()) } td { (harmless(&queue.name)) }
                         td.number { (depth.messages) } td.number { (depth.consumers) }
                     }
                 } }

@@ -22,6 +22,7 @@ use crate::domain::job::{
     Start, State,
 };
 use crate::domain::time_series::Guard;
+use crate::threads::Calls;
 
 pub use self::upkeep::{Overdue, Task};
 
@@ -84,6 +85,8 @@ fn is_refusal(error: &postgres::Error) -> bool {
 pub struct Store {
     pool: r2d2::Pool<Connector>,
     last_failure: LastFailure,
+    /// Of whoever uses its connections.
+    calls: Arc<Calls>,
 }
 
 /// Why the pool could not connect the last time, with the whole cause chain: the pool's own error
@@ -120,7 +123,19 @@ impl Store {
             // Whoever waits for the connection reports the failure.
             .error_handler(Box::new(last_failure.clone()))
             .build_unchecked(connector);
-        Store { pool, last_failure }
+        Store {
+            pool,
+            last_failure,
+            calls: Arc::default(),
+        }
+    }
+
+    /// The same for one thread: `calls` tells a watchdog since when one has been waiting.
+    pub fn watched_by(&self, calls: &Arc<Calls>) -> Store {
+        Store {
+            calls: calls.clone(),
+            ..self.clone()
+        }
     }
 
     /// How many connections there are, and how many of them nobody uses.
@@ -135,7 +150,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Transient`], after [`config::CONNECT_TIMEOUT`] without one.
     pub fn connection(&self) -> Result<Connection, StoreError> {
-        let client = self.pool.get().map_err(|_| {
+        let _call = self.calls.begin();
+        let mut client = self.pool.get().map_err(|_| {
             let LastFailure(last) = &self.last_failure;
             let last = last.lock().unwrap_or_else(PoisonError::into_inner);
             StoreError::Transient(anyhow!(
@@ -143,6 +159,7 @@ impl Store {
                 config::CONNECT_TIMEOUT
             ))
         })?;
+        client.calls = self.calls.clone();
         Ok(Connection {
             client,
             statements: HashMap::new(),
@@ -286,9 +303,10 @@ impl Connection {
     /// # Errors
     /// The connection is lost.
     pub fn transaction(&mut self) -> Result<Transaction<'_>, StoreError> {
-        let (inner, failed) = self.client.transaction()?;
+        let (inner, failed, calls) = self.client.transaction()?;
         Ok(Transaction {
             inner,
+            calls,
             statements: &mut self.statements,
             failed,
         })
@@ -297,6 +315,7 @@ impl Connection {
 
 pub struct Transaction<'a> {
     inner: postgres::Transaction<'a>,
+    calls: &'a Calls,
     statements: &'a mut HashMap<&'static str, Statement>,
     /// Of the connection.
     failed: &'a mut bool,
@@ -694,6 +713,7 @@ impl Transaction<'_> {
     /// # Errors
     /// The connection is lost, and then it is open whether it was made so.
     pub fn commit(self) -> Result<(), StoreError> {
+        let _call = self.calls.begin();
         Ok(noted(self.failed, self.inner.commit())?)
     }
 
@@ -703,6 +723,7 @@ impl Transaction<'_> {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<u64, StoreError> {
         let statement = self.prepared(sql)?;
+        let _call = self.calls.begin();
         let rows = self.inner.execute(&statement, params);
         Ok(noted(self.failed, rows)?)
     }
@@ -713,6 +734,7 @@ impl Transaction<'_> {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
         let statement = self.prepared(sql)?;
+        let _call = self.calls.begin();
         let rows = self.inner.query(&statement, params);
         Ok(noted(self.failed, rows)?)
     }
@@ -721,6 +743,7 @@ impl Transaction<'_> {
         if let Some(statement) = self.statements.get(sql) {
             return Ok(statement.clone());
         }
+        let _call = self.calls.begin();
         let statement = noted(self.failed, self.inner.prepare(sql))?;
         self.statements.insert(sql, statement.clone());
         Ok(statement)

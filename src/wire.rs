@@ -14,6 +14,7 @@ use crate::domain::text::excerpt;
 mod bounds;
 pub mod celery;
 
+use crate::domain::vhost::Vhost;
 pub use crate::proto::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, EsdlMessage,
     FloatParameter, IntegerParameter, JobDelete, JobProgressUpdate, JobResult, JobStatusUpdate,
@@ -64,6 +65,17 @@ impl Inbox {
         Inbox::Progress,
         Inbox::Results,
     ];
+
+    /// Where its queue is.
+    pub fn vhost(self) -> Vhost {
+        match self {
+            Inbox::Submissions
+            | Inbox::Cancels
+            | Inbox::WorkflowRequests
+            | Inbox::NamedWorkflowRequests => Vhost::Sdk,
+            Inbox::Progress | Inbox::Results => Vhost::Task,
+        }
+    }
 
     /// Short name for threads and logs.
     pub fn name(self) -> &'static str {

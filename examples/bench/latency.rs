@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use amiquip::{Channel, ConsumerMessage, ConsumerOptions};
 use anyhow::{Context, bail};
 use omotes_orchestrator::broker::{Link, Publisher};
-use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::threads::Calls;
 use uuid::Uuid;
 
 use crate::load::{CLIENTS, Kind, Load, WORKFLOW, open, submission, task_of};
@@ -42,9 +42,9 @@ pub fn measure(config: &Config, load: &Load, background: f64) -> anyhow::Result<
 fn sample(config: &Config, load: &Load, jobs: &[Uuid]) -> anyhow::Result<Latencies> {
     let sdk = Link::open(&config.sdk_rabbitmq, "bench")?;
     let task = Link::open(&config.task_rabbitmq, "bench")?;
-    let busy = Busy::default();
-    let mut to_sdk = Publisher::new(&sdk, &busy);
-    let mut to_task = Publisher::new(&task, &busy);
+    let calls = Calls::default();
+    let mut to_sdk = Publisher::new(&sdk, &calls);
+    let mut to_task = Publisher::new(&task, &calls);
     let mut celery = open(&config.celery_rabbitmq)?;
     let celery_channel = celery.open_channel(None)?;
     let tasks = celery_channel.basic_consume(
@@ -103,8 +103,8 @@ fn bother(config: &Config, per_second: f64, stopped: &AtomicBool) -> anyhow::Res
         return Ok(());
     }
     let sdk = Link::open(&config.sdk_rabbitmq, "bench")?;
-    let busy = Busy::default();
-    let mut publisher = Publisher::new(&sdk, &busy);
+    let calls = Calls::default();
+    let mut publisher = Publisher::new(&sdk, &calls);
     let began = Instant::now();
     let mut sent: u32 = 0;
     while !stopped.load(Ordering::Relaxed) {

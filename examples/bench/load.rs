@@ -9,8 +9,8 @@ use amiquip::{
 };
 use anyhow::{Context, bail, ensure};
 use omotes_orchestrator::broker::{Link, Publisher};
-use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::{Config, RabbitMq};
+use omotes_orchestrator::threads::Calls;
 use omotes_orchestrator::wire::{
     self, JobSubmission, OMOTES_EXCHANGE, Outgoing, TaskProgressUpdate, TaskResult,
     task_progress_update::{ProgressStatus, ProgressType},
@@ -144,7 +144,7 @@ impl Load {
     /// RabbitMQ is gone.
     pub fn declare(&self) -> anyhow::Result<()> {
         let link = Link::open(&self.celery, "bench")?;
-        Ok(Publisher::new(&link, &Busy::default()).declare_task_queue(WORKFLOW)?)
+        Ok(Publisher::new(&link, &Calls::default()).declare_task_queue(WORKFLOW)?)
     }
 
     /// Publishes a backlog. Clients listen for what will come of it.
@@ -160,8 +160,8 @@ impl Load {
             Kind::Start | Kind::Progress | Kind::Result => &self.task,
         };
         let link = Link::open(config, "bench")?;
-        let busy = Busy::default();
-        let mut publisher = Publisher::new(&link, &busy);
+        let calls = Calls::default();
+        let mut publisher = Publisher::new(&link, &calls);
         let mut messages = messages.peekable();
         while let Some(first) = messages.peek() {
             self.incoming.store(first.body.len(), Ordering::Relaxed);

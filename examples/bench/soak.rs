@@ -10,8 +10,8 @@ use amiquip::{Consumer, ConsumerMessage, ConsumerOptions, Delivery, FieldTable};
 use anyhow::{Context, bail, ensure};
 use crossbeam_channel::RecvTimeoutError;
 use omotes_orchestrator::broker::{Link, Publisher};
-use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::threads::Calls;
 use omotes_orchestrator::wire::{self, OMOTES_EXCHANGE};
 use uuid::Uuid;
 
@@ -134,8 +134,8 @@ fn submit(config: &Config, time: Duration, tally: &Tally) -> anyhow::Result<()> 
     let mut connection = open(&config.sdk_rabbitmq)?;
     let channel = connection.open_channel(None)?;
     let link = Link::open(&config.sdk_rabbitmq, "bench")?;
-    let busy = Busy::default();
-    let mut publisher = Publisher::new(&link, &busy);
+    let calls = Calls::default();
+    let mut publisher = Publisher::new(&link, &calls);
     let began = Instant::now();
     let mut due = Duration::ZERO;
     while due < time {
@@ -173,8 +173,8 @@ fn work(config: &Config, load: &Load, tally: &Tally) -> anyhow::Result<()> {
     let channel = connection.open_channel(None)?;
     let tasks = channel.basic_consume(WORKFLOW, unacknowledged())?;
     let link = Link::open(&config.task_rabbitmq, "bench")?;
-    let busy = Busy::default();
-    let mut publisher = Publisher::new(&link, &busy);
+    let calls = Calls::default();
+    let mut publisher = Publisher::new(&link, &calls);
     while let Some(task) = next(&tasks, tally)? {
         let task = task_of(&task.body, task.properties.correlation_id().as_deref())?;
         if is_cancelled(task.0) {

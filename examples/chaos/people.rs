@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use amiquip::{Channel, Connection, QueueDeleteOptions};
 use anyhow::Context;
-use crossbeam_channel::{after, bounded, unbounded};
+use crossbeam_channel::{after, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
-use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::RabbitMq;
+use omotes_orchestrator::threads::{Calls, Signal};
 use omotes_orchestrator::wire::{
     self, DEAD_LETTERS_QUEUE, JobResult, JobSubmission, Outgoing, PIDBOX_EXCHANGE,
     TaskProgressUpdate, TaskResult, job_result,
@@ -114,9 +114,9 @@ impl World {
         let celery = Link::open(&self.celery, "chaos client")?;
         sdk.declare_for_clients()?;
         celery.declare_for_workers(&[RESULTS, PROGRESS])?;
-        let busy = Busy::default();
-        let mut to_sdk = Publisher::new(&sdk, &busy);
-        let mut to_celery = Publisher::new(&celery, &busy);
+        let calls = Calls::default();
+        let mut to_sdk = Publisher::new(&sdk, &calls);
+        let mut to_celery = Publisher::new(&celery, &calls);
         while let Some(((time, action), later)) = rest.split_first() {
             pause(time.saturating_sub(began.elapsed()));
             match action {
@@ -308,7 +308,7 @@ impl World {
                 let link = Link::open(&self.celery, "chaos revokes")?;
                 link.declare_pidbox()?;
                 let queue = link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
-                let (_never, stopped) = bounded(0);
+                let (_never, stopped) = Signal::pending();
                 let (done, all_done) = unbounded();
                 let queues = [(queue.as_str(), 100)];
                 broker::consume(&link, &queues, &stopped, &all_done, |_, message| {
@@ -344,10 +344,10 @@ impl World {
         let tasks = Link::open(&self.celery, "chaos tasks")?;
         let events = Link::open(&self.celery, "chaos events")?;
         events.declare_for_workers(&[RESULTS, PROGRESS])?;
-        let busy = Busy::default();
-        Publisher::new(&tasks, &busy).declare_task_queue(WORKFLOW)?;
-        let mut publisher = Publisher::new(&events, &busy);
-        let (_never, stopped) = bounded(0);
+        let calls = Calls::default();
+        Publisher::new(&tasks, &calls).declare_task_queue(WORKFLOW)?;
+        let mut publisher = Publisher::new(&events, &calls);
+        let (_never, stopped) = Signal::pending();
         let (done, all_done) = unbounded();
         let queues = [(WORKFLOW, 1)];
         broker::consume(&tasks, &queues, &stopped, &all_done, |_, message| {

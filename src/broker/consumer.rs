@@ -1,6 +1,5 @@
 //! Taking messages from queues, and acknowledging them when they are done with.
 
-use std::convert::Infallible;
 use std::mem;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,13 +9,14 @@ use amiquip::{
     FieldTable,
 };
 use anyhow::{Context, anyhow, bail};
-use crossbeam_channel::{Receiver, Select, TryRecvError, bounded, select};
+use crossbeam_channel::{Receiver, Select, TryRecvError, select};
 use serde_json::{Map, Value};
 
 use super::unacked::Unacked;
 use super::values::table_to_json;
 use super::{DEADLINE, Link};
 use crate::fault_point;
+use crate::threads::Signal;
 
 /// When nothing has come in for so long, messages that are done with are no longer kept waiting for
 /// those before them to be acknowledged with them.
@@ -112,7 +112,7 @@ pub enum Handled {
 }
 
 /// Consumes queues, each with so many of its messages in hand at most, until `stop` is
-/// disconnected: each message goes to `hand_over` with its queue's place in `queues`, and is
+/// given: each message goes to `hand_over` with its queue's place in `queues`, and is
 /// acknowledged when its tag comes in through `done`. Afterwards nothing more is handed over, and
 /// the function returns once all senders of `done` are gone; what was not acknowledged goes back
 /// to its queue.
@@ -126,7 +126,7 @@ pub enum Handled {
 pub fn consume(
     link: &Link,
     queues: &[(&str, u16)],
-    stop: &Receiver<Infallible>,
+    stop: &Signal,
     done: &Receiver<Handled>,
     mut hand_over: impl FnMut(usize, Received),
 ) -> anyhow::Result<()> {
@@ -149,7 +149,7 @@ pub fn consume(
         events.recv(input);
     }
     let done_event = events.recv(done);
-    let stop_event = events.recv(stop);
+    let stop_event = events.recv(stop.receiver());
     loop {
         let Ok(event) = events.ready_timeout(in_hand.patience()) else {
             in_hand.acknowledge_rest()?;
@@ -271,7 +271,7 @@ fn delivered(
 /// Ends the deliveries. Those that are on their way go back to the queue when the channel closes;
 /// meanwhile nobody keeps them, for they may be many and large.
 pub(super) fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
-    let (cancelled, is_cancelled) = bounded::<Infallible>(0);
+    let (cancelled, is_cancelled) = Signal::pending();
     thread::scope(|scope| {
         for consumer in consumers {
             let (late, is_cancelled) = (consumer.receiver().clone(), is_cancelled.clone());
@@ -281,7 +281,7 @@ pub(super) fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
                     loop {
                         select! {
                             recv(late) -> message => if message.is_err() { return },
-                            recv(is_cancelled) -> _ => return,
+                            recv(is_cancelled.receiver()) -> _ => return,
                         }
                     }
                 })?;

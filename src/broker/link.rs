@@ -1,9 +1,7 @@
 //! A connection to a vhost.
 
-use std::convert::Infallible;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use amiquip::{
@@ -11,13 +9,14 @@ use amiquip::{
     IoStream,
 };
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam_channel::Receiver;
 
 use super::guarded_stream::GuardedStream;
 use super::intake::{GatedStream, Intake};
 use super::publisher::PublishError;
 use super::tls_stream::TlsStream;
 use crate::config::{self, CONNECT_TIMEOUT};
+use crate::threads::within_deadline;
 use crate::tls::Tls;
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
@@ -141,30 +140,6 @@ impl Link {
     pub(super) fn lost(&self, error: amiquip::Error, during: &str) -> PublishError {
         PublishError::Lost(anyhow!(error).context(format!("{}: {during}", self.name)))
     }
-}
-
-/// Runs `body`, and `kill` when it takes too long, which is to free every call that it waits in.
-///
-/// # Errors
-/// Those of `body`.
-pub fn within_deadline<T>(
-    time: Duration,
-    kill: impl FnOnce() + Send,
-    body: impl FnOnce() -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
-    let (done, is_done) = bounded::<Infallible>(0);
-    thread::scope(|scope| {
-        thread::Builder::new()
-            .name("deadline".to_owned())
-            .spawn_scoped(scope, move || {
-                if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(time) {
-                    kill();
-                }
-            })?;
-        let outcome = body();
-        drop(done);
-        outcome
-    })
 }
 
 fn open(

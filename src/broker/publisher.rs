@@ -13,7 +13,7 @@ use super::consumer::Received;
 use super::link::Link;
 use super::refusals::refusal;
 use super::values::{properties, republished};
-use crate::busy::Busy;
+use crate::threads::Calls;
 use crate::wire::Outgoing;
 
 /// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
@@ -46,7 +46,7 @@ pub enum PublishError {
 /// Publishes with confirms, on a channel of its own.
 pub struct Publisher<'l> {
     link: &'l Link,
-    busy: &'l Busy,
+    calls: &'l Calls,
     /// None after a refusal, which closes the channel.
     open: Option<OpenChannel>,
     /// Tags, as the broker counts them, of messages that it has not confirmed yet.
@@ -65,11 +65,11 @@ pub(super) struct OpenChannel {
 }
 
 impl<'l> Publisher<'l> {
-    /// `busy` tells a watchdog since when a call has been waiting.
-    pub fn new(link: &'l Link, busy: &'l Busy) -> Publisher<'l> {
+    /// `calls` tells a watchdog since when one has been waiting.
+    pub fn new(link: &'l Link, calls: &'l Calls) -> Publisher<'l> {
         Publisher {
             link,
-            busy,
+            calls,
             open: None,
             pending: BTreeSet::new(),
             ids: Vec::new(),
@@ -83,10 +83,8 @@ impl<'l> Publisher<'l> {
     /// [`PublishError::Refused`] when somebody declared it with other arguments,
     /// [`PublishError::Unavailable`] while its node in a cluster is down.
     pub fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
-        self.busy.touch();
-        let declared = self.link.declare_task_queue(queue);
-        self.busy.idle();
-        declared
+        let _call = self.calls.begin();
+        self.link.declare_task_queue(queue)
     }
 
     /// As [`Link::declare_dead_letters`].
@@ -94,10 +92,8 @@ impl<'l> Publisher<'l> {
     /// # Errors
     /// The same.
     pub fn declare_dead_letters(&self) -> Result<(), PublishError> {
-        self.busy.touch();
-        let declared = self.link.declare_dead_letters();
-        self.busy.idle();
-        declared
+        let _call = self.calls.begin();
+        self.link.declare_dead_letters()
     }
 
     /// Puts messages back at the end of the queue that they came from, as they were: what became
@@ -170,9 +166,7 @@ impl<'l> Publisher<'l> {
         if messages.len() == 0 {
             return Ok(());
         }
-        self.busy.touch_for(self.allowance);
         let sent = self.send_all(messages);
-        self.busy.idle();
         sent.map_err(|error| self.fail(Some(error)))
     }
 
@@ -180,6 +174,7 @@ impl<'l> Publisher<'l> {
         &mut self,
         messages: impl Iterator<Item = (&'m str, Publish<'m>)>,
     ) -> Result<(), amiquip::Error> {
+        let call = self.calls.begin_within(self.allowance);
         let open = match &mut self.open {
             Some(open) => open,
             none => none.insert(OpenChannel::new(self.link)?),
@@ -189,7 +184,7 @@ impl<'l> Publisher<'l> {
             open.channel.basic_publish(exchange, publish)?;
             open.published += 1;
             self.pending.insert(open.published);
-            self.busy.touch_for(self.allowance);
+            call.goes_on(self.allowance);
         }
         Ok(())
     }
@@ -205,9 +200,9 @@ impl<'l> Publisher<'l> {
         };
         let first = (open.published + 1).saturating_sub(self.ids.len() as u64);
         while !self.pending.is_empty() {
-            self.busy.touch_for(self.allowance);
+            let call = self.calls.begin_within(self.allowance);
             let confirm = open.confirms.recv_timeout(DEADLINE + self.allowance);
-            self.busy.idle();
+            drop(call);
             match confirm {
                 Ok(Confirm::Ack(ack)) => {
                     if ack.multiple {
@@ -260,20 +255,17 @@ impl<'l> Publisher<'l> {
     pub fn abandon(&mut self) {
         self.pending.clear();
         if let Some(open) = self.open.take() {
-            self.busy.touch_for(self.allowance);
+            let _call = self.calls.begin_within(self.allowance);
             // A refusal of what is given up is of no interest.
             let _ = open.channel.close();
-            self.busy.idle();
         }
     }
 
     /// Finds out why the channel is gone, and gives it up.
     fn fail(&mut self, error: Option<amiquip::Error>) -> PublishError {
         let closed = self.open.take().map(|open| {
-            self.busy.touch();
-            let closed = open.channel.close();
-            self.busy.idle();
-            closed
+            let _call = self.calls.begin();
+            open.channel.close()
         });
         // The broker's reason is told once, to whichever call comes first.
         let error = match (error, closed) {

@@ -1,19 +1,18 @@
 //! Questions to Celery's workers, who answer into a queue that is there for one question.
 
-use std::convert::Infallible;
 use std::time::Duration;
 
 use amiquip::{
     AmqpValue, ConsumerMessage, ConsumerOptions, ExchangeDeclareOptions, ExchangeType, FieldTable,
 };
 use anyhow::{Context, bail};
-use crossbeam_channel::{Receiver, after, select};
+use crossbeam_channel::{after, select};
 
 use super::Link;
 use super::consumer::cancel;
 use super::publisher::to_publish;
 use super::topology::exclusive;
-use crate::busy::Busy;
+use crate::threads::{Calls, Signal};
 use crate::wire::{Outgoing, REPLIES_EXCHANGE};
 
 /// How many answers may be on their way, and so in memory.
@@ -36,31 +35,29 @@ pub struct Question<'q> {
 
 impl Link {
     /// Publishes a question and hands over the answers that come in its time. Ends early, and
-    /// returns false, when `stop` is disconnected. `busy` tells a watchdog since when a call has
-    /// been waiting.
+    /// returns false, when `stop` is given. `calls` tells a watchdog since when one has been waiting.
     ///
     /// # Errors
     /// RabbitMQ refuses the exchange, or the connection is lost.
     pub fn ask(
         &self,
         question: &Question<'_>,
-        busy: &Busy,
-        stop: &Receiver<Infallible>,
+        calls: &Calls,
+        stop: &Signal,
         hand_over: impl FnMut(&[u8]),
     ) -> anyhow::Result<bool> {
-        busy.touch();
-        let asked = self.ask_workers(question, busy, stop, hand_over);
-        busy.idle();
-        asked.with_context(|| self.name.clone())
+        self.ask_workers(question, calls, stop, hand_over)
+            .with_context(|| self.name.clone())
     }
 
     fn ask_workers(
         &self,
         &Question { message, key, time }: &Question<'_>,
-        busy: &Busy,
-        stop: &Receiver<Infallible>,
+        calls: &Calls,
+        stop: &Signal,
         mut hand_over: impl FnMut(&[u8]),
     ) -> anyhow::Result<bool> {
+        let call = calls.begin();
         let channel = self.channel()?;
         let exchange = ExchangeDeclareOptions::default();
         channel.exchange_declare(ExchangeType::Direct, REPLIES_EXCHANGE, exchange)?;
@@ -74,7 +71,7 @@ impl Link {
         // Outlives the consumer: a delivery for one without receiver ends the connection.
         let answers = consumer.receiver().clone();
         channel.basic_publish(message.exchange, to_publish(message))?;
-        busy.idle();
+        drop(call);
         let time = after(time);
         let complete = loop {
             select! {
@@ -83,15 +80,16 @@ impl Link {
                         if delivery.body.len() <= LARGEST_ANSWER {
                             hand_over(&delivery.body);
                         }
+                        let _call = calls.begin();
                         delivery.ack(&channel)?;
                     }
                     Ok(_) | Err(_) => bail!("the queue of the workers' answers is gone"),
                 },
                 recv(time) -> _ => break true,
-                recv(stop) -> _ => break false,
+                recv(stop.receiver()) -> _ => break false,
             }
         };
-        busy.touch();
+        let _call = calls.begin();
         let consumers = [consumer];
         cancel(&consumers)?;
         drop(consumers);

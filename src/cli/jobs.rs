@@ -11,7 +11,6 @@ use console::{Style, Term, style};
 use crossbeam_channel::{after, select, unbounded};
 use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::broker::{Delivered, Link, Publisher};
-use omotes_orchestrator::busy::Busy;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{
     Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken,
@@ -19,6 +18,7 @@ use omotes_orchestrator::domain::overview::{
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::{one_line, percent};
+use omotes_orchestrator::threads::Calls;
 use omotes_orchestrator::wire::{self, Outgoing};
 use signal_hook::consts::SIGINT;
 use uuid::Uuid;
@@ -322,8 +322,8 @@ fn cancel(config: &Config, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
     }
     if !messages.is_empty() {
         let link = Link::open(&config.sdk_rabbitmq, "cancelling")?;
-        let busy = Busy::default();
-        let delivered = Publisher::new(&link, &busy).publish(&messages)?;
+        let calls = Calls::default();
+        let delivered = Publisher::new(&link, &calls).publish(&messages)?;
         link.close()?;
         if !delivered.iter().all(|one| *one == Delivered::Yes) {
             bail!("RabbitMQ has not taken the cancels: is an orchestrator running on this vhost?");

@@ -48,10 +48,8 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
         .collect();
     if queues.json {
         let looks = looks.iter().map(|(queue, depth, change)| {
-            let Queue {
-                connection, name, ..
-            } = queue;
-            json!({"connection": connection, "name": name, "messages": depth.messages,
+            let Queue { vhost, name, .. } = queue;
+            json!({"connection": vhost, "name": name, "messages": depth.messages,
                    "consumers": depth.consumers, "change_per_second": change})
         });
         let looks: Vec<_> = looks.collect();
@@ -62,7 +60,7 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
     for (queue, depth, change) in looks {
         let number = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
         table.add_row([
-            Cell::new(queue.connection),
+            Cell::new(queue.vhost.name()),
             Cell::new(one_line(&queue.name)),
             number(depth.messages.to_string()),
             number(depth.consumers.to_string()),

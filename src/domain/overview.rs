@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
+use crate::domain::vhost::Vhost;
 
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -304,8 +305,9 @@ pub const MAX_COUNT: i64 = 100_000;
 /// A queue as RabbitMQ sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Queue {
-    /// The variables' prefix of the connection that it is looked at on.
-    pub connection: &'static str,
+    /// By which connection it is looked at.
+    #[serde(rename = "connection")]
+    pub vhost: Vhost,
     pub name: String,
     /// None when there is no such queue.
     pub depth: Option<Depth>,
@@ -331,7 +333,7 @@ impl Queues {
     /// How many workers a workflow has; None when that was not looked at.
     pub fn workers(&self, workflow: &str) -> Option<u32> {
         let mut queues = self.queues.iter();
-        let queue = queues.find(|queue| queue.connection == "CELERY" && queue.name == workflow)?;
+        let queue = queues.find(|queue| queue.vhost == Vhost::Celery && queue.name == workflow)?;
         Some(queue.depth.map_or(0, |depth| depth.consumers))
     }
 
@@ -609,7 +611,7 @@ mod tests {
         overview.queues = Some(Queues {
             at: at(0),
             queues: vec![Queue {
-                connection: "CELERY",
+                vhost: Vhost::Celery,
                 name: "simulator".to_owned(),
                 depth: Some(Depth {
                     messages: 3,

@@ -3,27 +3,25 @@
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, at, never, select_biased};
+use crossbeam_channel::{Receiver, Sender, at, never, select_biased};
 use log::{debug, warn};
 use uuid::Uuid;
 
 pub use self::closed::ClosedQueues;
-use self::closed::{Destination, Side};
+use self::closed::Destination;
 use self::failure::{Refuser, Trouble, fault_in_ourselves};
 use self::item::{Item, Waiting};
 pub use self::watched::Watched;
 use crate::broker::{Handled, Publisher, Received};
-use crate::domain::job::{Command, Rules};
-use crate::domain::workflow::CurrentCatalogue;
+use crate::domain::job::Command;
+use crate::domain::vhost::Vhost;
+use crate::service::shared::Service;
 use crate::store::{Connection, Store};
-use crate::telemetry::metrics::Metrics;
+use crate::threads::Signal;
 use crate::wire::Inbox;
-use crate::wire::celery;
 
 mod closed;
 mod failure;
@@ -66,18 +64,12 @@ pub fn index(job_id: Uuid, handlers: usize) -> usize {
 
 /// What all handler threads share.
 pub struct Setting<'s> {
-    pub store: &'s Store,
-    pub catalogue: &'s CurrentCatalogue,
-    pub celery_sender: &'s celery::Sender,
-    /// Lamport clock of the revokes, rising for the process's lifetime.
-    pub revoke_clock: &'s AtomicI64,
-    pub rules: &'s Rules,
-    pub metrics: &'s Metrics,
+    pub service: &'s Service,
     /// Nudges whoever asks the workers about suspected starts.
     pub inquiry: Sender<()>,
     /// The queue behind each inbox.
-    pub queue_names: &'s HashMap<Inbox, String>,
-    pub closed: &'s ClosedQueues,
+    pub queue_names: HashMap<Inbox, String>,
+    pub closed: ClosedQueues,
 }
 
 /// The channels that one handler thread publishes on.
@@ -93,6 +85,7 @@ pub struct Handler<'s> {
     /// Tells it from the session's others.
     number: usize,
     setting: &'s Setting<'s>,
+    store: Store,
     watched: &'s Watched,
     publishers: Publishers<'s>,
     /// Where it is told what became of a message.
@@ -118,6 +111,7 @@ impl<'s> Handler<'s> {
         Handler {
             number,
             setting,
+            store: setting.service.store.watched_by(&watched.postgres),
             watched,
             publishers,
             done,
@@ -129,7 +123,7 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Handles messages and findings, until `stop` is disconnected; the messages that are then
+    /// Handles messages and findings, until `stop` is given; the messages that are then
     /// still waiting go back to the broker. So do those whose outcome is committed and waits to be
     /// told: their next time here is like the one after a crash.
     ///
@@ -139,20 +133,21 @@ impl<'s> Handler<'s> {
         mut self,
         messages: &Receiver<Work>,
         findings: &Receiver<Work>,
-        stop: &Receiver<Infallible>,
+        stop: &Signal,
     ) -> anyhow::Result<()> {
         loop {
             let due = self.waiting.next_due().into_iter().chain(self.due());
             let due = due.min().map_or_else(never, at);
-            self.watched.waits();
+            let rest = self.watched.rests();
             let first = select_biased! {
-                recv(stop) -> _ => return Ok(()),
+                recv(stop.receiver()) -> _ => return Ok(()),
                 // Each comes once more only, and so leaves room for others.
                 recv(due) -> _ => None,
                 // Few, and a long backlog is not to hold them up.
                 recv(findings) -> work => Some(work),
                 recv(messages) -> work => Some(work),
             };
+            drop(rest);
             if first.is_none()
                 && let Err(trouble) = self.look_after_stalled(stop)
             {
@@ -187,17 +182,13 @@ impl<'s> Handler<'s> {
     }
 
     /// Takes a batch through, one by one if need be.
-    fn handle_all(
-        &mut self,
-        mut batch: Vec<Item>,
-        stop: &Receiver<Infallible>,
-    ) -> Result<(), Trouble> {
+    fn handle_all(&mut self, mut batch: Vec<Item>, stop: &Signal) -> Result<(), Trouble> {
         if batch.is_empty() {
             return Ok(());
         }
         match self.handle(&mut batch, stop) {
             Ok(()) => {
-                self.setting.metrics.batch(batch.len());
+                self.setting.service.metrics.batch(batch.len());
                 batch.into_iter().for_each(|item| self.finish(item));
                 Ok(())
             }
@@ -215,7 +206,7 @@ impl<'s> Handler<'s> {
         batch: Vec<Item>,
         reason: &str,
         by: Refuser,
-        stop: &Receiver<Infallible>,
+        stop: &Signal,
     ) -> Result<(), Trouble> {
         let alone = batch.len() == 1;
         for mut item in batch {
@@ -246,7 +237,7 @@ impl<'s> Handler<'s> {
     }
 
     /// Takes a batch through, with as many attempts as Postgres needs.
-    fn handle(&mut self, batch: &mut [Item], stop: &Receiver<Infallible>) -> Result<(), Trouble> {
+    fn handle(&mut self, batch: &mut [Item], stop: &Signal) -> Result<(), Trouble> {
         let mut pause = FIRST_RETRY;
         let mut trouble_since = None;
         loop {
@@ -293,22 +284,17 @@ impl<'s> Handler<'s> {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }
             self.watched.set_trouble(Some(format!("{trouble:#}")));
-            self.watched.waits();
-            match stop.recv_timeout(pause.mul_f64(0.5 + fastrand::f64())) {
-                Err(RecvTimeoutError::Timeout) => pause = (pause * 2).min(LAST_RETRY),
-                Err(RecvTimeoutError::Disconnected) => return Err(Trouble::Stopped),
-                Ok(never) => match never {},
+            let _rest = self.watched.rests();
+            if stop.comes_within(pause.mul_f64(0.5 + fastrand::f64())) {
+                return Err(Trouble::Stopped);
             }
+            pause = (pause * 2).min(LAST_RETRY);
         }
     }
 
     /// Takes a batch through that is too much at once, each half after the other, which keeps the
     /// order of a job's messages.
-    fn handle_in_halves(
-        &mut self,
-        batch: &mut [Item],
-        stop: &Receiver<Infallible>,
-    ) -> Result<(), Trouble> {
+    fn handle_in_halves(&mut self, batch: &mut [Item], stop: &Signal) -> Result<(), Trouble> {
         let (first, second) = batch.split_at_mut(batch.len() / 2);
         let outcome = match self.handle(first, stop) {
             Ok(()) => self.handle(second, stop),
@@ -347,11 +333,12 @@ impl<'s> Handler<'s> {
 }
 
 impl<'s> Publishers<'s> {
-    /// The way to the dead letters of a vhost.
-    fn towards(&mut self, side: Side) -> &mut Publisher<'s> {
-        match side {
-            Side::Clients => &mut self.sdk,
-            Side::Workers => &mut self.task,
+    /// To a vhost.
+    fn towards(&mut self, vhost: Vhost) -> &mut Publisher<'s> {
+        match vhost {
+            Vhost::Sdk => &mut self.sdk,
+            Vhost::Task => &mut self.task,
+            Vhost::Celery => &mut self.celery,
         }
     }
 }

@@ -6,7 +6,7 @@
 //! session and from time to time. Several replicas may ask about the same start.
 
 use std::collections::HashSet;
-use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -17,11 +17,12 @@ use log::{debug, warn};
 use uuid::Uuid;
 
 use crate::broker::{Link, Question};
-use crate::busy::Busy;
 use crate::domain::job::{Command, Suspicion};
 use crate::service::handler::{self, Work};
 use crate::service::maintenance::MAX_FINDINGS;
 use crate::service::shared::Service;
+use crate::store::Store;
+use crate::threads::{Calls, Signal};
 use crate::wire::celery::{self, Execution};
 
 /// How long the workers have to answer a question.
@@ -37,8 +38,8 @@ const PATIENCE_UNASKED: u32 = 60;
 /// What the thread waits for, for whoever watches over it.
 #[derive(Debug, Default)]
 pub struct Watched {
-    pub celery: Busy,
-    pub postgres: Busy,
+    pub celery: Calls,
+    pub postgres: Arc<Calls>,
 }
 
 /// A suspicion that the workers are being asked about.
@@ -59,16 +60,18 @@ struct Said {
 /// The thread's part of the session.
 pub struct Inquiry<'s> {
     pub service: &'s Service,
+    /// Watched, too.
+    pub store: Store,
     /// To the vhost of the tasks.
     pub link: &'s Link,
     pub handlers: Vec<Sender<Work>>,
     pub watched: &'s Watched,
-    pub stop: Receiver<Infallible>,
+    pub stop: Signal,
 }
 
 impl Inquiry<'_> {
     /// Looks for suspected starts with each of the `nudges` and from time to time, and asks about
-    /// them until they are judged. Ends when `stop` is disconnected.
+    /// them until they are judged. Ends when `stop` is given.
     pub fn run(&self, nudges: &Receiver<()>) {
         let mut open = Vec::new();
         let mut failing = false;
@@ -89,7 +92,7 @@ impl Inquiry<'_> {
                 }
             }
             select! {
-                recv(self.stop) -> _ => return,
+                recv(self.stop.receiver()) -> _ => return,
                 recv(nudges) -> _ => {}
                 default(wait) => {}
             }
@@ -98,10 +101,7 @@ impl Inquiry<'_> {
 
     /// Asks once about all that is open by now, and passes on what the workers say.
     fn round(&self, open: &mut Vec<Open>) -> anyhow::Result<()> {
-        self.watched.postgres.touch();
-        let found = self.suspicions();
-        self.watched.postgres.idle();
-        let found = found?;
+        let found = self.suspicions()?;
         open.retain(|known| found.contains(&known.suspicion));
         for suspicion in found {
             if !open.iter().any(|known| known.suspicion == suspicion) {
@@ -131,7 +131,7 @@ impl Inquiry<'_> {
     }
 
     fn suspicions(&self) -> anyhow::Result<Vec<Suspicion>> {
-        let mut connection = self.service.store.connection()?;
+        let mut connection = self.store.connection()?;
         Ok(connection.suspicions(MAX_FINDINGS.into())?)
     }
 
@@ -144,9 +144,8 @@ impl Inquiry<'_> {
             key: &key,
             time: ANSWER_TIME,
         };
-        let Watched { celery: busy, .. } = self.watched;
         self.link
-            .ask(&question, busy, &self.stop, |answer| {
+            .ask(&question, &self.watched.celery, &self.stop, |answer| {
                 said.answers += 1;
                 said.executions.extend(celery::executions(answer));
             })

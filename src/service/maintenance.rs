@@ -7,21 +7,20 @@
 //! no handler is held up. And the queues of workers' events have been read to their end. Where one of
 //! them does not hold, nothing counts as overdue for a while: see [`Quiet`].
 
-use std::convert::Infallible;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::Sender;
 use jiff::{SignedDuration, Timestamp};
 use log::{debug, info, warn};
 use uuid::Uuid;
 
-use crate::busy::Busy;
 use crate::domain::job::Command;
 use crate::fault_point;
 use crate::service::handler::{self, Work};
 use crate::service::shared::Service;
-use crate::store::{Connection, Overdue, StoreError, Task};
+use crate::store::{Connection, Overdue, Store, StoreError, Task};
+use crate::threads::Signal;
 
 /// How many jobs are found or forgotten at once; after them come the next ones. A handler's queue of
 /// findings has room for as many.
@@ -42,26 +41,21 @@ const AFTER_STANDSTILL: Duration = Duration::from_secs(5);
 const GONE: Duration = Duration::from_secs(60);
 
 /// Looks for what is due, each [`crate::config::Config::timeout_check_period`] among all replicas,
-/// until `stop` is disconnected. One that dies after it has claimed a round leaves it to the next.
+/// until `stop` is given. One that dies after it has claimed a round leaves it to the next.
 /// `behind` is whether anything that workers have said may still be waiting.
 pub fn run(
     service: &Service,
+    store: &Store,
     handlers: &[Sender<Work>],
     behind: impl Fn() -> bool,
-    busy: &Busy,
-    stop: &Receiver<Infallible>,
+    stop: &Signal,
 ) {
     let buffer = service.config.timeout_start_buffer;
     let mut maintenance = Maintenance {
         service,
+        store,
         handlers,
-        behind: || {
-            // RabbitMQ's answer may come late, which says nothing about Postgres.
-            busy.idle();
-            let is_behind = behind();
-            busy.touch();
-            is_behind
-        },
+        behind,
         stop,
         connection: None,
         database_time: None,
@@ -76,10 +70,8 @@ pub fn run(
     let mut pause = BEAT.min(period);
     loop {
         let begun = Instant::now();
-        match stop.recv_timeout(pause) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => break,
-            Ok(never) => match never {},
+        if stop.comes_within(pause) {
+            break;
         }
         fault_point::reached("maintenance");
         let now = Instant::now();
@@ -96,9 +88,7 @@ pub fn run(
         if is_round {
             next_round = now + period;
         }
-        busy.touch();
         let done = maintenance.beat(&beat, is_round);
-        busy.idle();
         pause = match done {
             // There is more to forget, which leaves as much time for others.
             Ok(()) if maintenance.history.is_going_on() => now.elapsed().min(BEAT),
@@ -130,9 +120,10 @@ struct Beat {
 
 struct Maintenance<'s, B> {
     service: &'s Service,
+    store: &'s Store,
     handlers: &'s [Sender<Work>],
     behind: B,
-    stop: &'s Receiver<Infallible>,
+    stop: &'s Signal,
     /// The others see by it that this replica is there.
     connection: Option<Connection>,
     /// As of the last beat.
@@ -148,7 +139,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => {
-                let mut connection = self.service.store.connection()?;
+                let mut connection = self.store.connection()?;
                 connection.show_presence()?;
                 connection
             }
@@ -259,7 +250,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
                 };
                 last = Some(end);
                 let findings = page.into_iter().map(|id| (id, command.clone()));
-                if !self.hand_over(findings) || self.is_stopping() {
+                if !self.hand_over(findings) || self.stop.is_given() {
                     return Ok(());
                 }
             }
@@ -284,13 +275,6 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
             self.history = Chore::Done;
         }
         Ok(())
-    }
-
-    fn is_stopping(&self) -> bool {
-        matches!(
-            self.stop.try_recv(),
-            Err(crossbeam_channel::TryRecvError::Disconnected)
-        )
     }
 }
 

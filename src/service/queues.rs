@@ -2,29 +2,28 @@
 //! them. On connections of its own, apart from the session's, which it never disturbs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
 use jiff::{SignedDuration, Timestamp};
 use log::{debug, info, warn};
 
-use crate::broker::{self, DEADLINE, Link};
+use crate::broker::{DEADLINE, Link};
 use crate::config::{Config, RabbitMq};
 use crate::domain::overview::{Queue, Queues};
+use crate::domain::vhost::Vhost;
 use crate::service::shared::Service;
+use crate::threads::{Signal, within_deadline};
 use crate::wire;
 
 const PERIOD: Duration = Duration::from_secs(5);
 /// How long a task queue that does not exist is not asked for, unless a job waits for it.
 const ABSENT_PERIOD: Duration = Duration::from_secs(5 * 60);
-const CELERY: &str = "CELERY";
 /// Workers may be on their way back, after a restart of RabbitMQ or their own.
 const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 
-/// Looks every few seconds, until `stop` is disconnected.
-pub fn run(service: &Service, stop: &Receiver<Infallible>) {
+/// Looks every few seconds, until `stop` is given.
+pub fn run(service: &Service, stop: &Signal) {
     let mut watch: Option<Watch> = None;
     let mut lonely = Lonely::default();
     let mut absent = Absent::default();
@@ -48,7 +47,7 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) {
             let mut queues = watch.look(&service.config, &worth_a_look)?;
             absent.note(&queues);
             queues.extend(known_absent.into_iter().map(|name| Queue {
-                connection: CELERY,
+                vhost: Vhost::Celery,
                 name,
                 depth: None,
             }));
@@ -75,10 +74,8 @@ pub fn run(service: &Service, stop: &Receiver<Infallible>) {
             .queues
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = queues;
-        match stop.recv_timeout(PERIOD) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-            Ok(never) => match never {},
+        if stop.comes_within(PERIOD) {
+            return;
         }
     }
 }
@@ -97,7 +94,7 @@ impl Absent {
     }
 
     fn note(&mut self, queues: &[Queue]) {
-        for queue in queues.iter().filter(|queue| queue.connection == CELERY) {
+        for queue in queues.iter().filter(|queue| queue.vhost == Vhost::Celery) {
             match queue.depth {
                 Some(_) => self.since.remove(&queue.name),
                 None => self.since.insert(queue.name.clone(), Instant::now()),
@@ -134,7 +131,7 @@ impl Watch {
     /// A connection is lost, or RabbitMQ takes too long.
     pub fn look(&self, config: &Config, workflows: &[String]) -> anyhow::Result<Vec<Queue>> {
         let kill = || self.links.iter().for_each(|(_, link)| link.kill());
-        broker::within_deadline(DEADLINE, kill, || self.look_at_all(config, workflows))
+        within_deadline(DEADLINE, kill, || self.look_at_all(config, workflows))
     }
 
     fn look_at_all(&self, config: &Config, workflows: &[String]) -> anyhow::Result<Vec<Queue>> {
@@ -151,10 +148,10 @@ impl Watch {
         };
         let celery: Vec<&str> = workflows.iter().map(String::as_str).collect();
         let mut queues = Vec::new();
-        for (connection, rabbitmq, names) in [
-            ("SDK", &config.sdk_rabbitmq, &sdk[..]),
-            ("TASK", &config.task_rabbitmq, task),
-            (CELERY, &config.celery_rabbitmq, &celery),
+        for (vhost, rabbitmq, names) in [
+            (Vhost::Sdk, &config.sdk_rabbitmq, &sdk[..]),
+            (Vhost::Task, &config.task_rabbitmq, task),
+            (Vhost::Celery, &config.celery_rabbitmq, &celery),
         ] {
             let mut links = self.links.iter();
             let Some((_, link)) = links.find(|(known, _)| known == rabbitmq) else {
@@ -162,7 +159,7 @@ impl Watch {
             };
             let depths = link.depths(names)?;
             queues.extend(names.iter().zip(depths).map(|(name, depth)| Queue {
-                connection,
+                vhost,
                 name: (*name).to_owned(),
                 depth,
             }));
@@ -182,7 +179,7 @@ struct Lonely {
 impl Lonely {
     /// Those that have been so for a while. Each outage is told once.
     fn look(&mut self, queues: &[Queue], now: Timestamp) -> BTreeMap<String, Timestamp> {
-        let tasks = queues.iter().filter(|queue| queue.connection == CELERY);
+        let tasks = queues.iter().filter(|queue| queue.vhost == Vhost::Celery);
         let lonely: BTreeSet<&str> = tasks
             .filter(|queue| {
                 let depth = queue.depth;
@@ -216,7 +213,7 @@ mod tests {
     fn an_outage_counts_when_it_lasts() {
         let queues = |messages, consumers| {
             [Queue {
-                connection: "CELERY",
+                vhost: Vhost::Celery,
                 name: "simulator".to_owned(),
                 depth: Some(Depth {
                     messages,

@@ -2,14 +2,13 @@
 //! as the TypeScript SDK does. One replica has that queue, exclusively as the Python service has it;
 //! the others take it over when that one goes.
 
-use std::convert::Infallible;
-
 use anyhow::Context;
 use crossbeam_channel::{Receiver, Sender, select};
 use log::{info, warn};
 
 use crate::broker::{self, Claim, Handled, Link, Mark, Received};
 use crate::service::handler::Work;
+use crate::threads::Signal;
 use crate::wire::{OMOTES_EXCHANGE, WORKFLOW_REQUESTS_HELD_KEY, WORKFLOW_REQUESTS_KEY};
 
 /// Tries to get the queue.
@@ -37,7 +36,7 @@ pub(crate) struct Answering<'l> {
 }
 
 impl Answering<'_> {
-    /// Consumes the queue, as soon as `claim` or a later one holds it, until `stop` is disconnected;
+    /// Consumes the queue, as soon as `claim` or a later one holds it, until `stop` is given;
     /// the rest is as with [`broker::consume`].
     ///
     /// # Errors
@@ -45,7 +44,7 @@ impl Answering<'_> {
     pub(crate) fn run(
         self,
         mut claimed: Claim,
-        stop: &Receiver<Infallible>,
+        stop: &Signal,
         done: &Receiver<Handled>,
         mut hand_over: impl FnMut(usize, Received),
     ) -> anyhow::Result<()> {
@@ -78,7 +77,7 @@ impl Answering<'_> {
                 told = Some(why);
             }
             select! {
-                recv(stop) -> _ => return Ok(()),
+                recv(stop.receiver()) -> _ => return Ok(()),
                 recv(self.vacant) -> _ => {}
             }
             claimed = claim(self.link)?;

@@ -2,10 +2,8 @@
 //! what [`crate::domain::time_series::plan`] says.
 
 use std::collections::HashSet;
-use std::convert::Infallible;
 
 use anyhow::Context;
-use crossbeam_channel::{Receiver, RecvTimeoutError};
 use log::{debug, info, warn};
 
 use crate::config::{Config, InfluxDb};
@@ -13,18 +11,17 @@ use crate::domain::time_series;
 use crate::influx::Influx;
 use crate::store::{Store, Task};
 use crate::telemetry::report::one_line;
+use crate::threads::Signal;
 
-/// A scan every [`Config::time_series_period`] among all replicas, until `stop` is disconnected. Jobs do not depend on
+/// A scan every [`Config::time_series_period`] among all replicas, until `stop` is given. Jobs do not depend on
 /// it: an InfluxDB that is away is said so once, and asked again the next time.
-pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Receiver<Infallible>) {
+pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Signal) {
     let influx = Influx::new(influxdb);
     let mut failing = false;
     let mut foreign_before = 0;
     loop {
-        match stop.recv_timeout(config.time_series_period) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-            Ok(never) => match never {},
+        if stop.comes_within(config.time_series_period) {
+            return;
         }
         match scan(store, config, influxdb, &influx) {
             Ok(None) => {}

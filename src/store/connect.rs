@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -18,6 +19,7 @@ use tls_of_postgres::MakeRustlsConnect;
 
 use super::is_refusal;
 use crate::config::{self, Encryption};
+use crate::threads::Calls;
 use crate::tls::Tls;
 
 /// What a connection is for.
@@ -77,6 +79,7 @@ impl ManageConnection for Connector {
         Ok(Session {
             client: client.map_err(ConnectError)?,
             failed: false,
+            calls: Arc::default(),
         })
     }
 
@@ -95,6 +98,8 @@ impl ManageConnection for Connector {
 pub(super) struct Session {
     client: Client,
     failed: bool,
+    /// Of whoever uses it.
+    pub(super) calls: Arc<Calls>,
 }
 
 /// Passes an outcome on, after noting in `failed` whether it says something about the connection.
@@ -112,7 +117,7 @@ impl Session {
         sql: &S,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<u64, postgres::Error> {
-        noted(&mut self.failed, self.client.execute(sql, params))
+        self.query_with(|client| client.execute(sql, params))
     }
 
     pub(super) fn query(
@@ -120,7 +125,7 @@ impl Session {
         sql: &str,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, postgres::Error> {
-        noted(&mut self.failed, self.client.query(sql, params))
+        self.query_with(|client| client.query(sql, params))
     }
 
     pub(super) fn query_one(
@@ -128,23 +133,30 @@ impl Session {
         sql: &str,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Row, postgres::Error> {
-        noted(&mut self.failed, self.client.query_one(sql, params))
+        self.query_with(|client| client.query_one(sql, params))
     }
 
     pub(super) fn prepare(&mut self, sql: &str) -> Result<Statement, postgres::Error> {
-        noted(&mut self.failed, self.client.prepare(sql))
+        self.query_with(|client| client.prepare(sql))
     }
 
     pub(super) fn batch_execute(&mut self, sql: &str) -> Result<(), postgres::Error> {
-        noted(&mut self.failed, self.client.batch_execute(sql))
+        self.query_with(|client| client.batch_execute(sql))
     }
 
-    /// A transaction, and where to note that something in it has failed.
+    /// A transaction, where to note that something in it has failed, and to count its calls.
     pub(super) fn transaction(
         &mut self,
-    ) -> Result<(postgres::Transaction<'_>, &mut bool), postgres::Error> {
-        let transaction = noted(&mut self.failed, self.client.transaction())?;
-        Ok((transaction, &mut self.failed))
+    ) -> Result<(postgres::Transaction<'_>, &mut bool, &Calls), postgres::Error> {
+        let Session {
+            client,
+            failed,
+            calls,
+        } = self;
+        let call = calls.begin();
+        let transaction = noted(failed, client.transaction())?;
+        drop(call);
+        Ok((transaction, failed, calls))
     }
 
     /// Has it closed when it is dropped.
@@ -157,6 +169,7 @@ impl Session {
         &mut self,
         ask: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
     ) -> Result<T, postgres::Error> {
+        let _call = self.calls.begin();
         noted(&mut self.failed, ask(&mut self.client))
     }
 
@@ -165,6 +178,7 @@ impl Session {
         &mut self,
         work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
+        let _call = self.calls.begin();
         let outcome = work(&mut self.client);
         self.failed |= outcome.is_err();
         outcome

@@ -399,7 +399,7 @@ fn gauges(health: &Health, overview: &Overview, now: Timestamp) -> Registry {
     let queues: Vec<_> = queues
         .map(|(queue, depth)| {
             let labels = vec![
-                ("connection", queue.connection.to_owned()),
+                ("connection", queue.vhost.name().to_owned()),
                 ("queue", queue.name.clone()),
             ];
             (labels, depth)

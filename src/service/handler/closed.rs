@@ -10,49 +10,26 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
+use crate::domain::vhost::Vhost;
 use crate::wire::{DEAD_LETTERS_QUEUE, Inbox};
 
 /// Pauses between attempts.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// The two vhosts that messages come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Side {
-    Clients,
-    Workers,
-}
-
-impl Side {
-    pub(super) const ALL: [Side; 2] = [Side::Clients, Side::Workers];
-
-    pub(super) fn of(inbox: Inbox) -> Side {
-        match inbox {
-            Inbox::Submissions
-            | Inbox::Cancels
-            | Inbox::WorkflowRequests
-            | Inbox::NamedWorkflowRequests => Side::Clients,
-            Inbox::Progress | Inbox::Results => Side::Workers,
-        }
-    }
-}
-
 /// A queue that messages go to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Destination {
     TaskQueue(String),
-    DeadLetters(Side),
+    DeadLetters(Vhost),
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Destination::TaskQueue(name) => write!(f, "the task queue {name:?}"),
-            Destination::DeadLetters(Side::Clients) => {
-                write!(f, "{DEAD_LETTERS_QUEUE} of the SDK vhost")
-            }
-            Destination::DeadLetters(Side::Workers) => {
-                write!(f, "{DEAD_LETTERS_QUEUE} of the TASK vhost")
+            Destination::DeadLetters(vhost) => {
+                write!(f, "{DEAD_LETTERS_QUEUE} of the {} vhost", vhost.name())
             }
         }
     }
@@ -267,7 +244,7 @@ mod tests {
     #[test]
     fn a_queue_for_which_nothing_came_to_wait_is_forgotten() {
         let queues = ClosedQueues::new(HashMap::new(), 0);
-        let queue = Destination::DeadLetters(Side::Workers);
+        let queue = Destination::DeadLetters(Vhost::Task);
         queues.close(1, &queue, "full", Instant::now());
         queues.count(2, Load::default());
         assert!(queues.trouble().is_some());
@@ -278,7 +255,7 @@ mod tests {
     #[test]
     fn what_is_too_much_is_known_of_all_handlers_together() {
         let limits = HashMap::from([(Inbox::Submissions, 10), (Inbox::Cancels, 2)]);
-        let queue = Destination::DeadLetters(Side::Clients);
+        let queue = Destination::DeadLetters(Vhost::Sdk);
         for (loads, expected) in [
             (
                 [(Inbox::Submissions, 5, 1), (Inbox::Submissions, 5, 1)],

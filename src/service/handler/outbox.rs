@@ -60,14 +60,18 @@ impl Handler<'_> {
                 task_id,
                 submission,
             } => {
-                let sender = self.setting.celery_sender;
+                let sender = &self.setting.service.celery_sender;
                 outbox.tasks_for.insert(submission.workflow_type.clone());
                 outbox
                     .celery
                     .push(celery::task(sender, job_id, task_id, submission));
             }
             Publication::Revoke { task_id } => {
-                let clock = self.setting.revoke_clock.fetch_add(1, Ordering::Relaxed);
+                let clock = self
+                    .setting
+                    .service
+                    .revoke_clock
+                    .fetch_add(1, Ordering::Relaxed);
                 // The workers' clocks are held against it, which Postgres's has nothing to do with.
                 let revoke = celery::revoke(&task_id, clock, Timestamp::now());
                 outbox.celery.push(revoke);
@@ -99,16 +103,10 @@ impl Handler<'_> {
     }
 
     pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
-        self.watched.waits();
         let published = self.publish_all(outbox);
-        self.watched.goes_on();
         if let Err(Trouble::Refused { .. } | Trouble::Closed) = published {
             let Publishers { sdk, celery, .. } = &mut self.publishers;
             [sdk, celery].into_iter().for_each(Publisher::abandon);
-        }
-        if published.is_err() {
-            // What follows is a rollback.
-            self.watched.waits_for_postgres();
         }
         published
     }
@@ -122,7 +120,7 @@ impl Handler<'_> {
                 Delivered::Rejected => rejected += 1,
             }
         }
-        let metrics = self.setting.metrics;
+        let metrics = &self.setting.service.metrics;
         metrics.published("confirmed", confirmed);
         metrics.published("unroutable", unroutable);
         metrics.published("rejected", rejected);

@@ -8,19 +8,20 @@ use jiff::Timestamp;
 use log::debug;
 use uuid::Uuid;
 
-use super::closed::{Destination, Side};
+use super::closed::Destination;
 use super::failure::Trouble;
 use super::item::Item;
 use super::outbox::Outbox;
 use super::{Handler, MAX_BATCH_BYTES, Setting, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
 use crate::domain::job::{Context, Event};
+use crate::domain::vhost::Vhost;
 use crate::domain::workflow::Catalogue;
 use crate::fault_point;
 use crate::store::{Connection, Loaded};
 use crate::telemetry::metrics::Stage;
 use crate::telemetry::report;
-use crate::wire;
+use crate::wire::{self, Inbox};
 
 impl Handler<'_> {
     pub(super) fn attempt(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
@@ -28,9 +29,9 @@ impl Handler<'_> {
         for item in &mut *batch {
             item.waits_for = None;
             if item.list_workflows {
-                self.setting.metrics.workflows_told();
+                self.setting.service.metrics.workflows_told();
                 debug!("telling clients the workflows");
-                let catalogue = self.setting.catalogue.get();
+                let catalogue = self.setting.service.catalogue.get();
                 let announcement = wire::available_workflows(catalogue.announcement());
                 told.sdk.push(announcement);
             }
@@ -44,11 +45,10 @@ impl Handler<'_> {
     }
 
     fn attempt_jobs(&mut self, batch: &mut [Item], told: &mut Outbox) -> Result<(), Trouble> {
-        self.watched.waits_for_postgres();
         // Dropped on any error, and closed if it was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.setting.store.connection()?,
+            None => self.store.connection()?,
         };
         let Committed {
             ending,
@@ -59,14 +59,12 @@ impl Handler<'_> {
             batch[place].waits_for = Some(Destination::TaskQueue(queue));
         }
         fault_point::reached("after commit");
-        let mut stopwatch = self.setting.metrics.stopwatch();
+        let mut stopwatch = self.setting.service.metrics.stopwatch();
         self.publish(told)?;
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
         if !ending.is_empty() {
-            self.watched.waits_for_postgres();
             connection.settle(&ending)?;
-            self.watched.goes_on();
             stopwatch.lap(Stage::Settle);
             fault_point::reached("after settling");
         }
@@ -84,16 +82,17 @@ impl Handler<'_> {
     /// Puts aside those messages of a batch that are to be; those that cannot be for now wait.
     fn put_aside(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
         let Setting {
-            closed,
-            metrics,
+            service,
             queue_names,
+            closed,
             ..
         } = self.setting;
-        for side in Side::ALL {
+        let metrics = &service.metrics;
+        for vhost in [Vhost::Sdk, Vhost::Task] {
             let (mut items, letters): (Vec<_>, Vec<_>) = batch
                 .iter_mut()
                 .filter(|item| item.waits_for.is_none())
-                .filter(|item| item.inbox().map(Side::of) == Some(side))
+                .filter(|item| item.inbox().map(Inbox::vhost) == Some(vhost))
                 .filter_map(|item| {
                     let (inbox, received, reason) = item.letter()?;
                     let letter = wire::dead_letter(
@@ -109,12 +108,10 @@ impl Handler<'_> {
             if items.is_empty() {
                 continue;
             }
-            let queue = Destination::DeadLetters(side);
+            let queue = Destination::DeadLetters(vhost);
             let mut outcome = vec![Some(String::new()); items.len()];
             if !closed.is_closed(&queue, Instant::now()) {
-                self.watched.waits();
-                outcome = letters::put_aside(self.publishers.towards(side), &letters)?;
-                self.watched.goes_on();
+                outcome = letters::put_aside(self.publishers.towards(vhost), &letters)?;
                 let refused = outcome.iter().flatten().count();
                 metrics.published("confirmed", outcome.len() - refused);
                 metrics.published("rejected", refused);
@@ -150,23 +147,18 @@ impl Handler<'_> {
     ) -> Result<Committed, Trouble> {
         let ids: BTreeSet<Uuid> = asked(batch).map(|asked| asked.job_id).collect();
         let ids = Vec::from_iter(ids);
-        let mut stopwatch = self.setting.metrics.stopwatch();
+        let mut stopwatch = self.setting.service.metrics.stopwatch();
         let mut transaction = connection.transaction()?;
-        self.watched.postgres.touch();
         transaction.lock(&ids)?;
         stopwatch.lap(Stage::Lock);
-        self.watched.postgres.touch();
         let loaded = transaction.load(&ids)?;
-        self.watched.goes_on();
         stopwatch.lap(Stage::Load);
 
-        let catalogue = self.setting.catalogue.get();
+        let catalogue = self.setting.service.catalogue.get();
         let mut plan = self.decide(batch, &loaded, &catalogue);
         stopwatch.lap(Stage::Decide);
 
-        self.watched.waits_for_postgres();
         transaction.write(&plan.transitions, &plan.series, loaded.now)?;
-        self.watched.goes_on();
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
         if batch.iter().map(|item| item.work.size()).sum::<usize>() > MAX_BATCH_BYTES {
@@ -180,9 +172,7 @@ impl Handler<'_> {
         self.publish(&outbox)?;
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
-        self.watched.waits_for_postgres();
         transaction.commit()?;
-        self.watched.goes_on();
         stopwatch.lap(Stage::Commit);
         self.report(batch, &plan, &catalogue);
         self.write_out(plan.announcements, told);
@@ -210,7 +200,7 @@ impl Handler<'_> {
             session_begun: loaded.session_begun,
             new_task_id: Uuid::new_v4(),
             catalogue,
-            rules: setting.rules,
+            rules: &setting.service.rules,
         };
         let is_closed = |queue: &str| {
             !setting.closed.is_empty() && {
@@ -218,7 +208,9 @@ impl Handler<'_> {
                 setting.closed.is_closed(&queue, Instant::now())
             }
         };
-        batch::decide(asked, &loaded.states, context, is_closed)
+        let plan = batch::decide(asked, &loaded.states, context, is_closed);
+        self.watched.goes_on();
+        plan
     }
 
     /// Logs and counts what has been committed.
@@ -226,6 +218,7 @@ impl Handler<'_> {
         let setting = self.setting;
         for report in &plan.reports {
             setting
+                .service
                 .metrics
                 .message(batch[report.place].inbox(), &report.event);
             report::log(&report.subject, &report.event, report.command);
@@ -236,7 +229,7 @@ impl Handler<'_> {
         }
         let known = |workflow: &str| catalogue.definition(workflow).is_some();
         plan.ended()
-            .for_each(|ended| setting.metrics.job_ended(ended, known));
+            .for_each(|ended| setting.service.metrics.job_ended(ended, known));
     }
 }
 

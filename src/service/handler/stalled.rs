@@ -1,18 +1,17 @@
 //! Messages that stay unacknowledged until a queue takes something again.
 
-use std::convert::Infallible;
 use std::mem;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
 use log::error;
 
-use super::closed::{Destination, Load, Side};
+use super::closed::{Destination, Load};
 use super::failure::Trouble;
 use super::item::Item;
 use super::{Handler, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES, Work, letters};
 use crate::broker::Delivered;
 use crate::telemetry::report::one_line;
+use crate::threads::Signal;
 use crate::wire::Inbox;
 
 /// Of messages that wait and are too many, so many go back to the end of their queue at once, and
@@ -30,7 +29,7 @@ impl Handler<'_> {
         let reason = one_line(reason);
         error!("{}: cannot even be put aside: {reason}", item.label());
         if let Some(inbox) = item.inbox() {
-            let queue = Destination::DeadLetters(Side::of(inbox));
+            let queue = Destination::DeadLetters(inbox.vhost());
             let now = Instant::now();
             self.setting.closed.close(self.number, &queue, &reason, now);
             item.waits_for = Some(queue);
@@ -58,7 +57,7 @@ impl Handler<'_> {
 
     /// When something has to be done about the messages that wait.
     pub(super) fn due(&self) -> Option<Instant> {
-        let closed = self.setting.closed;
+        let closed = &self.setting.closed;
         let retry = self.stalled.keys().map(|queue| {
             // Another handler may have found it open meanwhile.
             closed.due(queue).unwrap_or_else(Instant::now)
@@ -71,11 +70,8 @@ impl Handler<'_> {
     }
 
     /// Tries again what is due, and puts back what is too much.
-    pub(super) fn look_after_stalled(
-        &mut self,
-        stop: &Receiver<Infallible>,
-    ) -> Result<(), Trouble> {
-        let closed = self.setting.closed;
+    pub(super) fn look_after_stalled(&mut self, stop: &Signal) -> Result<(), Trouble> {
+        let closed = &self.setting.closed;
         let queues: Vec<_> = self.stalled.keys().cloned().collect();
         for queue in queues {
             let mut left = self.stalled.remove(&queue).unwrap_or_default();
@@ -124,10 +120,8 @@ impl Handler<'_> {
                 })
                 .collect();
             let name = &self.setting.queue_names[inbox];
-            let publisher = self.publishers.towards(Side::of(*inbox));
-            self.watched.waits();
+            let publisher = self.publishers.towards(inbox.vhost());
             let outcome = letters::put_back(publisher, name, &messages)?;
-            self.watched.goes_on();
             for ((queue, item), delivered) in chosen.into_iter().zip(outcome) {
                 if delivered == Delivered::Yes {
                     self.finish(item);

@@ -1,32 +1,32 @@
 //! What a handler thread is doing, for those who watch over it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::Work;
-use crate::busy::Busy;
 use crate::telemetry::report::one_line;
+use crate::threads::{Call, Calls};
 use crate::wire::{self, Inbox};
 
 /// What a handler thread is waiting for, or what it is busy with itself.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Watched {
-    pub sdk: Busy,
-    pub celery: Busy,
-    pub task: Busy,
-    pub postgres: Busy,
-    /// Since when it has been at one step without waiting for anybody.
-    own: Busy,
-    step: Mutex<Step>,
+    pub sdk: Calls,
+    pub celery: Calls,
+    pub task: Calls,
+    pub postgres: Arc<Calls>,
+    /// For its next message, or until it tries again.
+    next: Calls,
+    /// Since when it has been at what, if it is not waiting for any of these.
+    step: Mutex<(Instant, Step)>,
     /// Why its batch does not get through, and is tried again.
     trouble: Mutex<Option<String>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Step {
-    #[default]
     Batch,
     Reading {
         inbox: Inbox,
@@ -41,21 +41,40 @@ enum Step {
     },
 }
 
+impl Default for Watched {
+    fn default() -> Self {
+        Watched {
+            sdk: Calls::default(),
+            celery: Calls::default(),
+            task: Calls::default(),
+            postgres: Arc::default(),
+            next: Calls::default(),
+            step: Mutex::new((Instant::now(), Step::Batch)),
+            trouble: Mutex::default(),
+        }
+    }
+}
+
 /// A handler that waits for longer than this may well have messages of a while ago in hand.
 const HELD_UP: Duration = Duration::from_secs(2);
 
 impl Watched {
     /// Whether its batch has been waiting for longer than usual.
     pub fn is_held_up(&self) -> bool {
-        let busy = [
-            &self.sdk,
-            &self.celery,
-            &self.task,
-            &self.postgres,
-            &self.own,
-        ];
-        let mut times = busy.into_iter().filter_map(Busy::for_how_long);
-        times.any(|time| time > HELD_UP) || lock(&self.trouble).is_some()
+        let own = self.busy_itself().map(|(time, _)| time);
+        let waits = self.calls().filter_map(|(_, calls)| calls.current());
+        waits.chain(own).any(|time| time > HELD_UP) || lock(&self.trouble).is_some()
+    }
+
+    /// The calls that others have to answer.
+    fn calls(&self) -> impl Iterator<Item = (&'static str, &Calls)> {
+        [
+            ("an answer on the SDK connection", &self.sdk),
+            ("an answer on the CELERY connection", &self.celery),
+            ("an answer on the TASK connection", &self.task),
+            ("Postgres", &self.postgres),
+        ]
+        .into_iter()
     }
 
     pub(super) fn set_trouble(&self, trouble: Option<String>) {
@@ -67,46 +86,45 @@ impl Watched {
         lock(&self.trouble).clone()
     }
 
+    /// It has nothing to do until this is dropped.
+    pub(super) fn rests(&self) -> Call<'_> {
+        self.next.begin()
+    }
+
     /// It reads what is to be done.
     pub(super) fn reads(&self, work: &Work) {
-        self.own.touch();
-        if let Work::Message { inbox, received } = work {
-            *lock(&self.step) = Step::Reading {
+        self.is_at(match work {
+            Work::Message { inbox, received } => Step::Reading {
                 inbox: *inbox,
                 message_id: received.message_id().map(str::to_owned),
                 bytes: received.body.len(),
                 job: wire::job_id(&received.body),
-            };
-        }
+            },
+            Work::Finding { .. } | Work::Announce => Step::Batch,
+        });
     }
 
     /// It decides about a command for a job.
     pub(super) fn decides(&self, job: Uuid, about: &'static str) {
-        self.own.touch();
-        *lock(&self.step) = Step::Deciding { about, job };
+        self.is_at(Step::Deciding { about, job });
     }
 
-    /// It waits for others: for Postgres, a confirm, its next message.
-    pub(super) fn waits(&self) {
-        self.own.idle();
-    }
-
-    pub(super) fn waits_for_postgres(&self) {
-        self.waits();
-        self.postgres.touch();
-    }
-
-    /// It has got what it was waiting for, and does the next step with its batch.
+    /// It does the next step with its batch.
     pub(super) fn goes_on(&self) {
-        self.postgres.idle();
-        *lock(&self.step) = Step::Batch;
-        self.own.touch();
+        self.is_at(Step::Batch);
+    }
+
+    fn is_at(&self, step: Step) {
+        *lock(&self.step) = (Instant::now(), step);
     }
 
     /// For how long it has been at something without waiting for anybody, and at what.
     pub fn busy_itself(&self) -> Option<(Duration, String)> {
-        let time = self.own.for_how_long()?;
-        let what = match &*lock(&self.step) {
+        let (since, step) = &*lock(&self.step);
+        let calls = self.calls().map(|(_, calls)| calls).chain([&self.next]);
+        let idle: Option<Vec<_>> = calls.map(Calls::idle).collect();
+        let time = idle?.into_iter().chain([since.elapsed()]).min()?;
+        let what = match step {
             Step::Batch => "handling a batch".to_owned(),
             Step::Reading {
                 inbox,
@@ -127,14 +145,8 @@ impl Watched {
 
     /// What it is doing, in one line.
     pub fn doing(&self) -> String {
-        let waits = [
-            ("an answer on the SDK connection", &self.sdk),
-            ("an answer on the CELERY connection", &self.celery),
-            ("an answer on the TASK connection", &self.task),
-            ("Postgres", &self.postgres),
-        ];
-        let waits = waits.into_iter().find_map(|(what, busy)| {
-            let time = busy.for_how_long()?;
+        let waits = self.calls().find_map(|(what, calls)| {
+            let time = calls.current()?;
             Some(format!("has been waiting for {what} for {time:.0?}"))
         });
         let own = || {

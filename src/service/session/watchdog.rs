@@ -1,0 +1,267 @@
+//! Watches over the session's threads, and sees to it that they end: when the service stops, when one
+//! of them fails, when a call to RabbitMQ takes too long.
+
+use std::collections::HashMap;
+use std::process;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use crossbeam_channel::{Receiver, Sender, after, never, select, tick};
+use jiff::{SignedDuration, Timestamp};
+use log::{error, info, warn};
+
+use super::crew::{Crew, Ended};
+use super::{Shared, handler_names};
+use crate::broker::DEADLINE;
+use crate::fault_point;
+use crate::service::handler::Work;
+use crate::service::stuck;
+use crate::telemetry::health::Part;
+use crate::threads::{Calls, Signal};
+
+/// How long the threads may take to finish what is in hand when the service stops.
+const STOP_DEADLINE: Duration = Duration::from_secs(4);
+/// How often it looks.
+const PERIOD: Duration = Duration::from_secs(1);
+/// A wait that is longer makes the service unready.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// A handler that has been at one step for so long without waiting for anybody does not come back
+/// in time to be of use to this session.
+const LOST_IN_THOUGHT: Duration = Duration::from_secs(2 * 60);
+/// How long the threads of a session that has failed may take to end. Whatever they wait for is
+/// freed at once, and no step of theirs takes long.
+const END_DEADLINE: Duration = Duration::from_secs(60);
+/// No statement takes so long, where Postgres has a say in it: it ends each of them after 35 seconds.
+const STUCK: Duration = Duration::from_secs(6 * 60);
+
+pub(super) struct Watchdog<'s> {
+    shared: &'s Shared<'s>,
+    crew: Crew,
+    /// To a handler, which can publish.
+    announcer: Sender<Work>,
+    /// Why RabbitMQ blocks connections, by their names.
+    blocked: HashMap<String, String>,
+    /// Something comes when they should have ended long ago.
+    too_late: Receiver<Instant>,
+    /// What ended the session.
+    cause: Option<anyhow::Error>,
+}
+
+impl<'s> Watchdog<'s> {
+    pub(super) fn new(shared: &'s Shared<'s>, crew: Crew, announcer: Sender<Work>) -> Watchdog<'s> {
+        Watchdog {
+            shared,
+            crew,
+            announcer,
+            blocked: HashMap::new(),
+            too_late: never(),
+            cause: None,
+        }
+    }
+}
+
+impl Watchdog<'_> {
+    /// Watches until all threads have ended, and passes `stop` on to them.
+    ///
+    /// # Errors
+    /// What ended the session before that.
+    pub(super) fn run(mut self, stop: &Signal) -> anyhow::Result<()> {
+        let ticks = tick(PERIOD);
+        let mut stop = stop.receiver().clone();
+        let mut deadline = never();
+        while !self.crew.running.is_empty() {
+            select! {
+                recv(self.crew.reports) -> report => match report {
+                    Ok(report) => self.ended(report),
+                    Err(_) => break,
+                },
+                recv(stop) -> _ => {
+                    stop = never();
+                    deadline = after(STOP_DEADLINE);
+                    self.stop_threads();
+                }
+                recv(deadline) -> _ => {
+                    warn!("not all threads are done after {STOP_DEADLINE:?}; what they have in hand goes back to the queues");
+                    self.shared.links.kill();
+                }
+                recv(self.too_late) -> _ => self.exit("the session has ended, but not all of its threads"),
+                recv(self.shared.setting.service.catalogue_news) -> _ => {
+                    // Full only while it has much else to do; the next session tells them anyway.
+                    if self.announcer.try_send(Work::Announce).is_err() {
+                        warn!("clients are not told of the new workflows: a handler is held up");
+                    }
+                }
+                recv(ticks) -> _ => self.look(),
+            }
+        }
+        self.cause.map_or(Ok(()), Err)
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.crew.stop.is_none()
+    }
+
+    fn ended(&mut self, report: Ended) {
+        let Ended { thread, outcome } = report;
+        self.crew.running.remove(&thread);
+        match outcome {
+            Err(error) => self.fail(error.context(format!("thread {thread}"))),
+            Ok(()) if !self.is_stopping() => {
+                self.fail(anyhow!("thread {thread} ended without being asked to"));
+            }
+            Ok(()) => {}
+        }
+    }
+
+    /// Ends the session; the first cause is the one that counts.
+    fn fail(&mut self, error: anyhow::Error) {
+        self.stop_threads();
+        self.shared.links.kill();
+        if self.cause.is_none() {
+            // Now, not when all threads have noticed.
+            self.shared.setting.service.no_session(&error);
+            warn!("the session with RabbitMQ ends: {error:#}");
+            self.cause = Some(error);
+        }
+    }
+
+    fn stop_threads(&mut self) {
+        if self.crew.stop.take().is_some() {
+            self.too_late = after(fault_point::patience(END_DEADLINE));
+        }
+    }
+
+    /// Ends the process, since there is no other way to free its threads; whoever started it starts
+    /// another. What they have in hand goes back to the queues.
+    fn exit(&self, why: &str) -> ! {
+        let names: Vec<_> = self.crew.running.iter().map(String::as_str).collect();
+        let mut text = format!("{why}: {}", names.join(", "));
+        for (watched, name) in self.shared.watched.iter().zip(handler_names()) {
+            if self.crew.running.contains(&name) {
+                text += &format!("; {name} {}", watched.doing());
+            }
+        }
+        error!("{text}");
+        stuck::log_threads();
+        error!("exiting, to be started again");
+        process::exit(1);
+    }
+
+    /// Looks at what the threads are waiting for.
+    fn look(&mut self) {
+        self.shared.intake.wake();
+        if self.shared.intake.is_full() {
+            // The answer waits behind messages that are not read yet.
+            self.shared.pulse.consuming.restart();
+        }
+        let to_broker = self
+            .shared
+            .watched
+            .iter()
+            .flat_map(|watched| [&watched.sdk, &watched.celery, &watched.task])
+            .chain([&self.shared.pulse.publishing, &self.shared.pulse.consuming])
+            .chain([&self.shared.inquiry.celery]);
+        let longest = to_broker.filter_map(Calls::current).max();
+        if let Some(wait) = longest.filter(|wait| *wait > DEADLINE) {
+            self.fail(anyhow!("RabbitMQ has not answered for {wait:.0?}"));
+        }
+        for link in self.shared.links.publishing() {
+            match link.blocked_news() {
+                None => {}
+                Some(None) => drop(self.blocked.remove(link.name())),
+                Some(Some(reason)) => drop(self.blocked.insert(link.name().to_owned(), reason)),
+            }
+        }
+        let blocked = self.blocked.iter().next();
+        let fault = blocked
+            .map(|(name, reason)| format!("{name}: blocked by RabbitMQ: {reason}"))
+            .or_else(|| {
+                let wait = longest.filter(|wait| *wait > PATIENCE)?;
+                Some(format!("RabbitMQ has not answered for {wait:.0?}"))
+            });
+        self.report(Part::Publishing, fault);
+        self.look_at_handlers();
+        let in_postgres = self.shared.watched.iter().map(|watched| &watched.postgres);
+        let aside = [&self.shared.maintenance, &self.shared.inquiry.postgres];
+        let stuck = in_postgres.chain(aside).any(|calls| {
+            let wait = calls.current();
+            wait.is_some_and(|wait| wait > STUCK)
+        });
+        if stuck {
+            // Postgres itself ends everything earlier, so it is not Postgres that answers. A
+            // thread in such a call cannot be freed; whoever started this process starts another.
+            self.exit(&format!("Postgres has not answered for {STUCK:?}"));
+        }
+    }
+
+    /// Whether messages get through, and whether a handler will never come back.
+    fn look_at_handlers(&mut self) {
+        let patience = fault_point::patience(PATIENCE);
+        let limit = fault_point::patience(LOST_IN_THOUGHT);
+        let mut held_up = None;
+        let mut lost = None;
+        for (watched, name) in self.shared.watched.iter().zip(handler_names()) {
+            let wait = watched.postgres.current();
+            let own = watched.busy_itself().map(|(time, what)| {
+                let since = SignedDuration::try_from(time).unwrap_or_default();
+                let since = Timestamp::now() - since;
+                let text = format!("{name} has been {what} for {time:.0?}, since {since:.0}");
+                (time, text)
+            });
+            if let Some((time, text)) = &own
+                && *time > limit
+            {
+                lost = Some(text.clone());
+            }
+            let for_postgres = || {
+                let wait = wait.filter(|wait| *wait > PATIENCE)?;
+                Some(format!(
+                    "{name} has been waiting for Postgres for {wait:.0?}"
+                ))
+            };
+            let by_itself = || {
+                own.filter(|(time, _)| *time > patience)
+                    .map(|(_, text)| text)
+            };
+            held_up = held_up
+                .or_else(|| watched.trouble())
+                .or_else(for_postgres)
+                .or_else(by_itself);
+        }
+        match (lost, self.shared.setting.closed.trouble()) {
+            (Some(text), _) => self.fail(anyhow!(text)),
+            // The log has it from whoever found out.
+            (None, Some(trouble)) if held_up.is_none() && self.cause.is_none() => {
+                let (health, now) = (&self.shared.setting.service.health, Timestamp::now());
+                health.report(Part::Handling, Some(trouble), now);
+            }
+            (None, _) => self.report(Part::Handling, held_up),
+        }
+    }
+
+    /// Tells the health and, when that is news, the log.
+    fn report(&self, part: Part, fault: Option<String>) {
+        if self.cause.is_some() {
+            // Of a session that has failed nothing is known any more.
+            return;
+        }
+        let line = match &fault {
+            Some(fault) => fault.clone(),
+            None => format!("{}: works again", part.name()),
+        };
+        let faulty = fault.is_some();
+        if self
+            .shared
+            .setting
+            .service
+            .health
+            .report(part, fault, Timestamp::now())
+        {
+            if faulty {
+                warn!("{line}");
+            } else {
+                info!("{line}");
+            }
+        }
+    }
+}

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 use uuid::Uuid;
 
-use crate::domain::job::{ClientStatus, Command, Priority, ResultType, Submission};
+use crate::domain::job::{ClientStatus, Command, Completion, Priority, ResultType, Submission};
 use crate::domain::text::excerpt;
 
 mod bounds;
@@ -507,13 +507,13 @@ fn decode_result(body: &[u8]) -> Result<Request, Undecodable> {
             return Err(undecodable(body, reason, failure));
         }
     };
-    let command = Command::Result {
+    let command = Command::Result(Completion {
         task_id: task_id::<TaskResult>(message.celery_task_id)?,
         succeeded,
         output_esdl: message.output_esdl,
         logs: message.logs,
         esdl_messages: message.esdl_messages,
-    };
+    });
     job_request(&message.job_id, command)
 }
 

@@ -7,7 +7,9 @@ use rstest::rstest;
 use serde_json::Map;
 
 use super::*;
-use crate::domain::job::{Job, JobStatus, Outcome, Priority, Rules, Submission, TimeoutResult};
+use crate::domain::job::{
+    Completion, Job, JobStatus, Outcome, Priority, Rules, Submission, TimeoutResult,
+};
 use crate::domain::workflow::Catalogue;
 
 const OUTPUT: &str = "<esdl:EnergySystem id='network'/>";
@@ -46,13 +48,13 @@ fn progress(fraction: f64) -> Command {
 }
 
 fn result() -> Command {
-    Command::Result {
+    Command::Result(Completion {
         task_id: "task".to_owned(),
         succeeded: true,
         output_esdl: Some(OUTPUT.to_owned()),
         logs: String::new(),
         esdl_messages: Vec::new(),
-    }
+    })
 }
 
 /// A job that was submitted in that second, and waits for a worker.

@@ -13,9 +13,10 @@ use std::borrow::Cow;
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
+use super::decide::{error_result, revoke};
 use super::{
     CRASH_LOOP_LOGS, ClientStatus, Command, Context, Decision, Ended, Event, Job, JobStatus,
-    Outcome, Publication, State, error_result, revoke,
+    Outcome, Publication, State,
 };
 
 /// How many starts of a job are excused, for whatever reason: what takes RabbitMQ down with it each

@@ -1,14 +1,20 @@
 //! The table of every pair of state and command, and the laws that hold for any sequence.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::sync::LazyLock;
+use std::time::Duration;
 
+use jiff::SignedDuration;
 use proptest::prelude::*;
 use rstest::rstest;
 use serde_json::Map;
+use uuid::Uuid;
 
+use super::decide::{cancellation, error_result};
 use super::*;
+use crate::domain::workflow::Catalogue;
 
 const TASK: &str = "task-1";
 const OTHER_TASK: &str = "task-2";
@@ -153,13 +159,13 @@ fn progress_of(task: &str, fraction: f64) -> Command {
 }
 
 fn result_of(task: &str, succeeded: bool) -> Command {
-    Command::Result {
+    Command::Result(Completion {
         task_id: task.to_owned(),
         succeeded,
         output_esdl: Some(OUTPUT.to_owned()),
         logs: "logs".to_owned(),
         esdl_messages: Vec::new(),
-    }
+    })
 }
 
 fn fail_of(task: Option<&str>) -> Command {
@@ -170,7 +176,7 @@ fn fail_of(task: Option<&str>) -> Command {
 }
 
 fn states() -> Vec<(&'static str, State)> {
-    let noted = cancel(job_id(), Standing::Unknown, &context()).next;
+    let noted = decide(job_id(), &State::Unknown, &Command::Cancel, &context()).next;
     let crashed_once = started_again(&[]);
     let suspected = started_again(&[Verdict::Suspected]);
     let mut interrupted = job(JobStatus::Running);
@@ -769,7 +775,9 @@ fn an_outcome_waits_from_its_submission_on(
 #[test]
 fn a_submission_after_its_cancel_ends_as_cancelled_whenever_it_comes() {
     let context = context();
-    let noted = cancel(job_id(), Standing::Unknown, &context).next.unwrap();
+    let noted = decide(job_id(), &State::Unknown, &Command::Cancel, &context)
+        .next
+        .unwrap();
     let command = submission("simulator");
     let first = decide(job_id(), &noted, &command, &context);
     assert_eq!(first.publications, []);

@@ -1,0 +1,190 @@
+//! What somebody asks or reports about one job.
+
+use jiff::Timestamp;
+use serde_json::{Map, Value};
+
+use super::{MAX_REFERENCE, MAX_WORKFLOW_TYPE, Priority, kept};
+use crate::domain::parameters;
+use crate::proto::EsdlMessage;
+
+/// What somebody asks or reports about one job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    Submit(Submission),
+    /// A submission that cannot be run; its client is told why.
+    Refuse {
+        reason: String,
+        workflow_type: String,
+        reference: Option<String>,
+    },
+    Cancel,
+    /// A worker has begun a task.
+    Start {
+        task_id: String,
+        message_id: Option<String>,
+        redelivered: bool,
+    },
+    Progress {
+        task_id: String,
+        /// From 0.0 to 1.0.
+        fraction: f64,
+        message: String,
+    },
+    Result(Completion),
+    /// Somebody has seen that the job runs for longer than its timeout.
+    TimeOut,
+    /// Somebody has seen that the job has been in one state for longer than jobs are kept, or that
+    /// it has been ending for too long.
+    Expire,
+    /// Somebody has seen that the job waits for a worker and that there is none.
+    NoWorker,
+    /// The workers have been asked who runs the task, because of its start at this time: a
+    /// [`Suspicion`].
+    Judge {
+        task_id: String,
+        at: Timestamp,
+        /// How many executions of it the workers told of.
+        alive: usize,
+        /// Whether they had the time that they may need to come back to RabbitMQ.
+        last: bool,
+    },
+    /// An event of the job that cannot be handled, and without which it would never end.
+    Fail {
+        reason: String,
+        /// The task it came from, where that can be read.
+        task_id: Option<String>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Submission {
+    pub workflow_type: String,
+    pub esdl: String,
+    pub params: Map<String, Value>,
+    pub reference: Option<String>,
+    pub priority: Priority,
+    pub timeout_ms: Option<u32>,
+}
+
+/// How a task has ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    pub task_id: String,
+    pub succeeded: bool,
+    pub output_esdl: Option<String>,
+    pub logs: String,
+    pub esdl_messages: Vec<EsdlMessage>,
+}
+
+impl Command {
+    /// What it is, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Submit(_) | Command::Refuse { .. } => "a submission",
+            Command::Cancel => "a cancel",
+            Command::Start { .. } => "a start",
+            Command::Progress { .. } => "progress",
+            Command::Result { .. } | Command::Fail { .. } => "a result",
+            Command::TimeOut => "a timeout",
+            Command::Expire => "the end of its retention",
+            Command::NoWorker => "the lack of a worker",
+            Command::Judge { .. } => "what the workers say of a start",
+        }
+    }
+
+    /// The client's own name for the job, where the command carries one.
+    pub fn reference(&self) -> &str {
+        match self {
+            Command::Submit(submission) => submission.reference.as_deref().unwrap_or_default(),
+            Command::Refuse { reference, .. } => reference.as_deref().unwrap_or_default(),
+            Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Judge { .. }
+            | Command::Fail { .. } => "",
+        }
+    }
+
+    /// The workflow it names.
+    pub fn workflow_type(&self) -> Option<&str> {
+        match self {
+            Command::Submit(submission) => Some(&submission.workflow_type),
+            Command::Refuse { workflow_type, .. } => Some(workflow_type),
+            Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Judge { .. }
+            | Command::Fail { .. } => None,
+        }
+    }
+
+    /// The Celery task it comes from.
+    pub fn task_id(&self) -> Option<&str> {
+        match self {
+            Command::Start { task_id, .. }
+            | Command::Progress { task_id, .. }
+            | Command::Judge { task_id, .. } => Some(task_id),
+            Command::Result(completion) => Some(&completion.task_id),
+            Command::Fail { task_id, .. } => task_id.as_deref(),
+            Command::Submit(_)
+            | Command::Refuse { .. }
+            | Command::Cancel
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker => None,
+        }
+    }
+
+    /// About how many bytes the values decoded from its message take beside those of its texts.
+    pub fn decoded_bytes(&self) -> usize {
+        match self {
+            Command::Submit(submission) => parameters::bytes(&submission.params),
+            Command::Result(completion) => size_of_val(completion.esdl_messages.as_slice()),
+            Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Judge { .. }
+            | Command::Fail { .. } => 0,
+        }
+    }
+
+    /// What to do instead when the broker or the database refuses what this command causes.
+    /// None where the job can go on without it.
+    pub fn instead(&self, reason: String) -> Option<Command> {
+        match self {
+            Command::Submit(submission) => Some(Command::Refuse {
+                reason,
+                workflow_type: kept(&submission.workflow_type, MAX_WORKFLOW_TYPE),
+                reference: submission
+                    .reference
+                    .as_ref()
+                    .map(|reference| kept(reference, MAX_REFERENCE)),
+            }),
+            Command::Result(completion) => Some(Command::Fail {
+                reason,
+                task_id: Some(completion.task_id.clone()),
+            }),
+            Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Judge { .. }
+            | Command::Fail { .. } => None,
+        }
+    }
+}

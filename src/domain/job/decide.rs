@@ -1,0 +1,557 @@
+//! All that can happen to a job.
+
+use std::borrow::Cow;
+
+use jiff::{SignedDuration, Timestamp};
+use uuid::Uuid;
+
+use super::{
+    ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job, JobStatus,
+    MAX_WORKFLOW_TYPE, Outcome, Progress, Publication, ResultType, State, Submission, TimeSeries,
+    TimeoutResult, kept_reference,
+};
+use super::{ending, starts};
+use crate::domain::esdl;
+use crate::domain::parameters;
+use crate::domain::text::excerpt;
+
+const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
+
+/// What to do about `command` for the job `job_id`, which is in `state`. Every pair has an answer;
+/// "ignored, because" is one of them.
+pub fn decide<'a>(
+    job_id: Uuid,
+    state: &State,
+    command: &'a Command,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let standing = match state {
+        State::Unknown => Standing::Unknown,
+        State::Live(job) => Standing::Live(job),
+        State::Ending(ending) => return ending::decide(job_id, ending, command, context),
+        State::Ended(ended) => Standing::Ended(ended),
+    };
+    decide_for(job_id, standing, command, context)
+}
+
+/// How a job stands for whoever decides about it: one that is ending is for some as it was and for
+/// others at its end.
+#[derive(Clone, Copy)]
+pub(super) enum Standing<'s> {
+    Unknown,
+    Live(&'s Job),
+    Ended(&'s Ended),
+}
+
+pub(super) fn decide_for<'a>(
+    job_id: Uuid,
+    standing: Standing<'_>,
+    command: &'a Command,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    match command {
+        Command::Submit(submission) => submit(job_id, standing, submission, context),
+        Command::Refuse {
+            reason,
+            workflow_type,
+            reference,
+        } => {
+            let reason = Cow::Borrowed(reason.as_str());
+            refuse(job_id, standing, reason, workflow_type, reference, context)
+        }
+        Command::Cancel => cancel(job_id, standing, context),
+        Command::TimeOut => time_out(job_id, standing, context),
+        Command::Expire => expire(job_id, standing, context),
+        Command::NoWorker => no_worker(job_id, standing, context),
+        Command::Start {
+            task_id,
+            message_id,
+            redelivered,
+        } => match own_task(standing, task_id) {
+            Own::Current(job) => starts::start(job_id, job, message_id, *redelivered, context),
+            Own::Done(ended) => {
+                starts::start_after_result(ended, task_id, message_id, *redelivered)
+            }
+            Own::Stray(why) => revoke(task_id, why),
+        },
+        Command::Judge {
+            task_id,
+            at,
+            alive,
+            last,
+        } => match own_task(standing, task_id) {
+            Own::Current(job) => starts::judge(job_id, job, *at, *alive, *last, context),
+            Own::Done(_) => Decision::ignored("the job has ended"),
+            Own::Stray(why) => Decision::ignored(why),
+        },
+        Command::Progress {
+            task_id,
+            fraction,
+            message,
+        } => match own_task(standing, task_id) {
+            Own::Current(job) => progress(job_id, job, *fraction, message, context),
+            Own::Done(_) => Decision::ignored("the job has ended with this task's result"),
+            Own::Stray(why) => revoke(task_id, why),
+        },
+        Command::Result(completion) => match own_task(standing, &completion.task_id) {
+            Own::Current(job) => end_with_result(job_id, job, completion, context),
+            Own::Done(_) => Decision::ignored("the job has ended"),
+            Own::Stray(why) => Decision {
+                time_series: late_series(standing, completion),
+                ..Decision::ignored(why)
+            },
+        },
+        Command::Fail { reason, task_id } => match standing {
+            Standing::Live(job) if task_id.is_none() || *task_id == job.task_id => {
+                job.rejected(job_id, Cow::Borrowed(reason), context)
+            }
+            Standing::Live(_) => Decision::ignored("it is not from the job's current task"),
+            Standing::Unknown => Decision::ignored("the job is unknown"),
+            Standing::Ended(_) => Decision::ignored("the job has ended"),
+        },
+    }
+}
+
+fn progress<'a>(
+    job_id: Uuid,
+    job: &Job,
+    fraction: f64,
+    message: &'a str,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    if !fraction.is_finite() {
+        return Decision::ignored("its progress is not a finite number");
+    }
+    Decision {
+        next: Some(State::Live(Job {
+            progress: Some(Progress::new(fraction, message, context.now)),
+            ..job.clone()
+        })),
+        publications: vec![Publication::Progress {
+            job_id,
+            fraction,
+            message,
+        }],
+        ..Decision::nothing(Event::Progressed)
+    }
+}
+
+fn end_with_result<'a>(
+    job_id: Uuid,
+    job: &Job,
+    completion: &'a Completion,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let Completion {
+        task_id: _,
+        succeeded,
+        output_esdl,
+        logs,
+        esdl_messages,
+    } = completion;
+    let (result_type, outcome) = match succeeded {
+        true => (ResultType::Succeeded, Outcome::Succeeded),
+        false => (ResultType::Error, Outcome::Failed),
+    };
+    let output_esdl = output_esdl.as_deref();
+    let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
+    let told = Publication::Result {
+        job_id,
+        result_type,
+        output_esdl,
+        logs: Cow::Borrowed(logs),
+        esdl_messages,
+    };
+    Decision {
+        time_series: esdl_id(completion).map(|esdl_id| TimeSeries::Keep {
+            esdl_id,
+            reference: Cow::Owned(job.reference.clone()),
+        }),
+        ..job.ends(outcome, result_bytes, [told], context)
+    }
+}
+
+fn submit<'a>(
+    job_id: Uuid,
+    standing: Standing<'_>,
+    submission: &'a Submission,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let refused = |reason| {
+        refuse(
+            job_id,
+            standing,
+            Cow::Owned(reason),
+            &submission.workflow_type,
+            &submission.reference,
+            context,
+        )
+    };
+    let Some(definition) = context.catalogue.definition(&submission.workflow_type) else {
+        return refused(format!(
+            "Workflow type {} is unknown by orchestrator at the time this submission was received.",
+            excerpt(&submission.workflow_type, MAX_WORKFLOW_TYPE)
+        ));
+    };
+    let faults = parameters::faults(&definition.parameters, &submission.params);
+    if context.rules.reject_invalid_params && !faults.is_empty() {
+        return refused(format!(
+            "The parameters do not fit the workflow {}: {}.",
+            submission.workflow_type,
+            faults.join("; ")
+        ));
+    }
+    match submission_expected(standing) {
+        Expected::Yes { registered_at } => Decision {
+            next: Some(State::Live(Job {
+                workflow_type: submission.workflow_type.clone(),
+                reference: kept_reference(submission.reference.as_deref()),
+                status: JobStatus::Submitted,
+                task_id: Some(context.new_task_id.to_string()),
+                registered_at: registered_at.unwrap_or(context.now),
+                submitted_at: Some(context.now),
+                running_at: None,
+                timeout_ms: submission
+                    .timeout_ms
+                    .or(definition.limits.default_timeout_ms)
+                    .map(i64::from),
+                priority: Some(submission.priority),
+                starts: Vec::new(),
+                progress: None,
+            })),
+            publications: vec![
+                Publication::Task {
+                    job_id,
+                    task_id: context.new_task_id,
+                    submission,
+                },
+                Publication::Status {
+                    job_id,
+                    status: ClientStatus::Enqueued,
+                },
+            ],
+            ..Decision::nothing(Event::Submitted {
+                task_id: context.new_task_id,
+                faults,
+            })
+        },
+        Expected::Cancelled => cancelled_before_submission(
+            job_id,
+            &submission.workflow_type,
+            &submission.reference,
+            context,
+        ),
+        Expected::No(why) => Decision::ignored(why),
+    }
+}
+
+fn refuse<'a>(
+    job_id: Uuid,
+    standing: Standing<'_>,
+    reason: Cow<'a, str>,
+    workflow_type: &str,
+    reference: &Option<String>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    match submission_expected(standing) {
+        Expected::Yes { registered_at } => {
+            let registered_at = registered_at.unwrap_or(context.now);
+            Job::without_task(workflow_type, reference, registered_at)
+                .rejected(job_id, reason, context)
+        }
+        Expected::Cancelled => {
+            cancelled_before_submission(job_id, workflow_type, reference, context)
+        }
+        Expected::No(why) => Decision::ignored(why),
+    }
+}
+
+/// Whether a submission is news for a job in this state.
+enum Expected {
+    Yes {
+        registered_at: Option<Timestamp>,
+    },
+    /// The cancel of this submission came first.
+    Cancelled,
+    No(&'static str),
+}
+
+fn submission_expected(standing: Standing<'_>) -> Expected {
+    match standing {
+        Standing::Unknown => Expected::Yes {
+            registered_at: None,
+        },
+        Standing::Live(job) => match job.status {
+            JobStatus::Registered => Expected::Yes {
+                registered_at: Some(job.registered_at),
+            },
+            JobStatus::Submitted | JobStatus::Running => {
+                Expected::No("the job was submitted already")
+            }
+        },
+        Standing::Ended(ended) if ended.registered_at.is_none() => Expected::Cancelled,
+        Standing::Ended(_) => Expected::No("the job has ended already"),
+    }
+}
+
+fn cancelled_before_submission<'a>(
+    job_id: Uuid,
+    workflow_type: &str,
+    reference: &Option<String>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    Job::without_task(workflow_type, reference, context.now).ends(
+        Outcome::Cancelled,
+        0,
+        cancellation(job_id),
+        context,
+    )
+}
+
+pub(super) fn cancel<'a>(
+    job_id: Uuid,
+    standing: Standing<'_>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    match standing {
+        Standing::Unknown => Decision {
+            next: Some(State::Ended(Ended {
+                outcome: Outcome::Cancelled,
+                workflow_type: None,
+                reference: None,
+                task_id: None,
+                registered_at: None,
+                submitted_at: None,
+                running_at: None,
+                finished_at: context.now,
+                starts: 0,
+                start_ids: Vec::new(),
+                result_bytes: 0,
+            })),
+            time_series: Some(TimeSeries::Retire),
+            ..Decision::nothing(Event::CancelNoted)
+        },
+        Standing::Live(job) => Decision {
+            time_series: Some(TimeSeries::Retire),
+            ..job.ends(Outcome::Cancelled, 0, cancellation(job_id), context)
+        },
+        // Deleting a finished job is how a client gives up the series that it left.
+        Standing::Ended(_) => Decision {
+            time_series: Some(TimeSeries::Retire),
+            ..Decision::ignored("the job has ended already")
+        },
+    }
+}
+
+/// Ends a job that runs for longer than its timeout. Whoever found it may have looked before it
+/// ended or was started again, so this looks once more.
+fn time_out<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
+    let due = |job: &Job| {
+        let timeout = SignedDuration::from_millis(job.timeout_ms.filter(|timeout| *timeout > 0)?);
+        let running_at = job
+            .running_at
+            .filter(|_| job.status == JobStatus::Running)?;
+        (running_at.checked_add(timeout).ok()? <= context.now).then_some(timeout)
+    };
+    let (job, timeout) = match standing {
+        Standing::Live(job) => match due(job) {
+            Some(timeout) => (job, timeout),
+            None => return Decision::ignored("it is within its timeout"),
+        },
+        Standing::Unknown | Standing::Ended(_) => return Decision::ignored("the job has ended"),
+    };
+    let logs =
+        format!("The job was ended because it ran for longer than its timeout of {timeout:#}.");
+    let result_bytes = logs.len();
+    let (status, result_type) = match context.rules.timeout_result {
+        TimeoutResult::Cancelled => (
+            Some(Publication::Status {
+                job_id,
+                status: ClientStatus::Cancelled,
+            }),
+            ResultType::Cancelled,
+        ),
+        TimeoutResult::TimedOut => (None, ResultType::TimedOut),
+    };
+    let result = Publication::Result {
+        job_id,
+        result_type,
+        output_esdl: None,
+        logs: Cow::Owned(logs),
+        esdl_messages: &[],
+    };
+    let told = status.into_iter().chain([result]);
+    job.ends(Outcome::TimedOut, result_bytes, told, context)
+}
+
+/// Ends a job that nothing has been heard of for so long that nobody can be waiting for it.
+fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
+    let job = match standing {
+        Standing::Live(job) => job,
+        Standing::Unknown | Standing::Ended(_) => return Decision::ignored("the job has ended"),
+    };
+    let (since, what) = match job.status {
+        JobStatus::Registered => (None, "registered"),
+        JobStatus::Submitted => (job.submitted_at, "waiting for a worker"),
+        JobStatus::Running => (job.running_at, "running"),
+    };
+    let retention = context.rules.retention;
+    let expired = since
+        .unwrap_or(job.registered_at)
+        .checked_add(retention)
+        .is_ok_and(|end| end <= context.now);
+    if !expired {
+        return Decision::ignored("it is within its retention");
+    }
+    let retention = SignedDuration::try_from(retention).unwrap_or(SignedDuration::MAX);
+    let logs = format!(
+        "The job was given up because it had been {what} for longer than the {retention:#} that \
+         unfinished jobs are kept."
+    );
+    let result_bytes = logs.len();
+    let told = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Expired, result_bytes, told, context)
+}
+
+/// Tells the client why nothing happens, once while the job waits.
+fn no_worker<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
+    match standing {
+        Standing::Live(job) if job.status == JobStatus::Submitted && job.progress.is_none() => {
+            Decision {
+                next: Some(State::Live(Job {
+                    progress: Some(Progress::new(0.0, NO_WORKER, context.now)),
+                    ..job.clone()
+                })),
+                publications: vec![Publication::Progress {
+                    job_id,
+                    fraction: 0.0,
+                    message: NO_WORKER,
+                }],
+                ..Decision::nothing(Event::Progressed)
+            }
+        }
+        Standing::Unknown | Standing::Live(_) | Standing::Ended(_) => {
+            Decision::ignored("the job does not wait, or its client knows")
+        }
+    }
+}
+
+/// How a task relates to the job that its event names.
+enum Own<'s> {
+    Current(&'s Job),
+    /// It is the task whose result ended the job.
+    Done(&'s Ended),
+    /// Nobody waits for it.
+    Stray(&'static str),
+}
+
+fn own_task<'s>(standing: Standing<'s>, task_id: &str) -> Own<'s> {
+    match standing {
+        Standing::Unknown => Own::Stray("the job is unknown"),
+        Standing::Live(job) if job.task_id.as_deref() == Some(task_id) => Own::Current(job),
+        Standing::Live(_) => Own::Stray("it is not the job's current task"),
+        Standing::Ended(ended)
+            if ended.outcome.by_its_task() && ended.task_id.as_deref() == Some(task_id) =>
+        {
+            Own::Done(ended)
+        }
+        Standing::Ended(_) => Own::Stray("the job has ended"),
+    }
+}
+
+pub(super) fn revoke<'a>(task_id: &'a str, why: &'static str) -> Decision<'a> {
+    Decision {
+        publications: vec![Publication::Revoke {
+            task_id: Cow::Borrowed(task_id),
+        }],
+        ..Decision::nothing(Event::Revoked(why))
+    }
+}
+
+/// The series of a task that delivered although its job had been deleted.
+fn late_series<'a>(standing: Standing<'_>, completion: &Completion) -> Option<TimeSeries<'a>> {
+    match standing {
+        Standing::Ended(ended) if ended.task_id.as_ref() == Some(&completion.task_id) => {
+            esdl_id(completion).map(|esdl_id| TimeSeries::RetireLate {
+                esdl_id,
+                reference: Cow::Owned(ended.reference.clone().unwrap_or_default()),
+            })
+        }
+        Standing::Unknown | Standing::Live(_) | Standing::Ended(_) => None,
+    }
+}
+
+fn esdl_id(completion: &Completion) -> Option<String> {
+    let output_esdl = completion.output_esdl.as_deref();
+    output_esdl
+        .filter(|_| completion.succeeded)
+        .and_then(esdl::energy_system_id)
+}
+
+pub(super) fn error_result(job_id: Uuid, logs: Cow<'_, str>) -> Publication<'_> {
+    Publication::Result {
+        job_id,
+        result_type: ResultType::Error,
+        output_esdl: None,
+        logs,
+        esdl_messages: &[],
+    }
+}
+
+pub(super) fn cancellation<'a>(job_id: Uuid) -> [Publication<'a>; 2] {
+    [
+        Publication::Status {
+            job_id,
+            status: ClientStatus::Cancelled,
+        },
+        Publication::Result {
+            job_id,
+            result_type: ResultType::Cancelled,
+            output_esdl: None,
+            logs: Cow::Borrowed(""),
+            esdl_messages: &[],
+        },
+    ]
+}
+
+impl Job {
+    /// Ends it with this outcome: its task, unless that has done it and there is no second copy of
+    /// it, and then the client is told.
+    pub(super) fn ends<'a>(
+        &self,
+        outcome: Outcome,
+        result_bytes: usize,
+        told: impl IntoIterator<Item = Publication<'a>>,
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let runs = !outcome.by_its_task() || self.starts.len() > 1;
+        let task = self.task_id.clone().filter(|_| runs);
+        let revocation = task.map(|task_id| Publication::Revoke {
+            task_id: Cow::Owned(task_id),
+        });
+        Decision {
+            next: Some(State::Ending(Ending {
+                job: self.clone(),
+                ended: self.ended(outcome, result_bytes, context.now),
+            })),
+            announcements: revocation.into_iter().chain(told).collect(),
+            // Negative once the time has come.
+            wait: context
+                .now
+                .duration_until(self.outcome_from(context))
+                .try_into()
+                .unwrap_or_default(),
+            ..Decision::nothing(Event::Ended(outcome))
+        }
+    }
+
+    pub(super) fn rejected<'a>(
+        &self,
+        job_id: Uuid,
+        reason: Cow<'a, str>,
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let told = [error_result(job_id, reason.clone())];
+        self.ends(Outcome::Rejected, reason.len(), told, context)
+    }
+}

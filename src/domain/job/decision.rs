@@ -1,0 +1,194 @@
+//! What is decided about a command, and what has to be known for that.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::{Outcome, State, Submission};
+use crate::domain::workflow::Catalogue;
+use crate::proto::EsdlMessage;
+
+/// What a decision needs to know beside the job.
+pub struct Context<'a> {
+    pub now: Timestamp,
+    /// When a replica last began a session with RabbitMQ; whatever had one before has lost it.
+    pub session_begun: Option<Timestamp>,
+    /// For the task, if one is published: fresh for each attempt, since the same task twice
+    /// would look like a crash loop.
+    pub new_task_id: Uuid,
+    pub catalogue: &'a Catalogue,
+    /// What holds for every job.
+    pub rules: &'a Rules,
+}
+
+/// What the configuration says of all jobs.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// Starts allowed per job; the next one ends it.
+    pub delivery_limit: usize,
+    /// How long a job may stay in one state.
+    pub retention: Duration,
+    /// How long after a job's end the client may be told of it at the latest, because what led to
+    /// it comes again. RabbitMQ loses that when it is killed before it has written it.
+    pub telling: Duration,
+    /// How long after its submission a job's client is told of its outcome at the earliest: some
+    /// clients note a job only after they have submitted it, and would not know what the outcome
+    /// is about.
+    pub outcome_delay: Duration,
+    pub timeout_result: TimeoutResult,
+    /// Whether a job whose parameters do not fit its workflow's definition is refused, instead of
+    /// left to its worker.
+    pub reject_invalid_params: bool,
+}
+
+/// As what a client is told of a timeout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeoutResult {
+    /// As the Python service does, and as OMOTES's system tests have it.
+    Cancelled,
+    /// As the protocol has it.
+    TimedOut,
+}
+
+/// What to do about a command.
+#[derive(Debug, PartialEq)]
+pub struct Decision<'a> {
+    /// The job's new state; None leaves its rows alone.
+    pub next: Option<State>,
+    /// To be sent before the new state is committed, in this order: what is committed has been
+    /// asked of the workers.
+    pub publications: Vec<Publication<'a>>,
+    /// To be sent once it is committed, in this order: what clients are told holds. Then the job is
+    /// no longer [`State::Ending`].
+    pub announcements: Vec<Publication<'a>>,
+    /// How long from now those of them that tell the outcome have to wait
+    /// ([`Publication::tells_outcome`]), and with them the end of [`State::Ending`].
+    pub wait: Duration,
+    pub time_series: Option<TimeSeries<'a>>,
+    pub event: Event,
+}
+
+impl Decision<'_> {
+    pub(super) fn nothing(event: Event) -> Self {
+        Decision {
+            next: None,
+            publications: Vec::new(),
+            announcements: Vec::new(),
+            wait: Duration::ZERO,
+            time_series: None,
+            event,
+        }
+    }
+
+    pub(super) fn ignored(why: &'static str) -> Self {
+        Decision::nothing(Event::Ignored(why))
+    }
+}
+
+/// A message to send.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Publication<'a> {
+    /// To the queue of the job's workflow.
+    Task {
+        job_id: Uuid,
+        task_id: Uuid,
+        submission: &'a Submission,
+    },
+    /// To all Celery workers: end this task.
+    Revoke {
+        task_id: Cow<'a, str>,
+    },
+    Status {
+        job_id: Uuid,
+        status: ClientStatus,
+    },
+    Progress {
+        job_id: Uuid,
+        fraction: f64,
+        message: &'a str,
+    },
+    Result {
+        job_id: Uuid,
+        result_type: ResultType,
+        output_esdl: Option<&'a str>,
+        logs: Cow<'a, str>,
+        esdl_messages: &'a [EsdlMessage],
+    },
+}
+
+impl Publication<'_> {
+    /// Whether it is among what a client hears of its job's outcome, where it is an announcement;
+    /// a revoke, which is for workers, is not.
+    pub fn tells_outcome(&self) -> bool {
+        match self {
+            Publication::Status { .. } | Publication::Result { .. } => true,
+            Publication::Task { .. }
+            | Publication::Revoke { .. }
+            | Publication::Progress { .. } => false,
+        }
+    }
+}
+
+/// The statuses that clients are sent. FINISHED is not among them: omotes-rest empties the result
+/// when it comes. Neither is REGISTERED, which resets the client's row and adds nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientStatus {
+    Enqueued,
+    Running,
+    Cancelled,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResultType {
+    Succeeded,
+    Error,
+    Cancelled,
+    TimedOut,
+}
+
+/// What becomes of the database that a job's output ESDL refers to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TimeSeries<'a> {
+    /// A job succeeded: guard its series, also when a scan had marked them meanwhile.
+    Keep {
+        esdl_id: String,
+        reference: Cow<'a, str>,
+    },
+    /// The job was deleted, but its task still delivered: these series are nobody's.
+    RetireLate {
+        esdl_id: String,
+        reference: Cow<'a, str>,
+    },
+    /// The job was deleted: whatever it left is to go.
+    Retire,
+}
+
+/// What became of a command, for the log.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Submitted {
+        task_id: Uuid,
+        /// In what its parameters do not fit the workflow's definition.
+        faults: Vec<String>,
+    },
+    Started {
+        starts: usize,
+    },
+    /// Started once more, which does not count.
+    Excused {
+        starts: usize,
+        why: &'static str,
+    },
+    /// Started once more, which is too often unless the workers say that nobody died.
+    Suspected {
+        starts: usize,
+    },
+    Progressed,
+    Ended(Outcome),
+    /// A cancel before the submission it belongs to.
+    CancelNoted,
+    Revoked(&'static str),
+    Ignored(&'static str),
+}

@@ -136,6 +136,43 @@ impl Drop for Call<'_> {
     }
 }
 
+/// The pauses between attempts: each about twice as long as the one before, up to a longest.
+#[derive(Debug)]
+pub struct Backoff {
+    first: Duration,
+    longest: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    pub fn new(first: Duration, longest: Duration) -> Backoff {
+        Backoff {
+            first,
+            longest,
+            next: first,
+        }
+    }
+
+    /// Whether there has been no pause yet.
+    pub fn is_fresh(&self) -> bool {
+        self.next == self.first
+    }
+
+    /// Begins anew with the shortest pause.
+    pub fn reset(&mut self) {
+        self.next = self.first;
+    }
+
+    /// Waits for the next pause; true when `stop` comes within it.
+    #[must_use]
+    pub fn stopped_by(&mut self, stop: &Signal) -> bool {
+        // What many wait for at once is not asked for by all at once.
+        let pause = self.next.mul_f64(0.5 + fastrand::f64());
+        self.next = (self.next * 2).min(self.longest);
+        stop.comes_within(pause)
+    }
+}
+
 /// Runs `body`, and `kill` when it takes too long, which is to free every call that it waits in.
 ///
 /// # Errors

@@ -20,7 +20,7 @@ use crate::domain::job::Command;
 use crate::domain::vhost::Vhost;
 use crate::service::shared::Service;
 use crate::store::{Connection, Store};
-use crate::threads::Signal;
+use crate::threads::{Backoff, Signal};
 use crate::wire::Inbox;
 
 mod closed;
@@ -238,7 +238,7 @@ impl<'s> Handler<'s> {
 
     /// Takes a batch through, with as many attempts as Postgres needs.
     fn handle(&mut self, batch: &mut [Item], stop: &Signal) -> Result<(), Trouble> {
-        let mut pause = FIRST_RETRY;
+        let mut backoff = Backoff::new(FIRST_RETRY, LAST_RETRY);
         let mut trouble_since = None;
         loop {
             // A fault of ours that one message brings to light must not hold up the others.
@@ -278,17 +278,16 @@ impl<'s> Handler<'s> {
                     });
                 }
             };
-            if pause == FIRST_RETRY {
+            if backoff.is_fresh() {
                 warn!("messages wait for Postgres: {trouble:?}");
             } else {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }
             self.watched.set_trouble(Some(format!("{trouble:#}")));
             let _rest = self.watched.rests();
-            if stop.comes_within(pause.mul_f64(0.5 + fastrand::f64())) {
+            if backoff.stopped_by(stop) {
                 return Err(Trouble::Stopped);
             }
-            pause = (pause * 2).min(LAST_RETRY);
         }
     }
 

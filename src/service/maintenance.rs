@@ -50,7 +50,6 @@ pub fn run(
     behind: impl Fn() -> bool,
     stop: &Signal,
 ) {
-    let buffer = service.config.timeout_start_buffer;
     let mut maintenance = Maintenance {
         service,
         store,
@@ -59,13 +58,13 @@ pub fn run(
         stop,
         connection: None,
         database_time: None,
-        quiet: Quiet::new(Instant::now(), buffer),
+        quiet: Quiet::new(Instant::now(), service.config.timeout_start_buffer),
         limits: Chore::default(),
         history: Chore::default(),
+        is_failing: false,
     };
     let period = service.config.timeout_check_period;
     let mut next_round = Instant::now() + period;
-    let mut failing = false;
     let mut last_beat = Instant::now();
     let mut pause = BEAT.min(period);
     loop {
@@ -95,20 +94,7 @@ pub fn run(
             Ok(()) => BEAT.min(period),
             Err(_) => RETRY.min(period),
         };
-        match done {
-            Ok(()) => failing = false,
-            Err(error) => {
-                maintenance.connection = None;
-                maintenance.database_time = None;
-                maintenance.quiet.begin(Instant::now(), buffer);
-                if failing {
-                    debug!("maintenance still fails: {error:#}");
-                } else {
-                    warn!("maintenance fails, and is tried again: {error:#}");
-                }
-                failing = true;
-            }
-        }
+        maintenance.note(done);
     }
 }
 
@@ -131,6 +117,8 @@ struct Maintenance<'s, B> {
     quiet: Quiet,
     limits: Chore,
     history: Chore,
+    /// Whether the last beat has failed.
+    is_failing: bool,
 }
 
 impl<B: Fn() -> bool> Maintenance<'_, B> {
@@ -156,6 +144,24 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         self.forget(&mut connection)?;
         self.connection = Some(connection);
         Ok(())
+    }
+
+    /// Tells of a beat that has failed, and forgets what it knew of the database. A trouble is told once.
+    fn note(&mut self, done: Result<(), StoreError>) {
+        let was_failing = self.is_failing;
+        self.is_failing = done.is_err();
+        let Err(error) = done else {
+            return;
+        };
+        self.connection = None;
+        self.database_time = None;
+        let buffer = self.service.config.timeout_start_buffer;
+        self.quiet.begin(Instant::now(), buffer);
+        if was_failing {
+            debug!("maintenance still fails: {error:#}");
+        } else {
+            warn!("maintenance fails, and is tried again: {error:#}");
+        }
     }
 
     /// Begins the quiet time again where this replica, or another one, has not been running.

@@ -1,15 +1,17 @@
 //! What all threads share.
 
+use std::process;
 use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::sync::{Mutex, PoisonError};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
+use uuid::Uuid;
 
 use crate::config::Config;
 use crate::domain::job::Rules;
 use crate::domain::overview::{Overview, Queues};
-use crate::domain::workflow::CurrentCatalogue;
+use crate::domain::workflow::{Catalogue, CurrentCatalogue};
 use crate::store::{Connection, Store, StoreError, Task};
 use crate::telemetry::health::{Health, Part};
 use crate::telemetry::metrics::Metrics;
@@ -38,6 +40,44 @@ pub struct Service {
 }
 
 impl Service {
+    /// One that is not connected to anything yet, and where to say that the catalogue has been
+    /// replaced.
+    ///
+    /// # Errors
+    /// There are too many handlers to count.
+    pub fn new(config: Config, catalogue: Catalogue) -> anyhow::Result<(Service, Sender<()>)> {
+        // One for each handler; one each for the probe, maintenance, time series and the inquiry.
+        let connections = u32::try_from(config.handler_threads)? + 4;
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        let (catalogue_changed, catalogue_news) = bounded(1);
+        let service = Service {
+            store: Store::new(&config.postgres, connections),
+            views: Store::for_viewers(&config.postgres),
+            can_look_on: AtomicBool::default(),
+            catalogue: CurrentCatalogue::new(catalogue),
+            catalogue_news,
+            health: Health::starting(Timestamp::now()),
+            metrics: Metrics::default(),
+            queues: Mutex::default(),
+            host: host.clone(),
+            celery_sender: celery::Sender {
+                origin: format!("gen{}@{host}", process::id()),
+                reply_to: Uuid::new_v4(),
+            },
+            revoke_clock: AtomicI64::new(1),
+            rules: Rules {
+                delivery_limit: config.delivery_limit,
+                retention: config.job_retention,
+                telling: config.outcome_lost,
+                outcome_delay: config.outcome_delay,
+                timeout_result: config.timeout_result,
+                reject_invalid_params: config.reject_invalid_params,
+            },
+            config,
+        };
+        Ok((service, catalogue_changed))
+    }
+
     /// Notes that there is no session: what only one can know is not known.
     pub fn no_session(&self, why: &anyhow::Error) {
         let now = Timestamp::now();

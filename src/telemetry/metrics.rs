@@ -3,29 +3,28 @@
 
 use std::collections::HashSet;
 use std::fmt::Write;
-use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
+use jiff::Timestamp;
 use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::domain::job::{Ended, Event};
 use crate::domain::overview::Overview;
+use crate::telemetry::gauges;
 use crate::telemetry::health::Health;
 use crate::wire::Inbox;
-use jiff::Timestamp;
 
 /// Media type of what [`Metrics::text`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-const PREFIX: &str = "omotes_orchestrator";
+pub(super) const PREFIX: &str = "omotes_orchestrator";
 /// What stands for a workflow that the definitions do not have: names that clients make up must not
 /// become time series.
-const OTHER_WORKFLOW: &str = "other";
+pub(super) const OTHER_WORKFLOW: &str = "other";
 
 /// A step of a batch's way; see [`crate::service::handler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -264,7 +263,7 @@ impl Metrics {
 
     /// All of it in Prometheus's text format, with what is known of the rest of the deployment.
     pub fn text(&self, health: &Health, overview: &Overview, now: Timestamp) -> String {
-        let gauges = gauges(health, overview, now);
+        let gauges = gauges::read(health, overview, now);
         let mut text = String::new();
         // Writing into a text does not fail.
         let _ = encode_registry(&mut text, &self.registry);
@@ -298,152 +297,4 @@ fn prometheus_text(open_metrics: &str) -> String {
         text.push('\n');
     }
     text
-}
-
-type Labels = Vec<(&'static str, String)>;
-
-/// The gauges of one answer; so none is left of what is no more.
-struct Gauges<'r>(&'r mut Registry);
-
-impl Gauges<'_> {
-    fn add(
-        &mut self,
-        name: &str,
-        help: &str,
-        unit: Option<Unit>,
-        values: impl IntoIterator<Item = (Labels, f64)>,
-    ) {
-        let family = Family::<Labels, Gauge<f64, AtomicU64>>::default();
-        for (labels, value) in values {
-            // Workflows that the definitions do not have are one.
-            family.get_or_create(&labels).inc_by(value);
-        }
-        match unit {
-            Some(unit) => self.0.register_with_unit(name, help, unit, family),
-            None => self.0.register(name, help, family),
-        }
-    }
-}
-
-fn gauges(health: &Health, overview: &Overview, now: Timestamp) -> Registry {
-    let mut registry = Registry::with_prefix(PREFIX);
-    let mut gauges = Gauges(&mut registry);
-    let truth = |is_so: bool| f64::from(u8::from(is_so));
-    let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
-    gauges.add(
-        "build_info",
-        "Version of the program",
-        None,
-        [(version, 1.0)],
-    );
-
-    let (ready, parts) = health.parts(now);
-    gauges.add(
-        "ready",
-        "Whether the service is ready",
-        None,
-        [(vec![], truth(ready))],
-    );
-    let parts = parts.into_iter().map(|part| {
-        let labels = vec![("part", part.name.to_owned())];
-        (labels, truth(part.why.is_none()))
-    });
-    gauges.add(
-        "part_up",
-        "Whether a part of the service works",
-        None,
-        parts,
-    );
-
-    let workflows = overview.workflows();
-    let name = |name: &str, defined: bool| match defined {
-        true => name.to_owned(),
-        false => OTHER_WORKFLOW.to_owned(),
-    };
-    let jobs = workflows.iter().flat_map(|workflow| {
-        let labels = |state: &str| {
-            vec![
-                ("workflow", name(&workflow.name, workflow.defined)),
-                ("state", state.to_owned()),
-            ]
-        };
-        [
-            (labels("waiting"), workflow.waiting as f64),
-            (labels("running"), workflow.running as f64),
-        ]
-    });
-    // What is not known is left out: a zero would say that all is well.
-    if overview.has_rows {
-        gauges.add("jobs", "Jobs that have not ended", None, jobs);
-        let oldest = overview.oldest_waiting();
-        let age = oldest.map_or(0.0, |since| {
-            now.duration_since(since).as_secs_f64().max(0.0)
-        });
-        let help = "How long the job has been waiting that has been waiting longest";
-        gauges.add(
-            "oldest_waiting_job",
-            help,
-            Some(Unit::Seconds),
-            [(vec![], age)],
-        );
-    }
-    let lonely = workflows.iter().map(|workflow| {
-        let labels = vec![("workflow", name(&workflow.name, workflow.defined))];
-        (labels, truth(workflow.without_worker_since.is_some()))
-    });
-    let help = "Whether jobs wait for a workflow that has no worker";
-    gauges.add("workflow_without_worker", help, None, lonely);
-
-    let queues = overview.queues.iter().flat_map(|queues| &queues.queues);
-    let queues = queues.filter_map(|queue| Some((queue, queue.depth?)));
-    let queues: Vec<_> = queues
-        .map(|(queue, depth)| {
-            let labels = vec![
-                ("connection", queue.vhost.name().to_owned()),
-                ("queue", queue.name.clone()),
-            ];
-            (labels, depth)
-        })
-        .collect();
-    let messages = queues
-        .iter()
-        .map(|(labels, depth)| (labels.clone(), f64::from(depth.messages)));
-    gauges.add(
-        "queue_messages",
-        "Messages that wait in a queue",
-        None,
-        messages,
-    );
-    let consumers = queues
-        .into_iter()
-        .map(|(labels, depth)| (labels, f64::from(depth.consumers)));
-    gauges.add("queue_consumers", "Consumers of a queue", None, consumers);
-
-    let idle = overview.idle_connections;
-    let connections = [
-        ("idle", idle),
-        ("used", overview.connections.saturating_sub(idle)),
-    ];
-    let connections =
-        connections.map(|(state, count)| (vec![("state", state.to_owned())], f64::from(count)));
-    gauges.add(
-        "postgres_connections",
-        "Connections to Postgres",
-        None,
-        connections,
-    );
-    let runs = overview.maintenance.iter().map(|(task, last_run)| {
-        (
-            vec![("task", task.clone())],
-            last_run.as_millisecond() as f64 / 1000.0,
-        )
-    });
-    let help = "When what one replica does for all was last begun";
-    gauges.add(
-        "maintenance_last_run_timestamp",
-        help,
-        Some(Unit::Seconds),
-        runs,
-    );
-    registry
 }

@@ -90,7 +90,22 @@ pub fn job(id: Uuid, reference: &str) -> String {
 
 /// Logs what became of a command.
 pub fn log(subject: &Subject, event: &Event, command: &Command) {
-    let say = |level, task: Option<&str>, text: &str| {
+    let new_task;
+    let (task, faults) = match event {
+        Event::Submitted { task_id, faults } => {
+            new_task = task_id.to_string();
+            (Some(new_task.as_str()), faults.as_slice())
+        }
+        Event::Started { .. }
+        | Event::Excused { .. }
+        | Event::Suspected { .. }
+        | Event::Progressed
+        | Event::Ended(_)
+        | Event::CancelNoted
+        | Event::Revoked(_)
+        | Event::Ignored(_) => (command.task_id(), [].as_slice()),
+    };
+    let say = |level, text: &str| {
         log!(
             level,
             job:% = subject.id,
@@ -101,69 +116,79 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
             job(subject.id, &subject.reference)
         );
     };
+    let level = level(event, command);
+    if log_enabled!(level) {
+        say(level, &line(event, command));
+    }
+    if !faults.is_empty() {
+        let workflow = one_line(&subject.workflow);
+        let faults = one_line(&faults.join("; "));
+        let text = format!("its parameters do not fit {workflow}: {faults}");
+        say(Level::Warn, &text);
+    }
+}
+
+/// What is said of an event.
+fn line(event: &Event, command: &Command) -> String {
     match event {
-        Event::Submitted { task_id, faults } => {
+        Event::Submitted { task_id, .. } => {
             let workflow = command.workflow_type().map(one_line).unwrap_or_default();
-            let task = task_id.to_string();
-            let text = format!("submitted to {workflow} as task {task_id}");
-            say(Level::Info, Some(&task), &text);
-            if !faults.is_empty() {
-                let faults = one_line(&faults.join("; "));
-                let text = format!("its parameters do not fit {workflow}: {faults}");
-                say(Level::Warn, Some(&task), &text);
-            }
+            format!("submitted to {workflow} as task {task_id}")
         }
-        Event::Started { starts: 1 } => say(Level::Info, command.task_id(), "running"),
-        Event::Started { starts } => {
-            let text = format!("running, started {starts} times");
-            say(Level::Warn, command.task_id(), &text);
-        }
+        Event::Started { starts: 1 } => "running".to_owned(),
+        Event::Started { starts } => format!("running, started {starts} times"),
         Event::Excused { starts, why } => {
-            let text = format!("its task was started {starts} times, and goes on: {why}");
-            say(Level::Warn, command.task_id(), &text);
+            format!("its task was started {starts} times, and goes on: {why}")
         }
         Event::Suspected { starts } => {
-            let text = format!("its task was started {starts} times: asking whether a worker died");
-            say(Level::Warn, command.task_id(), &text);
+            format!("its task was started {starts} times: asking whether a worker died")
         }
-        Event::Progressed if log_enabled!(Level::Debug) => {
-            say(Level::Debug, command.task_id(), &progress(command));
-        }
-        Event::Progressed => {}
+        Event::Progressed => progress(command),
         Event::Ended(outcome) => {
             let why = reason(command)
                 .map(|why| format!(": {why}"))
                 .unwrap_or_default();
-            let text = format!("{}{why}", outcome_text(*outcome));
-            say(level(*outcome), command.task_id(), &text);
+            format!("{}{why}", outcome_text(*outcome))
         }
-        Event::CancelNoted => {
-            let text = "cancelled before it was submitted, or long ago";
-            say(Level::Info, None, text);
-        }
+        Event::CancelNoted => "cancelled before it was submitted, or long ago".to_owned(),
         Event::Revoked(why) => {
             let task = command.task_id().map(one_line).unwrap_or_default();
-            let text = format!("task {task} is revoked: {why}");
-            say(Level::Warn, command.task_id(), &text);
+            format!("task {task} is revoked: {why}")
         }
-        Event::Ignored(why) => {
-            let level = match command {
-                // Every job's last progress trails its result.
-                Command::Progress { .. } | Command::NoWorker | Command::Judge { .. } => {
-                    Level::Debug
-                }
-                Command::Submit(_)
-                | Command::Refuse { .. }
-                | Command::Cancel
-                | Command::Start { .. }
-                | Command::Result { .. }
-                | Command::TimeOut
-                | Command::Expire
-                | Command::Fail { .. } => Level::Info,
-            };
-            let text = format!("{} is ignored: {why}", command.name());
-            say(level, command.task_id(), &text);
-        }
+        Event::Ignored(why) => format!("{} is ignored: {why}", command.name()),
+    }
+}
+
+/// For whom that is.
+fn level(event: &Event, command: &Command) -> Level {
+    match event {
+        Event::Submitted { .. } | Event::Started { starts: 1 } | Event::CancelNoted => Level::Info,
+        Event::Started { .. }
+        | Event::Excused { .. }
+        | Event::Suspected { .. }
+        | Event::Revoked(_) => Level::Warn,
+        Event::Progressed => Level::Debug,
+        Event::Ended(Outcome::Succeeded | Outcome::Cancelled) => Level::Info,
+        Event::Ended(
+            Outcome::Failed
+            | Outcome::CrashLoop
+            | Outcome::Rejected
+            | Outcome::TimedOut
+            | Outcome::Expired
+            | Outcome::Lost,
+        ) => Level::Warn,
+        Event::Ignored(_) => match command {
+            // Every job's last progress trails its result.
+            Command::Progress { .. } | Command::NoWorker | Command::Judge { .. } => Level::Debug,
+            Command::Submit(_)
+            | Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::Fail { .. } => Level::Info,
+        },
     }
 }
 
@@ -191,18 +216,6 @@ fn reason(command: &Command) -> Option<String> {
         | Command::Expire
         | Command::NoWorker
         | Command::Judge { .. } => None,
-    }
-}
-
-fn level(outcome: Outcome) -> Level {
-    match outcome {
-        Outcome::Succeeded | Outcome::Cancelled => Level::Info,
-        Outcome::Failed
-        | Outcome::CrashLoop
-        | Outcome::Rejected
-        | Outcome::TimedOut
-        | Outcome::Expired
-        | Outcome::Lost => Level::Warn,
     }
 }
 

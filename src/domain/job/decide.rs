@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job, JobStatus,
     MAX_WORKFLOW_TYPE, Outcome, Progress, Publication, ResultType, State, Submission, TimeSeries,
-    TimeoutResult, kept_reference,
+    TimeoutResult,
 };
 use super::{ending, starts};
 use crate::domain::esdl;
@@ -202,39 +202,39 @@ fn submit<'a>(
         ));
     }
     match submission_expected(standing) {
-        Expected::Yes { registered_at } => Decision {
-            next: Some(State::Live(Job {
-                workflow_type: submission.workflow_type.clone(),
-                reference: kept_reference(submission.reference.as_deref()),
+        Expected::Yes { registered_at } => {
+            let registered_at = registered_at.unwrap_or(context.now);
+            let default_timeout_ms = definition.limits.default_timeout_ms;
+            let job = Job {
                 status: JobStatus::Submitted,
                 task_id: Some(context.new_task_id.to_string()),
-                registered_at: registered_at.unwrap_or(context.now),
                 submitted_at: Some(context.now),
-                running_at: None,
-                timeout_ms: submission
-                    .timeout_ms
-                    .or(definition.limits.default_timeout_ms)
-                    .map(i64::from),
+                timeout_ms: submission.timeout_ms.or(default_timeout_ms).map(i64::from),
                 priority: Some(submission.priority),
-                starts: Vec::new(),
-                progress: None,
-            })),
-            publications: vec![
-                Publication::Task {
-                    job_id,
-                    task_id: context.new_task_id,
-                    submission,
-                },
-                Publication::Status {
-                    job_id,
-                    status: ClientStatus::Enqueued,
-                },
-            ],
-            ..Decision::nothing(Event::Submitted {
+                ..Job::without_task(
+                    &submission.workflow_type,
+                    &submission.reference,
+                    registered_at,
+                )
+            };
+            let task = Publication::Task {
+                job_id,
                 task_id: context.new_task_id,
-                faults,
-            })
-        },
+                submission,
+            };
+            let enqueued = Publication::Status {
+                job_id,
+                status: ClientStatus::Enqueued,
+            };
+            Decision {
+                next: Some(State::Live(job)),
+                publications: vec![task, enqueued],
+                ..Decision::nothing(Event::Submitted {
+                    task_id: context.new_task_id,
+                    faults,
+                })
+            }
+        }
         Expected::Cancelled => cancelled_before_submission(
             job_id,
             &submission.workflow_type,

@@ -14,6 +14,7 @@ use super::{ending, starts};
 use crate::domain::esdl;
 use crate::domain::parameters;
 use crate::domain::text::excerpt;
+use crate::domain::workflow::Limits;
 
 const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
 
@@ -204,36 +205,8 @@ fn submit<'a>(
     match submission_expected(standing) {
         Expected::Yes { registered_at } => {
             let registered_at = registered_at.unwrap_or(context.now);
-            let default_timeout_ms = definition.limits.default_timeout_ms;
-            let job = Job {
-                status: JobStatus::Submitted,
-                task_id: Some(context.new_task_id.to_string()),
-                submitted_at: Some(context.now),
-                timeout_ms: submission.timeout_ms.or(default_timeout_ms).map(i64::from),
-                priority: Some(submission.priority),
-                ..Job::without_task(
-                    &submission.workflow_type,
-                    &submission.reference,
-                    registered_at,
-                )
-            };
-            let task = Publication::Task {
-                job_id,
-                task_id: context.new_task_id,
-                submission,
-            };
-            let enqueued = Publication::Status {
-                job_id,
-                status: ClientStatus::Enqueued,
-            };
-            Decision {
-                next: Some(State::Live(job)),
-                publications: vec![task, enqueued],
-                ..Decision::nothing(Event::Submitted {
-                    task_id: context.new_task_id,
-                    faults,
-                })
-            }
+            let limits = &definition.limits;
+            accept(job_id, submission, registered_at, limits, faults, context)
         }
         Expected::Cancelled => cancelled_before_submission(
             job_id,
@@ -242,6 +215,45 @@ fn submit<'a>(
             context,
         ),
         Expected::No(why) => Decision::ignored(why),
+    }
+}
+
+/// Gives a job to the workers. `faults` is in what its parameters do not fit its workflow.
+fn accept<'a>(
+    job_id: Uuid,
+    submission: &'a Submission,
+    registered_at: Timestamp,
+    limits: &Limits,
+    faults: Vec<String>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let task_id = context.new_task_id;
+    let timeout_ms = submission.timeout_ms.or(limits.default_timeout_ms);
+    let job = Job {
+        status: JobStatus::Submitted,
+        task_id: Some(task_id.to_string()),
+        submitted_at: Some(context.now),
+        timeout_ms: timeout_ms.map(i64::from),
+        priority: Some(submission.priority),
+        ..Job::without_task(
+            &submission.workflow_type,
+            &submission.reference,
+            registered_at,
+        )
+    };
+    let task = Publication::Task {
+        job_id,
+        task_id,
+        submission,
+    };
+    let enqueued = Publication::Status {
+        job_id,
+        status: ClientStatus::Enqueued,
+    };
+    Decision {
+        next: Some(State::Live(job)),
+        publications: vec![task, enqueued],
+        ..Decision::nothing(Event::Submitted { task_id, faults })
     }
 }
 

@@ -1,9 +1,13 @@
 use base64::prelude::{BASE64_STANDARD, Engine};
+use jiff::Timestamp;
 use proptest::prelude::*;
+use prost::Message as _;
+use prost_types::value::Kind;
 use rstest::rstest;
 use serde_json::json;
 
 use super::*;
+use crate::domain::job::{ClientStatus, Command, Priority, ResultType, Submission};
 
 const JOB: &str = "ea19a9a2-f366-42c4-9d3b-815342135bc2";
 

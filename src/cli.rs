@@ -1,21 +1,150 @@
-//! What the commands share: their way to the deployment, and how they print.
+//! The command line: which commands there are, and what they share.
 
+use std::fmt;
 use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
 use console::Term;
+use omotes_orchestrator::app;
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::environment::Environment;
 use omotes_orchestrator::domain::overview::{Overview, Queues};
-use omotes_orchestrator::domain::workflow::Catalogue;
+use omotes_orchestrator::http;
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
-use omotes_orchestrator::text_file;
+use omotes_orchestrator::telemetry::logger;
+use omotes_orchestrator::telemetry::report::readable;
 
-pub(crate) mod configuration;
-pub(crate) mod doctor;
-pub(crate) mod jobs;
-pub(crate) mod queues;
+mod configuration;
+mod db;
+mod dead_letters;
+mod doctor;
+mod jobs;
+mod queues;
+mod submit;
+mod time_series;
+mod workflows;
+
+/// The OMOTES job orchestrator, between SDK clients and Celery workers.
+///
+/// Configured by environment variables and an `.env` file in the working directory;
+/// config/README.md lists them. Without a command it runs the service.
+#[derive(Parser)]
+#[command(version)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the service (the default).
+    Run,
+    /// Ask the running service whether it is ready; exits with 0 if it is.
+    Healthcheck,
+    /// List, show, watch and cancel jobs.
+    #[command(subcommand)]
+    Jobs(jobs::Command),
+    /// Show how full RabbitMQ's queues are, who takes from them, and how that changes.
+    Queues(queues::Queues),
+    /// Show the configuration in force and where each value comes from; passwords are not shown.
+    ///
+    /// Exits with 1 when it is faulty, and says why.
+    Config(configuration::Configuration),
+    /// Look the deployment over: what is wrong with it, and what to do about it.
+    ///
+    /// Looks at each connection and its rights, mixed-up vhosts, queues declared otherwise, workflows
+    /// without a worker, limits of RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB,
+    /// and dead letters. Changes nothing that lasts. Exits with 1 when there is a warning or an error.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator doctor\n  \
+        omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \
+        omotes-orchestrator doctor --json | jq '.[] | select(.severity == \"error\")'")]
+    Doctor(doctor::Doctor),
+    /// Look at or change the revision of the database's tables.
+    #[command(subcommand)]
+    Db(db::Command),
+    /// The workflow definitions.
+    #[command(subcommand)]
+    Workflows(workflows::Command),
+    /// The time series of output ESDLs, and whether somebody needs them.
+    #[command(subcommand)]
+    TimeSeries(time_series::Command),
+    /// The messages that could not be handled, of both vhosts.
+    #[command(subcommand)]
+    DeadLetters(dead_letters::Command),
+    /// Submit a job and follow it to its end.
+    ///
+    /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
+    /// was cancelled.
+    Submit(submit::Submit),
+    /// Print the completions of a shell, to be sourced or put where it looks for them.
+    Completions { shell: clap_complete::Shell },
+}
+
+/// # Errors
+/// What a command could not do. One that has done it and has bad news returns another exit code.
+pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let environment = Environment::with_file(Path::new(".env"))?;
+    let config = || environment.config().context("configuration");
+    match cli.command.unwrap_or(Command::Run) {
+        Command::Run => serve(config()?, &environment),
+        Command::Healthcheck => match config()?.http_bind {
+            Some(address) => http::check(address).map(|()| ExitCode::SUCCESS),
+            None => bail!("HTTP_BIND is empty, so nobody can be asked"),
+        },
+        Command::Jobs(command) => jobs::run(&config()?, command),
+        Command::Config(configuration) => configuration::run(&configuration, &environment),
+        Command::Doctor(doctor) => doctor::run(&config()?, &environment, &doctor),
+        Command::Queues(queues) => queues::run(&config()?, &queues),
+        Command::Completions { shell } => complete(shell),
+        Command::Db(command) => db::run(command, config),
+        Command::Workflows(command) => workflows::run(&command),
+        Command::TimeSeries(command) => time_series::run(&config()?, &command),
+        Command::DeadLetters(command) => dead_letters::run(&config()?, &command),
+        Command::Submit(submit) => submit::run(&config()?, submit),
+    }
+}
+
+/// Runs the service to its end.
+fn serve(config: Config, environment: &Environment) -> anyhow::Result<ExitCode> {
+    logger::start(config.log_level, config.log_format);
+    for near_miss in environment.near_misses() {
+        log::warn!("{near_miss}");
+    }
+    Ok(match app::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // With the cause chain, and a stack trace where RUST_BACKTRACE asks for one.
+            log::error!("{error:?}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn complete(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut completions = Vec::new();
+    let mut command = Cli::command();
+    let name = command.get_name().to_owned();
+    clap_complete::generate(shell, &mut command, name, &mut completions);
+    print(&String::from_utf8_lossy(&completions))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a command may do what cannot be undone.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct Agreed {
+    /// Do it. Without, it is only said what would go.
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+/// What a command says last that has done nothing for want of --yes.
+pub(crate) const NOTHING_DONE: &str = "nothing was done: --yes does it";
 
 /// # Errors
 /// Postgres is not there.
@@ -36,7 +165,7 @@ pub(crate) fn overview(
     connection: &mut Connection,
     watch: Option<&Watch>,
 ) -> anyhow::Result<Overview> {
-    let defined = defined(config);
+    let defined = workflows::defined(config);
     let rows = connection.workflows(&defined)?;
     let names: Vec<_> = rows.keys().cloned().collect();
     let queues = watch.and_then(|watch| watch.look(config, &names).ok());
@@ -53,13 +182,6 @@ pub(crate) fn overview(
     })
 }
 
-/// The workflows that the definitions have, none where those cannot be read.
-pub(crate) fn defined(config: &Config) -> Vec<String> {
-    let text = text_file::read(&config.workflow_config_path).ok();
-    let catalogue = text.and_then(|text| Catalogue::parse(&text).ok());
-    catalogue.map_or_else(Vec::new, |catalogue| catalogue.names())
-}
-
 /// A table as wide as the terminal; without wrapping where there is none.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -73,10 +195,29 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// A warning beside what the command prints.
-pub(crate) fn say_aside(warning: &str) {
+/// Tells on standard error why a command has failed.
+pub(crate) fn complain(error: &anyhow::Error) {
+    let error = readable(&format!("{error:#}"));
+    say_aside(format_args!("omotes-orchestrator: {error}"));
+}
+
+/// A warning on standard error, beside what the command prints.
+pub(crate) fn warn(warning: &str) {
+    say_aside(format_args!("warning: {warning}"));
+}
+
+/// A line on standard error.
+pub(crate) fn say_aside(line: fmt::Arguments<'_>) {
     // Nobody may be there to read it.
-    let _ = writeln!(io::stderr(), "warning: {warning}");
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Prints a line, as [`print`] does.
+///
+/// # Errors
+/// The same.
+pub(crate) fn say(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
+    print(&format!("{line}\n"))
 }
 
 /// Prints to standard output. That its reader has gone, as `head` does, is no failure.

@@ -11,7 +11,6 @@ pub mod app;
 #[path = "../tests/integration/authority.rs"]
 mod authority;
 pub mod broker;
-pub mod client;
 pub mod config;
 pub mod doctor;
 pub mod domain;

@@ -68,7 +68,7 @@ const FLOORS: &[&[&str]] = &[
     &["broker", "store", "influx"],
     &["telemetry"],
     &["service"],
-    &["page", "doctor", "client"],
+    &["page", "doctor"],
     &["http"],
     &["app"],
     &["cli"],

@@ -9,7 +9,7 @@ use omotes_orchestrator::config::{Config, Setting};
 use omotes_orchestrator::telemetry::report::harmless;
 use serde_json::json;
 
-use super::{print, say_aside, table};
+use super::{print, table, warn};
 
 #[derive(Args)]
 pub(crate) struct Configuration {
@@ -46,7 +46,7 @@ pub(crate) fn run(
         print(&format!("{}\n", table.trim_fmt()))?;
     }
     for near_miss in environment.near_misses() {
-        say_aside(&near_miss);
+        warn(&near_miss);
     }
     environment.config()?;
     Ok(ExitCode::SUCCESS)

@@ -13,7 +13,8 @@ use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::telemetry::report::one_line;
 use serde_json::json;
 
-use super::{connect, defined, overview, print, table};
+use super::workflows::defined;
+use super::{connect, overview, print, table};
 
 #[derive(Args)]
 pub(crate) struct Queues {

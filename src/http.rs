@@ -16,16 +16,17 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::domain::overview::{Filter, Overview};
-use crate::page::{self, Frame};
 use crate::service::shared::Service;
 use crate::store::StoreError;
-use crate::telemetry::health::PartView;
+use crate::telemetry::health::{Part, PartView};
 use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
 use crate::threads::Signal;
 
+mod page;
 mod server;
 
+use page::Frame;
 pub use server::{DEADLINE, Request, Response, Server, Ticket};
 
 /// Requests that wait for the database; with one more the client is told to come again.
@@ -228,7 +229,7 @@ fn respond(service: &Service, route: &Route) -> Response {
     };
     // Waiting for a connection that will not come would take longer than anybody waits.
     let mut parts = parts.iter();
-    let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.name == "postgres"));
+    let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.part == Part::Postgres));
     if let Some(why) = postgres.filter(|_| !service.can_look_on.load(Ordering::Relaxed)) {
         return without_database(service, route, &frame, why);
     }
@@ -319,7 +320,7 @@ fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Respo
 fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
     let parts = parts
         .iter()
-        .map(|part| json!({"name": part.name, "since": part.since, "why": part.why}));
+        .map(|part| json!({"name": part.part.name(), "since": part.since, "why": part.why}));
     json!({
         "parts": parts.collect::<Vec<_>>(),
         "workflows": overview.workflows(),

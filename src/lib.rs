@@ -17,7 +17,6 @@ pub mod domain;
 mod fault_point;
 pub mod http;
 pub mod influx;
-pub mod page;
 pub mod proto;
 pub mod service;
 pub mod store;

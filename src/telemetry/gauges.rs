@@ -65,7 +65,7 @@ impl Gauges {
             [(vec![], truth(ready))],
         );
         let parts = parts.into_iter().map(|part| {
-            let labels = vec![("part", part.name.to_owned())];
+            let labels = vec![("part", part.part.name().to_owned())];
             (labels, truth(part.why.is_none()))
         });
         self.add(

@@ -55,7 +55,7 @@ struct Condition {
 /// A part as others see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartView {
-    pub name: &'static str,
+    pub part: Part,
     /// Why it does not work, if it does not.
     pub why: Option<String>,
     /// Since when it works, or does not.
@@ -97,7 +97,7 @@ impl Health {
             if let Some(why) = part.why {
                 value["why"] = why.into();
             }
-            (part.name.to_owned(), value)
+            (part.part.name().to_owned(), value)
         });
         let parts: serde_json::Map<_, _> = parts.collect();
         (ready, json!({"ready": ready, "parts": parts}))
@@ -122,7 +122,7 @@ impl Health {
             .iter()
             .zip(conditions.iter())
             .map(|(part, condition)| PartView {
-                name: part.name(),
+                part: *part,
                 why: condition.fault.clone(),
                 since: condition.since,
             })

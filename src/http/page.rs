@@ -21,17 +21,22 @@ const ESTIMATE: &str =
     "Half of the last runs like this stayed below the first time, nine of ten below the second.";
 
 /// What is on every page.
-pub struct Frame<'a> {
+pub(super) struct Frame<'a> {
     /// Allows this page's script, and no other; fresh for each page.
-    pub nonce: &'a str,
-    pub now: Timestamp,
+    pub(super) nonce: &'a str,
+    pub(super) now: Timestamp,
     /// Which of the replicas answers.
-    pub host: &'a str,
-    pub parts: &'a [PartView],
+    pub(super) host: &'a str,
+    pub(super) parts: &'a [PartView],
 }
 
 /// All jobs and everything around them.
-pub fn overview(frame: &Frame<'_>, overview: &Overview, filter: &Filter, page: &Page) -> String {
+pub(super) fn overview(
+    frame: &Frame<'_>,
+    overview: &Overview,
+    filter: &Filter,
+    page: &Page,
+) -> String {
     let now = frame.now;
     let workflows = overview.workflows();
     let names: Vec<_> = workflows
@@ -77,7 +82,7 @@ pub fn overview(frame: &Frame<'_>, overview: &Overview, filter: &Filter, page: &
 }
 
 /// The page of a database that does not answer.
-pub fn without_database(frame: &Frame<'_>, why: &str) -> String {
+pub(super) fn without_database(frame: &Frame<'_>, why: &str) -> String {
     document(
         frame,
         "OMOTES jobs",
@@ -89,7 +94,7 @@ pub fn without_database(frame: &Frame<'_>, why: &str) -> String {
 }
 
 /// What is shown instead of what would have taken too long, with what helps.
-pub fn in_vain(frame: &Frame<'_>, why: &str) -> String {
+pub(super) fn in_vain(frame: &Frame<'_>, why: &str) -> String {
     document(
         frame,
         "OMOTES jobs",
@@ -101,7 +106,7 @@ pub fn in_vain(frame: &Frame<'_>, why: &str) -> String {
 }
 
 /// The page of a job that nobody knows, or not any more.
-pub fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
+pub(super) fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
     document(
         frame,
         "OMOTES jobs",
@@ -113,7 +118,7 @@ pub fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
 }
 
 /// One job's whole story.
-pub fn job(frame: &Frame<'_>, story: &Story) -> String {
+pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
     let (job, now) = (&story.job, frame.now);
     let when = |time: Option<Timestamp>| {
         html! {
@@ -175,13 +180,13 @@ fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
                         h1 { a href="/" { "OMOTES jobs" } }
                         ul.parts {
                             @for part in frame.parts {
-                                li class={ "part" @if part.why.is_some() { " bad" } } { (part.name) }
+                                li class={ "part" @if part.why.is_some() { " bad" } } { (part.part.name()) }
                             }
                         }
                     }
                     @for part in frame.parts {
                         @if let Some(why) = &part.why {
-                            p.alarm { b { (part.name) } " since " (ago(part.since, frame.now)) ": " (readable(why)) }
+                            p.alarm { b { (part.part.name()) } " since " (ago(part.since, frame.now)) ": " (readable(why)) }
                         }
                     }
                     (content)

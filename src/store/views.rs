@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use postgres::Row;
 use uuid::Uuid;
 
-use super::{Connection, StoreError, named, progress};
+use super::rows::{named, progress};
+use super::{Connection, StoreError};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};

@@ -1,0 +1,468 @@
+//! The transaction of a batch: locks its jobs, loads their states and writes what has become of them,
+//! each with one statement for all jobs.
+
+use std::collections::{BTreeMap, HashMap};
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::rows::{same_row, state};
+use super::{StoreError, Transaction, expect_rows, starts};
+use crate::domain::batch::{Series, SeriesChanges, Transition};
+use crate::domain::job::{
+    Ended, Ending, Job, MAX_REFERENCE, MAX_WORKFLOW_TYPE, Priority, Start, State,
+};
+
+/// What a batch's decisions need to know.
+#[derive(Debug)]
+pub struct Loaded {
+    pub states: HashMap<Uuid, State>,
+    /// The database's time.
+    pub now: Timestamp,
+    /// When a replica last began a session with RabbitMQ, by the same clock.
+    pub session_begun: Option<Timestamp>,
+}
+
+/// What becomes of the rows, by the statement that does it.
+#[derive(Default)]
+struct Changes<'a> {
+    inserted: Vec<(Uuid, &'a Job)>,
+    /// Each with how it was.
+    updated: Vec<(Uuid, &'a Job, &'a Job)>,
+    /// Those of which nothing else changes.
+    progressed: Vec<(Uuid, &'a Job)>,
+    started: Vec<(Uuid, &'a Start)>,
+    judged: Vec<(Uuid, &'a Start)>,
+    ended: Vec<(Uuid, &'a Ended)>,
+}
+
+impl<'a> Changes<'a> {
+    fn of(transitions: &'a [Transition<'a>]) -> Changes<'a> {
+        let mut changes = Changes::default();
+        for transition in transitions {
+            changes.add_rows(transition);
+            let (before, after) = (&transition.before, &transition.after);
+            if let Some(ended) = outcome(after)
+                && outcome(before) != Some(ended)
+            {
+                changes.ended.push((transition.job_id, ended));
+            }
+        }
+        changes
+    }
+
+    fn add_rows(&mut self, transition: &'a Transition<'a>) {
+        let job_id = transition.job_id;
+        match (row(transition.before), row(&transition.after)) {
+            (Some(before), Some(after)) => {
+                if !same_row(before, after) {
+                    self.updated.push((job_id, before, after));
+                } else if before.progress != after.progress {
+                    self.progressed.push((job_id, after));
+                }
+                let new = after.starts.iter().skip(before.starts.len());
+                self.started.extend(new.map(|start| (job_id, start)));
+                let both = before.starts.iter().zip(&after.starts);
+                let changed = both.filter(|(before, after)| before.verdict != after.verdict);
+                self.judged
+                    .extend(changed.map(|(_, start)| (job_id, start)));
+            }
+            (None, Some(after)) => {
+                self.inserted.push((job_id, after));
+                let starts = after.starts.iter();
+                self.started.extend(starts.map(|start| (job_id, start)));
+            }
+            // It goes when the client has been told.
+            (_, None) => {}
+        }
+    }
+
+    fn is_nothing_but_progress(&self) -> bool {
+        let Changes {
+            inserted,
+            updated,
+            progressed,
+            started,
+            judged,
+            ended,
+        } = self;
+        let others = [
+            inserted.len(),
+            updated.len(),
+            started.len(),
+            judged.len(),
+            ended.len(),
+        ];
+        !progressed.is_empty() && others.iter().all(|rows| *rows == 0)
+    }
+}
+
+/// The row in `job` that a state has.
+fn row(state: &State) -> Option<&Job> {
+    match state {
+        State::Live(job) | State::Ending(Ending { job, .. }) => Some(job),
+        State::Unknown | State::Ended(_) => None,
+    }
+}
+
+/// The row in `job_history` that a state has.
+fn outcome(state: &State) -> Option<&Ended> {
+    match state {
+        State::Ending(Ending { ended, .. }) | State::Ended(ended) => Some(ended),
+        State::Unknown | State::Live(_) => None,
+    }
+}
+
+impl Transaction<'_> {
+    /// Waits until no other transaction of any replica works on these jobs, and keeps others from
+    /// it until the end of this one. Unlike a row lock it covers jobs without a row.
+    ///
+    /// # Errors
+    /// The wait took longer than the connection's `lock_timeout`, or the connection is lost.
+    pub fn lock(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
+        let mut keys: Vec<i64> = job_ids.iter().map(lock_key).collect();
+        // In one order everywhere, so that two batches never wait for each other.
+        keys.sort_unstable();
+        keys.dedup();
+        self.execute(
+            "SELECT pg_advisory_xact_lock(key) FROM unnest($1::bigint[]) AS key",
+            &[&keys],
+        )?;
+        Ok(())
+    }
+
+    /// Lets Postgres wait for longer than usual between two statements of this transaction.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn take_time(&mut self) -> Result<(), StoreError> {
+        self.execute(
+            "SET LOCAL idle_in_transaction_session_timeout = '4min'",
+            &[],
+        )?;
+        Ok(())
+    }
+
+    /// The states of these jobs, all of which are in the answer, and what else is to be known for a
+    /// decision.
+    ///
+    /// # Errors
+    /// The connection is lost. A row is not one that this program or the Python service writes:
+    /// [`StoreError::Refused`].
+    pub fn load(&mut self, job_ids: &[Uuid]) -> Result<Loaded, StoreError> {
+        let rows = self.query(
+            "SELECT clock_timestamp() AS now, wanted.job_id,
+                    (SELECT begun_at FROM broker_session) AS session_begun,
+                    job.status::text AS status, left(job.workflow_type, $3) AS workflow_type,
+                    left(job.job_reference, $2) AS job_reference,
+                    job.celery_id, job.registered_at, job.submitted_at, job.running_at,
+                    job.timeout_after_ms, job.priority, job.progress, job.progress_message,
+                    job.progress_at, starts.started_at, starts.message_id, starts.verdict,
+                    ended.outcome, left(ended.workflow_type, $3) AS ended_workflow_type,
+                    left(ended.job_reference, $2) AS ended_job_reference,
+                    ended.celery_id AS ended_celery_id,
+                    ended.registered_at AS ended_registered_at,
+                    ended.submitted_at AS ended_submitted_at,
+                    ended.running_at AS ended_running_at, ended.finished_at, ended.starts,
+                    ended.start_ids, ended.result_bytes
+             FROM unnest($1::uuid[]) AS wanted (job_id)
+             LEFT JOIN job USING (job_id)
+             LEFT JOIN LATERAL (
+                 SELECT array_agg(started_at ORDER BY started_at) AS started_at,
+                        array_agg(message_id ORDER BY started_at) AS message_id,
+                        array_agg(verdict ORDER BY started_at) AS verdict
+                 FROM job_starts WHERE job_starts.job_id = job.job_id
+             ) AS starts ON true
+             LEFT JOIN job_history AS ended USING (job_id)",
+            // What others have written may be longer.
+            &[
+                &job_ids,
+                &characters(MAX_REFERENCE),
+                &characters(MAX_WORKFLOW_TYPE),
+            ],
+        )?;
+        let mut loaded = Loaded {
+            states: HashMap::with_capacity(rows.len()),
+            now: Timestamp::UNIX_EPOCH,
+            session_begun: None,
+        };
+        for row in &rows {
+            loaded.now = row.try_get("now")?;
+            loaded.session_begun = row.try_get("session_begun")?;
+            let job_id: Uuid = row.try_get("job_id")?;
+            let state = state(row).map_err(|error| {
+                StoreError::Refused(format!("the row of job {job_id}: {error:#}"))
+            })?;
+            loaded.states.insert(job_id, state);
+        }
+        Ok(loaded)
+    }
+
+    /// Writes what has become of the jobs, and of the guard rows of their time series.
+    ///
+    /// # Errors
+    /// A row is not as it was loaded, or the connection is lost: [`StoreError::Transient`]. A text
+    /// is not one for Postgres: [`StoreError::Refused`].
+    pub fn write(
+        &mut self,
+        transitions: &[Transition<'_>],
+        series: &SeriesChanges,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        let changes = Changes::of(transitions);
+        if changes.is_nothing_but_progress() && *series == SeriesChanges::default() {
+            // The next progress makes good what a crash of Postgres takes away of it.
+            self.execute("SET LOCAL synchronous_commit TO off", &[])?;
+        }
+        self.update_progress(&changes.progressed)?;
+        self.insert_jobs(&changes.inserted)?;
+        self.update_jobs(&changes.updated)?;
+        self.insert_starts(&changes.started)?;
+        self.judge_starts(&changes.judged)?;
+        self.write_history(&changes.ended)?;
+        self.write_series(series, now)
+    }
+
+    fn insert_jobs(&mut self, jobs: &[(Uuid, &Job)]) -> Result<(), StoreError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
+        let tasks: Vec<_> = jobs.iter().map(|(_, job)| &job.task_id).collect();
+        let workflows: Vec<_> = jobs.iter().map(|(_, job)| &job.workflow_type).collect();
+        let statuses: Vec<_> = jobs.iter().map(|(_, job)| job.status.name()).collect();
+        let registered: Vec<_> = jobs.iter().map(|(_, job)| job.registered_at).collect();
+        let submitted: Vec<_> = jobs.iter().map(|(_, job)| job.submitted_at).collect();
+        let running: Vec<_> = jobs.iter().map(|(_, job)| job.running_at).collect();
+        let timeouts: Vec<_> = jobs.iter().map(|(_, job)| job.timeout_ms).collect();
+        let references: Vec<_> = jobs.iter().map(|(_, job)| &job.reference).collect();
+        let priorities: Vec<_> = jobs
+            .iter()
+            .map(|(_, job)| job.priority.map(Priority::name))
+            .collect();
+        self.execute(
+            "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
+                              submitted_at, running_at, timeout_after_ms, job_reference, priority)
+             SELECT job_id, celery_id, workflow_type, status::jobstatus, registered_at,
+                    submitted_at, running_at, timeout_after_ms, job_reference, priority
+             FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::text[], $5::timestamptz[],
+                         $6::timestamptz[], $7::timestamptz[], $8::bigint[], $9::varchar[],
+                         $10::varchar[])
+                  AS new (job_id, celery_id, workflow_type, status, registered_at,
+                          submitted_at, running_at, timeout_after_ms, job_reference, priority)",
+            &[
+                &ids,
+                &tasks,
+                &workflows,
+                &statuses,
+                &registered,
+                &submitted,
+                &running,
+                &timeouts,
+                &references,
+                &priorities,
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn update_progress(&mut self, jobs: &[(Uuid, &Job)]) -> Result<(), StoreError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
+        let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, job)| *job));
+        let rows = self.execute(
+            "UPDATE job
+             SET progress = new.progress, progress_message = new.message, progress_at = new.at
+             FROM unnest($1::uuid[], $2::float8[], $3::varchar[], $4::timestamptz[])
+                  AS new (job_id, progress, message, at)
+             WHERE job.job_id = new.job_id",
+            &[&ids, &fractions, &messages, &times],
+        )?;
+        expect_rows("updating progress", rows, jobs.len())
+    }
+
+    fn update_jobs(&mut self, jobs: &[(Uuid, &Job, &Job)]) -> Result<(), StoreError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = jobs.iter().map(|(id, _, _)| id).collect();
+        let old_statuses: Vec<_> = jobs.iter().map(|(_, old, _)| old.status.name()).collect();
+        let statuses: Vec<_> = jobs.iter().map(|(_, _, new)| new.status.name()).collect();
+        let tasks: Vec<_> = jobs.iter().map(|(_, _, new)| &new.task_id).collect();
+        let submitted: Vec<_> = jobs.iter().map(|(_, _, new)| new.submitted_at).collect();
+        let running: Vec<_> = jobs.iter().map(|(_, _, new)| new.running_at).collect();
+        let timeouts: Vec<_> = jobs.iter().map(|(_, _, new)| new.timeout_ms).collect();
+        let priorities: Vec<_> = jobs
+            .iter()
+            .map(|(_, _, new)| new.priority.map(Priority::name))
+            .collect();
+        let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, _, new)| *new));
+        let rows = self.execute(
+            "UPDATE job
+             SET status = new.status::jobstatus, celery_id = new.celery_id,
+                 submitted_at = new.submitted_at, running_at = new.running_at,
+                 timeout_after_ms = new.timeout_after_ms, priority = new.priority,
+                 progress = new.progress, progress_message = new.message, progress_at = new.at
+             FROM unnest($1::uuid[], $2::text[], $3::text[], $4::varchar[], $5::timestamptz[],
+                         $6::timestamptz[], $7::bigint[], $8::varchar[], $9::float8[],
+                         $10::varchar[], $11::timestamptz[])
+                  AS new (job_id, old_status, status, celery_id, submitted_at, running_at,
+                          timeout_after_ms, priority, progress, message, at)
+             WHERE job.job_id = new.job_id AND job.status = new.old_status::jobstatus",
+            &[
+                &ids,
+                &old_statuses,
+                &statuses,
+                &tasks,
+                &submitted,
+                &running,
+                &timeouts,
+                &priorities,
+                &fractions,
+                &messages,
+                &times,
+            ],
+        )?;
+        expect_rows("updating jobs", rows, jobs.len())
+    }
+
+    fn write_history(&mut self, ended: &[(Uuid, &Ended)]) -> Result<(), StoreError> {
+        if ended.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = ended.iter().map(|(id, _)| id).collect();
+        let references: Vec<_> = ended.iter().map(|(_, job)| &job.reference).collect();
+        let workflows: Vec<_> = ended.iter().map(|(_, job)| &job.workflow_type).collect();
+        let tasks: Vec<_> = ended.iter().map(|(_, job)| &job.task_id).collect();
+        let registered: Vec<_> = ended.iter().map(|(_, job)| job.registered_at).collect();
+        let submitted: Vec<_> = ended.iter().map(|(_, job)| job.submitted_at).collect();
+        let running: Vec<_> = ended.iter().map(|(_, job)| job.running_at).collect();
+        let finished: Vec<_> = ended.iter().map(|(_, job)| job.finished_at).collect();
+        let started: Vec<_> = ended.iter().map(|(_, job)| job.starts).collect();
+        let outcomes: Vec<_> = ended.iter().map(|(_, job)| job.outcome.name()).collect();
+        let sizes: Vec<_> = ended.iter().map(|(_, job)| job.result_bytes).collect();
+        let start_ids = ended
+            .iter()
+            .map(|(_, job)| starts::ids_to_text(&job.start_ids));
+        let start_ids: Vec<_> = start_ids.collect();
+        self.execute(
+            "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
+                                      registered_at, submitted_at, running_at, finished_at,
+                                      starts, outcome, result_bytes, start_ids)
+             SELECT * FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[],
+                                  $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
+                                  $8::timestamptz[], $9::integer[], $10::varchar[], $11::bigint[],
+                                  $12::varchar[])
+             ON CONFLICT (job_id) DO UPDATE
+             SET job_reference = excluded.job_reference, workflow_type = excluded.workflow_type,
+                 celery_id = excluded.celery_id, registered_at = excluded.registered_at,
+                 submitted_at = excluded.submitted_at, running_at = excluded.running_at,
+                 finished_at = excluded.finished_at, starts = excluded.starts,
+                 outcome = excluded.outcome, result_bytes = excluded.result_bytes,
+                 start_ids = excluded.start_ids",
+            &[
+                &ids,
+                &references,
+                &workflows,
+                &tasks,
+                &registered,
+                &submitted,
+                &running,
+                &finished,
+                &started,
+                &outcomes,
+                &sizes,
+                &start_ids,
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// What is kept comes first, so that a job that succeeded and was deleted within one batch ends
+    /// up retired.
+    fn write_series(&mut self, changes: &SeriesChanges, now: Timestamp) -> Result<(), StoreError> {
+        self.upsert_series(
+            &changes.keep,
+            "INSERT INTO esdl_time_series_info
+                 (row_id, esdl_id, job_id, job_reference, registered_at)
+             SELECT gen_random_uuid(), esdl_id, job_id, job_reference, $4
+             FROM unnest($1::varchar[], $2::uuid[], $3::varchar[])
+                  AS new (esdl_id, job_id, job_reference)
+             ON CONFLICT (esdl_id) DO UPDATE
+             SET deactivated_at = NULL, job_id = excluded.job_id,
+                 job_reference = excluded.job_reference",
+            now,
+        )?;
+        // A row that exists belongs to a job that succeeded with the same id, and stays as it is.
+        self.upsert_series(
+            &changes.retire_late,
+            "INSERT INTO esdl_time_series_info
+                 (row_id, esdl_id, job_id, job_reference, registered_at, deactivated_at)
+             SELECT gen_random_uuid(), esdl_id, job_id, job_reference, $4, $4
+             FROM unnest($1::varchar[], $2::uuid[], $3::varchar[])
+                  AS new (esdl_id, job_id, job_reference)
+             ON CONFLICT (esdl_id) DO NOTHING",
+            now,
+        )?;
+        if !changes.retire.is_empty() {
+            self.execute(
+                "UPDATE esdl_time_series_info SET deactivated_at = $2
+                 WHERE job_id = ANY($1) AND deactivated_at IS NULL",
+                &[&changes.retire, &now],
+            )?;
+        }
+        Ok(())
+    }
+
+    fn upsert_series(
+        &mut self,
+        series: &[Series],
+        sql: &'static str,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        // One row each, the last one's word, and in one order everywhere against deadlocks.
+        let by_id: BTreeMap<_, _> = series
+            .iter()
+            .map(|series| (&series.esdl_id, series))
+            .collect();
+        if by_id.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = by_id.values().map(|series| &series.esdl_id).collect();
+        let jobs: Vec<_> = by_id.values().map(|series| series.job_id).collect();
+        let references: Vec<_> = by_id.values().map(|series| &series.reference).collect();
+        self.execute(sql, &[&ids, &jobs, &references, &now])?;
+        Ok(())
+    }
+}
+
+/// As Postgres counts them.
+fn characters(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// The advisory locks of one database share one 64-bit space; half of a random UUID is as good as
+/// all of it.
+fn lock_key(job_id: &Uuid) -> i64 {
+    let (high, low) = job_id.as_u64_pair();
+    (high ^ low).cast_signed()
+}
+
+type ProgressColumns<'a> = (
+    Vec<Option<f64>>,
+    Vec<Option<&'a str>>,
+    Vec<Option<Timestamp>>,
+);
+
+fn progress_columns<'a>(jobs: impl Iterator<Item = &'a Job>) -> ProgressColumns<'a> {
+    let mut columns = ProgressColumns::default();
+    for job in jobs {
+        let progress = job.progress.as_ref();
+        columns.0.push(progress.map(|progress| progress.fraction));
+        columns.1.push(progress.map(|progress| &*progress.message));
+        columns.2.push(progress.map(|progress| progress.at));
+    }
+    columns
+}

@@ -227,19 +227,7 @@ impl Transaction<'_> {
         if jobs.is_empty() {
             return Ok(());
         }
-        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
-        let tasks: Vec<_> = jobs.iter().map(|(_, job)| &job.task_id).collect();
-        let workflows: Vec<_> = jobs.iter().map(|(_, job)| &job.workflow_type).collect();
-        let statuses: Vec<_> = jobs.iter().map(|(_, job)| job.status.name()).collect();
-        let registered: Vec<_> = jobs.iter().map(|(_, job)| job.registered_at).collect();
-        let submitted: Vec<_> = jobs.iter().map(|(_, job)| job.submitted_at).collect();
-        let running: Vec<_> = jobs.iter().map(|(_, job)| job.running_at).collect();
-        let timeouts: Vec<_> = jobs.iter().map(|(_, job)| job.timeout_ms).collect();
-        let references: Vec<_> = jobs.iter().map(|(_, job)| &job.reference).collect();
-        let priorities: Vec<_> = jobs
-            .iter()
-            .map(|(_, job)| job.priority.map(Priority::name))
-            .collect();
+        let columns = JobColumns::of(jobs.iter().copied());
         self.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
                               submitted_at, running_at, timeout_after_ms, job_reference, priority)
@@ -251,16 +239,16 @@ impl Transaction<'_> {
                   AS new (job_id, celery_id, workflow_type, status, registered_at,
                           submitted_at, running_at, timeout_after_ms, job_reference, priority)",
             &[
-                &ids,
-                &tasks,
-                &workflows,
-                &statuses,
-                &registered,
-                &submitted,
-                &running,
-                &timeouts,
-                &references,
-                &priorities,
+                &columns.ids,
+                &columns.tasks,
+                &columns.workflows,
+                &columns.statuses,
+                &columns.registered,
+                &columns.submitted,
+                &columns.running,
+                &columns.timeouts,
+                &columns.references,
+                &columns.priorities,
             ],
         )?;
         Ok(())
@@ -270,15 +258,19 @@ impl Transaction<'_> {
         if jobs.is_empty() {
             return Ok(());
         }
-        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
-        let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, job)| *job));
+        let columns = JobColumns::of(jobs.iter().copied());
         let rows = self.execute(
             "UPDATE job
              SET progress = new.progress, progress_message = new.message, progress_at = new.at
              FROM unnest($1::uuid[], $2::float8[], $3::varchar[], $4::timestamptz[])
                   AS new (job_id, progress, message, at)
              WHERE job.job_id = new.job_id",
-            &[&ids, &fractions, &messages, &times],
+            &[
+                &columns.ids,
+                &columns.fractions,
+                &columns.messages,
+                &columns.times,
+            ],
         )?;
         expect_rows("updating progress", rows, jobs.len())
     }
@@ -287,18 +279,8 @@ impl Transaction<'_> {
         if jobs.is_empty() {
             return Ok(());
         }
-        let ids: Vec<_> = jobs.iter().map(|(id, _, _)| id).collect();
+        let columns = JobColumns::of(jobs.iter().map(|(id, _, new)| (*id, *new)));
         let old_statuses: Vec<_> = jobs.iter().map(|(_, old, _)| old.status.name()).collect();
-        let statuses: Vec<_> = jobs.iter().map(|(_, _, new)| new.status.name()).collect();
-        let tasks: Vec<_> = jobs.iter().map(|(_, _, new)| &new.task_id).collect();
-        let submitted: Vec<_> = jobs.iter().map(|(_, _, new)| new.submitted_at).collect();
-        let running: Vec<_> = jobs.iter().map(|(_, _, new)| new.running_at).collect();
-        let timeouts: Vec<_> = jobs.iter().map(|(_, _, new)| new.timeout_ms).collect();
-        let priorities: Vec<_> = jobs
-            .iter()
-            .map(|(_, _, new)| new.priority.map(Priority::name))
-            .collect();
-        let (fractions, messages, times) = progress_columns(jobs.iter().map(|(_, _, new)| *new));
         let rows = self.execute(
             "UPDATE job
              SET status = new.status::jobstatus, celery_id = new.celery_id,
@@ -312,17 +294,17 @@ impl Transaction<'_> {
                           timeout_after_ms, priority, progress, message, at)
              WHERE job.job_id = new.job_id AND job.status = new.old_status::jobstatus",
             &[
-                &ids,
+                &columns.ids,
                 &old_statuses,
-                &statuses,
-                &tasks,
-                &submitted,
-                &running,
-                &timeouts,
-                &priorities,
-                &fractions,
-                &messages,
-                &times,
+                &columns.statuses,
+                &columns.tasks,
+                &columns.submitted,
+                &columns.running,
+                &columns.timeouts,
+                &columns.priorities,
+                &columns.fractions,
+                &columns.messages,
+                &columns.times,
             ],
         )?;
         expect_rows("updating jobs", rows, jobs.len())
@@ -332,21 +314,7 @@ impl Transaction<'_> {
         if ended.is_empty() {
             return Ok(());
         }
-        let ids: Vec<_> = ended.iter().map(|(id, _)| id).collect();
-        let references: Vec<_> = ended.iter().map(|(_, job)| &job.reference).collect();
-        let workflows: Vec<_> = ended.iter().map(|(_, job)| &job.workflow_type).collect();
-        let tasks: Vec<_> = ended.iter().map(|(_, job)| &job.task_id).collect();
-        let registered: Vec<_> = ended.iter().map(|(_, job)| job.registered_at).collect();
-        let submitted: Vec<_> = ended.iter().map(|(_, job)| job.submitted_at).collect();
-        let running: Vec<_> = ended.iter().map(|(_, job)| job.running_at).collect();
-        let finished: Vec<_> = ended.iter().map(|(_, job)| job.finished_at).collect();
-        let started: Vec<_> = ended.iter().map(|(_, job)| job.starts).collect();
-        let outcomes: Vec<_> = ended.iter().map(|(_, job)| job.outcome.name()).collect();
-        let sizes: Vec<_> = ended.iter().map(|(_, job)| job.result_bytes).collect();
-        let start_ids = ended
-            .iter()
-            .map(|(_, job)| starts::ids_to_text(&job.start_ids));
-        let start_ids: Vec<_> = start_ids.collect();
+        let columns = HistoryColumns::of(ended);
         self.execute(
             "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
                                       registered_at, submitted_at, running_at, finished_at,
@@ -363,18 +331,18 @@ impl Transaction<'_> {
                  outcome = excluded.outcome, result_bytes = excluded.result_bytes,
                  start_ids = excluded.start_ids",
             &[
-                &ids,
-                &references,
-                &workflows,
-                &tasks,
-                &registered,
-                &submitted,
-                &running,
-                &finished,
-                &started,
-                &outcomes,
-                &sizes,
-                &start_ids,
+                &columns.ids,
+                &columns.references,
+                &columns.workflows,
+                &columns.tasks,
+                &columns.registered,
+                &columns.submitted,
+                &columns.running,
+                &columns.finished,
+                &columns.starts,
+                &columns.outcomes,
+                &columns.sizes,
+                &columns.start_ids,
             ],
         )?;
         Ok(())
@@ -450,19 +418,110 @@ fn lock_key(job_id: &Uuid) -> i64 {
     (high ^ low).cast_signed()
 }
 
-type ProgressColumns<'a> = (
-    Vec<Option<f64>>,
-    Vec<Option<&'a str>>,
-    Vec<Option<Timestamp>>,
-);
+/// Jobs by column, for `unnest`.
+#[derive(Default)]
+struct JobColumns<'a> {
+    ids: Vec<Uuid>,
+    workflows: Vec<&'a str>,
+    references: Vec<&'a str>,
+    statuses: Vec<&'static str>,
+    tasks: Vec<Option<&'a str>>,
+    registered: Vec<Timestamp>,
+    submitted: Vec<Option<Timestamp>>,
+    running: Vec<Option<Timestamp>>,
+    timeouts: Vec<Option<i64>>,
+    priorities: Vec<Option<&'static str>>,
+    fractions: Vec<Option<f64>>,
+    messages: Vec<Option<&'a str>>,
+    times: Vec<Option<Timestamp>>,
+}
 
-fn progress_columns<'a>(jobs: impl Iterator<Item = &'a Job>) -> ProgressColumns<'a> {
-    let mut columns = ProgressColumns::default();
-    for job in jobs {
-        let progress = job.progress.as_ref();
-        columns.0.push(progress.map(|progress| progress.fraction));
-        columns.1.push(progress.map(|progress| &*progress.message));
-        columns.2.push(progress.map(|progress| progress.at));
+impl<'a> JobColumns<'a> {
+    fn of(jobs: impl Iterator<Item = (Uuid, &'a Job)>) -> JobColumns<'a> {
+        let mut columns = JobColumns::default();
+        for (id, job) in jobs {
+            let Job {
+                workflow_type,
+                reference,
+                status,
+                task_id,
+                registered_at,
+                submitted_at,
+                running_at,
+                timeout_ms,
+                priority,
+                // They have rows of their own.
+                starts: _,
+                progress,
+            } = job;
+            columns.ids.push(id);
+            columns.workflows.push(workflow_type);
+            columns.references.push(reference);
+            columns.statuses.push(status.name());
+            columns.tasks.push(task_id.as_deref());
+            columns.registered.push(*registered_at);
+            columns.submitted.push(*submitted_at);
+            columns.running.push(*running_at);
+            columns.timeouts.push(*timeout_ms);
+            columns.priorities.push(priority.map(Priority::name));
+            let progress = progress.as_ref();
+            let fraction = progress.map(|progress| progress.fraction);
+            let message = progress.map(|progress| progress.message.as_str());
+            columns.fractions.push(fraction);
+            columns.messages.push(message);
+            columns.times.push(progress.map(|progress| progress.at));
+        }
+        columns
     }
-    columns
+}
+
+/// Jobs that have ended by column, for `unnest`.
+#[derive(Default)]
+struct HistoryColumns<'a> {
+    ids: Vec<Uuid>,
+    outcomes: Vec<&'static str>,
+    workflows: Vec<Option<&'a str>>,
+    references: Vec<Option<&'a str>>,
+    tasks: Vec<Option<&'a str>>,
+    registered: Vec<Option<Timestamp>>,
+    submitted: Vec<Option<Timestamp>>,
+    running: Vec<Option<Timestamp>>,
+    finished: Vec<Timestamp>,
+    starts: Vec<i32>,
+    start_ids: Vec<Option<String>>,
+    sizes: Vec<i64>,
+}
+
+impl<'a> HistoryColumns<'a> {
+    fn of(jobs: &[(Uuid, &'a Ended)]) -> HistoryColumns<'a> {
+        let mut columns = HistoryColumns::default();
+        for (id, job) in jobs {
+            let Ended {
+                outcome,
+                workflow_type,
+                reference,
+                task_id,
+                registered_at,
+                submitted_at,
+                running_at,
+                finished_at,
+                starts: counted,
+                start_ids,
+                result_bytes,
+            } = job;
+            columns.ids.push(*id);
+            columns.outcomes.push(outcome.name());
+            columns.workflows.push(workflow_type.as_deref());
+            columns.references.push(reference.as_deref());
+            columns.tasks.push(task_id.as_deref());
+            columns.registered.push(*registered_at);
+            columns.submitted.push(*submitted_at);
+            columns.running.push(*running_at);
+            columns.finished.push(*finished_at);
+            columns.starts.push(*counted);
+            columns.start_ids.push(starts::ids_to_text(start_ids));
+            columns.sizes.push(*result_bytes);
+        }
+        columns
+    }
 }

@@ -13,6 +13,7 @@ use log::LevelFilter;
 use serde::Serialize;
 
 use crate::domain::job::TimeoutResult;
+use crate::domain::vhost::Vhost;
 use crate::text_file;
 use crate::tls::{Check, Identity, Roots, Tls};
 
@@ -175,6 +176,15 @@ impl fmt::Display for Faults {
 }
 
 impl Config {
+    /// One of the three connections.
+    pub fn rabbitmq(&self, vhost: Vhost) -> &RabbitMq {
+        match vhost {
+            Vhost::Sdk => &self.sdk_rabbitmq,
+            Vhost::Task => &self.task_rabbitmq,
+            Vhost::Celery => &self.celery_rabbitmq,
+        }
+    }
+
     /// The configuration that `variable` gives, which looks a variable up by its name, with what is
     /// in the files that it names.
     ///
@@ -273,9 +283,9 @@ impl Reader<'_> {
     fn config(&mut self) -> Config {
         let reader = self;
         Config {
-            sdk_rabbitmq: reader.rabbitmq("SDK"),
-            task_rabbitmq: reader.rabbitmq("TASK"),
-            celery_rabbitmq: reader.rabbitmq("CELERY"),
+            sdk_rabbitmq: reader.rabbitmq(Vhost::Sdk),
+            task_rabbitmq: reader.rabbitmq(Vhost::Task),
+            celery_rabbitmq: reader.rabbitmq(Vhost::Celery),
             task_result_queue: reader
                 .queue_name("TASK_RESULT_QUEUE_NAME", "omotes_task_result_events"),
             task_progress_queue: reader
@@ -508,8 +518,8 @@ impl Reader<'_> {
         Some(identity)
     }
 
-    fn rabbitmq(&mut self, prefix: &str) -> RabbitMq {
-        let name = |suffix| format!("{prefix}_RABBITMQ_{suffix}");
+    fn rabbitmq(&mut self, vhost: Vhost) -> RabbitMq {
+        let name = |suffix| format!("{}_RABBITMQ_{suffix}", vhost.name());
         let tls = self.rabbitmq_tls(&name);
         let default_port = if tls.is_some() { 5671 } else { 5672 };
         RabbitMq {

@@ -1,36 +1,19 @@
 //! Looks a deployment over and says what is wrong with it, and what to do about it. It changes nothing
 //! that lasts.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
-use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::broker::Link;
-use crate::broker::inspection::{ExchangeKind, Standing};
-use crate::config::{Config, RabbitMq};
-use crate::domain::overview::{Depth, spoken};
+use crate::config::Config;
 use crate::domain::workflow::Catalogue;
 use crate::influx::Influx;
-use crate::service::handler::MAX_BATCH_MESSAGES;
-use crate::store::Store;
 use crate::store::inspection::Inspection;
-use crate::store::migrate::REVISIONS;
-use crate::store::rights;
 use crate::telemetry::report::one_line;
 use crate::text_file;
-use crate::threads::within_deadline;
-use crate::wire::{
-    CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
-};
 
 mod limits;
+mod postgres;
+mod rabbitmq;
 
-/// How long a part may take to be looked at.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// A clock that differs by more makes timeouts wrong that are read in a log or on the page.
-const MAX_SKEW: SignedDuration = SignedDuration::from_secs(5);
 /// What is tried to publish where the history has no result that is larger.
 const USUAL_SIZE: usize = 16 * 1024 * 1024;
 /// Above it, trying it out would be a burden.
@@ -103,7 +86,7 @@ pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str
         findings.add("Configuration", Severity::Warning, near_miss, remedy);
     }
     let catalogue = workflows(config, &mut findings);
-    let inspection = postgres(config, &mut findings);
+    let inspection = postgres::examine(config, &mut findings);
     if let (Some(catalogue), Some(inspection)) = (&catalogue, &inspection) {
         undefined_workflows(catalogue, inspection, &mut findings);
     }
@@ -117,10 +100,10 @@ pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str
         .and_then(|inspection| inspection.largest_result);
     let size = usize::try_from(size.unwrap_or(0)).unwrap_or(MAX_SIZE);
     let size = size.clamp(USUAL_SIZE, MAX_SIZE);
-    let seen = rabbitmq(config, &names, size, &mut findings);
-    judge_vhosts(config, &seen, &mut findings);
+    let seen = rabbitmq::examine(config, &names, size, &mut findings);
+    rabbitmq::judge_vhosts(config, &seen, &mut findings);
     let waiting = inspection.as_ref().map(|inspection| &inspection.waiting);
-    judge_workers(&names, &seen, waiting, &mut findings);
+    rabbitmq::judge_workers(&names, &seen, waiting, &mut findings);
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
     limits::limits(rabbitmqctl, longest, config.job_retention, &mut findings);
@@ -150,159 +133,6 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
     }
 }
 
-fn postgres(config: &Config, findings: &mut Findings) -> Option<Inspection> {
-    const PART: &str = "Postgres";
-    let at = &config.postgres;
-    let store = Store::for_viewers(at);
-    let before = Timestamp::now();
-    let inspected = store
-        .connection()
-        .and_then(|mut connection| connection.inspect());
-    let after = Timestamp::now();
-    match inspected {
-        Err(error) => {
-            findings.add(
-                PART,
-                Severity::Error,
-                format!("{at}: {}", one_line(&format!("{:#}", anyhow::Error::from(error)))),
-                "Check POSTGRESQL_HOST, _PORT, _DATABASE, _USERNAME and _PASSWORD, and that the server \
-                 runs and lets this host in.",
-            );
-            None
-        }
-        Ok(inspection) => {
-            findings.ok(PART, format!("{at} answers"));
-            judge_database(&inspection, before, after, findings);
-            judge_rights(&inspection, findings);
-            judge_settings(&inspection, config.handler_threads, findings);
-            Some(inspection)
-        }
-    }
-}
-
-/// `before` and `after` are this machine's times around the look at the database's.
-fn judge_database(
-    inspection: &Inspection,
-    before: Timestamp,
-    after: Timestamp,
-    findings: &mut Findings,
-) {
-    const PART: &str = "Postgres";
-    let head = REVISIONS.last().map_or("", |revision| revision.id);
-    match &inspection.revision {
-        Some(Ok(applied)) if *applied == REVISIONS.len() => {
-            findings.ok(PART, format!("the tables are at revision {head}"));
-        }
-        Some(Ok(applied)) => findings.add(
-            PART,
-            Severity::Note,
-            format!("the tables lack {} of the {} revisions", REVISIONS.len() - applied, REVISIONS.len()),
-            "The service applies them at its next start; `db upgrade` does now.",
-        ),
-        Some(Err(error)) => findings.add(
-            PART,
-            Severity::Error,
-            one_line(error),
-            "The service does not start with these tables. Run the version that upgraded them, or have \
-             that one undo it: `db downgrade`.",
-        ),
-        None => {}
-    }
-    if let Some(clock) = inspection.clock {
-        let skew = match (clock < before, clock > after) {
-            (true, _) => before.duration_since(clock),
-            (_, true) => clock.duration_since(after),
-            (false, false) => SignedDuration::ZERO,
-        };
-        if skew > MAX_SKEW {
-            findings.add(
-                PART,
-                Severity::Warning,
-                format!("its clock and this machine's differ by {}", spoken(skew)),
-                "Keep both by NTP. All that is decided is decided by Postgres's clock; logs and the page are \
-                 not.",
-            );
-        }
-    }
-}
-
-fn judge_rights(inspection: &Inspection, findings: &mut Findings) {
-    const PART: &str = "Postgres";
-    let head = matches!(inspection.revision, Some(Ok(applied)) if applied == REVISIONS.len());
-    let to_upgrade = match head {
-        // Needed by the next version that has a revision.
-        true => Severity::Note,
-        false => Severity::Error,
-    };
-    for (severity, lacks) in [
-        (Severity::Error, &inspection.lacks_to_work),
-        (to_upgrade, &inspection.lacks_to_upgrade),
-    ] {
-        if lacks.is_empty() {
-            continue;
-        }
-        let what: Vec<_> = lacks.iter().map(|lack| lack.what.as_str()).collect();
-        let found = format!("the user lacks {}", what.join("; "));
-        let statements = rights::statements(lacks);
-        findings.add(
-            PART,
-            severity,
-            one_line(&found),
-            &format!("As a superuser, in this database: {statements}"),
-        );
-    }
-}
-
-/// `handlers` is how many threads of a replica lock the jobs of a batch each.
-fn judge_settings(inspection: &Inspection, handlers: usize, findings: &mut Findings) {
-    const PART: &str = "Postgres";
-    if let Some(why) = &inspection.unwritable {
-        findings.add(
-            PART,
-            Severity::Error,
-            format!("it {why}"),
-            "Point POSTGRESQL_HOST to the primary, or reset the setting of the role, the database or the \
-             server. Messages wait, or go to other replicas, until it takes writes.",
-        );
-    }
-    let settings = &inspection.settings;
-    if settings.synchronous_commit == "off" {
-        findings.add(
-            PART,
-            Severity::Warning,
-            "synchronous_commit is off for this role, database or server",
-            "The service sets it to on for its own connections; a Python service would lose what it has \
-             acknowledged in a crash of Postgres. Reset it.",
-        );
-    }
-    for (name, is_on) in [
-        ("fsync", settings.fsync),
-        ("full_page_writes", settings.full_page_writes),
-    ] {
-        if !is_on {
-            findings.add(
-                PART,
-                Severity::Note,
-                format!("{name} is off"),
-                "After a crash of its machine the database may be damaged. Switch it on.",
-            );
-        }
-    }
-    let wanted = i64::try_from(handlers * MAX_BATCH_MESSAGES).unwrap_or(i64::MAX);
-    if let Some(locks) = settings.locks.filter(|locks| *locks < wanted) {
-        findings.add(
-            PART,
-            Severity::Warning,
-            format!(
-                "it has room for {locks} locks, and {handlers} handlers may want {wanted} at once, in \
-                 each replica"
-            ),
-            "Raise max_locks_per_transaction, or lower HANDLER_THREADS. Where there are too few, batches \
-             are divided, and others who use this server may be refused.",
-        );
-    }
-}
-
 fn undefined_workflows(catalogue: &Catalogue, inspection: &Inspection, findings: &mut Findings) {
     let undefined: Vec<_> = inspection
         .waiting
@@ -320,251 +150,6 @@ fn undefined_workflows(catalogue: &Catalogue, inspection: &Inspection, findings:
             ),
             "Define them, or cancel these jobs; no new ones are accepted.",
         );
-    }
-}
-
-/// How the queues stand on each connection, by connection and name.
-type Seen = BTreeMap<(&'static str, String), Standing>;
-
-fn rabbitmq(config: &Config, workflows: &[String], size: usize, findings: &mut Findings) -> Seen {
-    let results = config.task_result_queue.as_str();
-    let progress = config.task_progress_queue.as_str();
-    let ours = [
-        SUBMISSIONS_QUEUE,
-        CANCELS_QUEUE,
-        results,
-        progress,
-        DEAD_LETTERS_QUEUE,
-    ];
-    let mut seen = Seen::new();
-    for (part, name, rabbitmq) in [
-        ("SDK RabbitMQ", "SDK", &config.sdk_rabbitmq),
-        ("TASK RabbitMQ", "TASK", &config.task_rabbitmq),
-        ("CELERY RabbitMQ", "CELERY", &config.celery_rabbitmq),
-    ] {
-        let link = match Link::open(rabbitmq, "doctor") {
-            Ok(link) => link,
-            Err(error) => {
-                unreachable(part, name, &format!("{error:#}"), findings);
-                continue;
-            }
-        };
-        findings.ok(part, format!("{rabbitmq} answers"));
-        // What does not belong there is looked for as well.
-        let queues = ours.iter().map(|queue| ((*queue).to_owned(), false));
-        let queues = queues.chain(workflows.iter().map(|queue| (queue.clone(), true)));
-        let looked = within_deadline(
-            DEADLINE,
-            || link.kill(),
-            || {
-                let mut standings = Vec::new();
-                for (queue, tasks) in queues {
-                    let standing = if expected_here(name, &queue, config, workflows) {
-                        link.inspect_queue(&queue, tasks)?
-                    } else {
-                        let depth = link.depths(&[&queue])?.into_iter().flatten().next();
-                        depth.map_or(Standing::Absent, Standing::Good)
-                    };
-                    standings.push((standing, queue));
-                }
-                let exchange = match name {
-                    "SDK" => Some((OMOTES_EXCHANGE, ExchangeKind::Direct)),
-                    "CELERY" => Some((PIDBOX_EXCHANGE, ExchangeKind::Fanout)),
-                    _ => None,
-                };
-                let exchange = match exchange {
-                    Some((exchange, kind)) => {
-                        Some((link.inspect_exchange(exchange, kind)?, exchange))
-                    }
-                    None => None,
-                };
-                Ok((standings, exchange, link.inspect_publishing(size)?))
-            },
-        );
-        match looked {
-            Ok((standings, exchange, publishing)) => {
-                for (standing, queue) in standings {
-                    if expected_here(name, &queue, config, workflows) {
-                        judge_queue(part, &queue, &standing, findings);
-                    }
-                    seen.insert((name, queue), standing);
-                }
-                if let Some((standing, exchange)) = exchange {
-                    judge_queue(part, exchange, &standing, findings);
-                }
-                judge_publishing(part, size, &publishing, findings);
-            }
-            Err(error) => findings.add(
-                part,
-                Severity::Error,
-                one_line(&format!("{error:#}")),
-                "RabbitMQ took the connection and then did not do its work: look at its log and at its \
-                 alarms for memory and disk.",
-            ),
-        }
-    }
-    seen
-}
-
-fn unreachable(part: &'static str, prefix: &str, error: &str, findings: &mut Findings) {
-    findings.add(
-        part,
-        Severity::Error,
-        one_line(error),
-        &format!(
-            "Check {prefix}_RABBITMQ_HOSTNAME, _PORT, _USERNAME, _PASSWORD and _VIRTUALHOST, that the vhost \
-             exists, and that the user has rights on it (`rabbitmqctl list_permissions -p VHOST`)."
-        ),
-    );
-}
-
-/// Whether a queue belongs into the vhost of this connection.
-fn expected_here(connection: &str, queue: &str, config: &Config, workflows: &[String]) -> bool {
-    match connection {
-        "SDK" => [SUBMISSIONS_QUEUE, CANCELS_QUEUE, DEAD_LETTERS_QUEUE].contains(&queue),
-        "TASK" => {
-            queue == config.task_result_queue
-                || queue == config.task_progress_queue
-                || queue == DEAD_LETTERS_QUEUE
-        }
-        _ => workflows.iter().any(|workflow| workflow == queue),
-    }
-}
-
-/// Judges a queue, or an exchange, that is where it belongs.
-fn judge_queue(part: &'static str, name: &str, standing: &Standing, findings: &mut Findings) {
-    match standing {
-        Standing::Absent => {}
-        Standing::Good(depth) if name == DEAD_LETTERS_QUEUE && depth.messages > 0 => findings.add(
-            part,
-            Severity::Warning,
-            format!("{} messages that could not be handled wait in {name}", depth.messages),
-            "`dead-letters list` shows them; `dead-letters requeue` or `drop` takes them away.",
-        ),
-        Standing::Good(_) => {}
-        Standing::Otherwise(words) => findings.add(
-            part,
-            Severity::Error,
-            format!("{name} is declared otherwise: {}", one_line(words)),
-            "Stop whoever declares it so, and delete it when it is empty; it is declared anew. Task queues \
-             are durable with x-max-priority 10, all others durable without arguments.",
-        ),
-        Standing::Forbidden(words) => findings.add(
-            part,
-            Severity::Error,
-            format!("no rights on {name}: {}", one_line(words)),
-            "Give the user the rights to configure, write and read: `rabbitmqctl set_permissions -p VHOST \
-             USER '.*' '.*' '.*'`.",
-        ),
-    }
-}
-
-fn judge_publishing(part: &'static str, size: usize, standing: &Standing, findings: &mut Findings) {
-    let size = size / 1024 / 1024;
-    match standing {
-        Standing::Good(_) | Standing::Absent => {
-            findings.ok(part, format!("a message of {size} MiB is taken"));
-        }
-        Standing::Otherwise(words) => findings.add(
-            part,
-            Severity::Error,
-            format!("a message of {size} MiB is not taken: {}", one_line(words)),
-            "Raise max_message_size in rabbitmq.conf. Results and tasks above it end their jobs with an \
-             error.",
-        ),
-        Standing::Forbidden(words) => findings.add(
-            part,
-            Severity::Error,
-            format!("no right to publish: {}", one_line(words)),
-            "Give the user the right to write: `rabbitmqctl set_permissions -p VHOST USER '.*' '.*' '.*'`.",
-        ),
-    }
-}
-
-fn in_use(standing: Option<&Standing>) -> Option<Depth> {
-    match standing {
-        Some(Standing::Good(depth)) if depth.messages > 0 || depth.consumers > 0 => Some(*depth),
-        Some(
-            Standing::Good(_) | Standing::Absent | Standing::Otherwise(_) | Standing::Forbidden(_),
-        )
-        | None => None,
-    }
-}
-
-/// Queues that are used in a vhost where they do not belong, and not where they do.
-fn judge_vhosts(config: &Config, seen: &Seen, findings: &mut Findings) {
-    let vhosts: [(&'static str, &'static str, &RabbitMq); 3] = [
-        ("SDK RabbitMQ", "SDK", &config.sdk_rabbitmq),
-        ("TASK RabbitMQ", "TASK", &config.task_rabbitmq),
-        ("CELERY RabbitMQ", "CELERY", &config.celery_rabbitmq),
-    ];
-    let home = |queue: &str| -> usize {
-        match queue {
-            SUBMISSIONS_QUEUE | CANCELS_QUEUE => 0,
-            _ if queue == config.task_result_queue || queue == config.task_progress_queue => 1,
-            _ => 2,
-        }
-    };
-    for ((connection, queue), standing) in seen {
-        let (home_part, home_name, home_vhost) = vhosts[home(queue)];
-        // Of connections to the same vhost the first one tells.
-        let same = |one: &str| vhosts.iter().find(|(_, name, _)| *name == one);
-        let Some((_, _, here)) = same(connection) else {
-            continue;
-        };
-        let first = vhosts.iter().find(|(_, _, vhost)| vhost == here);
-        if first.is_some_and(|(_, name, _)| name != connection) {
-            continue;
-        }
-        if queue == DEAD_LETTERS_QUEUE || *here == home_vhost || in_use(Some(standing)).is_none() {
-            continue;
-        }
-        if in_use(seen.get(&(home_name, queue.clone()))).is_none() {
-            findings.add(
-                home_part,
-                Severity::Warning,
-                format!(
-                    "{queue} is used in the vhost {} of {connection}, not in {} of {home_name}",
-                    here.vhost, home_vhost.vhost
-                ),
-                &format!(
-                    "Somebody is connected to the wrong vhost: compare {home_name}_RABBITMQ_VIRTUALHOST with \
-                     what clients and workers have."
-                ),
-            );
-        }
-    }
-}
-
-fn judge_workers(
-    workflows: &[String],
-    seen: &Seen,
-    waiting: Option<&BTreeMap<String, i64>>,
-    findings: &mut Findings,
-) {
-    for workflow in workflows {
-        let depth = match seen.get(&("CELERY", workflow.clone())) {
-            Some(Standing::Good(depth)) => *depth,
-            Some(Standing::Absent) => Depth {
-                messages: 0,
-                consumers: 0,
-            },
-            Some(Standing::Otherwise(_) | Standing::Forbidden(_)) | None => continue,
-        };
-        let jobs = waiting.and_then(|waiting| waiting.get(workflow)).copied();
-        let jobs = jobs.unwrap_or(0).max(depth.messages.into());
-        if depth.consumers == 0 && jobs > 0 {
-            findings.add(
-                "CELERY RabbitMQ",
-                Severity::Error,
-                format!(
-                    "{jobs} jobs wait for {}, which has no worker",
-                    one_line(workflow)
-                ),
-                "Start a worker that consumes the queue of this name, in the vhost of \
-                 CELERY_RABBITMQ_VIRTUALHOST.",
-            );
-        }
     }
 }
 
@@ -613,27 +198,4 @@ fn longest_job(
     .into_iter()
     .filter_map(|(time, what)| Some((time?, what)))
     .max()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    #[rstest]
-    #[case::in_between(1, false)]
-    #[case::a_little_before(-4, false)]
-    #[case::far_before(-6, true)]
-    #[case::far_after(8, true)]
-    fn a_clock_that_differs_is_told(#[case] second: i64, #[case] told: bool) {
-        let at = |second| Timestamp::from_second(second).unwrap();
-        let inspection = Inspection {
-            clock: Some(at(second)),
-            ..Inspection::default()
-        };
-        let mut findings = Findings::default();
-        judge_database(&inspection, at(0), at(2), &mut findings);
-        let skew = |finding: &Finding| finding.found.contains("clock");
-        assert_eq!(findings.0.iter().any(skew), told);
-    }
 }

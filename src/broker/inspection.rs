@@ -4,6 +4,7 @@ use amiquip::{
     AmqpProperties, AmqpValue, Exchange, ExchangeDeclareOptions, ExchangeType, FieldTable, Publish,
 };
 use anyhow::Context;
+use uuid::Uuid;
 
 use super::Link;
 use super::refusals::{NOT_FOUND, PRECONDITION_FAILED};
@@ -80,6 +81,30 @@ impl Link {
         }
         channel.close().context("looking at a queue")?;
         Ok(Standing::Good(declared))
+    }
+
+    /// Whether a queue for tasks can be declared that is not there yet, as by a new workflow's workers. It
+    /// is deleted at once.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn inspect_new_task_queue(&self) -> anyhow::Result<Standing> {
+        let name = format!("omotes_orchestrator_doctor_{}", Uuid::new_v4());
+        let arguments = FieldTable::from([
+            (
+                "x-max-priority".to_owned(),
+                AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY),
+            ),
+            // Where the connection is lost before it is deleted.
+            ("x-expires".to_owned(), AmqpValue::LongInt(60_000)),
+        ]);
+        let channel = self.channel()?;
+        if let Err(error) = channel.queue_declare(name.as_str(), durable(arguments)) {
+            return standing(error);
+        }
+        channel.queue_delete(name, Default::default())?;
+        channel.close().context("looking at a new queue")?;
+        Ok(Standing::Good(Depth::default()))
     }
 
     /// How an exchange of this kind stands.

@@ -15,6 +15,8 @@ pub enum Vhost {
 }
 
 impl Vhost {
+    pub const ALL: [Vhost; 3] = [Vhost::Sdk, Vhost::Task, Vhost::Celery];
+
     /// As the variables begin, and as messages name it.
     pub const fn name(self) -> &'static str {
         match self {

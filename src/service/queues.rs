@@ -148,11 +148,12 @@ impl Watch {
         };
         let celery: Vec<&str> = workflows.iter().map(String::as_str).collect();
         let mut queues = Vec::new();
-        for (vhost, rabbitmq, names) in [
-            (Vhost::Sdk, &config.sdk_rabbitmq, &sdk[..]),
-            (Vhost::Task, &config.task_rabbitmq, task),
-            (Vhost::Celery, &config.celery_rabbitmq, &celery),
+        for (vhost, names) in [
+            (Vhost::Sdk, &sdk[..]),
+            (Vhost::Task, task),
+            (Vhost::Celery, &celery),
         ] {
+            let rabbitmq = config.rabbitmq(vhost);
             let mut links = self.links.iter();
             let Some((_, link)) = links.find(|(known, _)| known == rabbitmq) else {
                 continue;

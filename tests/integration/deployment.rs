@@ -169,6 +169,16 @@ impl Deployment {
         format!("{}_celery", self.sdk_vhost())
     }
 
+    /// Makes the vhost of the tasks anew, with these settings.
+    pub fn make_celery_vhost_anew(&self, settings: &Value) {
+        let vhost = self.celery_vhost();
+        management("DELETE", &format!("vhosts/{vhost}"), None);
+        management("PUT", &format!("vhosts/{vhost}"), Some(settings.clone()));
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        let user = setting("RABBITMQ_USER");
+        management("PUT", &format!("permissions/{vhost}/{user}"), Some(all));
+    }
+
     pub fn rabbitmq_port(&self) -> u16 {
         match &self.own {
             None => setting("RABBITMQ_PORT").parse().unwrap(),

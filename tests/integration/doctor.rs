@@ -5,7 +5,7 @@ use std::net::TcpListener;
 
 use amiquip::{ExchangeDeclareOptions, ExchangeType, QueueDeclareOptions};
 use rstest::rstest;
-use serde_json::Value;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::deployment::{Deployment, Server, setting};
@@ -73,6 +73,14 @@ fn a_wrong_variable_is_told(
 ) {
     let deployment = Deployment::new();
     one(&findings(&deployment, &[], variables), beginning, more);
+}
+
+#[test]
+fn a_vhost_in_which_no_task_queue_can_be_declared_is_told_before_a_job_fails() {
+    let deployment = Deployment::new();
+    deployment.make_celery_vhost_anew(&json!({"defaultqueuetype": "quorum"}));
+    let found = findings(&deployment, &[], &[]);
+    one(&found, "error CELERY RabbitMQ", "x-max-priority");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use rstest::rstest;
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, management, server_client, setting};
+use crate::deployment::{Deployment, eventually, management, server_client};
 use crate::peers::{Client, Peer, Task, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -201,13 +201,7 @@ fn a_task_queue_declared_otherwise_is_an_error_result_that_says_so() {
 fn a_default_queue_type_that_forbids_a_task_queue_is_named() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
-    let vhost = deployment.celery_vhost();
-    management("DELETE", &format!("vhosts/{vhost}"), None);
-    let quorum = json!({"defaultqueuetype": "quorum"});
-    management("PUT", &format!("vhosts/{vhost}"), Some(quorum));
-    let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
-    let user = setting("RABBITMQ_USER");
-    management("PUT", &format!("permissions/{vhost}/{user}"), Some(all));
+    deployment.make_celery_vhost_anew(&json!({"defaultqueuetype": "quorum"}));
     let service = deployment.start();
     let job = client.submit("workflow_1");
     let (result_type, logs) = client.outcome(job);

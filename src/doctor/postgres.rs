@@ -1,0 +1,195 @@
+//! Postgres: its tables, rights, settings and clock.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::{Findings, Severity};
+use crate::config::Config;
+use crate::domain::overview::spoken;
+use crate::service::handler::MAX_BATCH_MESSAGES;
+use crate::store::Store;
+use crate::store::inspection::Inspection;
+use crate::store::migrate::REVISIONS;
+use crate::store::rights;
+use crate::telemetry::report::one_line;
+
+/// A clock that differs by more makes timeouts wrong that are read in a log or on the page.
+const MAX_SKEW: SignedDuration = SignedDuration::from_secs(5);
+
+/// Whether Postgres is there, and as the service needs it.
+pub(super) fn examine(config: &Config, findings: &mut Findings) -> Option<Inspection> {
+    const PART: &str = "Postgres";
+    let at = &config.postgres;
+    let store = Store::for_viewers(at);
+    let before = Timestamp::now();
+    let inspected = store
+        .connection()
+        .and_then(|mut connection| connection.inspect());
+    let after = Timestamp::now();
+    match inspected {
+        Err(error) => {
+            findings.add(
+                PART,
+                Severity::Error,
+                format!("{at}: {}", one_line(&format!("{:#}", anyhow::Error::from(error)))),
+                "Check POSTGRESQL_HOST, _PORT, _DATABASE, _USERNAME and _PASSWORD, and that the server \
+                 runs and lets this host in.",
+            );
+            None
+        }
+        Ok(inspection) => {
+            findings.ok(PART, format!("{at} answers"));
+            judge_database(&inspection, before, after, findings);
+            judge_rights(&inspection, findings);
+            judge_settings(&inspection, config.handler_threads, findings);
+            Some(inspection)
+        }
+    }
+}
+
+/// `before` and `after` are this machine's times around the look at the database's.
+fn judge_database(
+    inspection: &Inspection,
+    before: Timestamp,
+    after: Timestamp,
+    findings: &mut Findings,
+) {
+    const PART: &str = "Postgres";
+    let head = REVISIONS.last().map_or("", |revision| revision.id);
+    match &inspection.revision {
+        Some(Ok(applied)) if *applied == REVISIONS.len() => {
+            findings.ok(PART, format!("the tables are at revision {head}"));
+        }
+        Some(Ok(applied)) => findings.add(
+            PART,
+            Severity::Note,
+            format!("the tables lack {} of the {} revisions", REVISIONS.len() - applied, REVISIONS.len()),
+            "The service applies them at its next start; `db upgrade` does now.",
+        ),
+        Some(Err(error)) => findings.add(
+            PART,
+            Severity::Error,
+            one_line(error),
+            "The service does not start with these tables. Run the version that upgraded them, or have \
+             that one undo it: `db downgrade`.",
+        ),
+        None => {}
+    }
+    if let Some(clock) = inspection.clock {
+        let skew = match (clock < before, clock > after) {
+            (true, _) => before.duration_since(clock),
+            (_, true) => clock.duration_since(after),
+            (false, false) => SignedDuration::ZERO,
+        };
+        if skew > MAX_SKEW {
+            findings.add(
+                PART,
+                Severity::Warning,
+                format!("its clock and this machine's differ by {}", spoken(skew)),
+                "Keep both by NTP. All that is decided is decided by Postgres's clock; logs and the page are \
+                 not.",
+            );
+        }
+    }
+}
+
+fn judge_rights(inspection: &Inspection, findings: &mut Findings) {
+    const PART: &str = "Postgres";
+    let head = matches!(inspection.revision, Some(Ok(applied)) if applied == REVISIONS.len());
+    let to_upgrade = match head {
+        // Needed by the next version that has a revision.
+        true => Severity::Note,
+        false => Severity::Error,
+    };
+    for (severity, lacks) in [
+        (Severity::Error, &inspection.lacks_to_work),
+        (to_upgrade, &inspection.lacks_to_upgrade),
+    ] {
+        if lacks.is_empty() {
+            continue;
+        }
+        let what: Vec<_> = lacks.iter().map(|lack| lack.what.as_str()).collect();
+        let found = format!("the user lacks {}", what.join("; "));
+        let statements = rights::statements(lacks);
+        findings.add(
+            PART,
+            severity,
+            one_line(&found),
+            &format!("As a superuser, in this database: {statements}"),
+        );
+    }
+}
+
+/// `handlers` is how many threads of a replica lock the jobs of a batch each.
+fn judge_settings(inspection: &Inspection, handlers: usize, findings: &mut Findings) {
+    const PART: &str = "Postgres";
+    if let Some(why) = &inspection.unwritable {
+        findings.add(
+            PART,
+            Severity::Error,
+            format!("it {why}"),
+            "Point POSTGRESQL_HOST to the primary, or reset the setting of the role, the database or the \
+             server. Messages wait, or go to other replicas, until it takes writes.",
+        );
+    }
+    let settings = &inspection.settings;
+    if settings.synchronous_commit == "off" {
+        findings.add(
+            PART,
+            Severity::Warning,
+            "synchronous_commit is off for this role, database or server",
+            "The service sets it to on for its own connections; a Python service would lose what it has \
+             acknowledged in a crash of Postgres. Reset it.",
+        );
+    }
+    for (name, is_on) in [
+        ("fsync", settings.fsync),
+        ("full_page_writes", settings.full_page_writes),
+    ] {
+        if !is_on {
+            findings.add(
+                PART,
+                Severity::Note,
+                format!("{name} is off"),
+                "After a crash of its machine the database may be damaged. Switch it on.",
+            );
+        }
+    }
+    let wanted = i64::try_from(handlers * MAX_BATCH_MESSAGES).unwrap_or(i64::MAX);
+    if let Some(locks) = settings.locks.filter(|locks| *locks < wanted) {
+        findings.add(
+            PART,
+            Severity::Warning,
+            format!(
+                "it has room for {locks} locks, and {handlers} handlers may want {wanted} at once, in \
+                 each replica"
+            ),
+            "Raise max_locks_per_transaction, or lower HANDLER_THREADS. Where there are too few, batches \
+             are divided, and others who use this server may be refused.",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+    use crate::doctor::Finding;
+
+    #[rstest]
+    #[case::in_between(1, false)]
+    #[case::a_little_before(-4, false)]
+    #[case::far_before(-6, true)]
+    #[case::far_after(8, true)]
+    fn a_clock_that_differs_is_told(#[case] second: i64, #[case] told: bool) {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let inspection = Inspection {
+            clock: Some(at(second)),
+            ..Inspection::default()
+        };
+        let mut findings = Findings::default();
+        judge_database(&inspection, at(0), at(2), &mut findings);
+        let skew = |finding: &Finding| finding.found.contains("clock");
+        assert_eq!(findings.0.iter().any(skew), told);
+    }
+}

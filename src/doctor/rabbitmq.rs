@@ -1,0 +1,321 @@
+//! RabbitMQ, by each of the three connections: rights, queues declared otherwise, mixed-up vhosts, what
+//! a message may weigh, workers.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::{Findings, Severity};
+use crate::broker::Link;
+use crate::broker::inspection::{ExchangeKind, Standing};
+use crate::config::Config;
+use crate::domain::overview::Depth;
+use crate::domain::vhost::Vhost;
+use crate::telemetry::report::one_line;
+use crate::threads::within_deadline;
+use crate::wire::{
+    CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
+};
+
+/// How long a connection may take to be looked at.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// How the queues stand on each connection, by connection and name.
+pub(super) type Seen = BTreeMap<(Vhost, String), Standing>;
+
+/// What a look at one connection has seen.
+struct Look {
+    queues: Vec<(String, Standing)>,
+    exchange: Option<(&'static str, Standing)>,
+    /// Of a queue that is declared as workers declare theirs.
+    task_queue: Option<Standing>,
+    publishing: Standing,
+}
+
+fn part(vhost: Vhost) -> &'static str {
+    match vhost {
+        Vhost::Sdk => "SDK RabbitMQ",
+        Vhost::Task => "TASK RabbitMQ",
+        Vhost::Celery => "CELERY RabbitMQ",
+    }
+}
+
+/// Looks at all three. `workflows` are those whose tasks there may be, `size` is how many bytes a message
+/// has to be able to have.
+pub(super) fn examine(
+    config: &Config,
+    workflows: &[String],
+    size: usize,
+    findings: &mut Findings,
+) -> Seen {
+    let mut seen = Seen::new();
+    for vhost in Vhost::ALL {
+        let part = part(vhost);
+        let rabbitmq = config.rabbitmq(vhost);
+        let link = match Link::open(rabbitmq, "doctor") {
+            Ok(link) => link,
+            Err(error) => {
+                unreachable(vhost, &format!("{error:#}"), findings);
+                continue;
+            }
+        };
+        findings.ok(part, format!("{rabbitmq} answers"));
+        let look = within_deadline(
+            DEADLINE,
+            || link.kill(),
+            || look(&link, vhost, config, workflows, size),
+        );
+        match look {
+            Ok(look) => {
+                judge(vhost, &look, config, workflows, size, findings);
+                let queues = look.queues.into_iter();
+                seen.extend(queues.map(|(queue, standing)| ((vhost, queue), standing)));
+            }
+            Err(error) => findings.add(
+                part,
+                Severity::Error,
+                one_line(&format!("{error:#}")),
+                "RabbitMQ took the connection and then did not do its work: look at its log and at its \
+                 alarms for memory and disk.",
+            ),
+        }
+    }
+    seen
+}
+
+fn look(
+    link: &Link,
+    vhost: Vhost,
+    config: &Config,
+    workflows: &[String],
+    size: usize,
+) -> anyhow::Result<Look> {
+    let ours = [
+        SUBMISSIONS_QUEUE,
+        CANCELS_QUEUE,
+        &config.task_result_queue,
+        &config.task_progress_queue,
+        DEAD_LETTERS_QUEUE,
+    ];
+    // What does not belong there is looked for as well.
+    let names = ours.iter().map(|queue| ((*queue).to_owned(), false));
+    let names = names.chain(workflows.iter().map(|queue| (queue.clone(), true)));
+    let mut queues = Vec::new();
+    for (queue, tasks) in names {
+        let standing = if is_at_home(vhost, &queue, config, workflows) {
+            link.inspect_queue(&queue, tasks)?
+        } else {
+            let depth = link.depths(&[&queue])?.into_iter().flatten().next();
+            depth.map_or(Standing::Absent, Standing::Good)
+        };
+        queues.push((queue, standing));
+    }
+    let exchange = match vhost {
+        Vhost::Sdk => Some((OMOTES_EXCHANGE, ExchangeKind::Direct)),
+        Vhost::Task => None,
+        Vhost::Celery => Some((PIDBOX_EXCHANGE, ExchangeKind::Fanout)),
+    };
+    let exchange =
+        exchange.map(|(name, kind)| link.inspect_exchange(name, kind).map(|seen| (name, seen)));
+    let task_queue = match vhost {
+        Vhost::Sdk | Vhost::Task => None,
+        Vhost::Celery => Some(link.inspect_new_task_queue()?),
+    };
+    Ok(Look {
+        queues,
+        exchange: exchange.transpose()?,
+        task_queue,
+        publishing: link.inspect_publishing(size)?,
+    })
+}
+
+fn judge(
+    vhost: Vhost,
+    look: &Look,
+    config: &Config,
+    workflows: &[String],
+    size: usize,
+    findings: &mut Findings,
+) {
+    let part = part(vhost);
+    for (queue, standing) in &look.queues {
+        if is_at_home(vhost, queue, config, workflows) {
+            judge_queue(part, queue, standing, findings);
+        }
+    }
+    if let Some((exchange, standing)) = &look.exchange {
+        judge_queue(part, exchange, standing, findings);
+    }
+    // Without the right to such a name nothing is known; those that matter have been looked at.
+    if let Some(Standing::Otherwise(words)) = &look.task_queue {
+        findings.add(
+            part,
+            Severity::Error,
+            format!("no task queue can be declared: {}", one_line(words)),
+            "Each job ends with an error, and workers cannot declare their queues either. Set the vhost's \
+             default queue type to classic, and look at RabbitMQ's policies and limits for this vhost.",
+        );
+    }
+    judge_publishing(part, size, &look.publishing, findings);
+}
+
+fn unreachable(vhost: Vhost, error: &str, findings: &mut Findings) {
+    let prefix = vhost.name();
+    findings.add(
+        part(vhost),
+        Severity::Error,
+        one_line(error),
+        &format!(
+            "Check {prefix}_RABBITMQ_HOSTNAME, _PORT, _USERNAME, _PASSWORD and _VIRTUALHOST, that the vhost \
+             exists, and that the user has rights on it (`rabbitmqctl list_permissions -p VHOST`)."
+        ),
+    );
+}
+
+/// Whether a queue belongs into the vhost of this connection.
+fn is_at_home(vhost: Vhost, queue: &str, config: &Config, workflows: &[String]) -> bool {
+    match vhost {
+        Vhost::Sdk => [SUBMISSIONS_QUEUE, CANCELS_QUEUE, DEAD_LETTERS_QUEUE].contains(&queue),
+        Vhost::Task => {
+            queue == config.task_result_queue
+                || queue == config.task_progress_queue
+                || queue == DEAD_LETTERS_QUEUE
+        }
+        Vhost::Celery => workflows.iter().any(|workflow| workflow == queue),
+    }
+}
+
+/// Judges a queue, or an exchange, that is where it belongs.
+fn judge_queue(part: &'static str, name: &str, standing: &Standing, findings: &mut Findings) {
+    match standing {
+        Standing::Absent => {}
+        Standing::Good(depth) if name == DEAD_LETTERS_QUEUE && depth.messages > 0 => findings.add(
+            part,
+            Severity::Warning,
+            format!("{} messages that could not be handled wait in {name}", depth.messages),
+            "`dead-letters list` shows them; `dead-letters requeue` or `drop` takes them away.",
+        ),
+        Standing::Good(_) => {}
+        Standing::Otherwise(words) => findings.add(
+            part,
+            Severity::Error,
+            format!("{name} is declared otherwise: {}", one_line(words)),
+            "Stop whoever declares it so, and delete it when it is empty; it is declared anew. Task queues \
+             are durable with x-max-priority 10, all others durable without arguments.",
+        ),
+        Standing::Forbidden(words) => findings.add(
+            part,
+            Severity::Error,
+            format!("no rights on {name}: {}", one_line(words)),
+            "Give the user the rights to configure, write and read: `rabbitmqctl set_permissions -p VHOST \
+             USER '.*' '.*' '.*'`.",
+        ),
+    }
+}
+
+fn judge_publishing(part: &'static str, size: usize, standing: &Standing, findings: &mut Findings) {
+    let size = size / 1024 / 1024;
+    match standing {
+        Standing::Good(_) | Standing::Absent => {
+            findings.ok(part, format!("a message of {size} MiB is taken"));
+        }
+        Standing::Otherwise(words) => findings.add(
+            part,
+            Severity::Error,
+            format!("a message of {size} MiB is not taken: {}", one_line(words)),
+            "Raise max_message_size in rabbitmq.conf. Results and tasks above it end their jobs with an \
+             error.",
+        ),
+        Standing::Forbidden(words) => findings.add(
+            part,
+            Severity::Error,
+            format!("no right to publish: {}", one_line(words)),
+            "Give the user the right to write: `rabbitmqctl set_permissions -p VHOST USER '.*' '.*' '.*'`.",
+        ),
+    }
+}
+
+fn in_use(standing: Option<&Standing>) -> Option<Depth> {
+    match standing {
+        Some(Standing::Good(depth)) if depth.messages > 0 || depth.consumers > 0 => Some(*depth),
+        Some(
+            Standing::Good(_) | Standing::Absent | Standing::Otherwise(_) | Standing::Forbidden(_),
+        )
+        | None => None,
+    }
+}
+
+/// Queues that are used in a vhost where they do not belong, and not where they do.
+pub(super) fn judge_vhosts(config: &Config, seen: &Seen, findings: &mut Findings) {
+    let home = |queue: &str| match queue {
+        SUBMISSIONS_QUEUE | CANCELS_QUEUE => Vhost::Sdk,
+        _ if queue == config.task_result_queue || queue == config.task_progress_queue => {
+            Vhost::Task
+        }
+        _ => Vhost::Celery,
+    };
+    for ((vhost, queue), standing) in seen {
+        let here = config.rabbitmq(*vhost);
+        // Of connections to the same vhost the first one tells.
+        let first = Vhost::ALL
+            .into_iter()
+            .find(|one| config.rabbitmq(*one) == here);
+        if first != Some(*vhost) {
+            continue;
+        }
+        let home = home(queue);
+        let there = config.rabbitmq(home);
+        if queue == DEAD_LETTERS_QUEUE || here == there || in_use(Some(standing)).is_none() {
+            continue;
+        }
+        if in_use(seen.get(&(home, queue.clone()))).is_none() {
+            let name = home.name();
+            findings.add(
+                part(home),
+                Severity::Warning,
+                format!(
+                    "{queue} is used in the vhost {} of {}, not in {} of {name}",
+                    here.vhost,
+                    vhost.name(),
+                    there.vhost
+                ),
+                &format!(
+                    "Somebody is connected to the wrong vhost: compare {name}_RABBITMQ_VIRTUALHOST with \
+                     what clients and workers have."
+                ),
+            );
+        }
+    }
+}
+
+/// Task queues with jobs that nobody takes. `waiting` are the jobs by workflow, where they are known.
+pub(super) fn judge_workers(
+    workflows: &[String],
+    seen: &Seen,
+    waiting: Option<&BTreeMap<String, i64>>,
+    findings: &mut Findings,
+) {
+    for workflow in workflows {
+        let depth = match seen.get(&(Vhost::Celery, workflow.clone())) {
+            Some(Standing::Good(depth)) => *depth,
+            Some(Standing::Absent) => Depth {
+                messages: 0,
+                consumers: 0,
+            },
+            Some(Standing::Otherwise(_) | Standing::Forbidden(_)) | None => continue,
+        };
+        let jobs = waiting.and_then(|waiting| waiting.get(workflow)).copied();
+        let jobs = jobs.unwrap_or(0).max(depth.messages.into());
+        if depth.consumers == 0 && jobs > 0 {
+            findings.add(
+                part(Vhost::Celery),
+                Severity::Error,
+                format!(
+                    "{jobs} jobs wait for {}, which has no worker",
+                    one_line(workflow)
+                ),
+                "Start a worker that consumes the queue of this name, in the vhost of \
+                 CELERY_RABBITMQ_VIRTUALHOST.",
+            );
+        }
+    }
+}

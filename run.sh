@@ -23,7 +23,7 @@ Usage: ./run.sh [COMMAND]
   bench [--only PART] [--compare REPORT]
                        Throughput, latency and cost, beside the least that anything could need.
   bench --soak MINUTES Moderate load, and whether anything grows meanwhile.
-  lint                 Formatting, clippy, and shellcheck and cargo-deny where installed.
+  lint                 Formatting, clippy, rustdoc, and shellcheck and cargo-deny where installed.
 
 Services are started with docker compose where a docker daemon answers, else from installed
 programs (Debian: rabbitmq-server, postgresql, influxdb), which are installed when this is root on
@@ -675,6 +675,7 @@ bench() {
 lint() {
   cargo fmt --check
   cargo clippy --locked --all-targets -- -D warnings
+  RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
   if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run; else say "shellcheck is not installed: skipped"; fi
   if command -v cargo-deny >/dev/null; then cargo deny check; else say "cargo-deny is not installed: skipped"; fi
 }

@@ -1,9 +1,6 @@
 //! The OMOTES job orchestrator: what stands between SDK clients and Celery workers.
 //!
-//! `main → app → http → service → telemetry → {broker, store, influx} → {wire, config} → domain → proto`:
-//! each imports only what stands to its right. [`domain`] and [`wire`] are pure: they know no broker,
-//! database, clock or environment.
-
+#![doc = include_str!("README.md")]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
 pub mod app;

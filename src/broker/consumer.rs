@@ -67,7 +67,7 @@ impl Received {
         self.properties.correlation_id().as_deref()
     }
 
-    /// Lets go of all but what it is called by, about [`RELEASED`] bytes.
+    /// Drops everything but its id, about `RELEASED` bytes.
     pub fn release(&mut self) {
         self.body = Vec::new();
         let id = self.properties.message_id().clone();

@@ -1,4 +1,4 @@
-//! What happens to a job: [`decide`], a pure and total function from a job's [`State`] and a
+//! What happens to a job: [`decide()`], a pure and total function from a job's [`State`] and a
 //! [`Command`] to a [`Decision`]. It knows no broker, database, clock or random source.
 //!
 //! ```text

@@ -2,10 +2,10 @@
 //! finds the jobs; what becomes of them is decided where everything else is.
 //!
 //! What a worker or a client has said in time counts, although it is still on its way. That is so as
-//! long as four things hold. A timeout is enforced no sooner than [`GRACE`] after it has passed. This
+//! long as four things hold. A timeout is enforced no sooner than `GRACE` after it has passed. This
 //! process has not stood still meanwhile, nor has another replica that may have messages in hand, and
 //! no handler is held up. And the queues of workers' events have been read to their end. Where one of
-//! them does not hold, nothing counts as overdue for a while: see [`Quiet`].
+//! them does not hold, nothing counts as overdue for a while: see `Quiet`.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};

@@ -39,7 +39,7 @@ pub enum Command {
     /// Somebody has seen that the job waits for a worker and that there is none.
     NoWorker,
     /// The workers have been asked who runs the task, because of its start at this time: a
-    /// [`Suspicion`].
+    /// [`super::Suspicion`].
     Judge {
         task_id: String,
         at: Timestamp,

@@ -24,13 +24,13 @@ use crate::telemetry::logger;
 use crate::text_file;
 use crate::threads::{Backoff, Pending, Signal};
 
-/// Between a stop signal and the end of the process, whatever is still going on then. Docker kills
-/// after ten seconds.
+/// The longest time between a stop signal and the end of the process. Docker kills after ten
+/// seconds.
 const EXIT_DEADLINE: Duration = Duration::from_millis(4800);
 /// Between attempts to connect, doubled each time and jittered.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LAST_PAUSE: Duration = Duration::from_secs(15);
-/// A session that lasted this long was a good one: the next attempt does not wait.
+/// After a session that lasted this long, the next attempt is made without delay.
 const GOOD_SESSION: Duration = Duration::from_secs(60);
 
 /// Reads the workflow definitions.
@@ -46,8 +46,8 @@ pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
 /// Runs the service until SIGTERM, SIGINT or SIGQUIT.
 ///
 /// # Errors
-/// Something that only somebody else can put right: the workflow definitions, the HTTP address,
-/// the database's revision.
+/// Something that an operator has to put right: the workflow definitions, the HTTP address, the
+/// database's revision.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
@@ -66,7 +66,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
                 .for_each(|number| heed(number, service, &catalogue_changed, &signal));
         })?;
         named("stop").spawn_scoped(scope, || {
-            // Moved here so that the end of this thread is the end of the service's life.
+            // Moved here so that the end of this thread is the end of the stop signal's life.
             let stop = stop;
             wait_for_end(&signalled, &all_finished, stop);
         })?;
@@ -91,8 +91,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             Ok(())
         });
         if outcome.is_ok() {
-            // The service has been stopped, and so have these. They may be waiting for an answer,
-            // which counts towards the deadline.
+            // The service has been stopped, and so have these threads. They may be waiting for an
+            // answer, which counts towards the deadline.
             for thread in aside {
                 // A panic has been logged where it happened.
                 let _ = thread.join();
@@ -109,13 +109,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Does what a signal asks for; those that end the service go to `stop`.
+/// Acts on a signal; those that end the service go to `stop`.
 fn heed(number: i32, service: &Service, catalogue_changed: &Sender<()>, stop: &Sender<i32>) {
     match number {
         SIGHUP => reload(service, catalogue_changed),
         SIGUSR1 => logger::change_level(true),
         SIGUSR2 => logger::change_level(false),
-        // Its receiver lives as long as signals can come.
+        // Its receiver outlives the signals.
         _ => drop(stop.send(number)),
     }
 }
@@ -131,7 +131,7 @@ fn start_http<'scope>(
     let mut lane = |name| -> anyhow::Result<_> {
         let (questions, asked) = bounded(http::MAX_WAITING);
         let stopped = stopped.clone();
-        // The endpoint is there as long as its questions are answered, who have these ends.
+        // The endpoint lives as long as these receivers of its questions.
         let answer = move || http::answer(server, service, &asked, &stopped);
         threads.push(named(name).spawn_scoped(scope, answer)?);
         Ok(questions)
@@ -149,7 +149,7 @@ fn named(name: &str) -> thread::Builder {
     thread::Builder::new().name(name.to_owned())
 }
 
-/// Runs a thread's body, and after a panic, which the log has, again.
+/// Runs a thread's body, and restarts it after a panic, which has been logged.
 fn restarted(stopped: &Signal, body: impl Fn()) {
     while catch_unwind(AssertUnwindSafe(&body)).is_err() {
         if stopped.comes_within(LAST_PAUSE) {
@@ -158,7 +158,7 @@ fn restarted(stopped: &Signal, body: impl Fn()) {
     }
 }
 
-/// Reads the workflow definitions again. Faulty ones change nothing.
+/// Reloads the workflow definitions. Faulty ones change nothing.
 fn reload(service: &Service, changed: &Sender<()>) {
     match read_catalogue(&service.config.workflow_config_path) {
         Ok(catalogue) => {
@@ -167,14 +167,14 @@ fn reload(service: &Service, changed: &Sender<()>) {
                 catalogue.announcement().workflows.len()
             );
             service.catalogue.replace(catalogue);
-            // News that is still waiting will tell this one too.
+            // A notification that is still waiting covers this change too.
             let _ = changed.try_send(());
         }
         Err(error) => error!("the workflow definitions stay as they were: {error:#}"),
     }
 }
 
-/// Ends the service on the first signal, and the process on the second or when the service takes
+/// Stops the service on the first signal, and ends the process on the second or when stopping takes
 /// too long. Returns, dropping `stop`, when the service has ended.
 fn wait_for_end(signalled: &Receiver<i32>, all_finished: &Signal, stop: Pending) {
     select! {

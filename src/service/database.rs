@@ -1,4 +1,5 @@
-//! Postgres, as the service as a whole needs it: there, at this program's revision, and taking writes.
+//! What the service as a whole needs of Postgres: that it is reachable, at this program's revision,
+//! and takes writes.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -22,7 +23,7 @@ const PROBE_PERIOD: Duration = Duration::from_secs(5);
 /// Waits for Postgres and brings its tables to this program's revision, or until `stop` is given.
 ///
 /// # Errors
-/// Something that only somebody else can put right.
+/// Something that an operator has to put right.
 pub fn prepare(service: &Service, stop: &Signal) -> anyhow::Result<()> {
     let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
     loop {
@@ -76,7 +77,7 @@ fn goes_away(error: &anyhow::Error) -> bool {
         })
 }
 
-/// Waits for a Postgres that takes writes, without which a session would only keep messages from
+/// Waits for a Postgres that takes writes: without one, a session would only keep messages from
 /// other replicas. False when the service stops.
 pub fn wait(service: &Service, stop: &Signal) -> bool {
     let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
@@ -90,7 +91,7 @@ pub fn wait(service: &Service, stop: &Signal) -> bool {
     true
 }
 
-/// Looks at Postgres from time to time, for an idle service too is to know that it is gone.
+/// Probes Postgres periodically, so that an idle service notices too when it is gone.
 pub fn probe(service: &Service, stop: &Signal) {
     loop {
         let (postgres, revisions) = match service.store.connection() {

@@ -1,5 +1,5 @@
-//! A handler thread: collects a batch of messages, takes it through the pipeline, one by one if need
-//! be, and acknowledges what is through.
+//! A handler thread: collects a batch of messages, runs it through the pipeline, one message at a
+//! time if necessary, and acknowledges what is done.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -38,8 +38,8 @@ const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Waits between attempts while Postgres does not work.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
-/// When Postgres has not worked for so long, a replica lets go of its messages: others may have one
-/// that does.
+/// After this long without a working Postgres a replica returns its messages: another replica may
+/// have a Postgres that works.
 const CUT_OFF: Duration = Duration::from_secs(20);
 
 /// Something to handle.
@@ -56,16 +56,17 @@ pub enum Work {
     Announce,
 }
 
-/// Which of `handlers` threads a job's work goes to: always the same, which keeps its order.
+/// Which of `handlers` threads handles a job: always the same one, which keeps the order of the
+/// job's messages.
 pub fn index(job_id: Uuid, handlers: usize) -> usize {
-    // The low bits of a random id, and as good for others.
+    // The low bits of a random id are as good as any others.
     job_id.as_u64_pair().1 as usize % handlers
 }
 
 /// What all handler threads share.
 pub struct Setting<'s> {
     pub service: &'s Service,
-    /// Nudges whoever asks the workers about suspected starts.
+    /// Wakes the inquiry thread, which asks the workers about suspected starts.
     pub inquiry: Sender<()>,
     /// The queue behind each inbox.
     pub queue_names: HashMap<Inbox, String>,
@@ -76,19 +77,19 @@ pub struct Setting<'s> {
 pub struct Publishers<'s> {
     pub sdk: Publisher<'s>,
     pub celery: Publisher<'s>,
-    /// To the vhost of the workers' events, for its dead letters.
+    /// To the vhost of the worker events, for its dead letters.
     pub task: Publisher<'s>,
 }
 
 /// One handler thread's part of the session.
 pub struct Handler<'s> {
-    /// Tells it from the session's others.
+    /// Distinguishes it from the session's other handlers.
     number: usize,
     setting: &'s Setting<'s>,
     store: Store,
     watched: &'s Watched,
     publishers: Publishers<'s>,
-    /// Where it is told what became of a message.
+    /// Reports to the consumers what became of each message.
     done: HashMap<Inbox, Sender<Handled>>,
     waiting: Waiting,
     connection: Option<Connection>,
@@ -96,7 +97,7 @@ pub struct Handler<'s> {
     declared: HashSet<String>,
     /// Messages that stay unacknowledged until a queue takes something again.
     stalled: BTreeMap<Destination, Vec<Item>>,
-    /// When some of them may next go back to the end of their queue.
+    /// When some of them may next be returned to the end of their queue.
     put_back_at: Instant,
 }
 
@@ -123,9 +124,9 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Handles messages and findings, until `stop` is given; the messages that are then
-    /// still waiting go back to the broker. So do those whose outcome is committed and waits to be
-    /// told: their next time here is like the one after a crash.
+    /// Handles messages and findings until `stop` is given. Messages still waiting then are
+    /// returned to the broker, and so are those whose outcome is committed but not yet told: when
+    /// they are redelivered, they are handled as after a crash.
     ///
     /// # Errors
     /// The session is at its end.
@@ -141,9 +142,9 @@ impl<'s> Handler<'s> {
             let rest = self.watched.rests();
             let first = select_biased! {
                 recv(stop.receiver()) -> _ => return Ok(()),
-                // Each comes once more only, and so leaves room for others.
+                // Each of these comes back only once, so they leave room for others.
                 recv(due) -> _ => None,
-                // Few, and a long backlog is not to hold them up.
+                // There are few of these, and a long backlog must not delay them.
                 recv(findings) -> work => Some(work),
                 recv(messages) -> work => Some(work),
             };
@@ -163,7 +164,7 @@ impl<'s> Handler<'s> {
             let mut has_room = match first {
                 None => true,
                 Some(Ok(first)) => take(Item::new(first, self.watched)),
-                // Whoever sends them is gone: the session is at its end.
+                // The senders are gone: the session is ending.
                 Some(Err(_)) => return Ok(()),
             };
             while has_room {
@@ -181,7 +182,7 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Takes a batch through, one by one if need be.
+    /// Runs a batch through the pipeline, one message at a time if necessary.
     fn handle_all(&mut self, mut batch: Vec<Item>, stop: &Signal) -> Result<(), Trouble> {
         if batch.is_empty() {
             return Ok(());
@@ -199,8 +200,8 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// The way out when something in a batch is refused: each message on its own, so that the
-    /// faultless ones go through and the culprit is known.
+    /// The fallback when something in a batch is refused: each message on its own, so that the good
+    /// ones go through and the culprit is found.
     fn handle_one_by_one(
         &mut self,
         batch: Vec<Item>,
@@ -218,7 +219,8 @@ impl<'s> Handler<'s> {
             } else {
                 self.handle(std::slice::from_mut(&mut item), stop)
             };
-            // What can be done about its job, then only about the message itself.
+            // First what can still be done for its job, then only what can be done with the
+            // message.
             for step in [Item::give_up, Item::give_up_job] {
                 match outcome {
                     Err(Trouble::Refused { reason, by }) => step(&mut item, reason, by),
@@ -236,12 +238,12 @@ impl<'s> Handler<'s> {
         Ok(())
     }
 
-    /// Takes a batch through, with as many attempts as Postgres needs.
+    /// Runs a batch through the pipeline, retrying for as long as Postgres does not work.
     fn handle(&mut self, batch: &mut [Item], stop: &Signal) -> Result<(), Trouble> {
         let mut backoff = Backoff::new(FIRST_RETRY, LAST_RETRY);
         let mut trouble_since = None;
         loop {
-            // A fault of ours that one message brings to light must not hold up the others.
+            // A bug of ours that one message triggers must not hold up the others.
             let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
             self.watched.goes_on();
             if !matches!(attempt, Ok(Ok(()))) {
@@ -252,7 +254,7 @@ impl<'s> Handler<'s> {
                     debug!("a batch is divided: {error:#}");
                     return self.handle_in_halves(batch, stop);
                 }
-                // It is known now, and what is for it is left out.
+                // The closed queue is known now, and what is meant for it is left out.
                 Ok(Err(Trouble::Closed)) => continue,
                 Ok(Err(Trouble::Locked(error))) => {
                     trouble_since = None;
@@ -291,8 +293,8 @@ impl<'s> Handler<'s> {
         }
     }
 
-    /// Takes a batch through that is too much at once, each half after the other, which keeps the
-    /// order of a job's messages.
+    /// Runs a batch that is too much at once in two halves, one after the other, which keeps the
+    /// order of each job's messages.
     fn handle_in_halves(&mut self, batch: &mut [Item], stop: &Signal) -> Result<(), Trouble> {
         let (first, second) = batch.split_at_mut(batch.len() / 2);
         let outcome = match self.handle(first, stop) {
@@ -306,8 +308,8 @@ impl<'s> Handler<'s> {
         outcome
     }
 
-    /// Lets go of an item that is through, or keeps it until its client may be told, or until a
-    /// queue takes what it is for.
+    /// Acknowledges an item that is done, or keeps it until its client may be told, or until a
+    /// closed queue takes it.
     fn finish(&mut self, mut item: Item) {
         if let Some(queue) = item.waits_for.take() {
             self.stalled.entry(queue).or_default().push(item);
@@ -325,7 +327,7 @@ impl<'s> Handler<'s> {
             (None, Work::Finding { .. } | Work::Announce) => return,
         };
         if let Some(done) = self.done.get(&inbox) {
-            // The consumer is gone when the session is; then the broker delivers again.
+            // If the consumer is gone, so is the session, and the broker redelivers.
             let _ = done.send(handled);
         }
     }
@@ -343,7 +345,7 @@ impl<'s> Publishers<'s> {
 }
 
 impl Work {
-    /// Bytes that it holds.
+    /// Bytes of its body.
     fn size(&self) -> usize {
         match self {
             Work::Message { received, .. } => received.body.len(),

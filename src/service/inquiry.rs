@@ -1,9 +1,9 @@
-//! Asks Celery's workers who runs a task, when a start of it would end its job. What that means for
-//! the job is decided where everything else is.
+//! Asks the Celery workers who is running a task, when a start of it would end its job. What the
+//! answers mean for the job is decided where everything else is decided.
 //!
-//! What is suspected is in the database, with the start. Whoever has written it gives a nudge; what
-//! is left over, by a replica that died or was stopped over it, is found at the beginning of a
-//! session and from time to time. Several replicas may ask about the same start.
+//! Suspicions are in the database, with the starts. The handler that writes one wakes this thread;
+//! those that a replica left open when it died or was stopped are found at the beginning of a
+//! session and periodically. Several replicas may ask about the same start.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -27,15 +27,15 @@ use crate::wire::celery::{self, Execution};
 
 /// How long the workers have to answer a question.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
-/// How often they are asked before anybody is taken for dead. One that RabbitMQ has lost may take
-/// so many seconds to be back, and Celery takes up to four. Not a time, for that passes too while
-/// this process stands still.
+/// How often the workers are asked before one is taken for dead. A worker that RabbitMQ lost sight
+/// of may take this many seconds to reconnect; Celery needs up to four. It is a count, not a time,
+/// since time also passes while this process stands still.
 const PATIENCE: u32 = 10;
-/// The same where the question itself fails, as it does until the session ends when the connection
-/// is lost, and always without the rights to ask.
+/// The same when asking fails: when the connection is lost, until the session ends, and always
+/// without the rights to ask.
 const PATIENCE_UNASKED: u32 = 60;
 
-/// What the thread waits for, for whoever watches over it.
+/// The thread's calls, for the watchdog.
 #[derive(Debug, Default)]
 pub struct Watched {
     pub celery: Calls,
@@ -60,7 +60,7 @@ struct Said {
 /// The thread's part of the session.
 pub struct Inquiry<'s> {
     pub service: &'s Service,
-    /// Watched, too.
+    /// Its calls are under the watchdog.
     pub store: Store,
     /// To the vhost of the tasks.
     pub link: &'s Link,
@@ -70,15 +70,15 @@ pub struct Inquiry<'s> {
 }
 
 impl Inquiry<'_> {
-    /// Looks for suspected starts with each of the `nudges` and from time to time, and asks about
-    /// them until they are judged. Ends when `stop` is given.
+    /// Looks for suspected starts on each of the `nudges` and periodically, and asks about them
+    /// until they are judged. Ends when `stop` is given.
     pub fn run(&self, nudges: &Receiver<()>) {
         let mut open = Vec::new();
         let mut failing = false;
         loop {
             let round = self.round(&mut open);
             let wait = match &round {
-                // The time for the answers was wait enough.
+                // Waiting for the answers was pause enough.
                 Ok(()) if !open.is_empty() => Duration::ZERO,
                 Ok(()) => self.service.config.timeout_check_period,
                 Err(_) => ANSWER_TIME,
@@ -119,7 +119,7 @@ impl Inquiry<'_> {
         let asked = self.ask(&mut said);
         for one in &mut *open {
             match asked {
-                // The service stops, and some may not have answered.
+                // The service is stopping, and some workers may not have answered.
                 Ok(false) => return Ok(()),
                 Ok(true) => one.asked += 1,
                 Err(_) => one.failed += 1,
@@ -177,7 +177,7 @@ impl Inquiry<'_> {
             last,
         };
         let handler = &self.handlers[handler::index(*job_id, self.handlers.len())];
-        // As long as it is busy, the next round finds the same.
+        // If the handler is busy, the next round finds the same.
         let _ = handler.try_send(Work::Finding {
             job_id: *job_id,
             command,

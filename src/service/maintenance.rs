@@ -1,10 +1,10 @@
-//! What is due because time has passed: timeouts, jobs past their retention, old history. It only
-//! finds the jobs; what becomes of them is decided where everything else is.
+//! What is due because time has passed: time-outs, jobs past their retention, old history. This
+//! thread only finds the jobs; what happens to them is decided where everything else is decided.
 //!
-//! What a worker or a client has said in time counts, although it is still on its way. That is so as
-//! long as four things hold. A timeout is enforced no sooner than `GRACE` after it has passed. This
-//! process has not stood still meanwhile, nor has another replica that may have messages in hand, and
-//! no handler is held up. And the queues of workers' events have been read to their end. Where one of
+//! What a worker or a client said in time counts, even if it is still on its way. Four things
+//! ensure that. A time-out is enforced no sooner than `GRACE` after it has passed. Neither this
+//! process nor another replica that may have messages in flight has stood still meanwhile. No
+//! handler is held up. And the queues of worker events have been read to their end. When one of
 //! them does not hold, nothing counts as overdue for a while: see `Quiet`.
 
 use std::sync::PoisonError;
@@ -22,27 +22,27 @@ use crate::service::shared::Service;
 use crate::store::{Connection, Overdue, Store, StoreError, Task};
 use crate::threads::Signal;
 
-/// How many jobs are found or forgotten at once; after them come the next ones. A handler's queue of
-/// findings has room for as many.
+/// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
+/// has room for as many.
 pub const MAX_FINDINGS: u16 = 1000;
-/// How often a replica looks at the clock, and shows the others that it is there.
+/// How often a replica checks the clock and shows the others that it is alive.
 const BEAT: Duration = Duration::from_secs(1);
 /// Between attempts while Postgres does not work.
 const RETRY: Duration = Duration::from_secs(5);
-/// A replica that is late by more has stood still: a stopped process, a paused machine.
+/// A replica that is late by more than this has stood still: a stopped process, a paused machine.
 const STANDSTILL: Duration = Duration::from_secs(3);
-/// How long after a timeout it is enforced. Longer than [`STANDSTILL`], so that one that is too short
-/// to be noticed does no harm.
+/// How long after a time-out it is enforced. Longer than [`STANDSTILL`], so that a standstill too
+/// short to be noticed does no harm.
 const GRACE: Duration = Duration::from_secs(5);
-/// After a standstill of any replica, if the start buffer is not longer.
+/// The quiet time after a standstill of any replica, if the start buffer is not longer.
 const AFTER_STANDSTILL: Duration = Duration::from_secs(5);
-/// RabbitMQ has given a replica's messages to others when nothing was heard of it for so long: two
-/// heartbeats are at most 30 seconds.
+/// After this long without a sign of a replica, RabbitMQ has redelivered its messages to others:
+/// two heartbeats are at most 30 seconds.
 const GONE: Duration = Duration::from_secs(60);
 
-/// Looks for what is due, each [`crate::config::Config::timeout_check_period`] among all replicas,
-/// until `stop` is given. One that dies after it has claimed a round leaves it to the next.
-/// `behind` is whether anything that workers have said may still be waiting.
+/// Looks for what is due, once per [`crate::config::Config::timeout_check_period`] among all
+/// replicas, until `stop` is given. If a replica dies after claiming a round, that round is
+/// skipped. `behind` tells whether something that workers have said may still be waiting.
 pub fn run(
     service: &Service,
     store: &Store,
@@ -89,7 +89,7 @@ pub fn run(
         }
         let done = maintenance.beat(&beat, is_round);
         pause = match done {
-            // There is more to forget, which leaves as much time for others.
+            // There is more to delete; the pause leaves others as much time as this takes.
             Ok(()) if maintenance.history.is_going_on() => now.elapsed().min(BEAT),
             Ok(()) => BEAT.min(period),
             Err(_) => RETRY.min(period),
@@ -110,7 +110,7 @@ struct Maintenance<'s, B> {
     handlers: &'s [Sender<Work>],
     behind: B,
     stop: &'s Signal,
-    /// The others see by it that this replica is there.
+    /// Shows the other replicas that this one is alive.
     connection: Option<Connection>,
     /// As of the last beat.
     database_time: Option<Timestamp>,
@@ -122,7 +122,7 @@ struct Maintenance<'s, B> {
 }
 
 impl<B: Fn() -> bool> Maintenance<'_, B> {
-    /// What there is to do now. Each round begins everything anew.
+    /// Does what is due now. Each round starts over.
     fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -146,7 +146,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         Ok(())
     }
 
-    /// Tells of a beat that has failed, and forgets what it knew of the database. A trouble is told once.
+    /// Logs a failed beat, an outage once, and forgets what was known of the database.
     fn note(&mut self, done: Result<(), StoreError>) {
         let was_failing = self.is_failing;
         self.is_failing = done.is_err();
@@ -164,14 +164,14 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         }
     }
 
-    /// Begins the quiet time again where this replica, or another one, has not been running.
+    /// Restarts the quiet time when this or another replica has not been running.
     fn notice_standstills(
         &mut self,
         connection: &mut Connection,
         beat: &Beat,
     ) -> Result<(), StoreError> {
         let around = connection.look_around(STANDSTILL, GONE)?;
-        // This machine's clock stands still with a machine that is paused.
+        // A paused machine's own clock stands still as well.
         let of_database = self.database_time.map_or(Duration::ZERO, |before| {
             let time = around.now.duration_since(before);
             Duration::try_from(time.max(SignedDuration::ZERO)).unwrap_or_default()
@@ -180,7 +180,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         let own = beat.took.max(of_database).saturating_sub(beat.asked);
         let buffer = self.service.config.timeout_start_buffer;
         let least = buffer.max(AFTER_STANDSTILL);
-        // Also where it was Postgres or RabbitMQ that did not answer.
+        // Also when it was Postgres or RabbitMQ that did not answer.
         if own > STANDSTILL {
             debug!("nothing was looked at for {own:.0?}");
             self.quiet.begin(Instant::now(), least);
@@ -210,9 +210,9 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         Ok(findings)
     }
 
-    /// Gives the findings to their handlers, until one has as many as it takes: that one gets none of
-    /// the others either, lest a later finding of a job overtakes the one before. Returns whether
-    /// all were taken.
+    /// Hands the findings to their handlers until one of them is full: that one gets no more in
+    /// this round, lest a later finding of a job overtake an earlier one. Returns whether all were
+    /// taken.
     fn hand_over(&self, findings: impl IntoIterator<Item = (Uuid, Command)>) -> bool {
         let mut full = vec![false; self.handlers.len()];
         for (job_id, command) in findings {
@@ -225,8 +225,8 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         !full.contains(&true)
     }
 
-    /// Finds what is overdue if nothing speaks against it. What the handlers have no room for is found
-    /// again at the next beat.
+    /// Finds what is overdue, unless something may still be on its way. What the handlers have no
+    /// room for is found again at the next beat.
     fn look_for_overdue(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
         let config = &self.service.config;
         if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), &self.behind) {
@@ -236,8 +236,8 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         if !self.limits.go_on(connection, Task::Limits, period)? {
             return Ok(());
         }
-        // Never the others without the timeouts before them: a job that is past both has one outcome,
-        // also when it is looked at again after a crash.
+        // Time-outs always come first: a job past both its time-out and its retention has one
+        // outcome, also when it is looked at again after a crash.
         for (overdue, command) in [
             (Overdue::Timeout { grace: GRACE }, Command::TimeOut),
             (Overdue::Retention(config.job_retention), Command::Expire),
@@ -248,7 +248,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
                 let asked = Instant::now();
                 let page = connection.overdue(overdue, last, MAX_FINDINGS.into())?;
                 if asked.elapsed() > STANDSTILL {
-                    // It is not known when that was so.
+                    // How long ago this was true is not known.
                     return Ok(());
                 }
                 let Some(end) = page.last().copied() else {
@@ -284,18 +284,18 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
     }
 }
 
-/// How far something is that one replica does for all of them each period.
+/// The progress of a task that one replica does for all in each period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Chore {
     #[default]
     Done,
     Due,
-    /// This replica's, since it has claimed it.
+    /// Claimed by this replica.
     Claimed(Instant),
 }
 
 impl Chore {
-    /// Whether it is this replica's to do; if not, it is done.
+    /// Whether it is for this replica to do; if not, it is done.
     fn go_on(
         &mut self,
         connection: &mut Connection,
@@ -303,7 +303,7 @@ impl Chore {
         period: Duration,
     ) -> Result<bool, StoreError> {
         *self = match *self {
-            // By now another one may have begun anew.
+            // Another replica may have started a new period by now.
             Chore::Claimed(since) if since.elapsed() < period.mul_f64(0.9) => return Ok(true),
             Chore::Due | Chore::Claimed(_) if connection.claim(task, period)? => {
                 Chore::Claimed(Instant::now())
@@ -318,10 +318,10 @@ impl Chore {
     }
 }
 
-/// The time in which nothing counts as overdue: while what has been waiting for this replica, for
-/// another one, for RabbitMQ or for Postgres is still to be heard. It lasts for a given time at least,
-/// and until the queues have been read to their end at two looks on end: what the last one found in
-/// nobody's hands any more has been handled by the next.
+/// The time in which nothing counts as overdue, while what has been waiting for this replica, for
+/// another one, for RabbitMQ or for Postgres is still to be handled. It lasts at least a given
+/// time, and until two checks in a row find the queues read to their end: what was in flight unseen
+/// at the first has been handled by the second.
 #[derive(Debug)]
 struct Quiet {
     since: Instant,
@@ -338,7 +338,7 @@ impl Quiet {
         }
     }
 
-    /// Begins again; one that would last for longer goes on.
+    /// Starts over, unless the current one lasts longer.
     fn begin(&mut self, now: Instant, least: Duration) {
         let left = self.least.saturating_sub(now - self.since);
         *self = Quiet::new(now, least.max(left));

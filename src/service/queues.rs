@@ -1,5 +1,5 @@
-//! Looks at RabbitMQ's queues from time to time: how many messages wait, and whether somebody takes
-//! them. On connections of its own, apart from the session's, which it never disturbs.
+//! Looks at RabbitMQ's queues periodically: how many messages wait, and whether somebody consumes
+//! them. It uses connections of its own, so it never disturbs the session's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
@@ -17,9 +17,9 @@ use crate::threads::{Signal, within_deadline};
 use crate::wire;
 
 const PERIOD: Duration = Duration::from_secs(5);
-/// How long a task queue that does not exist is not asked for, unless a job waits for it.
+/// How long a missing task queue is not asked for again, unless a job waits for it.
 const ABSENT_PERIOD: Duration = Duration::from_secs(5 * 60);
-/// Workers may be on their way back, after a restart of RabbitMQ or their own.
+/// Workers may be reconnecting, after a restart of RabbitMQ or their own.
 const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 
 /// Looks every few seconds, until `stop` is given.
@@ -28,7 +28,7 @@ pub fn run(service: &Service, stop: &Signal) {
     let mut lonely = Lonely::default();
     let mut absent = Absent::default();
     loop {
-        // Jobs may have workflows that the definitions do not have any more.
+        // Jobs may belong to workflows that are no longer defined.
         let of_jobs = service.views.connection();
         let of_jobs = of_jobs.and_then(|mut connection| connection.workflows_of_jobs());
         let of_jobs = of_jobs.unwrap_or_default();
@@ -64,7 +64,7 @@ pub fn run(service: &Service, stop: &Signal) {
                     without_worker,
                 })
             }
-            // The session with RabbitMQ tells of the same trouble.
+            // The session logs the same outage.
             Err(error) => {
                 debug!("the queues cannot be looked at: {error:#}");
                 None
@@ -80,8 +80,8 @@ pub fn run(service: &Service, stop: &Signal) {
     }
 }
 
-/// Task queues that do not exist, as before the first job or worker of a workflow. RabbitMQ's log has
-/// an error for each time that somebody asks for one, so they are not asked for each time.
+/// Task queues that do not exist, such as those of a workflow before its first job or worker.
+/// RabbitMQ logs an error for each question about one, so they are not asked for every time.
 #[derive(Default)]
 struct Absent {
     since: BTreeMap<String, Instant>,
@@ -103,7 +103,7 @@ impl Absent {
     }
 }
 
-/// The connections to look on: one for each vhost.
+/// The connections that are looked at: one for each vhost.
 pub struct Watch {
     links: Vec<(RabbitMq, Link)>,
 }
@@ -173,12 +173,12 @@ impl Watch {
 #[derive(Default)]
 struct Lonely {
     since: BTreeMap<String, Timestamp>,
-    /// Those that the log knows of.
+    /// Those already logged.
     told: BTreeSet<String>,
 }
 
 impl Lonely {
-    /// Those that have been so for a while. Each outage is told once.
+    /// Those that have had no worker for a while. Each outage is logged once.
     fn look(&mut self, queues: &[Queue], now: Timestamp) -> BTreeMap<String, Timestamp> {
         let tasks = queues.iter().filter(|queue| queue.vhost == Vhost::Celery);
         let lonely: BTreeSet<&str> = tasks

@@ -1,6 +1,6 @@
-//! Requests for the workflows that are sent to the queue of this name, through the default exchange,
-//! as the TypeScript SDK does. One replica has that queue, exclusively as the Python service has it;
-//! the others take it over when that one goes.
+//! Requests for the workflows that are sent to the queue of this name through the default exchange,
+//! as the TypeScript SDK does. One replica holds that queue, exclusively, as the Python service
+//! does; the others take it over when that replica goes.
 
 use anyhow::Context;
 use crossbeam_channel::{Receiver, Sender, select};
@@ -11,7 +11,7 @@ use crate::service::handler::Work;
 use crate::threads::Signal;
 use crate::wire::{OMOTES_EXCHANGE, WORKFLOW_REQUESTS_HELD_KEY, WORKFLOW_REQUESTS_KEY};
 
-/// Tries to get the queue.
+/// Tries to claim the queue.
 ///
 /// # Errors
 /// The connection is lost.
@@ -23,15 +23,15 @@ pub(crate) fn claim(link: &Link) -> anyhow::Result<Claim> {
     link.claim_queue(WORKFLOW_REQUESTS_KEY, mark)
 }
 
-/// The thread that has the queue, or waits for it.
+/// The thread that holds the queue, or waits for it.
 pub(crate) struct Answering<'l> {
     /// The queue belongs to this connection.
     pub(crate) link: &'l Link,
-    /// How many of its messages are in hand at most.
+    /// The prefetch.
     pub(crate) prefetch: u16,
     /// To a handler, which tells all clients the workflows.
     pub(crate) announcer: Sender<Work>,
-    /// Something comes in while no replica has the queue.
+    /// Receives something while no replica holds the queue.
     pub(crate) vacant: Receiver<()>,
 }
 
@@ -63,7 +63,7 @@ impl Answering<'_> {
                             hand_over(place, request);
                         });
                     match ended {
-                        // It may be somebody's that we may not read.
+                        // It may be a queue that this user may not read.
                         Err(error) if !consumed && self.link.check().is_ok() => {
                             self.link.delete_queue(&marker).context("a mark")?;
                             format!("{error:#}")
@@ -82,7 +82,7 @@ impl Answering<'_> {
             }
             claimed = claim(self.link)?;
             if matches!(claimed, Claim::Held { .. }) {
-                // Whoever asked since the one before went has asked in vain.
+                // Requests sent since the previous holder went have been lost.
                 let _ = self.announcer.send(Work::Announce);
             }
         }

@@ -1,6 +1,6 @@
-//! One generation of broker connections with the threads that live on them. It ends as a whole:
-//! when a connection is lost, when a thread fails, or when the service stops. Nothing of it lives
-//! on in memory; what was not acknowledged goes back to the queues.
+//! One generation of broker connections with the threads that use them. It ends as a whole: when a
+//! connection is lost, when a thread fails, or when the service stops. Nothing of it survives in
+//! memory; what was not acknowledged returns to the queues.
 
 use std::collections::HashMap;
 use std::iter;
@@ -36,11 +36,12 @@ mod links;
 mod pulse;
 mod watchdog;
 
-/// How many bytes of messages are in hand, beyond one message, before RabbitMQ is made to wait.
+/// How many bytes of messages may be in flight, beyond one message, before RabbitMQ is made to
+/// wait.
 const MAX_IN_HAND: usize = 32 * 1024 * 1024;
 
-/// The queues of each consumer thread. What a worker says of a task comes through two, and a start or
-/// the last progress is of no use after the result.
+/// The queues of each consumer thread. A worker's events for a task arrive through two, and a START
+/// or the last progress is of no use after the result.
 const CONSUMERS: [(&str, &[Inbox]); 5] = [
     ("submissions", &[Inbox::Submissions]),
     ("cancels", &[Inbox::Cancels]),
@@ -49,9 +50,8 @@ const CONSUMERS: [(&str, &[Inbox]); 5] = [
     ("events", &[Inbox::Progress, Inbox::Results]),
 ];
 
-/// How many messages of a queue a consumer has in hand at most. RabbitMQ keeps the rest. Those whose
-/// outcomes wait are in hand meanwhile and must not hold up a backlog, so there is room for as many
-/// more as can become of one in that time.
+/// The prefetch of a queue. Messages whose outcomes wait to be told stay in flight and must not
+/// hold up a backlog, so there is room for as many more as can accumulate in that time.
 fn prefetch(inbox: Inbox, outcome_delay: Duration) -> u16 {
     const ENDED_PER_MILLISECOND: u128 = 8;
     let waiting = u16::try_from(outcome_delay.as_millis() * ENDED_PER_MILLISECOND);
@@ -64,8 +64,8 @@ fn prefetch(inbox: Inbox, outcome_delay: Duration) -> u16 {
     }
 }
 
-/// How many messages of each queue may wait for one that takes nothing, of all handlers together:
-/// most of what RabbitMQ hands out is to be for those that get through.
+/// How many messages of each queue may wait for a closed queue, over all handlers: most of what
+/// RabbitMQ delivers is to be for queues that take something.
 fn closed_queues() -> ClosedQueues {
     let prefetch = |inbox| usize::from(prefetch(inbox, Duration::ZERO));
     let limits = Inbox::ALL.map(|inbox| (inbox, prefetch(inbox) / 4));
@@ -82,7 +82,7 @@ pub fn run(service: &Service, stop: &Signal) -> anyhow::Result<()> {
     let outcome = within_deadline(DEADLINE, || links.kill(), || prepare(service, &links))
         .and_then(|prepared| work(service, &links, &intake, prepared, stop));
     if outcome.is_err() {
-        // A connection that is lost in silence or blocked would keep its close waiting.
+        // Closing a silently lost or blocked connection would block.
         links.kill();
     }
     let causes = links.close();
@@ -96,7 +96,7 @@ pub fn run(service: &Service, stop: &Signal) -> anyhow::Result<()> {
 struct Prepared {
     /// The queue behind each inbox.
     queue_names: HashMap<Inbox, String>,
-    /// Whether the requests that are sent to their queue are answered here.
+    /// Whether this replica holds the queue of requests.
     claim: Claim,
 }
 
@@ -108,7 +108,7 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
     links.task_in.declare_for_workers(&[results, progress])?;
     for link in [&links.sdk_out, links.task_out()] {
         match link.declare_dead_letters() {
-            // It is tried again with the first letter.
+            // It is declared again with the first letter.
             Err(PublishError::Unavailable(why) | PublishError::Refused(why)) => {
                 warn!(
                     "{}: {} cannot be declared: {why}",
@@ -120,15 +120,15 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
         }
     }
     links.celery_out.declare_pidbox()?;
-    // Each replica has its own, for a queue of all would need one that is exclusive to none; so a
-    // client may get more than one answer. It is there before the workflows are told, lest a
-    // client that asks meanwhile hears nothing.
+    // Each replica has its own, since an exclusive queue cannot be shared; so a client may get more
+    // than one answer. It exists before the workflows are announced, so that no request in between
+    // is lost.
     let requests = links
         .sdk_in
         .declare_private_queue(wire::OMOTES_EXCHANGE, wire::WORKFLOW_REQUESTS_KEY)?;
     let claim = requests::claim(&links.sdk_in)?;
     let announcement = wire::available_workflows(service.catalogue.get().announcement());
-    // Before anything is consumed, so that it comes between the starts from before and after.
+    // Before anything is consumed, so that it separates the starts before from those after.
     service.store.connection()?.session_begins()?;
     Publisher::new(&links.sdk_out, &Calls::default())
         .publish(&[announcement])
@@ -195,8 +195,8 @@ fn work(
         } = inputs;
         let announcer = findings[0].clone();
         let (nobody_answers, vacant) = bounded(1);
-        // From here on only consumers send messages, and only handlers tell what is done with: each
-        // knows by the others' end that no more comes.
+        // From here on only consumers send messages to handlers, and only handlers report to
+        // consumers: each side learns from the other's end that nothing more will come.
         start_consumers(&shared, &mut recruits, &messages, done, &claim, &vacant)?;
         drop(messages);
         let (pulse, stop_pulse) = (&shared.pulse, recruits.stop.clone());
@@ -219,12 +219,13 @@ fn work(
 /// How the handlers are reached, in their order.
 struct Inputs {
     messages: Vec<Sender<Work>>,
-    /// What they have not taken yet of the messages, to see whether that is a backlog.
+    /// What the handlers have not taken yet, which shows whether there is a backlog.
     unread: Vec<Receiver<Work>>,
     findings: Vec<Sender<Work>>,
 }
 
-/// Starts the handlers. Returns, for each of [`CONSUMERS`], also where they say what is done with.
+/// Starts the handlers. Also returns, for each of [`CONSUMERS`], the channel on which they report
+/// what is done.
 fn start_handlers<'scope>(
     shared: &'scope Shared<'_>,
     recruits: &mut Recruits<'scope, '_>,
@@ -242,8 +243,8 @@ fn start_handlers<'scope>(
         findings: Vec::new(),
     };
     for ((number, watched), name) in shared.watched.iter().enumerate().zip(handler_names()) {
-        // The broker hands out no more than the prefetch before something is acknowledged. So a
-        // handler that is held up does not hold up the consumers.
+        // The prefetch bounds what is in this channel, so a handler that is held up does not hold
+        // up the consumers.
         let (input, messages) = unbounded::<Work>();
         inputs.messages.push(input);
         inputs.unread.push(messages.clone());
@@ -308,12 +309,12 @@ fn start_consumers<'scope>(
 /// Gives a message to its handler: one job's messages all go to one, which keeps their order.
 fn hand_over(handlers: &[Sender<Work>], inbox: Inbox, received: Received) {
     let job = catch_unwind(|| wire::job_id(&received.body));
-    // What makes this panic makes its handler panic too, which puts it aside.
+    // Whatever panics here panics in the handler too, which puts the message aside.
     let handler = job
         .ok()
         .flatten()
         .map_or(0, |id| handler::index(id, handlers.len()));
-    // A handler that is gone leaves it to the next session.
+    // If the handler is gone, the session is ending and the message is redelivered.
     let _ = handlers[handler].send(Work::Message { inbox, received });
 }
 
@@ -358,8 +359,7 @@ fn start_maintenance<'scope>(
 }
 
 impl Shared<'_> {
-    /// Whether something that workers have said may be waiting: in RabbitMQ, or in the hands of a
-    /// handler that is held up.
+    /// Whether worker events may still be waiting, in RabbitMQ or in a handler that is held up.
     fn is_behind(&self) -> bool {
         if self.watched.iter().any(Watched::is_held_up) || self.intake.is_full() {
             return true;
@@ -368,13 +368,13 @@ impl Shared<'_> {
         let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
         match self.links.task_in.depths(&[results, progress]) {
             Ok(depths) => depths.iter().flatten().any(|depth| depth.messages > 0),
-            // Then the session is at its end.
+            // Then the session is ending.
             Err(_) => true,
         }
     }
 }
 
-/// As the threads are called, in their order.
+/// The names of the handler threads, in order.
 fn handler_names() -> impl Iterator<Item = String> {
     (1..).map(|number| format!("handler-{number}"))
 }

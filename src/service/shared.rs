@@ -21,18 +21,18 @@ use crate::wire::celery;
 pub struct Service {
     pub config: Config,
     pub store: Store,
-    /// The same database, for those who look on.
+    /// The same database, read-only, for pages, searches, metrics and the queue watch.
     pub views: Store,
-    /// Whether those who look on get a connection, as far as is known: from a standby, say, too.
+    /// Whether `views` can connect, as far as is known; possibly to a standby.
     pub can_look_on: AtomicBool,
     pub catalogue: CurrentCatalogue,
-    /// Something comes in when the catalogue has been replaced.
+    /// Receives something when the catalogue has been replaced.
     pub catalogue_news: Receiver<()>,
     pub health: Health,
     pub metrics: Metrics,
-    /// RabbitMQ's queues, as they were a moment ago.
+    /// RabbitMQ's queues, as last seen.
     pub queues: Mutex<Option<Queues>>,
-    /// What this replica calls itself.
+    /// This replica's name.
     pub host: String,
     pub celery_sender: celery::Sender,
     pub revoke_clock: AtomicI64,
@@ -40,8 +40,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// One that is not connected to anything yet, and where to say that the catalogue has been
-    /// replaced.
+    /// One that is not connected to anything yet, and the sender that says that the catalogue has
+    /// been replaced.
     ///
     /// # Errors
     /// There are too many handlers to count.
@@ -78,7 +78,7 @@ impl Service {
         Ok((service, catalogue_changed))
     }
 
-    /// Notes that there is no session: what only one can know is not known.
+    /// Reports that there is no session, and that what only a session can tell is not known.
     pub fn no_session(&self, why: &anyhow::Error) {
         let now = Timestamp::now();
         let why = format!("{why:#}");
@@ -89,7 +89,7 @@ impl Service {
         }
     }
 
-    /// What is going on in the deployment, but for the single jobs.
+    /// The state of the deployment, without the single jobs.
     ///
     /// # Errors
     /// The connection is lost.
@@ -97,7 +97,7 @@ impl Service {
         let overview = self.overview_without_database();
         let mut maintenance = connection.maintenance_runs()?;
         if self.config.influxdb.is_none() {
-            // It may have been done before, and is not late now.
+            // It may have run earlier, and is not late now.
             maintenance.retain(|(task, _)| task != Task::TimeSeries.name());
         }
         Ok(Overview {
@@ -108,7 +108,7 @@ impl Service {
         })
     }
 
-    /// The same as far as it is known without Postgres.
+    /// The same, as far as it is known without Postgres.
     pub fn overview_without_database(&self) -> Overview {
         let (connections, idle_connections) = self.store.connections();
         Overview {

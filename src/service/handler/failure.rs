@@ -10,19 +10,19 @@ use crate::store::StoreError;
 
 /// Why a batch did not go through.
 pub(super) enum Trouble {
-    /// Postgres does not work for this replica; the same batch may go through later.
+    /// Postgres does not work for this replica; the same batch may succeed later.
     Database(anyhow::Error),
-    /// Postgres works, and somebody else holds a lock: it would be no better with another replica.
+    /// Postgres works, but somebody else holds a lock: another replica would fare no better.
     Locked(anyhow::Error),
-    /// Less of it may go through.
+    /// A smaller batch may succeed.
     TooMuch(anyhow::Error),
-    /// A queue does not take a task for now. The same batch goes through without what it is for.
+    /// A task queue takes nothing for now. The batch succeeds without its messages.
     Closed,
     /// Something in the batch is refused.
     Refused { reason: String, by: Refuser },
-    /// The session is at its end.
+    /// The session is ending.
     Session(anyhow::Error),
-    /// The service is stopping, and the batch was not done.
+    /// The service is stopping and the batch is not done.
     Stopped,
 }
 
@@ -61,7 +61,7 @@ impl From<PublishError> for Trouble {
 }
 
 impl Trouble {
-    /// What is left to do about trouble that no retry helps against.
+    /// What remains to do about trouble that retrying does not help.
     pub(super) fn end(self) -> anyhow::Result<()> {
         match self {
             Trouble::Stopped => Ok(()),
@@ -75,7 +75,7 @@ impl Trouble {
     }
 }
 
-/// What is said of a message that has made us panic.
+/// What is said about a message that made us panic.
 pub(super) fn fault_in_ourselves(panic: &(dyn Any + Send)) -> String {
     format!("a fault in the orchestrator: {}", panic_text(panic))
 }

@@ -1,5 +1,5 @@
-//! A message on its way through a handler: what it asks for, and what is made of it when that is
-//! refused or has to wait.
+//! A message in a handler: what it asks for, and what becomes of it when it is refused or has to
+//! wait.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -18,30 +18,30 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::report::{self, one_line};
 use crate::wire::{self, Inbox, Request, Undecodable};
 
-/// What a command may take up beside its message's body, which is not kept with it then.
+/// The most memory that a command may take when its message's body is dropped, in bytes.
 const SMALL: usize = 4 * 1024;
 
-/// A message of a batch with what it asks for.
+/// A message of a batch, with what it asks for.
 pub(super) struct Item {
     pub(super) work: Work,
     pub(super) job: Option<(Uuid, Command)>,
     pub(super) list_workflows: bool,
-    /// Why the message itself is put aside.
+    /// Why the message becomes a dead letter.
     pub(super) dead_letter: Option<String>,
-    /// What takes nothing of it for now, so that it is not done.
+    /// The closed queue that it waits for; it has not been handled.
     pub(super) waits_for: Option<Destination>,
-    /// How long its job's client is not to be told what has been committed.
+    /// How long its committed outcome must wait before the client is told.
     pub(super) wait: Option<Duration>,
-    /// It has been through once, and waited since.
+    /// It has been handled once and has waited since.
     pub(super) has_waited: bool,
-    /// Its command is no longer the one that its body says.
+    /// Its command is no longer what its body says.
     altered: bool,
-    /// Its body is gone, for it is not needed any more.
+    /// Its body was dropped because it is no longer needed.
     released: bool,
 }
 
 impl Item {
-    /// Reads what the message asks for. One that makes the reader panic is put aside.
+    /// Decodes what the message asks for. A message that makes the decoder panic is put aside.
     pub(super) fn new(work: Work, watched: &Watched) -> Item {
         let mut item = Item {
             job: None,
@@ -79,7 +79,7 @@ impl Item {
             Err(panic) => {
                 let reason = fault_in_ourselves(&*panic);
                 error!("{}: {}", self.label(), one_line(&reason));
-                // What panics over the whole of it may do so over its beginning.
+                // What panics on the whole body may do so on its beginning too.
                 let unread = catch_unwind(|| wire::unread(*inbox, &received.body, reason.clone()));
                 self.cannot_be_read(unread.unwrap_or(Undecodable {
                     reason,
@@ -95,7 +95,7 @@ impl Item {
         self.altered = true;
     }
 
-    /// Where its message came from; None for what the service found itself.
+    /// Where its message came from; None for a finding.
     pub(super) fn inbox(&self) -> Option<Inbox> {
         match &self.work {
             Work::Message { inbox, .. } => Some(*inbox),
@@ -103,13 +103,13 @@ impl Item {
         }
     }
 
-    /// Bytes that it holds, what has been decoded counted: a small message may be large then.
+    /// Bytes that it holds, including what has been decoded: a small message may decode to much.
     pub(super) fn size(&self) -> usize {
         let command = self.job.as_ref().map(|(_, command)| command);
         self.work.size() + command.map_or(0, Command::decoded_bytes)
     }
 
-    /// The same, with the properties that it came with.
+    /// The same, including the message's properties.
     pub(super) fn held(&self) -> usize {
         let properties = match &self.work {
             Work::Message { received, .. } => received.size().saturating_sub(received.body.len()),
@@ -118,15 +118,15 @@ impl Item {
         self.size() + properties
     }
 
-    /// It comes again, and may have been committed. What tells a START from its repetition is its
-    /// message id or, without one, the broker's word.
+    /// It is tried again, and may have been committed. What tells a START from its repetition is
+    /// its message id or, without one, AMQP's redelivered flag.
     pub(super) fn repeat(&mut self) {
         if let Some((_, Command::Start { redelivered, .. })) = &mut self.job {
             *redelivered = true;
         }
     }
 
-    /// Makes its submission, which has been refused with these logs, a refusal from here on.
+    /// Turns its submission, which was refused with these logs, into a refusal.
     pub(super) fn is_refused(&mut self, logs: String) {
         if let Some((_, command)) = &mut self.job
             && let Command::Submit(submission) = command
@@ -140,7 +140,7 @@ impl Item {
         }
     }
 
-    /// Turns a message that is refused into what can still be done about it.
+    /// Replaces a refused message's command by what can still be done about it.
     pub(super) fn give_up(&mut self, reason: String, by: Refuser) {
         error!("{}: {}", self.label(), one_line(&reason));
         let instead = self.job.take().and_then(|(id, command)| {
@@ -148,7 +148,7 @@ impl Item {
             Some((id, command.instead(reason)?))
         });
         self.list_workflows = false;
-        // What the broker refuses is most often too big for any of its queues.
+        // What the broker refuses is usually too big for any of its queues.
         if by != Refuser::Broker || instead.is_none() {
             self.dead_letter = Some(reason);
         }
@@ -156,20 +156,20 @@ impl Item {
         self.altered = true;
     }
 
-    /// Leaves the job as it is, and puts the message aside.
+    /// Leaves the job alone and puts the message aside.
     pub(super) fn give_up_job(&mut self, reason: String, _: Refuser) {
         error!("{}: {}", self.label(), one_line(&reason));
         self.job = None;
         self.dead_letter = Some(reason);
     }
 
-    /// Prepares it for its wait, in which it takes no more memory than its message does. Returns
-    /// whether that is next to nothing, because its body is not needed any more.
+    /// Prepares it for its wait, during which it takes no more memory than its message does.
+    /// Returns whether that is next to nothing, because the body is no longer needed.
     fn rest(&mut self) -> bool {
         self.has_waited = true;
         self.wait = None;
         let is_small = match &self.job {
-            // It could not be put aside yet.
+            // It still has to become a dead letter.
             _ if self.dead_letter.is_some() => false,
             Some((_, command)) => size(command) <= SMALL,
             None => false,
@@ -185,7 +185,7 @@ impl Item {
         self.released
     }
 
-    /// Makes it what it was before its wait.
+    /// Restores it after its wait.
     fn wake(mut self, watched: &Watched) -> Item {
         if self.job.is_none() {
             self.read(watched);
@@ -193,13 +193,13 @@ impl Item {
         self
     }
 
-    /// The message that is put aside, and why; None where there is nothing to put aside.
+    /// The message to put aside, and why; None when there is nothing to put aside.
     pub(super) fn letter(&self) -> Option<(Inbox, &crate::broker::Received, &str)> {
         let reason = self.dead_letter.as_deref()?;
         match &self.work {
             Work::Message { .. } if self.released => {
-                // Its job has an outcome that is committed, and its client is told at last that
-                // this one is lost.
+                // Its job's outcome is committed, and in the end the client is told that this one
+                // is lost.
                 error!("{}: its body is gone: {}", self.label(), one_line(reason));
                 None
             }
@@ -208,7 +208,7 @@ impl Item {
         }
     }
 
-    /// It is where the operator finds it.
+    /// It has become a dead letter.
     pub(super) fn is_put_aside(&mut self, metrics: &Metrics) {
         if let (Some(inbox), Some(reason)) = (self.inbox(), self.dead_letter.take()) {
             metrics.dead_letter(inbox);
@@ -233,7 +233,7 @@ impl Item {
     }
 }
 
-/// About how many bytes a command takes; very many for one that carries what its message does.
+/// About how many bytes a command takes; a huge number for one that holds what its message does.
 fn size(command: &Command) -> usize {
     match command {
         Command::Submit(_) | Command::Result { .. } => usize::MAX,
@@ -256,8 +256,8 @@ fn size(command: &Command) -> usize {
     }
 }
 
-/// Items whose outcome is committed, and whose clients are not to be told of it yet: by when they
-/// may be, and in the order in which they came.
+/// Items whose outcome is committed but may not be told yet, by when it may be, then in the order
+/// of their arrival.
 #[derive(Default)]
 pub(super) struct Waiting {
     items: BTreeMap<(Instant, u64), Item>,
@@ -265,7 +265,7 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Returns the message's inbox and tag if its body was let go.
+    /// Returns the message's inbox and tag if its body was dropped.
     pub(super) fn add(&mut self, mut item: Item, wait: Duration) -> Option<(Inbox, u64)> {
         let released = item.rest();
         let place = match &item.work {

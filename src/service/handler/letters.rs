@@ -1,12 +1,12 @@
-//! Puts messages aside that cannot be handled: into the dead letters of the vhost they came from.
+//! Puts messages that cannot be handled into the dead letters of the vhost they came from.
 
 use log::error;
 
 use crate::broker::{Delivered, PublishError, Publisher, Received};
 use crate::wire::{self, Outgoing};
 
-/// Publishes dead letters. Returns of each why it was not taken: only one without a reason is where
-/// the operator finds it, and what it is made of may be acknowledged.
+/// Publishes dead letters. Returns for each why it was not taken; only the source of one that was
+/// taken may be acknowledged.
 ///
 /// # Errors
 /// [`PublishError::Lost`] alone.
@@ -50,7 +50,7 @@ fn places(outcome: &[Result<Delivered, String>], wanted: Delivered) -> Vec<usize
         .collect()
 }
 
-/// Declares the queue; why that is not possible for now.
+/// Declares the queue; returns why that is not possible for now.
 fn declare(publisher: &Publisher<'_>) -> Result<Option<String>, PublishError> {
     match publisher.declare_dead_letters() {
         Ok(()) => Ok(None),
@@ -59,7 +59,7 @@ fn declare(publisher: &Publisher<'_>) -> Result<Option<String>, PublishError> {
     }
 }
 
-/// Publishes as much of the letters as the broker takes of each.
+/// Publishes the letters, each as whole as the broker takes it.
 fn publish(
     publisher: &mut Publisher<'_>,
     letters: &[Outgoing],
@@ -69,12 +69,13 @@ fn publish(
         Err(PublishError::Refused(_) | PublishError::Unavailable(_)) => {}
         Err(error @ PublishError::Lost(_)) => return Err(error),
     }
-    // Which one it was is not told, nor which of them arrived: rather twice than not at all.
+    // AMQP says neither which one was refused nor which of the others arrived: better twice than
+    // not at all.
     letters
         .iter()
         .map(|letter| {
             let mut outcome = publisher.publish(std::slice::from_ref(letter));
-            // The limit for messages may have been lowered since this one came.
+            // The broker's message size limit may have been lowered since this one arrived.
             if let Err(PublishError::Refused(reason)) = &outcome
                 && let Some(cut) = wire::cut_letter(letter, reason)
             {
@@ -90,8 +91,8 @@ fn publish(
         .collect()
 }
 
-/// Puts messages back at the end of the queue that they came from: what became of each copy. Only
-/// those that arrived may be acknowledged.
+/// Returns messages to the end of the queue that they came from, and tells what became of each
+/// copy. Only the originals of those that arrived may be acknowledged.
 ///
 /// # Errors
 /// [`PublishError::Lost`] alone.

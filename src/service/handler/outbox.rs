@@ -46,7 +46,7 @@ fn undelivered<'m>(
 }
 
 impl Handler<'_> {
-    /// Makes messages of these publications, in their order.
+    /// Turns these publications into messages, in their order.
     pub(super) fn write_out(&self, publications: Vec<Publication<'_>>, outbox: &mut Outbox) {
         for publication in publications {
             self.write_one(publication, outbox);
@@ -72,7 +72,8 @@ impl Handler<'_> {
                     .service
                     .revoke_clock
                     .fetch_add(1, Ordering::Relaxed);
-                // The workers' clocks are held against it, which Postgres's has nothing to do with.
+                // Workers compare it with their own clocks, which have nothing to do with
+                // Postgres's.
                 let revoke = celery::revoke(&task_id, clock, Timestamp::now());
                 outbox.celery.push(revoke);
             }
@@ -126,7 +127,7 @@ impl Handler<'_> {
         metrics.published("rejected", rejected);
     }
 
-    /// Publishes it all and waits for the confirms, of all connections at once.
+    /// Publishes everything and waits for the confirms of all connections together.
     fn publish_all(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
         for queue in &outbox.tasks_for {
             self.declare(queue)?;
@@ -134,7 +135,7 @@ impl Handler<'_> {
         let Publishers { sdk, celery, .. } = &mut self.publishers;
         celery.send(&outbox.celery)?;
         sdk.send(&outbox.sdk)?;
-        // Both before any is looked at, lest a confirm be taken for the next batch's.
+        // Both before either is examined, lest a confirm be taken for the next batch's.
         let (to_celery, to_sdk) = (celery.confirm(), sdk.confirm());
         let (to_celery, to_sdk) = (to_celery?, to_sdk?);
         self.count_published(to_celery.iter().chain(&to_sdk));
@@ -192,7 +193,7 @@ impl Handler<'_> {
         Trouble::Closed
     }
 
-    /// A task comes back when somebody has deleted its queue since it was declared.
+    /// A task is returned when somebody has deleted its queue since it was declared.
     fn publish_tasks_again(&mut self, tasks: &[&Outgoing]) -> Result<(), Trouble> {
         let queues: BTreeSet<_> = tasks.iter().map(|task| &task.routing_key).collect();
         for queue in queues {
@@ -213,7 +214,7 @@ impl Handler<'_> {
         }
     }
 
-    /// A broker restart takes the bindings of clients that are offline, while their queues stay:
+    /// A broker restart removes the bindings of clients that are offline while their queues stay:
     /// these can still be reached through the default exchange.
     fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<(), Trouble> {
         let outcome = self.publishers.sdk.publish_to_queues(results)?;

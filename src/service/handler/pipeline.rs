@@ -45,7 +45,7 @@ impl Handler<'_> {
     }
 
     fn attempt_jobs(&mut self, batch: &mut [Item], told: &mut Outbox) -> Result<(), Trouble> {
-        // Dropped on any error, and closed if it was the connection's.
+        // Dropped on any error, and closed if the error was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.store.connection()?,
@@ -79,7 +79,7 @@ impl Handler<'_> {
         Ok(())
     }
 
-    /// Puts aside those messages of a batch that are to be; those that cannot be for now wait.
+    /// Puts aside the messages of a batch that are to be; those that cannot be for now wait.
     fn put_aside(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
         let Setting {
             service,
@@ -127,7 +127,7 @@ impl Handler<'_> {
                 if why.is_none() {
                     item.is_put_aside(metrics);
                 }
-                // Where its client is to be told of its job later, it comes once more anyway.
+                // If its client is to be told later, the message is handled once more anyway.
                 if item.wait.is_none() {
                     item.job = None;
                     item.list_workflows = false;
@@ -138,7 +138,8 @@ impl Handler<'_> {
         Ok(())
     }
 
-    /// Decides about a batch and commits that. Adds to `told` what clients are to hear of it now.
+    /// Decides about a batch and commits the result. Adds to `told` what clients are to hear of it
+    /// now.
     fn transact(
         &mut self,
         batch: &[Item],
@@ -162,11 +163,11 @@ impl Handler<'_> {
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
         if batch.iter().map(|item| item.work.size()).sum::<usize>() > MAX_BATCH_BYTES {
-            // Publishing may take more than the minute that a transaction may be idle.
+            // Publishing may take longer than the minute for which a transaction may be idle.
             transaction.take_time()?;
         }
-        // Only now, for what Postgres refuses must not have been asked of anybody. And before the
-        // commit, for a task that is committed must have been published.
+        // Only now, since what Postgres refuses must not have been asked of anybody. And before the
+        // commit, since a committed task must have been published.
         let mut outbox = Outbox::default();
         self.write_out(mem::take(&mut plan.publications), &mut outbox);
         self.publish(&outbox)?;
@@ -190,7 +191,7 @@ impl Handler<'_> {
         catalogue: &'a Catalogue,
     ) -> Plan<'a> {
         let setting = self.setting;
-        // The watchdog, and whoever reads of a panic, are to know which job it was.
+        // The watchdog and the log of a panic name the job.
         let asked = asked(batch).inspect(|asked| {
             self.watched.decides(asked.job_id, asked.command.name());
             fault_point::reached(asked.command.reference());
@@ -223,7 +224,7 @@ impl Handler<'_> {
                 .message(batch[report.place].inbox(), &report.event);
             report::log(&report.subject, &report.event, report.command);
             if let Event::Suspected { .. } = report.event {
-                // Full when it has been nudged already.
+                // Full when it has been woken already.
                 let _ = setting.inquiry.try_send(());
             }
         }
@@ -233,7 +234,7 @@ impl Handler<'_> {
     }
 }
 
-/// What comes of a batch that is committed; each as in [`Plan`].
+/// What follows from a committed batch; each field as in [`Plan`].
 struct Committed {
     ending: Vec<Uuid>,
     waits: Vec<Wait>,

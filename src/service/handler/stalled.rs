@@ -14,17 +14,17 @@ use crate::telemetry::report::one_line;
 use crate::threads::Signal;
 use crate::wire::Inbox;
 
-/// Of messages that wait and are too many, so many go back to the end of their queue at once, and
-/// not again before so long, nor faster than so many bytes per second.
+/// How many surplus messages are returned to the end of their queue at once, how long until the
+/// next time, and how many bytes per second at most.
 const PUT_BACK_MESSAGES: usize = 100;
 const PUT_BACK_BYTES: usize = 1024 * 1024;
 const PUT_BACK_PAUSE: Duration = Duration::from_millis(100);
 const PUT_BACK_BYTES_PER_SECOND: usize = 8 * 1024 * 1024;
-/// How long they stay when even that does not work.
+/// How long they stay when even that fails.
 const PUT_BACK_RETRY: Duration = Duration::from_secs(5);
 
 impl Handler<'_> {
-    /// What cannot even be put aside is not acknowledged either.
+    /// What cannot even be put aside is not acknowledged.
     pub(super) fn hold(&self, item: &mut Item, reason: &str) {
         let reason = one_line(reason);
         error!("{}: cannot even be put aside: {reason}", item.label());
@@ -36,7 +36,7 @@ impl Handler<'_> {
         }
     }
 
-    /// Tells the other handlers what waits here.
+    /// Tells the other handlers how much waits here.
     pub(super) fn count_stalled(&mut self) {
         if self.stalled.is_empty() && self.setting.closed.is_empty() {
             return;
@@ -55,7 +55,7 @@ impl Handler<'_> {
         self.setting.closed.count(self.number, load);
     }
 
-    /// When something has to be done about the messages that wait.
+    /// When the stalled messages next need attention.
     pub(super) fn due(&self) -> Option<Instant> {
         let closed = &self.setting.closed;
         let retry = self.stalled.keys().map(|queue| {
@@ -69,7 +69,7 @@ impl Handler<'_> {
         retry.chain(put_back).min()
     }
 
-    /// Tries again what is due, and puts back what is too much.
+    /// Retries what is due, and returns what is too much.
     pub(super) fn look_after_stalled(&mut self, stop: &Signal) -> Result<(), Trouble> {
         let closed = &self.setting.closed;
         let queues: Vec<_> = self.stalled.keys().cloned().collect();
@@ -94,9 +94,9 @@ impl Handler<'_> {
         Ok(())
     }
 
-    /// Puts some of the messages that wait back to the end of their queues, so that others come to
-    /// be handed out. Their order is of no use any more: of what is put aside none, and a
-    /// submission may come after its cancel.
+    /// Returns some of the stalled messages to the end of their queues, so that others are
+    /// delivered. Their order no longer matters: dead letters have none, and a submission may come
+    /// after its cancel.
     fn put_back(&mut self, inboxes: &[Inbox]) -> Result<(), Trouble> {
         let (mut bytes, mut failed) = (0, false);
         for inbox in inboxes {

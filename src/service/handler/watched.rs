@@ -1,4 +1,4 @@
-//! What a handler thread is doing, for those who watch over it.
+//! What a handler thread is doing, for the watchdog.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,18 +10,18 @@ use crate::telemetry::report::one_line;
 use crate::threads::{Call, Calls};
 use crate::wire::{self, Inbox};
 
-/// What a handler thread is waiting for, or what it is busy with itself.
+/// What a handler thread is waiting for, or busy with.
 #[derive(Debug)]
 pub struct Watched {
     pub sdk: Calls,
     pub celery: Calls,
     pub task: Calls,
     pub postgres: Arc<Calls>,
-    /// For its next message, or until it tries again.
+    /// Waiting for its next message, or to try again.
     next: Calls,
-    /// Since when it has been at what, if it is not waiting for any of these.
+    /// The current step and its beginning; meaningful while no call is going on.
     step: Mutex<(Instant, Step)>,
-    /// Why its batch does not get through, and is tried again.
+    /// Why its batch fails and is being retried.
     trouble: Mutex<Option<String>>,
 }
 
@@ -55,7 +55,7 @@ impl Default for Watched {
     }
 }
 
-/// A handler that waits for longer than this may well have messages of a while ago in hand.
+/// A handler that waits for longer than this may hold messages that arrived a while ago.
 const HELD_UP: Duration = Duration::from_secs(2);
 
 impl Watched {
@@ -66,7 +66,7 @@ impl Watched {
         waits.chain(own).any(|time| time > HELD_UP) || lock(&self.trouble).is_some()
     }
 
-    /// The calls that others have to answer.
+    /// The calls that somebody else has to answer.
     fn calls(&self) -> impl Iterator<Item = (&'static str, &Calls)> {
         [
             ("an answer on the SDK connection", &self.sdk),
@@ -81,17 +81,17 @@ impl Watched {
         *lock(&self.trouble) = trouble;
     }
 
-    /// Why its batch does not get through.
+    /// Why its batch fails, if it does.
     pub fn trouble(&self) -> Option<String> {
         lock(&self.trouble).clone()
     }
 
-    /// It has nothing to do until this is dropped.
+    /// Marks it as idle until this is dropped.
     pub(super) fn rests(&self) -> Call<'_> {
         self.next.begin()
     }
 
-    /// It reads what is to be done.
+    /// It decodes a message.
     pub(super) fn reads(&self, work: &Work) {
         self.is_at(match work {
             Work::Message { inbox, received } => Step::Reading {
@@ -109,7 +109,7 @@ impl Watched {
         self.is_at(Step::Deciding { about, job });
     }
 
-    /// It does the next step with its batch.
+    /// It goes on to its batch's next step.
     pub(super) fn goes_on(&self) {
         self.is_at(Step::Batch);
     }
@@ -118,7 +118,7 @@ impl Watched {
         *lock(&self.step) = (Instant::now(), step);
     }
 
-    /// For how long it has been at something without waiting for anybody, and at what.
+    /// For how long it has been busy without waiting for anybody, and with what.
     pub fn busy_itself(&self) -> Option<(Duration, String)> {
         let (since, step) = &*lock(&self.step);
         let calls = self.calls().map(|(_, calls)| calls).chain([&self.next]);

@@ -7,13 +7,14 @@ use crate::broker::intake::Intake;
 use crate::config::Config;
 use crate::wire::Inbox;
 
-/// A blocked publisher must not take the consumers down, hence the two directions of each vhost.
+/// The connections of a session. A blocked publisher must not block the consumers, hence the two
+/// directions of each vhost.
 pub(super) struct Links {
     pub(super) sdk_in: Link,
     pub(super) sdk_out: Link,
     pub(super) task_in: Link,
     pub(super) celery_out: Link,
-    /// For dead letters of the workers' events, where their vhost is not the Celery tasks'.
+    /// For dead letters of worker events, if their vhost is not that of the Celery tasks.
     task_out: Option<Link>,
 }
 
@@ -40,7 +41,7 @@ impl Links {
         self.task_out.as_ref().unwrap_or(&self.celery_out)
     }
 
-    /// The one by which a queue's messages come.
+    /// The connection on which a queue is consumed.
     pub(super) fn consuming(&self, inbox: Inbox) -> &Link {
         match inbox {
             Inbox::Submissions
@@ -67,7 +68,7 @@ impl Links {
         self.all().for_each(Link::kill);
     }
 
-    /// Closes all connections and returns what had ended those that were ended before.
+    /// Closes all connections; returns what had ended those that had ended before.
     pub(super) fn close(self) -> Vec<String> {
         let Links {
             sdk_in,

@@ -1,4 +1,4 @@
-//! The thread that sees whether the connections still live.
+//! The thread that checks whether the connections are alive.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::wire;
 /// How often each connection is asked for an answer.
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// Since when the thread that sees whether the connections still live has been waiting for one.
+/// The thread's calls, for the watchdog.
 #[derive(Default)]
 pub(super) struct Pulse {
     pub(super) consuming: Calls,
@@ -21,10 +21,9 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
-    /// Asks each connection for an answer from time to time, until `stop` is given, and tells
-    /// when no replica answers the requests that are sent to their queue: an idle
-    /// one would not notice that it is blocked, nor, where the broker has switched heartbeats off,
-    /// that nobody is there any more.
+    /// Asks each connection for an answer periodically until `stop` is given: an idle connection
+    /// would not notice that it is blocked or, where the broker has heartbeats switched off, that
+    /// the peer is gone. Also reports when no replica holds the queue of requests.
     ///
     /// # Errors
     /// A connection is lost.
@@ -51,7 +50,7 @@ impl Pulse {
             }
             let came_back = to_clients.publish(&[wire::pulse_for_requests()])?;
             if came_back.contains(&Delivered::Unroutable) {
-                // Whoever is to look is looking already, or answers.
+                // Someone is already on it.
                 let _ = nobody_answers.try_send(());
             }
             for publisher in &mut publishers {

@@ -1,5 +1,5 @@
-//! Watches over the session's threads, and sees to it that they end: when the service stops, when one
-//! of them fails, when a call to RabbitMQ takes too long.
+//! Watches over the session's threads and ends them: when the service stops, when one of them
+//! fails, when a broker call takes too long.
 
 use std::collections::HashMap;
 use std::process;
@@ -19,29 +19,29 @@ use crate::service::stuck;
 use crate::telemetry::health::Part;
 use crate::threads::{Calls, Signal};
 
-/// How long the threads may take to finish what is in hand when the service stops.
+/// How long the threads may take to finish what is in flight when the service stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(4);
 /// How often it looks.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A wait that is longer makes the service unready.
+/// A longer wait makes the service not ready.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// A handler that has been at one step for so long without waiting for anybody does not come back
-/// in time to be of use to this session.
+/// A handler that has been busy with one step for this long, without waiting for anybody, will not
+/// come back in time to be of use to this session.
 const LOST_IN_THOUGHT: Duration = Duration::from_secs(2 * 60);
-/// How long the threads of a session that has failed may take to end. Whatever they wait for is
-/// freed at once, and no step of theirs takes long.
+/// How long the threads of a failed session may take to end. Whatever they wait for is freed at
+/// once, and no step of theirs takes long.
 const END_DEADLINE: Duration = Duration::from_secs(60);
-/// No statement takes so long, where Postgres has a say in it: it ends each of them after 35 seconds.
+/// No statement takes this long while Postgres works: it ends each of them after 35 seconds.
 const STUCK: Duration = Duration::from_secs(6 * 60);
 
 pub(super) struct Watchdog<'s> {
     shared: &'s Shared<'s>,
     crew: Crew,
-    /// To a handler, which can publish.
+    /// To a handler, which tells clients the workflows.
     announcer: Sender<Work>,
     /// Why RabbitMQ blocks connections, by their names.
     blocked: HashMap<String, String>,
-    /// Something comes when they should have ended long ago.
+    /// Receives something when the threads should have ended long ago.
     too_late: Receiver<Instant>,
     /// What ended the session.
     cause: Option<anyhow::Error>,
@@ -86,7 +86,7 @@ impl Watchdog<'_> {
                 }
                 recv(self.too_late) -> _ => self.exit("the session has ended, but not all of its threads"),
                 recv(self.shared.setting.service.catalogue_news) -> _ => {
-                    // Full only while it has much else to do; the next session tells them anyway.
+                    // Full only while the handler is busy; the next session announces them anyway.
                     if self.announcer.try_send(Work::Announce).is_err() {
                         warn!("clients are not told of the new workflows: a handler is held up");
                     }
@@ -113,12 +113,12 @@ impl Watchdog<'_> {
         }
     }
 
-    /// Ends the session; the first cause is the one that counts.
+    /// Ends the session; the first cause is the one that is reported.
     fn fail(&mut self, error: anyhow::Error) {
         self.stop_threads();
         self.shared.links.kill();
         if self.cause.is_none() {
-            // Now, not when all threads have noticed.
+            // At once, not when all threads have ended.
             self.shared.setting.service.no_session(&error);
             warn!("the session with RabbitMQ ends: {error:#}");
             self.cause = Some(error);
@@ -131,8 +131,8 @@ impl Watchdog<'_> {
         }
     }
 
-    /// Ends the process, since there is no other way to free its threads; whoever started it starts
-    /// another. What they have in hand goes back to the queues.
+    /// Ends the process, since there is no other way to free its threads; its supervisor restarts
+    /// it. What is in flight returns to the queues.
     fn exit(&self, why: &str) -> ! {
         let names: Vec<_> = self.crew.running.iter().map(String::as_str).collect();
         let mut text = format!("{why}: {}", names.join(", "));
@@ -147,11 +147,11 @@ impl Watchdog<'_> {
         process::exit(1);
     }
 
-    /// Looks at what the threads are waiting for.
+    /// Checks what the threads are waiting for.
     fn look(&mut self) {
         self.shared.intake.wake();
         if self.shared.intake.is_full() {
-            // The answer waits behind messages that are not read yet.
+            // The answer is queued behind messages that are not read yet.
             self.shared.pulse.consuming.restart();
         }
         let to_broker = self
@@ -188,13 +188,13 @@ impl Watchdog<'_> {
             wait.is_some_and(|wait| wait > STUCK)
         });
         if stuck {
-            // Postgres itself ends everything earlier, so it is not Postgres that answers. A
-            // thread in such a call cannot be freed; whoever started this process starts another.
+            // Postgres itself ends every statement earlier, so it is not Postgres that answers. A
+            // thread in such a call cannot be freed; a supervisor restarts the process.
             self.exit(&format!("Postgres has not answered for {STUCK:?}"));
         }
     }
 
-    /// Whether messages get through, and whether a handler will never come back.
+    /// Checks whether messages get through, and whether a handler is lost for good.
     fn look_at_handlers(&mut self) {
         let patience = fault_point::patience(PATIENCE);
         let limit = fault_point::patience(LOST_IN_THOUGHT);
@@ -230,7 +230,7 @@ impl Watchdog<'_> {
         }
         match (lost, self.shared.setting.closed.trouble()) {
             (Some(text), _) => self.fail(anyhow!(text)),
-            // The log has it from whoever found out.
+            // Already logged by the handler that found out.
             (None, Some(trouble)) if held_up.is_none() && self.cause.is_none() => {
                 let (health, now) = (&self.shared.setting.service.health, Timestamp::now());
                 health.report(Part::Handling, Some(trouble), now);
@@ -239,10 +239,10 @@ impl Watchdog<'_> {
         }
     }
 
-    /// Tells the health and, when that is news, the log.
+    /// Updates the health and, if that is news, logs it.
     fn report(&self, part: Part, fault: Option<String>) {
         if self.cause.is_some() {
-            // Of a session that has failed nothing is known any more.
+            // Nothing is known any more about a failed session.
             return;
         }
         let line = match &fault {

@@ -34,21 +34,21 @@ pub mod views;
 /// What went wrong with the database, by what can be done about it.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// It may work the next time, on a new connection.
+    /// It may succeed on a new connection.
     #[error(transparent)]
     Transient(anyhow::Error),
-    /// Somebody else holds a lock, for longer than `lock_timeout`: Postgres works, and whoever else
-    /// asks has to wait as well.
+    /// Somebody else has held a lock for longer than `lock_timeout`: Postgres works, and every
+    /// other replica has to wait as well.
     #[error(transparent)]
     Locked(anyhow::Error),
-    /// Postgres has no room for so much at once, in most cases in its table of locks. Less of it may
-    /// go through.
+    /// Postgres has no room for so much at once, usually in its lock table. A smaller batch may
+    /// succeed.
     #[error(transparent)]
     TooMuch(anyhow::Error),
     /// It took longer than the connection's `statement_timeout`, or somebody cancelled it.
     #[error(transparent)]
     TooLong(anyhow::Error),
-    /// Postgres refuses the content, and will the next time: a NUL in a text, a value out of range.
+    /// Postgres refuses the content, now and later: a NUL in a text, a value out of range.
     #[error("what is in Postgres, or should be, is refused: {0}")]
     Refused(String),
 }
@@ -70,8 +70,8 @@ impl From<postgres::Error> for StoreError {
     }
 }
 
-/// Whether it is about the content, whoever asks and whenever: data exceptions (class 22), and limits
-/// of Postgres itself (54), such as for a text that is too long to index.
+/// Whether the content itself is refused: data exceptions (class 22) and limits of Postgres (class
+/// 54), such as for a text too long to index.
 fn is_refusal(error: &postgres::Error) -> bool {
     let code = error.code().map(SqlState::code);
     code.is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
@@ -82,12 +82,12 @@ fn is_refusal(error: &postgres::Error) -> bool {
 pub struct Store {
     pool: r2d2::Pool<Connector>,
     last_failure: LastFailure,
-    /// Of whoever uses its connections.
+    /// The calls of whoever uses its connections.
     calls: Arc<Calls>,
 }
 
-/// Why the pool could not connect the last time, with the whole cause chain: the pool's own error
-/// has but the first link of it.
+/// Why the pool last failed to connect, with the whole cause chain: the pool's own error has only
+/// its first link.
 #[derive(Debug, Clone, Default)]
 struct LastFailure(Arc<Mutex<String>>);
 
@@ -98,15 +98,14 @@ impl r2d2::HandleError<ConnectError> for LastFailure {
 }
 
 impl Store {
-    /// At most `connections` connections, none of which is opened before it is needed, to a server
-    /// that takes writes.
+    /// At most `connections` connections, opened when needed, to a server that takes writes.
     pub fn new(config: &config::Postgres, connections: u32) -> Store {
         let connector = Connector::new(config.clone(), "35s", Access::Write);
         Store::open(connector, connections)
     }
 
-    /// For those who look on, be it at a standby: what takes longer than anybody waits for a page is
-    /// given up.
+    /// For pages, metrics and the like, possibly from a standby; statements that take longer than
+    /// anybody waits for a page are cancelled.
     pub fn for_viewers(config: &config::Postgres) -> Store {
         Store::open(Connector::new(config.clone(), "5s", Access::Read), VIEWERS)
     }
@@ -127,7 +126,7 @@ impl Store {
         }
     }
 
-    /// The same for one thread: `calls` tells a watchdog since when one has been waiting.
+    /// The same pool for one thread: `calls` shows a watchdog since when one has been going on.
     pub fn watched_by(&self, calls: &Arc<Calls>) -> Store {
         Store {
             calls: calls.clone(),
@@ -135,14 +134,14 @@ impl Store {
         }
     }
 
-    /// How many connections there are, and how many of them nobody uses.
+    /// How many connections are open, and how many of them are idle.
     pub fn connections(&self) -> (u32, u32) {
         let state = self.pool.state();
         (state.connections, state.idle_connections)
     }
 
-    /// A connection on which nothing has failed so far, to a server that takes writes unless it is
-    /// for viewers.
+    /// A connection on which nothing has failed so far; to a server that takes writes, unless the
+    /// store is for viewers.
     ///
     /// # Errors
     /// [`StoreError::Transient`], after [`config::CONNECT_TIMEOUT`] without one.
@@ -164,7 +163,7 @@ impl Store {
     }
 }
 
-/// The status page, its searches, the metrics, and the look at RabbitMQ's queues.
+/// Status page, searches, metrics, and the queue watch.
 const VIEWERS: u32 = 4;
 
 /// One connection with the statements prepared on it so far.
@@ -174,7 +173,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Does something about the revisions, see [`migrate`].
+    /// Works on the revisions, see [`migrate`].
     ///
     /// # Errors
     /// Those of `work`.
@@ -185,12 +184,12 @@ impl Connection {
         self.client.work(work)
     }
 
-    /// Has Postgres commit something, which changes nothing.
+    /// Checks that Postgres commits, without changing anything.
     ///
     /// # Errors
-    /// It does not: it is a standby, its disk is full, or the connection is lost.
+    /// It cannot: it is a standby, its disk is full, or the connection is lost.
     pub fn check_writing(&mut self) -> Result<(), StoreError> {
-        // A transaction with a number of its own is written to the log, and waits for it.
+        // A transaction with an id of its own is written to the WAL, and its commit waits for that.
         self.client.execute("SELECT txid_current()", &[])?;
         Ok(())
     }
@@ -198,7 +197,7 @@ impl Connection {
     /// Deletes the rows of these jobs, which have ended, and whose clients have been told.
     ///
     /// # Errors
-    /// The connection is lost, and then it is open whether they are deleted.
+    /// The connection is lost; whether they are deleted is not known.
     pub fn settle(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
         let sql = "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1))
                    DELETE FROM job WHERE job_id = ANY($1)";
@@ -235,10 +234,10 @@ pub struct Transaction<'a> {
 }
 
 impl Transaction<'_> {
-    /// Makes it all so.
+    /// Commits the transaction.
     ///
     /// # Errors
-    /// The connection is lost, and then it is open whether it was made so.
+    /// The connection is lost; whether it was committed is not known.
     pub fn commit(self) -> Result<(), StoreError> {
         let _call = self.calls.begin();
         Ok(noted(self.failed, self.inner.commit())?)

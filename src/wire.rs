@@ -35,7 +35,7 @@ pub const CANCELS_QUEUE: &str = "job_deletions";
 /// Key of the clients' requests for the workflow definitions, and the queue to which the TypeScript
 /// SDK sends them, through the default exchange.
 pub const WORKFLOW_REQUESTS_KEY: &str = "request_available_workflows";
-/// Key that leads somewhere while one of the replicas holds the queue of that name.
+/// Key that is bound while one of the replicas holds the queue of that name.
 pub const WORKFLOW_REQUESTS_HELD_KEY: &str = "omotes_orchestrator_answers_requests";
 /// Key on which every client hears the workflow definitions.
 pub const AVAILABLE_WORKFLOWS_KEY: &str = "available_workflows";
@@ -43,7 +43,7 @@ pub const AVAILABLE_WORKFLOWS_KEY: &str = "available_workflows";
 pub const PIDBOX_EXCHANGE: &str = "celery.pidbox";
 /// Exchange through which Celery's workers answer: direct, not durable.
 pub const REPLIES_EXCHANGE: &str = "reply.celery.pidbox";
-/// Where messages go that cannot be handled, on the vhost they came from.
+/// The dead letters of a vhost.
 pub const DEAD_LETTERS_QUEUE: &str = "omotes_dead_letters";
 /// `x-max-priority` of a task queue, as the workers declare it.
 pub const TASK_QUEUE_MAX_PRIORITY: i32 = 10;
@@ -53,9 +53,9 @@ pub const TASK_QUEUE_MAX_PRIORITY: i32 = 10;
 pub enum Inbox {
     Submissions,
     Cancels,
-    /// What comes by the exchange.
+    /// Requests that arrive through the exchange.
     WorkflowRequests,
-    /// What is sent to the queue of this name, which one replica has.
+    /// Requests that are sent to the queue of this name, which one replica holds.
     NamedWorkflowRequests,
     Progress,
     Results,

@@ -1,4 +1,4 @@
-//! Taking messages from queues, and acknowledging them when they are done with.
+//! Consumes messages from queues, and acknowledges them when they are done.
 
 use std::mem;
 use std::thread;
@@ -18,14 +18,14 @@ use super::{DEADLINE, Link};
 use crate::fault_point;
 use crate::threads::Signal;
 
-/// When nothing has come in for so long, messages that are done with are no longer kept waiting for
-/// those before them to be acknowledged with them.
+/// After this long without an event, finished messages are acknowledged one by one instead of
+/// waiting for those before them to be acknowledged together.
 const LAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(50);
 
-/// Nor for longer than this although something does: the outcome of the first of those before them
-/// may wait to be told, and theirs may have been told long ago.
+/// They wait no longer than this even while events keep coming: the first unfinished message before
+/// them may be waiting to be told, long after theirs have been.
 const LONGEST_WAIT: Duration = Duration::from_millis(200);
-/// What a message counts as that is kept, but released, in bytes.
+/// What a message that was released, but is still unacked, counts as, in bytes.
 const RELEASED: usize = 1024;
 
 /// A message as it was delivered.
@@ -39,7 +39,7 @@ pub struct Received {
 }
 
 impl Received {
-    /// How many bytes of memory it takes, about: its body, and its properties as they are held.
+    /// About how many bytes of memory it takes: its body, and its properties as amiquip holds them.
     pub fn size(&self) -> usize {
         let own = &self.properties;
         let texts = [
@@ -102,24 +102,23 @@ impl Received {
     }
 }
 
-/// What has become of a delivery, by its tag.
+/// What became of a delivery, by its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Handled {
-    /// It is done with, and to be acknowledged.
+    /// It is done, and can be acknowledged.
     Done(u64),
-    /// It is not done with, but takes next to no memory any more.
+    /// It is not done, but takes next to no memory any more.
     Released(u64),
 }
 
-/// Consumes queues, each with so many of its messages in hand at most, until `stop` is
-/// given: each message goes to `hand_over` with its queue's place in `queues`, and is
-/// acknowledged when its tag comes in through `done`. Afterwards nothing more is handed over, and
-/// the function returns once all senders of `done` are gone; what was not acknowledged goes back
-/// to its queue.
+/// Consumes queues, each with its own prefetch, until `stop` is given. Each message goes to
+/// `hand_over` with its queue's place in `queues`, and is acknowledged when its tag arrives through
+/// `done`. After the stop nothing more is handed over, and the function returns once all senders of
+/// `done` are gone; what was not acknowledged returns to its queue.
 ///
-/// Queues that belong together keep their order: who sends to the first, has that confirmed, and
-/// then sends to the second, is heard in this order. So they share one channel, on which RabbitMQ
-/// delivers in the order in which it confirms.
+/// The given queues keep a common order: if a sender publishes to the first, waits for the confirm
+/// and then publishes to the second, the messages are handed over in that order. So they share one
+/// channel, on which RabbitMQ delivers in the order in which it confirms.
 ///
 /// # Errors
 /// A queue or the connection is gone.
@@ -131,12 +130,12 @@ pub fn consume(
     mut hand_over: impl FnMut(usize, Received),
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
-    // Outlive the consumers: a delivery for a consumer without receiver ends the connection.
+    // They outlive the consumers: a delivery for a consumer without a receiver ends the connection.
     let mut inputs = Vec::new();
     let mut consumers = Vec::new();
     let mut all_in_hand = 0;
     for (queue, prefetch) in queues {
-        // It counts for the consumers after it, and for each by itself.
+        // It applies to each consumer that is started after it.
         channel.qos(0, *prefetch, false)?;
         let consumer = channel.basic_consume(*queue, ConsumerOptions::default())?;
         inputs.push(consumer.receiver().clone());
@@ -184,7 +183,7 @@ pub fn consume(
                 Err(TryRecvError::Empty) => continue,
                 last => last,
             };
-            // What came before it, of a queue before its own, is there by now.
+            // Anything from an earlier queue that was delivered before it has arrived by now.
             let earlier = inputs[..event].iter().enumerate();
             let earlier = earlier.flat_map(|(place, input)| {
                 let messages = input.try_iter();
@@ -208,7 +207,7 @@ pub fn consume(
     channel.close().with_context(|| link.name.clone())
 }
 
-/// What a table takes beside itself. It is nested no deeper than `readable.rs` lets it.
+/// Memory that a table takes beyond its own struct. `readable.rs` bounds its depth.
 fn table_size(table: &FieldTable) -> usize {
     /// A node of a B-tree has room for eleven entries, and is at least half full when it is not
     /// the only one.
@@ -219,7 +218,7 @@ fn table_size(table: &FieldTable) -> usize {
     table.len().div_ceil(6) * NODE + entries.sum::<usize>()
 }
 
-/// What a value takes beside itself.
+/// Memory that a value takes beyond its own struct.
 fn value_size(value: &AmqpValue) -> usize {
     match value {
         AmqpValue::LongString(text) => text.len(),
@@ -244,7 +243,7 @@ fn value_size(value: &AmqpValue) -> usize {
     }
 }
 
-/// The delivery that has come for a consumer; None and the rest are the end of it.
+/// The delivery for a consumer; None and everything else mean its end.
 fn delivered(
     link: &Link,
     queue: &str,
@@ -268,8 +267,8 @@ fn delivered(
     }
 }
 
-/// Ends the deliveries. Those that are on their way go back to the queue when the channel closes;
-/// meanwhile nobody keeps them, for they may be many and large.
+/// Cancels the consumers. Deliveries on their way return to the queue when the channel closes;
+/// until then they are discarded, since they may be many and large.
 pub(super) fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
     let (cancelled, is_cancelled) = Signal::pending();
     thread::scope(|scope| {
@@ -292,18 +291,16 @@ pub(super) fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
     })
 }
 
-/// The deliveries that a consumer has not acknowledged. One acknowledgement for all up to a tag
-/// costs RabbitMQ a fraction of one for each, so what is done with waits a moment for what came
-/// before it.
+/// The unacked deliveries of a consumer. One cumulative acknowledgement costs RabbitMQ a fraction
+/// of single ones, so finished deliveries wait briefly for those before them.
 struct InHand<'c> {
     link: &'c Link,
     channel: &'c Channel,
-    /// A delivery is the only means to acknowledge; it waits here without its body, but with its
-    /// size.
+    /// Only amiquip's delivery can acknowledge; it is kept here without its body, with its size.
     unacked: Unacked<(Delivery, usize)>,
-    /// How many of those that are done with may wait at most.
+    /// How many finished ones may wait at most.
     limit: usize,
-    /// Since when there are some, and none is acknowledged.
+    /// Since when some have been waiting without an acknowledgement.
     waiting_since: Option<Instant>,
 }
 
@@ -333,7 +330,7 @@ impl<'c> InHand<'c> {
         }
     }
 
-    /// What it took of the intake is free again, though it is not done with.
+    /// Its bytes no longer count, although it is not done.
     fn release(&mut self, tag: u64) {
         if let Some((_, size)) = self.unacked.in_hand(tag)
             && let Some(intake) = &self.link.intake
@@ -343,8 +340,8 @@ impl<'c> InHand<'c> {
         }
     }
 
-    /// Acknowledges all before the first that is not done with; the others too if they are many,
-    /// or have waited for long.
+    /// Acknowledges everything before the first unfinished delivery; the others too if they are
+    /// many or have waited for long.
     fn acknowledge_in_order(&mut self) -> Result<(), amiquip::Error> {
         if let Some((delivery, _)) = self.unacked.acknowledge_in_order() {
             delivery.ack_multiple(self.channel)?;
@@ -361,7 +358,7 @@ impl<'c> InHand<'c> {
         Ok(())
     }
 
-    /// Acknowledges, one by one, what is done with although something before it is not.
+    /// Acknowledges, one by one, what is finished behind an unfinished delivery.
     fn acknowledge_rest(&mut self) -> Result<(), amiquip::Error> {
         self.waiting_since = None;
         self.unacked
@@ -369,7 +366,7 @@ impl<'c> InHand<'c> {
             .try_for_each(|(delivery, _)| delivery.ack(self.channel))
     }
 
-    /// How long what is done with may wait when nothing else happens.
+    /// How long finished deliveries may wait when nothing else happens.
     fn patience(&self) -> Duration {
         match self.unacked.finished() {
             0 => DEADLINE,

@@ -13,16 +13,16 @@ use crate::wire::DEAD_LETTERS_QUEUE;
 
 /// A message that could not be handled; [`crate::wire::dead_letter`] wrote it.
 pub struct DeadLetter {
-    /// Its own message id, by which it is asked for.
+    /// Its own message id, by which commands name it.
     pub id: String,
     /// The queue that the message came from.
     pub queue: String,
     pub reason: String,
     pub time: String,
-    /// The original message's, those that were set.
+    /// The original message's properties, as far as they were set.
     pub properties: Value,
     pub body: Vec<u8>,
-    /// Where the body is not all of the message's: how much of it is missing, and why.
+    /// If the body was cut: how much of it is missing, and why.
     pub cut: String,
 }
 
@@ -35,8 +35,8 @@ pub enum Fate {
     Drop,
 }
 
-/// Goes once through the dead letters that wait on a vhost, and does with each what `fate` says.
-/// Returns why some could not be requeued, by their ids; these stay.
+/// Goes once through the dead letters of a vhost and does with each what `fate` says. Returns why
+/// some could not be requeued, by their ids; these stay.
 ///
 /// # Errors
 /// The connection is lost. What was not requeued or dropped by then stays.
@@ -44,7 +44,7 @@ pub fn go_through(
     link: &Link,
     mut fate: impl FnMut(&DeadLetter) -> Fate,
 ) -> anyhow::Result<BTreeMap<String, String>> {
-    // As it is: somebody may have declared it otherwise.
+    // As it was declared, possibly with other arguments.
     link.declare_dead_letters()?;
     let channel = link.channel()?;
     let queue = channel.queue_declare_passive(DEAD_LETTERS_QUEUE)?;
@@ -56,7 +56,7 @@ pub fn go_through(
         };
         let letter = DeadLetter::read(&got.delivery.properties, &got.delivery.body);
         match fate(&letter) {
-            // Not acknowledged, it is where it was as soon as the channel is closed.
+            // Unacked, it returns to its place when the channel is closed.
             Fate::Leave => {}
             Fate::Drop => got.ack(&channel)?,
             Fate::Requeue => {
@@ -111,7 +111,7 @@ fn requeue(
         Confirm::Ack(_) => {}
         Confirm::Nack(_) => bail!("the broker answered with basic.nack"),
     }
-    // It comes back before its confirm.
+    // A returned message arrives before its confirm.
     Ok(open.returns.try_iter().next().map(|_| {
         format!(
             "there is no queue {:?} on this vhost any more",

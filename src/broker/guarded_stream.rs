@@ -1,4 +1,4 @@
-//! A connection of which amiquip reads only what it can stand, see [`super::readable`].
+//! A socket that hands amiquip only what it can read, see [`super::readable`].
 
 use std::io::{self, Read, Write};
 use std::mem;
@@ -18,15 +18,15 @@ const HEADER: u8 = 2;
 /// configured otherwise.
 const MAX_GUARDED: usize = 16 * 1024 * 1024;
 
-/// A socket whose frames are made readable. Bodies, which are nearly all that comes, go through
-/// as they are; of the others no more is kept than one that has not come as a whole.
+/// A socket whose frames are made readable. Body frames, nearly all of the traffic, pass through
+/// untouched; of the others at most one incomplete frame is buffered.
 pub(super) struct GuardedStream<S> {
     stream: S,
-    /// The start of a frame whose rest has not come, or one that is being handed on.
+    /// An incomplete frame, or a complete one that is being handed on.
     held: Vec<u8>,
-    /// How much of it has been handed on; None while it is not to be.
+    /// How much of it has been handed on; None while it is incomplete.
     handed_on: Option<usize>,
-    /// How many bytes go through as they are.
+    /// How many bytes of a body frame still pass through.
     passing: usize,
 }
 
@@ -38,7 +38,7 @@ struct Head {
 }
 
 impl Head {
-    /// None while it has not come as a whole.
+    /// None while it is incomplete.
     fn read(bytes: &[u8]) -> Option<Head> {
         let [kind, _, _, size @ ..] = *bytes.first_chunk::<HEAD>()?;
         let size = u32::from_be_bytes(size) as usize;
@@ -70,7 +70,7 @@ impl<S: Read> GuardedStream<S> {
         }
     }
 
-    /// How many bytes are missing until more is known of the frame that is held, or all of it.
+    /// How many bytes are missing to learn more about the buffered frame, or to complete it.
     fn missing(&self) -> io::Result<usize> {
         let wanted = match Head::read(&self.held) {
             Some(head) if head.length > MAX_GUARDED => {
@@ -83,8 +83,8 @@ impl<S: Read> GuardedStream<S> {
         Ok(wanted - self.held.len())
     }
 
-    /// Makes what has come readable, holds what is incomplete at its end, and returns how much is
-    /// before that.
+    /// Makes the given bytes readable, buffers an incomplete frame at their end, and returns how
+    /// many bytes precede it.
     fn look_through(&mut self, bytes: &mut [u8]) -> usize {
         let mut at = 0;
         loop {
@@ -106,8 +106,8 @@ impl<S: Read> GuardedStream<S> {
         }
     }
 
-    /// Reads on in a frame for which there is no room elsewhere. Returns false at the end of the
-    /// stream.
+    /// Reads more of a frame that the caller's buffer has no room for. Returns false at the end of
+    /// the stream.
     fn fill(&mut self, missing: usize) -> io::Result<bool> {
         let mut rest = self.stream.by_ref().take(missing as u64);
         // What has come before an error stays.

@@ -1,4 +1,4 @@
-//! A look at what others have made of a vhost, which changes nothing that lasts.
+//! Inspects what others have declared in a vhost, without changing anything that lasts.
 
 use amiquip::{
     AmqpProperties, AmqpValue, Exchange, ExchangeDeclareOptions, ExchangeType, FieldTable, Publish,
@@ -12,14 +12,14 @@ use super::topology::durable;
 use crate::domain::overview::Depth;
 use crate::wire::TASK_QUEUE_MAX_PRIORITY;
 
-/// How something stands that this program and others rely on.
+/// The state of a queue or an exchange that this program and others rely on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// It is not there; whoever needs it declares it.
+    /// It does not exist; whoever needs it declares it.
     Absent,
     /// As everybody declares it.
     Good(Depth),
-    /// Declared otherwise, or somebody's alone; RabbitMQ's words.
+    /// Declared with other arguments, or exclusive to somebody; RabbitMQ's words.
     Otherwise(String),
     /// This user may not do what the service does with it; RabbitMQ's words.
     Forbidden(String),
@@ -36,7 +36,7 @@ const FORBIDDEN: u16 = 403;
 /// AMQP's RESOURCE_LOCKED.
 const LOCKED: u16 = 405;
 
-/// What a refusal says of that which was asked for; an error when it is none.
+/// What a refusal says about the thing that was asked for; an error if it is no refusal.
 fn standing(error: amiquip::Error) -> anyhow::Result<Standing> {
     match error {
         amiquip::Error::ServerClosedChannel { code, message, .. } => match code {
@@ -50,8 +50,8 @@ fn standing(error: amiquip::Error) -> anyhow::Result<Standing> {
 }
 
 impl Link {
-    /// How a queue stands: `tasks` if it is one for tasks. Whether the user may read is only seen of
-    /// one that is empty, for a look at a message would count as its delivery.
+    /// The state of a queue, a task queue if `tasks`. Whether the user may read is checked only on
+    /// an empty queue, since getting a message would count as a delivery.
     ///
     /// # Errors
     /// The connection is lost.
@@ -74,7 +74,7 @@ impl Link {
         }
         let channel = self.channel()?;
         if !tasks && declared.messages == 0 {
-            // One that has come meanwhile goes back with the channel.
+            // A message that arrived meanwhile returns with the channel.
             if let Err(error) = channel.basic_get(queue, false) {
                 return standing(error);
             }
@@ -83,8 +83,8 @@ impl Link {
         Ok(Standing::Good(declared))
     }
 
-    /// Whether a queue for tasks can be declared that is not there yet, as by a new workflow's workers. It
-    /// is deleted at once.
+    /// Whether a new task queue can be declared, as a new workflow's workers would. It is deleted
+    /// at once.
     ///
     /// # Errors
     /// The connection is lost.
@@ -95,7 +95,7 @@ impl Link {
                 "x-max-priority".to_owned(),
                 AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY),
             ),
-            // Where the connection is lost before it is deleted.
+            // In case the connection is lost before it is deleted.
             ("x-expires".to_owned(), AmqpValue::LongInt(60_000)),
         ]);
         let channel = self.channel()?;
@@ -107,7 +107,7 @@ impl Link {
         Ok(Standing::Good(Depth::default()))
     }
 
-    /// How an exchange of this kind stands.
+    /// The state of an exchange of this kind.
     ///
     /// # Errors
     /// The connection is lost.
@@ -126,7 +126,7 @@ impl Link {
         }
     }
 
-    /// Whether RabbitMQ takes a message of so many bytes, which no queue gets.
+    /// Whether RabbitMQ takes a message of this many bytes, which is routed to no queue.
     ///
     /// # Errors
     /// The connection is lost.
@@ -142,7 +142,7 @@ impl Link {
             channel.close().context("publishing")?;
             return Ok(Standing::Good(Depth::default()));
         }
-        // What closed the channel is told to whoever uses it next.
+        // The next call on the channel returns what closed it.
         match channel.close() {
             Ok(()) => anyhow::bail!("RabbitMQ neither took nor refused a message"),
             Err(error) => standing(error),

@@ -1,7 +1,7 @@
-//! How much is in hand, in bytes. RabbitMQ limits what it delivers by count only, and a few messages
-//! may be as large as thousands of others. So a consuming connection stops reading while there is
-//! enough in hand, and TCP holds back the rest. While more is waiting, RabbitMQ gives the connection
-//! up after 30 seconds of that; the messages go back and come again.
+//! Bounds the bytes in flight. RabbitMQ limits what it delivers by count only, and a few messages
+//! may be as large as thousands of others. So a consuming connection stops reading while enough is
+//! in flight, and TCP's back-pressure holds back the rest. If more is waiting, RabbitMQ gives the
+//! connection up after 30 seconds of that, and the messages are redelivered.
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,16 +11,16 @@ use std::time::{Duration, Instant};
 use amiquip::IoStream;
 use mio_of_amiquip::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 
-/// A connection that reads nothing for two heartbeats counts as lost, so a little is read all the
-/// same.
+/// A connection that reads nothing for two heartbeats counts as lost, so a little is read even
+/// then.
 const TRICKLE_PERIOD: Duration = Duration::from_secs(5);
 const TRICKLE: usize = 4 * 1024;
 /// amiquip reads for as long as there is something to read, and neither acknowledges nor sends
-/// heartbeats meanwhile. Where decrypting is slower than RabbitMQ that is without end, so after so
-/// many bytes there is nothing to read for once.
+/// heartbeats meanwhile. When decrypting is slower than RabbitMQ that never ends, so after a number
+/// of bytes the stream once says that there is nothing to read.
 const TURN: usize = 1024 * 1024;
 
-/// The bytes of the messages that are in hand, bodies and properties, of all connections that share the limit.
+/// The bytes in flight, bodies and properties, of all connections that share the limit.
 pub struct Intake {
     limit: AtomicUsize,
     in_hand: AtomicUsize,
@@ -29,8 +29,8 @@ pub struct Intake {
 }
 
 impl Intake {
-    /// Nothing more is read once `limit` bytes are in hand: together with one message, and what the
-    /// socket buffers hold, that is the most there can be.
+    /// Reading stops once `limit` bytes are in flight: together with one message and the socket
+    /// buffers, that is the maximum.
     pub fn new(limit: usize) -> Arc<Intake> {
         Arc::new(Intake {
             limit: AtomicUsize::new(limit),
@@ -56,13 +56,13 @@ impl Intake {
         self.wake();
     }
 
-    /// Lets connections look whether they may read; to be called from time to time.
+    /// Lets the connections check whether they may read; to be called periodically.
     pub fn wake(&self) {
         let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
         wakers.iter().for_each(tell);
     }
 
-    /// Whether nothing more is read for now.
+    /// Whether reading is paused.
     pub fn is_full(&self) -> bool {
         self.in_hand.load(Ordering::Relaxed) >= self.limit.load(Ordering::Relaxed)
     }
@@ -70,12 +70,12 @@ impl Intake {
 
 /// Makes a connection's thread read.
 fn tell(waker: &SetReadiness) {
-    // Readiness is told when it changes. A connection that is gone needs no telling.
+    // Changing the readiness wakes it. A connection that is gone needs no waking.
     let _ = waker.set_readiness(Ready::empty());
     let _ = waker.set_readiness(Ready::readable());
 }
 
-/// A socket that is not read while there is enough in hand.
+/// A socket that is not read while enough is in flight.
 pub(super) struct GatedStream<S> {
     stream: S,
     intake: Arc<Intake>,
@@ -171,7 +171,7 @@ mod tests {
 
     use super::*;
 
-    /// Where there is always something to read.
+    /// A source that always has something to read.
     struct Endless;
 
     impl Read for Endless {
@@ -206,7 +206,7 @@ mod tests {
         }
     }
 
-    /// How many bytes are read before there is nothing for once.
+    /// How many bytes are read before the pause.
     fn turn(stream: &mut GatedStream<Endless>) -> usize {
         let mut buffer = [0; 4096];
         let mut total = 0;

@@ -21,7 +21,7 @@ use crate::tls::Tls;
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;
-/// What to look at when a broker takes connections and nothing comes of them. One that has to recover
+/// What to check when a broker accepts connections and then does nothing. One that has to recover
 /// more queues than it may open files stays like that.
 pub(super) const STUCK: &str = "RabbitMQ may be recovering its queues, or be short of file descriptors: see its \
                      log, `rabbitmqctl status`, and `ulimit -n` where it runs";
@@ -30,11 +30,11 @@ pub(super) const STUCK: &str = "RabbitMQ may be recovering its queues, or be sho
 pub struct Link {
     /// `<name> (<user>@<host>:<port>/<vhost>)`, for messages.
     pub(super) name: String,
-    /// Opening a channel needs the connection for itself.
+    /// Opening a channel needs exclusive access.
     connection: Mutex<Connection>,
     kill_switch: TcpStream,
     blocked: Receiver<ConnectionBlockedNotification>,
-    /// Where what is consumed here counts.
+    /// Counts what is consumed here.
     pub(super) intake: Option<Arc<Intake>>,
 }
 
@@ -83,12 +83,12 @@ impl Link {
 
     /// Ends the connection at once and frees every call that is blocked on it.
     pub fn kill(&self) {
-        // It fails when the connection is gone already, which is as good.
+        // It fails if the connection is gone already, which serves as well.
         let _ = self.kill_switch.shutdown(Shutdown::Both);
     }
 
-    /// Why the broker blocks this connection, if the latest word is that it does; None when there
-    /// is no news.
+    /// News since the last call of whether the broker blocks this connection, and why; None if
+    /// there is none.
     pub fn blocked_news(&self) -> Option<Option<String>> {
         self.blocked.try_iter().last().map(|news| match news {
             ConnectionBlockedNotification::Blocked(reason) => Some(reason),
@@ -96,7 +96,7 @@ impl Link {
         })
     }
 
-    /// Closes the connection in good order.
+    /// Closes the connection with a handshake.
     ///
     /// # Errors
     /// What ended the connection, if it was ended before.
@@ -108,7 +108,7 @@ impl Link {
         connection.close().context(self.name)
     }
 
-    /// The same, in good order only if that takes no longer than `deadline`.
+    /// The same, but cut off after `deadline`.
     ///
     /// # Errors
     /// As [`Link::close`], or it took longer.
@@ -121,7 +121,7 @@ impl Link {
         within_deadline(deadline, kill, || self.close())
     }
 
-    /// Asks for an answer.
+    /// Asks the broker for an answer.
     ///
     /// # Errors
     /// The connection is lost.

@@ -16,10 +16,10 @@ use super::values::{properties, republished};
 use crate::threads::Calls;
 use crate::wire::Outgoing;
 
-/// How fast messages reach the broker at least, in bytes per second; slower counts as not at all.
+/// The slowest acceptable rate of publishing, in bytes per second.
 const SLOWEST_PUBLISHING: u64 = 1024 * 1024;
 
-/// What became of a message that the broker confirmed.
+/// What became of a message, according to the broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivered {
     Yes,
@@ -31,14 +31,14 @@ pub enum Delivered {
 
 #[derive(Debug, Error)]
 pub enum PublishError {
-    /// The broker does not take one of the messages for what it is. Which of the others arrived
-    /// is open. The publisher can be used again.
+    /// The broker refuses one of the messages for what it is. Which of the others arrived is not
+    /// known. The publisher can be used again.
     #[error("{0}")]
     Refused(String),
-    /// A queue is not available for now, and may be later.
+    /// A queue is unavailable for now.
     #[error("{0}")]
     Unavailable(String),
-    /// The connection is of no more use.
+    /// The connection is lost.
     #[error(transparent)]
     Lost(anyhow::Error),
 }
@@ -51,9 +51,9 @@ pub struct Publisher<'l> {
     open: Option<OpenChannel>,
     /// Tags, as the broker counts them, of messages that it has not confirmed yet.
     pending: BTreeSet<u64>,
-    /// By what each message of the batch is recognised when it comes back.
+    /// What identifies each message of the batch when it is returned.
     ids: Vec<Option<String>>,
-    /// How much longer than usual the broker may take over the batch, for its size.
+    /// Extra time that the broker may take over the batch, for its size.
     allowance: Duration,
 }
 
@@ -65,7 +65,7 @@ pub(super) struct OpenChannel {
 }
 
 impl<'l> Publisher<'l> {
-    /// `calls` tells a watchdog since when one has been waiting.
+    /// `calls` shows a watchdog since when one has been going on.
     pub fn new(link: &'l Link, calls: &'l Calls) -> Publisher<'l> {
         Publisher {
             link,
@@ -96,8 +96,8 @@ impl<'l> Publisher<'l> {
         self.link.declare_dead_letters()
     }
 
-    /// Puts messages back at the end of the queue that they came from, as they were: what became
-    /// of each copy.
+    /// Republishes messages at the end of the queue that they came from, unchanged; returns what
+    /// became of each copy.
     ///
     /// # Errors
     /// As [`PublishError`].
@@ -129,8 +129,8 @@ impl<'l> Publisher<'l> {
         self.confirm()
     }
 
-    /// Publishes these messages to the queues that are named as their keys, whatever their exchange
-    /// is, and waits for the broker's confirms: what became of each.
+    /// Publishes these messages through the default exchange, straight to the queues named by their
+    /// keys, and waits for the confirms: what became of each.
     ///
     /// # Errors
     /// As [`PublishError`].
@@ -154,7 +154,7 @@ impl<'l> Publisher<'l> {
         self.send_with_deadline(messages.iter().map(|message| message.body.len()), publishes)
     }
 
-    /// Sends messages, each with its exchange; they may take longer the more bytes they have.
+    /// Sends messages, each with its exchange; larger ones may take longer.
     fn send_with_deadline<'m>(
         &mut self,
         bytes: impl Iterator<Item = usize>,
@@ -236,10 +236,10 @@ impl<'l> Publisher<'l> {
                 Err(RecvTimeoutError::Disconnected) => return Err(self.fail(None)),
             }
         }
-        // A message that comes back does so before its confirm.
+        // A returned message arrives before its confirm.
         for returned in open.returns.try_iter() {
-            // Of those without an id, any may have come back. Of ours, only those without one that
-            // are put back are mandatory.
+            // If a message without an id is returned, it may be any of those. Of ours, only
+            // messages without an id that are put back are mandatory.
             let id = return_id(&returned.properties);
             for (outcome, own) in outcome.iter_mut().zip(&self.ids) {
                 if own.as_ref() == id {
@@ -250,24 +250,24 @@ impl<'l> Publisher<'l> {
         Ok(outcome)
     }
 
-    /// Gives up whatever is not confirmed yet, after a refusal on another connection: what becomes
-    /// of it must not be taken for the next batch's.
+    /// Abandons whatever is not confirmed yet, after a refusal on another connection: its confirms
+    /// must not be taken for the next batch's.
     pub fn abandon(&mut self) {
         self.pending.clear();
         if let Some(open) = self.open.take() {
             let _call = self.calls.begin_within(self.allowance);
-            // A refusal of what is given up is of no interest.
+            // A refusal of what is abandoned does not matter.
             let _ = open.channel.close();
         }
     }
 
-    /// Finds out why the channel is gone, and gives it up.
+    /// Finds out why the channel is gone, and drops it.
     fn fail(&mut self, error: Option<amiquip::Error>) -> PublishError {
         let closed = self.open.take().map(|open| {
             let _call = self.calls.begin();
             open.channel.close()
         });
-        // The broker's reason is told once, to whichever call comes first.
+        // The broker's reason is reported once, to whichever call comes first.
         let error = match (error, closed) {
             (Some(error), _) if refusal(&error).is_some() => error,
             (_, Some(Err(closed))) if refusal(&closed).is_some() => closed,

@@ -1,4 +1,4 @@
-//! Questions to Celery's workers, who answer into a queue that is there for one question.
+//! Questions to Celery's workers, which answer to a queue that exists for one question.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ use super::topology::exclusive;
 use crate::threads::{Calls, Signal};
 use crate::wire::{Outgoing, REPLIES_EXCHANGE};
 
-/// How many answers may be on their way, and so in memory.
+/// Prefetch of answers, which bounds what is in memory.
 const PREFETCH: u16 = 5;
-/// More than that is no answer of a worker.
+/// Anything larger is not an answer of a worker.
 const LARGEST_ANSWER: usize = 1024 * 1024;
 
-/// How long the queue of answers outlives whoever reads it.
+/// How long the queue of answers outlives its consumer.
 const EXPIRES_MS: i64 = 60_000;
 
 /// What is asked of the workers.
@@ -34,8 +34,8 @@ pub struct Question<'q> {
 }
 
 impl Link {
-    /// Publishes a question and hands over the answers that come in its time. Ends early, and
-    /// returns false, when `stop` is given. `calls` tells a watchdog since when one has been waiting.
+    /// Publishes a question and hands over the answers that arrive in time. Ends early, and returns
+    /// false, when `stop` is given. `calls` shows a watchdog since when one has been going on.
     ///
     /// # Errors
     /// RabbitMQ refuses the exchange, or the connection is lost.
@@ -61,7 +61,7 @@ impl Link {
         let channel = self.channel()?;
         let exchange = ExchangeDeclareOptions::default();
         channel.exchange_declare(ExchangeType::Direct, REPLIES_EXCHANGE, exchange)?;
-        // It goes with the channel's failure too, which leaves the connection and what it declared.
+        // It expires if the channel fails, which leaves the connection and its exclusive queues.
         let expires = ("x-expires".to_owned(), AmqpValue::LongLongInt(EXPIRES_MS));
         let options = exclusive(FieldTable::from([expires]));
         let queue = channel.queue_declare("", options)?.name().to_owned();

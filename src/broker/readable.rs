@@ -1,20 +1,20 @@
-//! Makes a frame's payload one that amiquip can read and everybody can hold, of the same length.
+//! Makes a frame's payload readable for amiquip and cheap to hold, without changing its length.
 //!
-//! amiquip ends the connection at a text that is not UTF-8, and forgets the headers behind one; it
-//! reads what is nested by recursion, and a byte on the wire can be hundreds in memory. RabbitMQ
-//! lets all of that through, from whoever may publish.
+//! amiquip ends the connection at a text that is not UTF-8, and drops the headers behind one; it
+//! reads nested values recursively, and one byte on the wire can take hundreds in memory. RabbitMQ
+//! passes all of that on from anybody who may publish.
 //!
-//! An array or a table is laid out as a byte array is, but for its type. So its type is all that
-//! has to be changed where nobody is to look into it.
+//! An array or a table has the same layout as a byte array, except for its type. So changing the
+//! type is enough to make it opaque.
 
-/// How deep headers may be nested. Nobody needs more than a few levels; a dead letter adds two to
-/// those of its message.
+/// How deep headers may be nested. Real ones have a few levels; a dead letter adds two to those of
+/// its message.
 const MAX_DEPTH: usize = 32;
-/// How many headers and items of them a message may have, at all levels. Each may take some 700
-/// bytes of memory. Celery's messages have about 25, and each time that RabbitMQ itself puts a
-/// message aside adds ten.
+/// How many headers, and items in them, a message may have at all levels. Each may take some 700
+/// bytes of memory. Celery's messages have about 25, and each time RabbitMQ dead-letters a message
+/// it adds ten.
 const MAX_VALUES: usize = 256;
-/// The header that is left of a table that cannot be read: a byte array.
+/// The one header that replaces an unreadable table: a byte array.
 const UNREADABLE: &[u8] = b"unreadable";
 /// The types that AMQP gives to values and amiquip knows, of those that have something inside.
 const TEXT: u8 = b'S';
@@ -75,7 +75,7 @@ fn arguments(class: u16, method: u16) -> &'static [Field] {
     }
 }
 
-/// For the payload of a method frame. One that breaks off is left as it is, for amiquip to refuse.
+/// For the payload of a method frame. A truncated one is left as it is, for amiquip to refuse.
 pub(super) fn make_method_readable(payload: &mut [u8]) {
     let Some((ids, mut rest)) = payload.split_first_chunk_mut::<4>() else {
         return;
@@ -89,8 +89,7 @@ pub(super) fn make_method_readable(payload: &mut [u8]) {
     }
 }
 
-/// For the payload of the frame with a message's properties. Properties that break off are left
-/// out.
+/// For the payload of a header frame. Truncated properties are left out.
 pub(super) fn make_header_readable(payload: &mut [u8]) {
     // Class, weight, the body's size; then the flags of the properties that follow.
     let Some((head, mut rest)) = payload.split_first_chunk_mut::<14>() else {
@@ -105,7 +104,7 @@ pub(super) fn make_header_readable(payload: &mut [u8]) {
         match make_field_readable(*field, rest) {
             Some(behind) => rest = behind,
             None => {
-                // amiquip does not look at what is behind the last property.
+                // amiquip ignores what follows the last property.
                 let before = flags & !(flag | (flag - 1));
                 head[12..].copy_from_slice(&before.to_be_bytes());
                 return;
@@ -114,7 +113,7 @@ pub(super) fn make_header_readable(payload: &mut [u8]) {
     }
 }
 
-/// Returns what is behind the field; None when it breaks off.
+/// Returns what follows the field; None if it is truncated.
 fn make_field_readable(field: Field, bytes: &mut [u8]) -> Option<&mut [u8]> {
     let (before, length) = match field {
         Fixed(length) => (0, length),
@@ -147,9 +146,9 @@ fn make_utf8(text: &mut [u8]) {
     }
 }
 
-/// Whatever makes it unreadable is made opaque: arrays and tables that are no such thing or nested
-/// too deep; all of them when there are too many values; the whole when that is not enough. So
-/// what a dead letter says of itself can be read when its message's properties cannot.
+/// Makes opaque what is unreadable: malformed or too deeply nested arrays and tables; all of them
+/// if there are too many values; the whole table if that is not enough. So what a dead letter says
+/// of itself can be read even if its message's properties cannot.
 fn make_table_readable(content: &mut [u8]) {
     let readable = walk(content, MAX_DEPTH).or_else(|Unreadable| walk(content, 1));
     if readable.is_err() {
@@ -157,7 +156,7 @@ fn make_table_readable(content: &mut [u8]) {
     }
 }
 
-/// One entry with all of it, but for the bytes that its beginning takes.
+/// One entry with all of it, except for the bytes that its own head takes.
 fn make_opaque(content: &mut [u8]) {
     /// The lengths of the key and of the value, and the type.
     const FRAME: usize = 1 + 1 + 4;
@@ -197,8 +196,8 @@ enum Found {
 /// It is broken at the outermost level, or has too many values.
 struct Unreadable;
 
-/// Goes once through all that is in a table, makes texts UTF-8 and whatever is broken or below so
-/// many levels opaque.
+/// Walks once through everything in a table, makes texts UTF-8, and makes opaque whatever is
+/// malformed or nested too deeply.
 fn walk(table: &mut [u8], max_depth: usize) -> Result<(), Unreadable> {
     let mut open = vec![Container {
         type_at: None,
@@ -237,7 +236,7 @@ fn walk(table: &mut [u8], max_depth: usize) -> Result<(), Unreadable> {
     Ok(())
 }
 
-/// The value at this place; None when it breaks off or is of a type that amiquip does not know.
+/// The value at this place; None if it is truncated or of a type that amiquip does not know.
 fn next_value(table: &mut [u8], mut at: usize, container: Container) -> Option<Found> {
     let bytes = &mut table[..container.end];
     if container.has_keys {

@@ -9,7 +9,8 @@ use crate::wire::TASK_QUEUE_MAX_PRIORITY;
 pub(super) const PRECONDITION_FAILED: u16 = 406;
 /// AMQP's NOT_FOUND.
 pub(super) const NOT_FOUND: u16 = 404;
-/// What it means that RabbitMQ gives a type to a queue that names none, as no OMOTES service does.
+/// The meaning of a queue type that RabbitMQ applies by default, which OMOTES's services never
+/// name.
 const DEFAULT_QUEUE_TYPE: &str = "the vhost's default queue type is not classic, as OMOTES needs it: \
      rabbitmqctl update_vhost_metadata VHOST --default-queue-type classic changes that, and where \
      RabbitMQ has no such command, making the vhost anew with rabbitmqctl add_vhost";
@@ -18,7 +19,7 @@ pub(super) const RESOURCE_LOCKED: u16 = 405;
 /// AMQP's ACCESS_REFUSED, no rights on a queue, and RESOURCE_LOCKED.
 pub(super) const NOT_OURS: [u16; 2] = [403, RESOURCE_LOCKED];
 
-/// The code and what the broker said when it closed the channel because of what it was asked.
+/// The code and the text with which the broker closed the channel.
 pub(super) fn closed(error: &amiquip::Error) -> Option<(u16, &str)> {
     match error {
         amiquip::Error::ServerClosedChannel { code, message, .. } => Some((*code, message)),
@@ -26,22 +27,22 @@ pub(super) fn closed(error: &amiquip::Error) -> Option<(u16, &str)> {
     }
 }
 
-/// What it said because a message or an argument is not as it should be.
+/// Its text, if a message or an argument was refused.
 pub(super) fn refusal(error: &amiquip::Error) -> Option<&str> {
     closed(error)
         .filter(|(code, _)| *code == PRECONDITION_FAILED)
         .map(|(_, message)| message)
 }
 
-/// Whether that is because the vhost has a default queue type. A queue is refused then that takes
-/// priorities, which a quorum queue does not, and any that exists as a classic one.
+/// Whether the cause is the vhost's default queue type: quorum queues have no priorities, and a
+/// queue that exists as a classic one counts as declared otherwise.
 fn is_default_queue_type(message: &str) -> bool {
     let no_priorities = message.contains("invalid arg 'x-max-priority'")
         && message.contains("of queue type rabbit_");
     no_priorities || message.contains("inequivalent arg 'x-queue-type'")
 }
 
-/// The error of a declaration, with what to do about it where that is known.
+/// The error of a declaration, with the remedy where that is known.
 pub(super) fn explained(error: amiquip::Error) -> anyhow::Error {
     match closed(&error) {
         Some((PRECONDITION_FAILED, message)) if is_default_queue_type(message) => {
@@ -51,10 +52,10 @@ pub(super) fn explained(error: amiquip::Error) -> anyhow::Error {
     }
 }
 
-/// What it means that the broker refuses to declare a task queue.
+/// The meaning of the broker's refusal to declare a task queue.
 pub(super) fn task_queue_refusal(queue: &str, code: u16, message: &str) -> PublishError {
     match code {
-        // It exists, on a node of the cluster that is not there.
+        // It exists on a node of the cluster that is down.
         NOT_FOUND => PublishError::Unavailable(format!("it is not available: {message}")),
         PRECONDITION_FAILED if is_default_queue_type(message) => PublishError::Refused(format!(
             "the task queue {queue:?} cannot be declared with x-max-priority = \

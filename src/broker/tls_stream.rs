@@ -1,6 +1,6 @@
-//! A connection to RabbitMQ in TLS, which amiquip takes for a plain one. amiquip asks whether it
-//! can write only while it has something to write, so what it believes to be written has left
-//! rustls too.
+//! A TLS connection to RabbitMQ that behaves like a plain socket towards amiquip. amiquip asks
+//! whether it can write only while it has something to write, so what is reported as written must
+//! have left rustls too.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
@@ -16,13 +16,13 @@ use rustls::{ClientConfig, ClientConnection};
 pub(super) struct TlsStream {
     socket: mio_of_amiquip::net::TcpStream,
     tls: ClientConnection,
-    /// How many bytes rustls has taken whose records are not all sent: the start of what the next
-    /// write brings, again.
+    /// How many bytes rustls has accepted whose records are not all sent: the next write begins
+    /// with them again.
     unsent: usize,
 }
 
 impl TlsStream {
-    /// Takes up TLS with `host` on a socket that is connected, which may take as long as `timeout`.
+    /// Does the TLS handshake with `host` on a connected socket, within `timeout`.
     pub(super) fn open(
         mut socket: TcpStream,
         host: &str,
@@ -38,7 +38,7 @@ impl TlsStream {
             if left.is_zero() {
                 bail!("no end of it within {timeout:?}; {}", super::link::STUCK);
             }
-            // Blocking, for a fault here is told as what it is.
+            // Blocking, so that a fault here is reported as what it is.
             socket.set_read_timeout(Some(left))?;
             socket.set_write_timeout(Some(left))?;
             let step = if tls.wants_write() {
@@ -55,7 +55,7 @@ impl TlsStream {
                 Err(error) => return Err(error.into()),
             }
             if let Err(error) = tls.process_new_packets() {
-                // What is wrong is told to the other side too, if it listens.
+                // The alert is sent to the other side, if it listens.
                 let _ = tls.write_tls(&mut socket);
                 return Err(error.into());
             }
@@ -69,7 +69,7 @@ impl TlsStream {
         })
     }
 
-    /// Takes in what has come; `WouldBlock` when nothing has.
+    /// Reads what has arrived; `WouldBlock` when nothing has.
     fn receive(&mut self) -> io::Result<()> {
         self.tls.read_tls(&mut self.socket)?;
         let processed = self.tls.process_new_packets();
@@ -93,7 +93,7 @@ impl TlsStream {
 impl Read for TlsStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            // Nothing tells of what is decrypted already, so it goes first.
+            // Nothing signals data that is already decrypted, so it goes first.
             match self.tls.reader().read(buffer) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.receive()?,
                 read => return read,

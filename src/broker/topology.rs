@@ -1,4 +1,4 @@
-//! What is declared, looked at and deleted: exchanges, queues and their bindings.
+//! Declares, inspects and deletes exchanges, queues and bindings.
 
 use std::time::Duration;
 
@@ -72,8 +72,8 @@ impl Link {
         }
     }
 
-    /// Declares where the messages of this vhost go that cannot be handled. One that somebody
-    /// declared otherwise is as good.
+    /// Declares the dead-letter queue of this vhost. One that somebody declared with other
+    /// arguments serves as well.
     ///
     /// # Errors
     /// [`PublishError::Unavailable`] with what the broker says where that is not possible.
@@ -88,7 +88,8 @@ impl Link {
         }
     }
 
-    /// Declares a queue, on a channel of its own, since a refusal closes it. Returns its name.
+    /// Declares a queue on a channel of its own, since a refusal closes the channel. Returns its
+    /// name.
     fn declare(&self, queue: &str, options: QueueDeclareOptions) -> Result<String, amiquip::Error> {
         let channel = self.channel()?;
         let name = channel.queue_declare(queue, options)?.name().to_owned();
@@ -111,8 +112,7 @@ impl Link {
         channel.close().context("declaring a client's queue")
     }
 
-    /// Declares a queue of this connection alone, bound to a key of an exchange, and returns its
-    /// name.
+    /// Declares an exclusive queue, bound to a key of an exchange, and returns its name.
     ///
     /// # Errors
     /// As [`Link::declare_for_clients`].
@@ -125,8 +125,9 @@ impl Link {
         Ok(queue)
     }
 
-    /// Tries to get a queue of this name for this connection alone; where somebody has left one that
-    /// is nobody's alone, that is as good. With it comes a mark that others find ([`Mark`]).
+    /// Tries to declare a queue of this name as exclusive; an existing one that is exclusive to
+    /// nobody serves as well. It comes with a mark that shows others that the queue is held
+    /// ([`Mark`]).
     ///
     /// # Errors
     /// The connection is lost.
@@ -148,13 +149,13 @@ impl Link {
                 let channel = self.channel()?;
                 match channel.queue_declare_passive(queue) {
                     Ok(_) => channel.close()?,
-                    // What was said first says more.
+                    // The first refusal says more.
                     Err(again) if closed(&again).is_some() => return Err(error),
                     Err(lost) => return Err(lost),
                 }
             }
         }
-        // It takes messages and keeps none.
+        // It takes messages and drops them.
         let nothing = [("x-max-length".to_owned(), AmqpValue::LongInt(0))];
         let channel = self.channel()?;
         let options = exclusive(FieldTable::from(nothing));
@@ -164,8 +165,7 @@ impl Link {
         Ok(Claim::Held { marker })
     }
 
-    /// How full these queues are, and who takes from them; None where there is no such queue, or
-    /// none that may be looked at.
+    /// The depths of these queues; None for one that does not exist or may not be inspected.
     ///
     /// # Errors
     /// The connection is lost.
@@ -178,7 +178,8 @@ impl Link {
                     messages: declared.declared_message_count().unwrap_or_default(),
                     consumers: declared.declared_consumer_count().unwrap_or_default(),
                 }),
-                // A refusal closes the channel. Of a queue that is somebody's alone nothing is told.
+                // A refusal closes the channel. Nothing is known of a queue that is exclusive to
+                // somebody.
                 Err(amiquip::Error::ServerClosedChannel { code, .. })
                     if code == NOT_FOUND || NOT_OURS.contains(&code) =>
                 {
@@ -219,19 +220,20 @@ pub(super) fn exclusive(arguments: FieldTable) -> QueueDeclareOptions {
     }
 }
 
-/// Whether this connection has a queue that others want too.
+/// Whether this connection holds a queue that others want too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
     Held {
         /// The queue that is its mark.
         marker: String,
     },
-    /// What the broker says: most often that it is somebody's alone.
+    /// What the broker says: usually that somebody else holds it exclusively.
     Refused(String),
 }
 
-/// Where a mandatory message is not returned while somebody holds a claim. So others need not ask
-/// for the queue itself, which RabbitMQ logs as an error each time.
+/// A routing key that is bound while somebody holds the claim: a mandatory message to it is
+/// returned otherwise. So others need not ask for the queue itself, which RabbitMQ would log as an
+/// error each time.
 #[derive(Debug, Clone, Copy)]
 pub struct Mark {
     pub exchange: &'static str,

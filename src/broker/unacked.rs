@@ -1,23 +1,23 @@
-//! What a channel has delivered and nobody has acknowledged yet, and what may be acknowledged how.
+//! The unacked deliveries of a channel, and how they may be acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The deliveries of one channel that wait for their acknowledgement.
 ///
-/// RabbitMQ numbers what it delivers on a channel from 1 on, without gaps and whichever queue it is
-/// from. An acknowledgement is for one delivery, or cumulative: for all up to a tag, also for those
-/// that wait unread in the receiver of another queue. Those would be gone. So a cumulative one goes
-/// as far as everything has been taken and is done with, and names a tag that is still
-/// unacknowledged, for RabbitMQ refuses any other.
+/// RabbitMQ numbers the deliveries of a channel from 1 on without gaps, across its queues. A
+/// cumulative acknowledgement covers everything up to a tag, also deliveries that are still unread
+/// in the receiver of another queue; those would be lost. So one is sent only up to where
+/// everything has been taken and is finished, and it names a tag that is still unacked, since
+/// RabbitMQ refuses any other.
 #[derive(Debug)]
 pub(super) struct Unacked<D> {
     /// What has been taken, by delivery tag.
     taken: BTreeMap<u64, Taken<D>>,
     /// How many of these are finished.
     finished: usize,
-    /// The tag after the highest that has been taken.
+    /// The tag after the highest one taken.
     next: u64,
-    /// The tags below that which nobody has taken.
+    /// Tags below it that have not been taken yet.
     untaken: BTreeSet<u64>,
 }
 
@@ -37,7 +37,7 @@ impl<D> Unacked<D> {
         }
     }
 
-    /// Somebody has it in hand.
+    /// It is in flight.
     pub(super) fn take(&mut self, tag: u64, delivery: D) {
         if tag >= self.next {
             self.untaken.extend(self.next..tag);
@@ -52,13 +52,13 @@ impl<D> Unacked<D> {
         self.taken.insert(tag, taken);
     }
 
-    /// The delivery of this tag, if it is taken and not done with.
+    /// The delivery of this tag, if it is taken and not finished.
     pub(super) fn in_hand(&mut self, tag: u64) -> Option<&mut D> {
         let taken = self.taken.get_mut(&tag)?;
         (!taken.is_finished).then_some(&mut taken.delivery)
     }
 
-    /// It is done with, and may be acknowledged. Returns it the first time.
+    /// Marks it as finished. Returns it the first time.
     pub(super) fn finish(&mut self, tag: u64) -> Option<&D> {
         let taken = self.taken.get_mut(&tag)?;
         if taken.is_finished {
@@ -74,7 +74,7 @@ impl<D> Unacked<D> {
         self.finished
     }
 
-    /// The delivery up to which all are to be acknowledged now, which counts as done.
+    /// The delivery up to which everything is to be acknowledged now; marked as acknowledged.
     pub(super) fn acknowledge_in_order(&mut self) -> Option<D> {
         let first_untaken = self.untaken.first().copied().unwrap_or(self.next);
         let mut last = None;
@@ -88,7 +88,7 @@ impl<D> Unacked<D> {
         last
     }
 
-    /// All that are finished, to be acknowledged now one by one, which counts as done.
+    /// All finished deliveries, to be acknowledged one by one now; marked as acknowledged.
     pub(super) fn acknowledge_rest(&mut self) -> impl Iterator<Item = D> {
         self.finished = 0;
         self.taken

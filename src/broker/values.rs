@@ -1,4 +1,4 @@
-//! Properties and header values: from and to JSON, and of messages that are published once more.
+//! Properties and header values: AMQP to JSON and back, and of messages that are republished.
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
@@ -6,8 +6,8 @@ use uuid::Uuid;
 
 use crate::wire::Outgoing;
 
-/// The properties of a received message as they are published once more: without its user id, which
-/// the broker takes from that user alone, and without the copies that its sender has asked for.
+/// The properties of a received message for republishing: without its user id, which the broker
+/// accepts from that user alone, and without CC and BCC, since those copies have been delivered.
 pub(super) fn republished(original: &AmqpProperties) -> AmqpProperties {
     type Copy = fn(&AmqpProperties, AmqpProperties) -> Option<AmqpProperties>;
     let copies: [Copy; 11] = [
@@ -33,7 +33,7 @@ pub(super) fn republished(original: &AmqpProperties) -> AmqpProperties {
     }
 }
 
-/// Headers without those that make RabbitMQ deliver a message to other queues too.
+/// Headers without CC and BCC.
 pub(super) fn without_copies(mut headers: FieldTable) -> FieldTable {
     for name in ["CC", "BCC"] {
         headers.remove(name);
@@ -119,7 +119,7 @@ pub(super) fn amqp_to_json(value: &AmqpValue) -> Value {
     }
 }
 
-/// JSON has no NaN and no infinity; their names have to do.
+/// JSON has no NaN and no infinity; their names stand for them.
 fn double(number: f64) -> Value {
     Number::from_f64(number).map_or_else(|| number.to_string().into(), Value::Number)
 }

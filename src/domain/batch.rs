@@ -1,6 +1,6 @@
-//! Folds [`job::decide`] over a batch of messages: each is decided about in the state in which the
-//! one before it leaves its job. What comes of it is a [`Plan`], to be written, published and
-//! committed as a whole.
+//! Folds [`job::decide`] over a batch of messages: each is decided in the state in which the
+//! previous one leaves its job. The result is a [`Plan`], to be written, published and committed as
+//! a whole.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -11,14 +11,14 @@ use crate::domain::job::{
     self, Command, Context, Decision, Ended, Ending, Event, Publication, State, TimeSeries,
 };
 
-/// A message of a batch, by what it asks for.
+/// A message of a batch and what it asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
     /// Its place in the batch.
     pub place: usize,
     pub job_id: Uuid,
     pub command: &'a Command,
-    /// Whether it comes once more, after the time that its outcome had to wait to be told.
+    /// Whether it is handled again because its outcome may now be told.
     pub has_waited: bool,
 }
 
@@ -31,14 +31,14 @@ pub struct Plan<'a> {
     pub publications: Vec<Publication<'a>>,
     /// To be sent after the commit, in this order.
     pub announcements: Vec<Publication<'a>>,
-    /// The jobs that are at their end when their clients have been told.
+    /// The jobs to settle once their clients have been told.
     pub ending: BTreeSet<Uuid>,
     pub waits: Vec<Wait>,
     pub stalled: Vec<Stalled>,
     pub reports: Vec<Report<'a>>,
 }
 
-/// How a batch leaves a job: its state before and after.
+/// A job's state before and after a batch.
 #[derive(Debug, PartialEq)]
 pub struct Transition<'a> {
     pub job_id: Uuid,
@@ -59,23 +59,23 @@ pub struct Series {
 pub struct SeriesChanges {
     /// In use from now on.
     pub keep: Vec<Series>,
-    /// Nobody's from now on, and perhaps not known before.
+    /// Retired from now on, and perhaps not known before.
     pub retire_late: Vec<Series>,
-    /// Jobs whose series are nobody's from now on.
+    /// Jobs whose series are retired from now on.
     pub retire: Vec<Uuid>,
 }
 
-/// A message whose outcome is not to be told yet.
+/// A message whose outcome may not be told yet.
 #[derive(Debug, PartialEq)]
 pub struct Wait {
     /// Its place in the batch.
     pub place: usize,
     pub time: Duration,
-    /// If it is a submission that is refused: with which logs.
+    /// The logs of the refusal, if it is a refused submission.
     pub refusal: Option<String>,
 }
 
-/// A message for which nothing is done, since a task queue takes nothing for now.
+/// A message that is not handled, because a task queue takes nothing for now.
 #[derive(Debug, PartialEq)]
 pub struct Stalled {
     /// Its place in the batch.
@@ -83,7 +83,7 @@ pub struct Stalled {
     pub queue: String,
 }
 
-/// What became of a message, to be logged and counted once that is committed.
+/// What became of a message, to be logged and counted after the commit.
 #[derive(Debug)]
 pub struct Report<'a> {
     /// The message's place in the batch.
@@ -97,15 +97,15 @@ pub struct Report<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Subject {
     pub id: Uuid,
-    /// The client's own name for it, empty when there is none.
+    /// The client's own name for it; empty if there is none.
     pub reference: String,
-    /// Empty when it is not known.
+    /// Empty if it is not known.
     pub workflow: String,
 }
 
-/// Decides about a batch. `before` has the states of its jobs as they are in the database, `context`
-/// makes the context of each decision, with a task id of its own, and `is_closed` says whether a task
-/// queue takes nothing for now.
+/// Decides about a batch. `before` has the states of its jobs in the database, `context` returns
+/// the context of each decision, with a fresh task id, and `is_closed` tells whether a task queue
+/// takes nothing for now.
 pub fn decide<'a, 'c>(
     batch: impl IntoIterator<Item = Asked<'a>>,
     before: &'a HashMap<Uuid, State>,
@@ -186,7 +186,7 @@ impl<'a> Plan<'a> {
             self.ending.insert(job_id);
         }
         self.publications.extend(publications);
-        // A task is revoked at once, and so has been when the outcome's time has come.
+        // A task is revoked at once, so it has been revoked already when the outcome's time comes.
         let is_now = |announcement: &Publication<'_>| match announcement.tells_outcome() {
             true => time.is_zero(),
             false => !has_waited,
@@ -197,7 +197,7 @@ impl<'a> Plan<'a> {
             self.series.note(job_id, change);
         }
         match event {
-            // It has been logged and counted before its message waited.
+            // It was logged and counted before its message waited.
             Event::Ended(_) if has_waited => {}
             event => self.reports.push(Report {
                 place,
@@ -209,8 +209,8 @@ impl<'a> Plan<'a> {
         next
     }
 
-    /// The jobs that end with this batch. Of one that had ended that is no news, although its client
-    /// may be told another thing than before.
+    /// The jobs that end with this batch. A job that had ended before is not among them, even if
+    /// its client may be told something else now.
     pub fn ended(&self) -> impl Iterator<Item = &Ended> {
         self.transitions.iter().filter_map(|transition| {
             match (transition.before, &transition.after) {

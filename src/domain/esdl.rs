@@ -1,4 +1,4 @@
-//! The little that the orchestrator reads of an ESDL.
+//! What the orchestrator reads of an ESDL.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use quick_xml::events::{BytesStart, Event};
 const ENERGY_SYSTEM: &str = "EnergySystem";
 /// How far into a text it is looked for, in bytes.
 const MAX_DISTANCE: u64 = 1024 * 1024;
-/// What an entity of a document's own may stand for, in bytes, and how many there may be.
+/// The length of an entity that a document defines, in bytes, and how many there may be.
 const MAX_ENTITY: usize = 1024;
 const MAX_ENTITIES: usize = 100;
 
@@ -64,7 +64,7 @@ fn id(element: &BytesStart<'_>, entities: &Entities) -> Option<String> {
     (!id.is_empty() && !id.contains('\0')).then(|| id.into_owned())
 }
 
-/// What a document has defined for itself: `<!ENTITY name "text">`.
+/// The entities that a document defines: `<!ENTITY name "text">`.
 #[derive(Default)]
 struct Entities(HashMap<String, String>);
 
@@ -74,8 +74,9 @@ impl Entities {
         own.or_else(|| resolve_predefined_entity(name))
     }
 
-    /// Reads those of a document type definition whose text is there, and refers to none that come after
-    /// it. What is too long is not defined, so however they are nested, none becomes long.
+    /// Reads the entities of a document type definition that are defined by a text and refer only
+    /// to earlier ones. One that is too long is not defined, so however they are nested, none
+    /// becomes long.
     fn define(&mut self, definition: &str) {
         for rest in definition.split("<!ENTITY").skip(1).take(MAX_ENTITIES) {
             let Some((name, rest)) = rest.trim_start().split_once(char::is_whitespace) else {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-/// With fewer runs nothing is said.
+/// With fewer runs there is no estimate.
 pub const MIN_RUNS: usize = 5;
 /// How many of the last runs count.
 pub const MAX_RUNS: i64 = 100;
@@ -15,7 +15,7 @@ pub const MAX_RUNS: i64 = 100;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Runs(Vec<Duration>);
 
-/// A time that half of the runs like this stay below, and one that nine of ten do.
+/// The median and the 90th percentile.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Span {
     #[serde(rename = "median_seconds", serialize_with = "seconds")]
@@ -29,7 +29,7 @@ fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok
 }
 
 impl Runs {
-    /// None if there are too few of them.
+    /// None if there are too few runs.
     pub fn new(mut runs: Vec<Duration>) -> Option<Runs> {
         runs.sort_unstable();
         (runs.len() >= MIN_RUNS).then_some(Runs(runs))
@@ -42,7 +42,7 @@ impl Runs {
         }
     }
 
-    /// What is left for a job that has been running for so long: as for those of the runs that took
+    /// The remaining time of a job that has been running for this long: from those runs that took
     /// longer. None if none did.
     pub fn remaining(&self, elapsed: Duration) -> Option<Span> {
         let longer = self.0.partition_point(|run| *run <= elapsed);
@@ -73,7 +73,7 @@ impl Runs {
         of: impl Fn(Span) -> Duration,
     ) -> Vec<Duration> {
         let each = of(self.span());
-        // One that runs longer than all before it may end at any time.
+        // A job that has been running longer than all before it may end at any time.
         let left = |elapsed: &Duration| self.remaining(*elapsed).map_or(Duration::ZERO, &of);
         let mut busy: Vec<Duration> = running.iter().map(left).collect();
         busy.sort_unstable();
@@ -92,8 +92,7 @@ impl Runs {
     }
 }
 
-/// The least of these times that so many in a hundred do not exceed. They are in ascending order, and
-/// there is at least one.
+/// The nearest-rank percentile of times in ascending order, of which there is at least one.
 fn quantile(sorted: &[Duration], percent: usize) -> Duration {
     sorted[(sorted.len() * percent).div_ceil(100) - 1]
 }

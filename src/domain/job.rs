@@ -14,9 +14,9 @@
 //!   └───────────────────────── Cancel before the submission ─────────────────────┘
 //! ```
 //!
-//! An outcome is committed before the client is told of it, and the row in `job` goes when that has
-//! been done. Whatever the service dies of in between, the command that led to the outcome comes
-//! again and leads to the same one; no other can.
+//! An outcome is committed before the client is told, and the row in `job` is deleted after that.
+//! Whatever the service dies of in between, the command that led to the outcome is redelivered and
+//! leads to the same one; no other command can.
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -35,32 +35,32 @@ pub use self::decision::{
 };
 pub use self::starts::{MAX_EXCUSED, Start, Suspicion, Verdict};
 
-/// Characters of a client's reference that are kept. Its task carries it whole, but a cancel, say,
-/// loads what is kept of any job that it names.
+/// How many characters of a client's reference are kept. The task carries it whole, but any cancel,
+/// say, loads the kept part.
 pub const MAX_REFERENCE: usize = 1000;
 
-/// The same for a workflow's name. One that is defined has no more bytes.
+/// The same for a workflow's name. Defined ones have no more bytes.
 pub const MAX_WORKFLOW_TYPE: usize = 255;
 
 /// Logs of the result of a job that crashed its workers; clients compare this text.
 pub const CRASH_LOOP_LOGS: &str =
     "Job cannot be processed due to being retried the maximum number of times.";
 
-/// How the logs of the result end that a client gets instead of one that RabbitMQ has lost.
+/// The end of the logs of the result that a client gets in place of one that RabbitMQ has lost.
 pub const LOST_LOGS: &str = "was lost when RabbitMQ was interrupted. Submit it again.";
 
 /// What the database knows of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum State {
-    /// Neither a row nor a history: never seen, or forgotten after the history's retention.
+    /// Neither a row nor a history: never seen, or its history has expired.
     Unknown,
     Live(Job),
-    /// Its outcome is certain; whether the client has been told is not.
+    /// Its outcome is committed; whether the client has been told is not known.
     Ending(Ending),
     Ended(Ended),
 }
 
-/// A job that ends: its row in `job`, left as it was, beside the one in `job_history`.
+/// A job that is ending: its unchanged row in `job`, and the one in `job_history`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ending {
     pub job: Job,
@@ -86,11 +86,11 @@ pub struct Job {
     pub priority: Option<Priority>,
     /// Oldest first.
     pub starts: Vec<Start>,
-    /// What its task has said last, since its last start.
+    /// Its task's last progress since its last start.
     pub progress: Option<Progress>,
 }
 
-/// How far a task says it is.
+/// A task's progress.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Progress {
     /// From 0.0 to 1.0.
@@ -115,8 +115,8 @@ impl Progress {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobStatus {
-    /// Known but without a task. Only the Python service leaves rows like this, when it is
-    /// killed between its two writes; the broker then delivers the submission again.
+    /// Known but without a task. Only the Python service leaves such rows, when it is killed
+    /// between its two writes; the broker then redelivers the submission.
     Registered,
     Submitted,
     Running,
@@ -173,7 +173,7 @@ pub enum Outcome {
     TimedOut,
     /// It stayed in one state for longer than jobs are kept.
     Expired,
-    /// It had ended otherwise, but what its client was to hear got lost before it was told.
+    /// It had ended otherwise, but that was lost before its client was told.
     Lost,
 }
 
@@ -239,7 +239,7 @@ impl Priority {
 }
 
 impl Job {
-    /// One that is known and not given to the workers.
+    /// A job that is known and not handed to the workers.
     fn without_task(
         workflow_type: &str,
         reference: &Option<String>,
@@ -260,9 +260,9 @@ impl Job {
         }
     }
 
-    /// From when its client may be told how it has ended.
+    /// The earliest time at which its client may be told the outcome.
     fn outcome_from(&self, context: &Context<'_>) -> Timestamp {
-        // A clock that was put back delays nobody for longer.
+        // A clock that was set back must not prolong the delay.
         let submitted = self.registered_at.min(context.now);
         submitted
             .checked_add(context.rules.outcome_delay)
@@ -305,7 +305,8 @@ impl State {
     }
 }
 
-/// What is kept of a text: its first `characters`, but for NUL, which Postgres has not.
+/// The part of a text that is kept: its first `characters`, without NUL, which Postgres cannot
+/// store.
 fn kept(text: &str, characters: usize) -> String {
     let storable = text.chars().filter(|character| *character != '\0');
     storable.take(characters).collect()

@@ -1,5 +1,5 @@
 //! What operators see of the deployment: jobs, workflows, queues. The page, the API and the command
-//! line show it each in their way. Pure; the rows come from [`crate::store::views`].
+//! line present it in their ways. Pure; the rows come from [`crate::store::views`].
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,19 +16,19 @@ use crate::domain::vhost::Vhost;
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Filter {
-    /// Those that have ended, instead of those that have not.
+    /// Finished jobs instead of live ones.
     pub finished: bool,
     pub state: Option<JobState>,
     pub workflow: Option<String>,
     /// In the id, the reference, or the last message.
     pub text: Option<String>,
-    /// This one and no other.
+    /// Only the job with this id.
     pub id: Option<Uuid>,
     pub limit: u16,
     pub offset: u32,
 }
 
-/// Jobs shown at once where nothing else is asked for, and at most.
+/// The default and the maximum number of jobs shown at once.
 pub const DEFAULT_LIMIT: u16 = 50;
 pub const MAX_LIMIT: u16 = 1000;
 
@@ -110,7 +110,7 @@ impl Filter {
     }
 }
 
-/// Where a job is in its life.
+/// The state of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobState {
     Live(JobStatus),
@@ -176,7 +176,7 @@ impl JobState {
     }
 }
 
-/// How a state is to look.
+/// How a state is displayed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tone {
     Plain,
@@ -191,7 +191,7 @@ impl Serialize for JobState {
     }
 }
 
-/// A job as operators see it; without its ESDL and its parameters, which are the client's alone.
+/// A job as operators see it; without its ESDL and parameters, which are the client's alone.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct JobView {
     pub id: Uuid,
@@ -225,7 +225,7 @@ fn priority<S: serde::Serializer>(
     priority.map(Priority::name).serialize(serializer)
 }
 
-/// What is to be expected of a job that has not ended.
+/// The estimate for a job that has not ended.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Estimate {
     /// Until it starts; None when it has, or when its workflow has no worker.
@@ -235,7 +235,7 @@ pub struct Estimate {
     pub run: Option<Span>,
 }
 
-/// How a job came to where it is.
+/// The history of a job.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Story {
     #[serde(flatten)]
@@ -259,7 +259,7 @@ impl JobView {
 }
 
 impl JobView {
-    /// What is to be expected of it, in words.
+    /// The estimate in words.
     pub fn expectation(&self) -> Option<String> {
         let Estimate { wait, run } = self.estimate?;
         match self.state {
@@ -279,7 +279,7 @@ impl JobView {
     }
 }
 
-/// `2 min to 3 min`: what half of the runs like this stay below, and nine of ten.
+/// `2 min to 3 min`: median and 90th percentile.
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = |time| spoken(SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX));
@@ -291,11 +291,11 @@ impl fmt::Display for Span {
     }
 }
 
-/// Some of the jobs that a filter lets through.
+/// A page of the jobs that match a filter.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Page {
     pub jobs: Vec<JobView>,
-    /// How many there are in all, but counted no further than [`MAX_COUNT`].
+    /// The total, counted no further than [`MAX_COUNT`].
     pub total: i64,
 }
 
@@ -320,7 +320,7 @@ pub struct Depth {
     pub consumers: u32,
 }
 
-/// All queues at one time.
+/// All queues at a point in time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Queues {
     pub at: Timestamp,
@@ -355,7 +355,7 @@ pub struct WorkflowRows {
     pub submitted: i64,
     pub running: i64,
     pub oldest_waiting: Option<Timestamp>,
-    /// How long those have been running that are.
+    /// For how long the running jobs have been running.
     pub elapsed: Vec<Duration>,
     pub runs: Option<Runs>,
 }
@@ -387,7 +387,7 @@ pub struct Overview {
     pub defined: Vec<String>,
     /// None before RabbitMQ has been looked at.
     pub queues: Option<Queues>,
-    /// When what one replica does for all of them was last begun.
+    /// When each maintenance task was last begun.
     pub maintenance: Vec<(String, Timestamp)>,
     /// Connections to Postgres, of which so many are idle.
     pub connections: u32,
@@ -418,7 +418,7 @@ impl Overview {
         names.into_iter().map(view).collect()
     }
 
-    /// Since when the job has been waiting that has been waiting longest.
+    /// Since when the oldest waiting job has been waiting.
     pub fn oldest_waiting(&self) -> Option<Timestamp> {
         self.rows
             .values()
@@ -426,7 +426,7 @@ impl Overview {
             .min()
     }
 
-    /// Adds to each of these jobs what is to be expected of it.
+    /// Adds its estimate to each of these jobs.
     pub fn estimate(&self, jobs: &mut [JobView], now: Timestamp) {
         let mut waits: BTreeMap<&str, Option<Vec<Span>>> = BTreeMap::new();
         let last = |workflow: &str| {

@@ -11,10 +11,10 @@ use crate::proto::{
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };
 
-/// In what `params` do not fit `definitions`, a text for each fault.
+/// Each way in which `params` do not fit `definitions`, as a text.
 ///
-/// A parameter may be missing where its definition has a default. Parameters that are not defined
-/// are nobody's business but the worker's.
+/// A parameter may be missing if its definition has a default. Undefined parameters are left to the
+/// worker.
 pub fn faults(definitions: &[WorkflowParameter], params: &Map<String, Value>) -> Vec<String> {
     let given = |key: &str| params.get(key).filter(|value| !value.is_null());
     let mut faults = Vec::new();

@@ -1,4 +1,4 @@
-//! Texts of somebody else's, of which only the beginning is kept or repeated.
+//! Foreign texts, of which only the beginning is kept or repeated.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,7 @@ pub fn beginning(text: &str, characters: usize) -> &str {
     }
 }
 
-/// The same for somebody to read, who sees by the ellipsis behind it that there was more.
+/// The same for display, with an ellipsis if there was more.
 pub fn excerpt(text: &str, characters: usize) -> Cow<'_, str> {
     match beginning(text, characters) {
         all if all.len() == text.len() => Cow::Borrowed(all),

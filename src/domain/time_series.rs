@@ -11,9 +11,9 @@ use uuid::Uuid;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Guard {
     pub esdl_id: String,
-    /// Since when nobody needs them. None while they are in use.
+    /// Since when they have been retired. None while they are in use.
     pub deactivated_at: Option<Timestamp>,
-    /// The job that made them. None where a scan found a database that no job has claimed yet.
+    /// The job that made them. None if a scan found a database that no job has claimed.
     pub job_id: Option<Uuid>,
 }
 
@@ -31,7 +31,7 @@ pub struct Plan {
     pub drop: Vec<String>,
     /// Rows of deleted series that are in no database here, and whose retention has passed.
     pub forget: Vec<String>,
-    /// How many databases are somebody else's.
+    /// How many databases are not jobs'.
     pub foreign: usize,
 }
 

@@ -40,7 +40,7 @@ pub struct Limits {
     pub default_timeout_ms: Option<u32>,
 }
 
-/// All that is wrong with a definition file, one line each.
+/// All faults of a definition file, one line each.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub struct Faults(Vec<String>);
 
@@ -183,8 +183,7 @@ impl<'a> Node<'a> {
         )
     }
 
-    /// The optional value under `key`, as `read` takes it; a value that it does not take is a
-    /// fault.
+    /// The optional value under `key`, read by `read`; a value that it rejects is a fault.
     fn optional<T>(
         &self,
         key: &str,

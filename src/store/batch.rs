@@ -23,13 +23,13 @@ pub struct Loaded {
     pub session_begun: Option<Timestamp>,
 }
 
-/// What becomes of the rows, by the statement that does it.
+/// What changes, by the statement that writes it.
 #[derive(Default)]
 struct Changes<'a> {
     inserted: Vec<(Uuid, &'a Job)>,
-    /// Each with how it was.
+    /// Each with its previous row.
     updated: Vec<(Uuid, &'a Job, &'a Job)>,
-    /// Those of which nothing else changes.
+    /// Those of which only the progress changes.
     progressed: Vec<(Uuid, &'a Job)>,
     started: Vec<(Uuid, &'a Start)>,
     judged: Vec<(Uuid, &'a Start)>,
@@ -72,7 +72,7 @@ impl<'a> Changes<'a> {
                 let starts = after.starts.iter();
                 self.started.extend(starts.map(|start| (job_id, start)));
             }
-            // It goes when the client has been told.
+            // The row is deleted when the client has been told.
             (_, None) => {}
         }
     }
@@ -114,14 +114,14 @@ fn outcome(state: &State) -> Option<&Ended> {
 }
 
 impl Transaction<'_> {
-    /// Waits until no other transaction of any replica works on these jobs, and keeps others from
-    /// it until the end of this one. Unlike a row lock it covers jobs without a row.
+    /// Waits until no other transaction of any replica works on these jobs, and excludes others
+    /// until this one ends. Unlike a row lock it covers jobs without a row.
     ///
     /// # Errors
     /// The wait took longer than the connection's `lock_timeout`, or the connection is lost.
     pub fn lock(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
         let mut keys: Vec<i64> = job_ids.iter().map(lock_key).collect();
-        // In one order everywhere, so that two batches never wait for each other.
+        // In the same order everywhere, so that two batches never deadlock.
         keys.sort_unstable();
         keys.dedup();
         self.execute(
@@ -131,7 +131,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Lets Postgres wait for longer than usual between two statements of this transaction.
+    /// Allows a longer pause between two statements of this transaction.
     ///
     /// # Errors
     /// The connection is lost.

@@ -9,7 +9,7 @@ use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_f
 /// Values in a submission's parameters, those in lists and objects counted. They take up to 160
 /// bytes each.
 const MAX_VALUES: usize = 100_000;
-/// How many of these may have a name, in whatever object. They take up to 640 bytes each.
+/// How many of these may be named members of an object. They take up to 640 bytes each.
 const MAX_NAMED_VALUES: usize = 10_000;
 /// Characters in a submission's texts of which JSON makes six.
 const MAX_CONTROL_CHARACTERS: usize = 1_000_000;
@@ -43,7 +43,7 @@ pub(super) fn field(bytes: &[u8], number: u32) -> Option<&[u8]> {
     own.last().map(|(_, content)| content)
 }
 
-/// Of what a `JobSubmission` holds too much.
+/// What a `JobSubmission` holds too much of.
 pub(super) fn of_submission(body: &[u8]) -> Result<(), String> {
     const ESDL: u32 = 4;
     const PARAMS: u32 = 5;
@@ -59,7 +59,7 @@ pub(super) fn of_submission(body: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Of what a `TaskResult` holds too much.
+/// What a `TaskResult` holds too much of.
 pub(super) fn of_result(body: &[u8]) -> Result<(), String> {
     const ESDL_MESSAGES: u32 = 7;
     let messages = fields(body).filter(|(number, _)| *number == ESDL_MESSAGES);

@@ -9,9 +9,9 @@ use uuid::Uuid;
 use crate::domain::job::{Priority, Submission};
 use crate::wire::{Outgoing, PIDBOX_EXCHANGE, REPLIES_EXCHANGE};
 
-/// How long remote control is worth hearing. Celery itself says one second, which is short for clocks that
-/// differ. A late revoke harms nothing, since no task id comes twice, and none is late for long: a
-/// worker's queue of them keeps nothing for more than five minutes.
+/// How long a remote control message is valid. Celery itself says one second, which is short for
+/// clocks that differ. A late revoke does no harm, since task ids are unique, and none is very
+/// late: a worker's queue of them keeps nothing for more than five minutes.
 const CONTROL_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Who sends tasks: this process, for its lifetime.
@@ -34,8 +34,8 @@ pub fn task(sender: &Sender, job_id: Uuid, task_id: Uuid, submission: &Submissio
         &submission.params,
     );
     let embed = json!({"callbacks": null, "errbacks": null, "chain": null, "chord": null});
-    // Growing into it would take up to three times as much, and an ESDL may have a hundred
-    // megabytes. What is asked for and not written takes no memory.
+    // Growing the buffer would take up to three times as much, and an ESDL may have a hundred
+    // megabytes. Reserved memory that is not written costs nothing.
     let reference_size = submission.reference.as_ref().map_or(0, String::len);
     let mut body = Vec::with_capacity(2 * (submission.esdl.len() + reference_size) + 4096);
     serde_json::to_writer(&mut body, &(args, Map::new(), embed))
@@ -113,7 +113,7 @@ pub fn who_runs_what(key: &str, clock: i64, now: Timestamp) -> Outgoing {
     to_all_workers(&body, clock, now)
 }
 
-/// One time that a task is being run.
+/// An execution of a task.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Execution {
     pub task_id: String,

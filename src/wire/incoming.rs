@@ -1,4 +1,4 @@
-//! What the service consumes: bytes that anybody may have sent, to [`Command`]s.
+//! Decodes what the service consumes, bytes that anybody may have sent, to [`Command`]s.
 
 use thiserror::Error;
 use uuid::Uuid;
@@ -81,7 +81,7 @@ pub fn decode(
     }
 }
 
-/// What is left to do about a message that nobody could try to read to its end.
+/// What remains to be done about a message that made the decoder panic.
 pub fn unread(inbox: Inbox, body: &[u8], reason: String) -> Undecodable {
     undecodable(body, reason, |reason| match inbox {
         Inbox::Submissions => Some(refusal(reason)),
@@ -212,7 +212,7 @@ fn decode_result(body: &[u8]) -> Result<Request, Undecodable> {
     job_request(&message.job_id, command)
 }
 
-/// A task's id, unless it is none: it goes into a revoke, which all workers hear, and into the log.
+/// Checks a task's id: it goes into a revoke, which all workers hear, and into the log.
 fn task_id<M: prost::Name>(text: String) -> Result<String, Undecodable> {
     match text.len() {
         0..=MAX_TASK_ID => Ok(text),

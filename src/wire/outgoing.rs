@@ -1,4 +1,4 @@
-//! What the service publishes, and what the programs beside it do.
+//! What the service publishes, and its example programs.
 
 use prost::{Message as _, encoding};
 use serde_json::Map;
@@ -119,7 +119,7 @@ pub fn job_delete(job_id: Uuid) -> Outgoing {
     to_clients(CANCELS_QUEUE.to_owned(), message.encode_to_vec())
 }
 
-/// A message that no queue takes, to see whether the broker takes messages.
+/// A message that is routed to no queue, to check that the broker takes messages.
 pub fn pulse() -> Outgoing {
     Outgoing {
         exchange: "",
@@ -127,8 +127,8 @@ pub fn pulse() -> Outgoing {
     }
 }
 
-/// The same to clients' exchange: it comes back when no replica answers the requests that are sent
-/// to their queue.
+/// The same through the clients' exchange: it is returned if no replica holds the queue of
+/// requests.
 pub fn pulse_for_requests() -> Outgoing {
     Outgoing {
         mandatory: true,

@@ -8,8 +8,8 @@ use crate::domain::text::excerpt;
 /// A value of the parameters that JSON cannot express.
 pub(super) struct Misfit {
     found: f64,
-    /// What leads to it, the last step first. Only there is one when there is a misfit: a path for
-    /// each value would cost the length of all keys above it.
+    /// The path to it, last step first. Built only for a misfit: a path for each value would cost
+    /// the length of all keys above it.
     path: Vec<String>,
 }
 

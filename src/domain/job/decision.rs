@@ -43,7 +43,7 @@ pub struct Rules {
     pub reject_invalid_params: bool,
 }
 
-/// As what a client is told of a timeout.
+/// How a time-out is reported to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TimeoutResult {
     /// As the Python service does, and as OMOTES's system tests have it.
@@ -60,8 +60,8 @@ pub struct Decision<'a> {
     /// To be sent before the new state is committed, in this order: what is committed has been
     /// asked of the workers.
     pub publications: Vec<Publication<'a>>,
-    /// To be sent once it is committed, in this order: what clients are told holds. Then the job is
-    /// no longer [`State::Ending`].
+    /// To be sent after the commit, in this order: what clients are told is certain. Then the job
+    /// is no longer [`State::Ending`].
     pub announcements: Vec<Publication<'a>>,
     /// How long from now those of them that tell the outcome have to wait
     /// ([`Publication::tells_outcome`]), and with them the end of [`State::Ending`].
@@ -119,8 +119,7 @@ pub enum Publication<'a> {
 }
 
 impl Publication<'_> {
-    /// Whether it is among what a client hears of its job's outcome, where it is an announcement;
-    /// a revoke, which is for workers, is not.
+    /// Whether it tells the outcome, as an announcement; a revoke, which is for workers, does not.
     pub fn tells_outcome(&self) -> bool {
         match self {
             Publication::Status { .. } | Publication::Result { .. } => true,
@@ -148,7 +147,7 @@ pub enum ResultType {
     TimedOut,
 }
 
-/// What becomes of the database that a job's output ESDL refers to.
+/// What becomes of the time series that a job's output ESDL refers to.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TimeSeries<'a> {
     /// A job succeeded: guard its series, also when a scan had marked them meanwhile.
@@ -156,12 +155,12 @@ pub enum TimeSeries<'a> {
         esdl_id: String,
         reference: Cow<'a, str>,
     },
-    /// The job was deleted, but its task still delivered: these series are nobody's.
+    /// The job was deleted, but its task still delivered: these series belong to nobody.
     RetireLate {
         esdl_id: String,
         reference: Cow<'a, str>,
     },
-    /// The job was deleted: whatever it left is to go.
+    /// The job was deleted: its series are retired.
     Retire,
 }
 
@@ -170,7 +169,7 @@ pub enum TimeSeries<'a> {
 pub enum Event {
     Submitted {
         task_id: Uuid,
-        /// In what its parameters do not fit the workflow's definition.
+        /// How its parameters do not fit the workflow's definition.
         faults: Vec<String>,
     },
     Started {

@@ -1,4 +1,4 @@
-//! A job whose outcome is committed, while it is open whether its client has been told.
+//! A job whose outcome is committed, while it is not known whether its client has been told.
 
 use std::borrow::Cow;
 
@@ -8,8 +8,8 @@ use super::decide::{Standing, cancel, decide_for, error_result};
 use super::{Command, Context, Decision, Ending, Event, JobStatus, LOST_LOGS, Outcome, starts};
 
 /// Decides about a job that is ending. Whatever the service died of before the client was told, the
-/// message that led to the outcome comes again: it leads to the same one, which is told then, whatever
-/// it would lead to by now. For all other messages the job has ended.
+/// message that led to the outcome is redelivered: it leads to the same outcome, which is told
+/// then, whatever it would lead to by now. For all other messages the job has ended.
 pub(super) fn decide<'a>(
     job_id: Uuid,
     ending: &Ending,
@@ -23,13 +23,14 @@ pub(super) fn decide<'a>(
     if ending.cancelled_before(command) {
         let again = cancel(job_id, Standing::Live(job), context);
         return Decision {
-            // Nothing new, but where the Python service has registered it meanwhile.
+            // Nothing new, unless the Python service has registered it meanwhile.
             next: again.next.filter(|_| ended.registered_at.is_none()),
             time_series: None,
             ..again
         };
     }
-    // What led to it would not any more: since then a session has begun, or a worker is back.
+    // What led to it might not any more: since then a session has begun, or a worker has
+    // reconnected.
     if ended.outcome == Outcome::CrashLoop && starts::may_end(job, command) {
         return Decision {
             next: None,
@@ -40,7 +41,7 @@ pub(super) fn decide<'a>(
     match again.event {
         Event::Ended(outcome) if outcome == ended.outcome => Decision {
             next: None,
-            // Committed with the outcome; since then the client may have given them up.
+            // Committed with the outcome; the client may have given them up since.
             time_series: None,
             ..again
         },
@@ -62,10 +63,10 @@ pub(super) fn decide<'a>(
     }
 }
 
-/// Tells what can be told of a job whose end nobody has told, and never will.
+/// Tells what can be told of a job whose end has not been told and never will be.
 fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a> {
     let Ending { job, ended } = ending;
-    // Until then it may wait in somebody's memory.
+    // Until then it may be waiting in a handler's memory.
     let tellable_from = job.outcome_from(context).max(ended.finished_at);
     let told_by = tellable_from.checked_add(context.rules.telling);
     if !told_by.is_ok_and(|end| end <= context.now) {
@@ -93,8 +94,8 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
 }
 
 impl Ending {
-    /// Whether its outcome may become the one that this command leads to. The client has perhaps
-    /// been told what is certain, so mostly not.
+    /// Whether this command may replace its outcome. The client may have been told already, so
+    /// mostly not.
     fn may_still_end_by(&self, command: &Command) -> bool {
         match command {
             // Its task's result could not be told: an error is told instead ...

@@ -1,12 +1,12 @@
 //! The starts of a job's task: which of them count against its delivery limit, and which are a
-//! second copy of a task that nobody died over.
+//! second copy of a task whose worker is alive.
 //!
-//! A START of a task that was started before means one of two things. The execution before it has
-//! died: the task is one that kills its workers, and must not be tried for ever. Or RabbitMQ has
-//! lost sight of its worker, who goes on: the connection was closed, or RabbitMQ restarted, and
-//! what was not acknowledged was delivered again. The message itself does not tell them apart. So
-//! a START that follows an interruption of RabbitMQ is excused, and before any other ends its job
-//! the workers are asked who runs the task.
+//! A START of a task that was started before means one of two things. The previous execution has
+//! died: the task kills its workers and must not be retried for ever. Or RabbitMQ has lost sight of
+//! its worker, which goes on: the connection was closed, or RabbitMQ restarted, and the unacked
+//! task was redelivered. The message does not tell them apart. So a START after an interruption of
+//! RabbitMQ is excused, and before any other ends its job the workers are asked who is running the
+//! task.
 
 use std::borrow::Cow;
 
@@ -19,10 +19,10 @@ use super::{
     Outcome, Publication, State,
 };
 
-/// How many starts of a job are excused, for whatever reason: what takes RabbitMQ down with it each
-/// time comes to an end too.
+/// How many starts of a job are excused at most, so that a task that takes RabbitMQ down each time
+/// comes to an end too.
 pub const MAX_EXCUSED: usize = 10;
-/// Of how many starts the history knows the message, the last ones.
+/// How many starts' message ids the history keeps, the last ones.
 const MAX_IN_HISTORY: usize = 20;
 
 /// One time that a worker began the job's task.
@@ -35,14 +35,14 @@ pub struct Start {
     pub verdict: Verdict,
 }
 
-/// What is held of a start.
+/// How a start is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It counts against the delivery limit: what ran before it is taken for dead.
+    /// It counts against the delivery limit: the previous execution is taken for dead.
     Counts,
     /// Excused: a connection to RabbitMQ was lost since the start before it.
     Interrupted,
-    /// Excused: the workers said that what was started before it still runs.
+    /// Excused: according to the workers, the previous execution is still running.
     Copy,
     /// Open: the workers are asked.
     Suspected,
@@ -52,7 +52,7 @@ impl Verdict {
     /// Those that have a name.
     pub const NAMED: &[Verdict] = &[Verdict::Interrupted, Verdict::Copy, Verdict::Suspected];
 
-    /// As the database has it; none where it counts, as in rows of the Python service.
+    /// As in the database; none if it counts, as in rows of the Python service.
     pub fn name(self) -> Option<&'static str> {
         match self {
             Verdict::Counts => None,
@@ -63,12 +63,12 @@ impl Verdict {
     }
 }
 
-/// A start that ends its job, unless the workers say that nobody died.
+/// A start that ends its job unless the workers say that nobody died.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Suspicion {
     pub job_id: Uuid,
     pub task_id: String,
-    /// When the start was: what it is known by.
+    /// The time of the start, which identifies it.
     pub at: Timestamp,
 }
 
@@ -144,22 +144,22 @@ pub(super) fn start<'a>(
         },
         Verdict::Suspected | Verdict::Copy => Event::Suspected { starts },
     };
-    // The client knows that it runs, and what ran before this may go on telling its progress.
+    // The client knows that it is running, and the previous execution may go on reporting progress.
     Decision {
         next: Some(State::Live(job)),
         ..Decision::nothing(event)
     }
 }
 
-/// Whether a connection to RabbitMQ may have been lost since then. A session that is still to begin,
-/// since the database's clock was put back, would excuse every start until it does.
+/// Whether a connection to RabbitMQ may have been lost since then. A session in the future, since
+/// the database's clock was set back, must not excuse every start until it is reached.
 fn interrupted_since(at: Timestamp, context: &Context<'_>) -> bool {
     context
         .session_begun
         .is_some_and(|begun| at < begun && begun <= context.now)
 }
 
-/// What is held of the next start of `job`; None when it is one too many.
+/// The verdict on the next start of `job`; None if it is one too many.
 fn verdict(job: &Job, context: &Context<'_>) -> Option<Verdict> {
     let excusable = job.starts.len() - job.counted() < MAX_EXCUSED;
     let interrupted = |last: &Start| interrupted_since(last.at, context);
@@ -174,14 +174,14 @@ fn verdict(job: &Job, context: &Context<'_>) -> Option<Verdict> {
     if job.counted() < limit {
         return Some(Verdict::Counts);
     }
-    // Two in the few seconds that the workers are asked are no accident of a connection: what is
-    // quick to kill its workers does so only once more.
+    // Two within the few seconds of an inquiry are no accident of a connection: a task that is
+    // quick to kill its workers gets only one more try.
     let doubted = |start: &Start| start.verdict == Verdict::Suspected;
     let worth_asking = excusable && !job.starts.is_empty() && !job.starts.iter().any(doubted);
     worth_asking.then_some(Verdict::Suspected)
 }
 
-/// The workers have been asked about the start of `job` that was at `at`: so many of them run its
+/// The workers have been asked about the start of `job` at `at`: `alive` of them are running its
 /// task. With `last` nothing more is to be expected of them.
 pub(super) fn judge<'a>(
     job_id: Uuid,
@@ -195,7 +195,7 @@ pub(super) fn judge<'a>(
     let Some(place) = job.starts.iter().position(suspected) else {
         return Decision::ignored("nothing is held against this start any more");
     };
-    // Of the executions before one that counts, or that follows an interruption, nothing is known.
+    // Nothing is known of the executions before a start that counts or follows an interruption.
     let copies = job.starts[..place].iter().rev();
     let copies = copies.take_while(|start| start.verdict == Verdict::Copy);
     let executions = copies.count() + 2;

@@ -49,29 +49,30 @@ enum Command {
     /// List, show, watch and cancel jobs.
     #[command(subcommand)]
     Jobs(jobs::Command),
-    /// Show how full RabbitMQ's queues are, who takes from them, and how that changes.
+    /// Show the depth of RabbitMQ's queues, their consumers, and how both change.
     Queues(queues::Queues),
     /// Show the configuration in force and where each value comes from; passwords are not shown.
     ///
     /// Exits with 1 when it is faulty, and says why.
     Config(configuration::Configuration),
-    /// Look the deployment over: what is wrong with it, and what to do about it.
+    /// Check the deployment: what is wrong with it, and what to do about it.
     ///
-    /// Looks at each connection and its rights, mixed-up vhosts, queues declared otherwise, workflows
-    /// without a worker, limits of RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB,
-    /// and dead letters. Changes nothing that lasts. Exits with 1 when there is a warning or an error.
+    /// Checks each connection and its rights, mixed-up vhosts, queues declared otherwise, workflows
+    /// without a worker, limits of RabbitMQ, the workflow definitions, the tables, clocks,
+    /// InfluxDB, and dead letters. Changes nothing that lasts. Exits with 1 when there is a warning
+    /// or an error.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator doctor\n  \
         omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \
         omotes-orchestrator doctor --json | jq '.[] | select(.severity == \"error\")'")]
     Doctor(doctor::Doctor),
-    /// Look at or change the revision of the database's tables.
+    /// Show or change the revision of the database's tables.
     #[command(subcommand)]
     Db(db::Command),
     /// The workflow definitions.
     #[command(subcommand)]
     Workflows(workflows::Command),
-    /// The time series of output ESDLs, and whether somebody needs them.
+    /// The time series of output ESDLs: list, keep, drop.
     #[command(subcommand)]
     TimeSeries(time_series::Command),
     /// The messages that could not be handled, of both vhosts.
@@ -87,7 +88,7 @@ enum Command {
 }
 
 /// # Errors
-/// What a command could not do. One that has done it and has bad news returns another exit code.
+/// The command failed. One that has succeeded and has bad news returns another exit code.
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let environment = Environment::with_file(Path::new(".env"))?;
     let config = || environment.config().context("configuration");
@@ -135,15 +136,15 @@ fn complete(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether a command may do what cannot be undone.
+/// Consent to what cannot be undone.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct Agreed {
-    /// Do it. Without, it is only said what would go.
+    /// Do it. Without this, only show what would go.
     #[arg(long)]
     pub(crate) yes: bool,
 }
 
-/// What a command says last that has done nothing for want of --yes.
+/// The last words of a command that has done nothing for want of --yes.
 pub(crate) const NOTHING_DONE: &str = "nothing was done: --yes does it";
 
 /// # Errors
@@ -155,8 +156,8 @@ pub(crate) fn connect(config: &Config) -> anyhow::Result<Connection> {
         .with_context(|| config.postgres.to_string())
 }
 
-/// What is going on in the deployment. Without RabbitMQ there are no workers in it, and without the
-/// workflow definitions only the workflows of jobs.
+/// The state of the deployment. Without RabbitMQ it has no workers, and without the workflow
+/// definitions only the workflows of jobs.
 ///
 /// # Errors
 /// The connection is lost.
@@ -195,7 +196,7 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// Tells on standard error why a command has failed.
+/// Prints to standard error why a command has failed.
 pub(crate) fn complain(error: &anyhow::Error) {
     let error = readable(&format!("{error:#}"));
     say_aside(format_args!("omotes-orchestrator: {error}"));
@@ -220,7 +221,7 @@ pub(crate) fn say(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
     print(&format!("{line}\n"))
 }
 
-/// Prints to standard output. That its reader has gone, as `head` does, is no failure.
+/// Prints to standard output. A reader that has gone, as `head` does, is no failure.
 ///
 /// # Errors
 /// It cannot be written to.

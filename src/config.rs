@@ -28,11 +28,11 @@ pub struct Config {
     pub task_result_queue: String,
     pub task_progress_queue: String,
     pub postgres: Postgres,
-    /// None where there is none to look after.
+    /// None if there is none to clean up.
     pub influxdb: Option<InfluxDb>,
-    /// How often it is looked after.
+    /// How often it is scanned.
     pub time_series_period: Duration,
-    /// Whether it is only said what would be done to time series.
+    /// Whether the scan only logs what it would do.
     pub time_series_dry_run: bool,
     pub workflow_config_path: PathBuf,
     /// How long job rows and inactive time series are kept.
@@ -45,13 +45,13 @@ pub struct Config {
     pub timeout_start_buffer: Duration,
     /// Period of the check for timeouts and for what is past its retention.
     pub timeout_check_period: Duration,
-    /// As what a client is told of its job's timeout.
+    /// How a time-out is reported to the client.
     pub timeout_result: TimeoutResult,
     /// Whether jobs are refused whose parameters do not fit their workflow's definition.
     pub reject_invalid_params: bool,
     /// Whether clients whose jobs wait without a worker are told so, by a progress of 0.0.
     pub no_worker_notice: bool,
-    /// How long it is known that a finished job has been.
+    /// How long the history of a finished job is kept.
     pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.
     pub delivery_limit: usize,
@@ -82,7 +82,7 @@ pub struct RabbitMq {
     pub username: String,
     pub password: Secret,
     pub vhost: String,
-    /// None is without.
+    /// None for a connection without TLS.
     pub tls: Option<Tls>,
 }
 
@@ -106,7 +106,7 @@ pub struct Postgres {
     pub host: String,
     pub port: u16,
     pub database: String,
-    /// None is the operating system's user.
+    /// None stands for the operating system's user.
     pub username: Option<String>,
     pub password: Option<Secret>,
     pub encryption: Encryption,
@@ -165,7 +165,7 @@ impl From<String> for Secret {
     }
 }
 
-/// Every variable that is wrong, one line each.
+/// All faulty variables, one line each.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub struct Faults(Vec<String>);
 
@@ -185,8 +185,8 @@ impl Config {
         }
     }
 
-    /// The configuration that `variable` gives, which looks a variable up by its name, with what is
-    /// in the files that it names.
+    /// Reads the configuration through `variable`, which looks a variable up by its name, and the
+    /// files that it names.
     ///
     /// # Errors
     /// All faults, each with the variable, its value and what was expected.
@@ -204,7 +204,8 @@ impl Config {
         }
     }
 
-    /// All variables with what is in force, in the order in which they are read. Faulty ones too.
+    /// All variables with their values in force, in the order in which they are read; faulty ones
+    /// too.
     pub fn settings(variable: &dyn Fn(&str) -> Option<String>) -> Vec<Setting> {
         let mut reader = Reader {
             variable,
@@ -249,11 +250,11 @@ pub struct Setting {
     pub is_given: bool,
 }
 
-/// Why a message does not say what was found.
+/// Why a message does not show what was found.
 const NOT_SHOWN: &str = " (what was found is not shown, for it may be a password)";
 
-/// Whether a variable's value is none of those that may be a password, or have one in them: also where
-/// somebody has mistaken one variable for another.
+/// Whether a value can be shown: it is no password, and contains none, even if somebody has
+/// confused two variables.
 fn may_be_shown(name: &str, value: &str) -> bool {
     if value.is_empty() {
         return true;
@@ -275,7 +276,7 @@ fn may_be_shown(name: &str, value: &str) -> bool {
 struct Reader<'a> {
     variable: &'a dyn Fn(&str) -> Option<String>,
     faults: Vec<String>,
-    /// What has been looked up.
+    /// The settings read so far.
     settings: Vec<Setting>,
 }
 
@@ -315,7 +316,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The variable's value, if it is set. Nothing else looks a variable up.
+    /// The variable's value, if it is set. All lookups go through here.
     fn given(&mut self, name: &str, default: &str) -> Option<String> {
         let value = (self.variable)(name);
         let text = value.as_deref().unwrap_or(default);
@@ -405,7 +406,7 @@ impl Reader<'_> {
         })
     }
 
-    /// A message whose outcome waits is not acknowledged meanwhile, and RabbitMQ gives a consumer up
+    /// A message whose outcome waits stays unacked, and RabbitMQ closes the channel of a consumer
     /// that does not acknowledge for 30 minutes: hence the limit.
     fn outcome_delay(&mut self) -> Duration {
         let expected = "a whole number of milliseconds, up to 600000";
@@ -447,14 +448,14 @@ impl Reader<'_> {
         Some(PathBuf::from(path))
     }
 
-    /// What the variable says, or the file that `<name>_FILE` names.
+    /// The variable's value, or the content of the file that `<name>_FILE` names.
     fn password(&mut self, name: &str, default: &str) -> Option<Secret> {
         let value = self.given(name, default);
         let file_name = format!("{name}_FILE");
         let Some(path) = self.path(&file_name) else {
             return value.map(Secret);
         };
-        // What is in force is the file's.
+        // The file's content is in force.
         self.settings.retain(|setting| setting.name != name);
         let (file, more) = match may_be_shown(&file_name, &path.to_string_lossy()) {
             true => (format!("{}: ", path.display()), ""),
@@ -538,7 +539,7 @@ impl Reader<'_> {
         let switch = name("TLS");
         let files = ["TLS_CA_FILE", "TLS_CERT_FILE", "TLS_KEY_FILE"].map(name);
         if !self.switch(&switch) {
-            // Whoever names certificates would not like to find the password sent without TLS.
+            // Whoever configures certificates does not want the password sent without TLS.
             for file in files {
                 if self.path(&file).is_some() {
                     self.faults
@@ -670,7 +671,7 @@ impl Reader<'_> {
             .filter(|value| !value.is_empty())?;
         match value.split_once(':') {
             Some((user, password)) if !user.is_empty() && !password.is_empty() => {}
-            // Not shown, for it may be nothing but a password.
+            // Not shown, since it may be just a password.
             Some(_) | None => self
                 .faults
                 .push("HTTP_BASIC_AUTH: expected user:password".to_owned()),

@@ -1,4 +1,4 @@
-//! Looks a deployment over and says what is wrong with it, and what to do about it. It changes nothing
+//! Checks a deployment and says what is wrong with it and what to do about it. It changes nothing
 //! that lasts.
 
 use serde::Serialize;
@@ -14,16 +14,16 @@ mod limits;
 mod postgres;
 mod rabbitmq;
 
-/// What is tried to publish where the history has no result that is larger.
+/// The size of the trial message, unless the history has a larger result.
 const USUAL_SIZE: usize = 16 * 1024 * 1024;
-/// Above it, trying it out would be a burden.
+/// A larger trial message would be a burden.
 const MAX_SIZE: usize = 128 * 1024 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     Ok,
-    /// It could not be found out, or is good to know.
+    /// It could not be checked, or is good to know.
     Note,
     Warning,
     Error,
@@ -40,7 +40,7 @@ impl Severity {
     }
 }
 
-/// Something that was looked at.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     pub part: &'static str,
@@ -51,7 +51,7 @@ pub struct Finding {
     pub remedy: String,
 }
 
-/// What one look after the other finds.
+/// The findings so far.
 #[derive(Debug, Default)]
 struct Findings(Vec<Finding>);
 
@@ -76,8 +76,8 @@ impl Findings {
     }
 }
 
-/// Looks at everything. `rabbitmqctl` is a command that runs RabbitMQ's tool of this name, for what
-/// AMQP does not tell; `near_misses` is what the environment says of names that are almost ours.
+/// Checks everything. `rabbitmqctl` is a command that runs RabbitMQ's tool of this name, for what
+/// AMQP does not tell; `near_misses` are warnings about variables with almost the right name.
 pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str>) -> Vec<Finding> {
     let mut findings = Findings::default();
     for near_miss in near_misses {

@@ -1,5 +1,5 @@
-//! The HTTP endpoint: health, metrics, the status page and its data as JSON; and the question that
-//! Docker asks it.
+//! The HTTP endpoint: health, metrics, status page and API; and the client side of the health
+//! check.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,22 +29,22 @@ mod server;
 use page::Frame;
 pub use server::{DEADLINE, Request, Response, Server, Ticket};
 
-/// Requests that wait for the database; with one more the client is told to come again.
+/// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /metrics, \
                      /health/live and /health/ready";
 
-/// A request whose answer needs the database, and when it came.
+/// A request whose answer needs the database, and when it arrived.
 pub type Question = (Ticket, Route, Instant);
 
-/// Where requests wait for the database. Those of a lane are answered one after the other, and wait for
-/// none of another: a scrape is not to be late because people search.
+/// Queues of requests that need the database. Requests of one lane are answered one after the other
+/// and never wait for another lane: a scrape is not delayed by searches.
 #[derive(Debug)]
 pub struct Lanes<T> {
     pub pages: T,
-    /// Looking for a text goes through the whole history.
+    /// A text search scans the whole history.
     pub searches: T,
     pub metrics: T,
 }
@@ -76,7 +76,8 @@ pub fn listen(address: SocketAddr) -> anyhow::Result<Server> {
     Ok(server)
 }
 
-/// Answers until [`Server::stop`] is called, and hands over what takes its time.
+/// Answers requests until [`Server::stop`] is called; hands those that need the database to their
+/// lane.
 pub fn serve(server: &Server, service: &Service, lanes: &Lanes<Sender<Question>>) {
     let answer = |request: &Request, ticket| match route(request, service) {
         Ok(Route::Live) => Some(json_response(200, &json!({"live": true}))),
@@ -106,9 +107,9 @@ pub fn answer(server: &Server, service: &Service, questions: &Receiver<Question>
         select! {
             recv(questions) -> question => {
                 let Ok((ticket, route, since)) = question else { return };
-                // By then its client has been hung up on.
+                // By then its client has been disconnected.
                 if since.elapsed() < DEADLINE {
-                    // Should it panic, the client hears of it, not of nothing.
+                    // If it panics, the client still gets an answer.
                     let response = catch_unwind(AssertUnwindSafe(|| respond(service, &route)));
                     let response = response
                         .unwrap_or_else(|_| Response::text(500, "A fault; the log has it."));
@@ -177,8 +178,8 @@ fn route(request: &Request, service: &Service) -> Result<Route, Response> {
     }
 }
 
-/// Whether somebody says that they are `user:password`. Takes the same time for any wrong password
-/// of a length.
+/// Whether a request carries the credentials `user:password`. Takes the same time for any wrong
+/// password of the same length.
 fn authorized(header: Option<&str>, user: &str) -> bool {
     let given = header
         .and_then(|header| header.strip_prefix("Basic "))
@@ -202,8 +203,8 @@ fn html(status: u16, frame: &Frame<'_>, page: String) -> Response {
     Response {
         status,
         content_type: HTML,
-        // What clients and workers send is shown; should any of it ever get through as markup, the
-        // browser runs nothing but the page's own script, and loads nothing.
+        // The pages show what clients and workers send; should any of it ever get through as
+        // markup, the browser runs only the page's own script and loads nothing.
         headers: vec![(
             "Content-Security-Policy",
             format!(
@@ -227,7 +228,7 @@ fn respond(service: &Service, route: &Route) -> Response {
         host: &service.host,
         parts: &parts,
     };
-    // Waiting for a connection that will not come would take longer than anybody waits.
+    // Nobody waits as long as connecting in vain takes.
     let mut parts = parts.iter();
     let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.part == Part::Postgres));
     if let Some(why) = postgres.filter(|_| !service.can_look_on.load(Ordering::Relaxed)) {
@@ -243,7 +244,7 @@ fn respond(service: &Service, route: &Route) -> Response {
     }
 }
 
-/// The answer where Postgres would have taken longer than anybody waits.
+/// The answer if Postgres takes longer than anybody waits.
 fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>) -> Response {
     const WHY: &str = "This takes longer than Postgres is given for it. Ask for less: a single \
                        workflow, a single state, or a job by its id.";

@@ -21,13 +21,13 @@ pub(super) enum Command {
     List,
     /// Show one of them: its reason, the message's properties, and the beginning of its body.
     Show {
-        /// The id, or enough of its beginning to tell it from the others.
+        /// The id, or an unambiguous beginning of it.
         id: String,
         /// File for the whole body.
         #[arg(long)]
         body: Option<PathBuf>,
     },
-    /// Put them back into the queues they came from, as they were.
+    /// Put them back into the queues they came from, unchanged.
     Requeue(Which),
     /// Delete them; all of them with --yes alone.
     Drop {
@@ -41,9 +41,9 @@ pub(super) enum Command {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct Which {
-    /// Their ids, or enough of the beginning to tell them from the others.
+    /// Their ids, or unambiguous beginnings.
     ids: Vec<String>,
-    /// All that wait now.
+    /// All that are there now.
     #[arg(long)]
     all: bool,
 }
@@ -140,7 +140,7 @@ fn known_letters(links: &[(Vhost, Link)], listed: bool) -> anyhow::Result<Vec<St
 }
 
 impl Which {
-    /// The letters that are meant, of those that are known.
+    /// The selected letters among the known ones.
     fn resolve(&self, known: Vec<String>) -> anyhow::Result<Vec<String>> {
         if self.all {
             return Ok(known);
@@ -149,7 +149,7 @@ impl Which {
     }
 }
 
-/// The one of `known` that begins like this.
+/// The one of `known` with this beginning.
 fn named(beginning: &str, known: &[String]) -> anyhow::Result<String> {
     let mut fitting = known.iter().filter(|id| id.starts_with(beginning));
     match (fitting.next(), fitting.next()) {

@@ -44,7 +44,7 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show one job's whole story. Exits with 1 when it is not known.
+    /// Show one job in full. Exits with 1 when it is not known.
     Show {
         id: Uuid,
         /// As JSON.
@@ -56,7 +56,7 @@ pub(crate) enum Command {
         #[arg(required = true)]
         ids: Vec<Uuid>,
     },
-    /// Show the list again and again, until Ctrl-C.
+    /// Show the list and keep it up to date, until Ctrl-C.
     Watch(Selection),
 }
 
@@ -70,10 +70,10 @@ pub(crate) struct Selection {
     /// With this text in the id, the reference or the last message.
     #[arg(long)]
     text: Option<String>,
-    /// Those that have ended, the last one first.
+    /// Finished jobs, the last one first.
     #[arg(long)]
     finished: bool,
-    /// At most so many.
+    /// At most this many.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_LIMIT)))]
     limit: u16,
 }
@@ -306,7 +306,7 @@ fn cancel(config: &Config, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
         let what = match state {
             Some(JobState::Live(_)) => {
                 messages.push(Outgoing {
-                    // Without the orchestrator's queue it would vanish.
+                    // Without the orchestrator's queue the message would vanish.
                     mandatory: true,
                     ..wire::job_delete(*id)
                 });
@@ -352,7 +352,7 @@ fn watch(config: &Config, list: &Selection) -> anyhow::Result<ExitCode> {
         let outcome = (|| {
             let (mut connection, mut queues) = (None, None);
             loop {
-                // Both may come back.
+                // Both may reconnect.
                 queues = queues
                     .filter(|watch: &Watch| watch.look(config, &[]).is_ok())
                     .or_else(|| Watch::open(config).ok());

@@ -1,5 +1,5 @@
-//! `queues`: how full RabbitMQ's queues are, who takes from them, and how that changes. What passes
-//! through a queue without its depth changing, AMQP does not tell.
+//! `queues`: the depth of RabbitMQ's queues, their consumers, and how both change. Throughput that
+//! leaves the depth unchanged does not show: AMQP does not tell it.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -18,8 +18,8 @@ use super::{connect, overview, print, table};
 
 #[derive(Args)]
 pub(crate) struct Queues {
-    /// Seconds between two looks, from which the change of the depth per second comes. AMQP does not
-    /// tell how much goes in and out meanwhile.
+    /// Seconds between two measurements, from which the change per second is computed. AMQP does
+    /// not tell how much goes in and out meanwhile.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     interval: u64,
     /// As JSON.

@@ -1,10 +1,10 @@
-//! Where variables come from: the environment, and a file `.env` beside it.
+//! Where variables come from: the environment, and an `.env` file beside it.
 //!
-//! A value in the file is what stands there: nothing is expanded, for a `$` is a password's more often
-//! than a variable's. Quotes, escapes and comments are otherwise docker compose's
+//! A value in the file is literal: nothing is expanded, since a `$` is more often part of a
+//! password than a variable. Quotes, escapes and comments are otherwise docker compose's
 //! (<https://docs.docker.com/compose/how-tos/environment-variables/variable-interpolation/#env-file-syntax>),
-//! but a value ends on its line. `run.sh` reads the file too; `tests/env-lines.json` holds both to the
-//! same.
+//! but a value ends on its line. `run.sh` reads the file too; `tests/env-lines.json` holds both
+//! readers to the same results.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -14,17 +14,17 @@ use anyhow::anyhow;
 use crate::config::{Config, Faults};
 use crate::text_file;
 
-/// The variables of this process, and those of a file for which the process has none.
+/// The variables of this process, then those of a file.
 #[derive(Debug, Default)]
 pub struct Environment {
     file: BTreeMap<String, String>,
 }
 
 impl Environment {
-    /// With what the file at `path` sets, if there is one.
+    /// Includes the file at `path`, if there is one.
     ///
     /// # Errors
-    /// All that is wrong with it, each with the file and the line, and none with a value.
+    /// All faults of the file, each with the file and line, none with a value.
     pub fn with_file(path: &Path) -> anyhow::Result<Environment> {
         if !path.exists() {
             return Ok(Environment::default());
@@ -40,7 +40,7 @@ impl Environment {
         }
     }
 
-    /// A variable's value, of the process before the file.
+    /// A variable's value; the process's goes before the file's.
     pub fn variable(&self, name: &str) -> Option<String> {
         Config::variable(name).or_else(|| self.file.get(name).cloned())
     }
@@ -58,8 +58,8 @@ impl Environment {
         Config::read(&|name| self.variable(name))
     }
 
-    /// A sentence for each variable that nobody reads and whose name is almost one that this program
-    /// reads. Values are not shown.
+    /// A sentence for each unknown variable whose name is almost one that this program reads.
+    /// Values are not shown.
     pub fn near_misses(&self) -> Vec<String> {
         let of_process = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         let given: BTreeSet<_> = of_process.chain(self.file.keys().cloned()).collect();
@@ -67,7 +67,7 @@ impl Environment {
     }
 }
 
-/// The variables that a file sets, the last one of a name, or what is wrong with it.
+/// The variables that a file sets, the last one of a name; or its faults.
 fn parse(text: &str) -> Result<BTreeMap<String, String>, Vec<String>> {
     let mut variables = BTreeMap::new();
     let mut faults = Vec::new();
@@ -89,8 +89,8 @@ fn parse(text: &str) -> Result<BTreeMap<String, String>, Vec<String>> {
 
 const BLANK: [char; 2] = [' ', '\t'];
 
-/// The name and the value on a line, if there are any. What is wrong with it names the variable, unless
-/// what stands in its place may be a part of a value.
+/// The name and the value on a line, if any. A fault names the variable, unless what stands in its
+/// place may be part of a value.
 fn parse_line(line: &str) -> Result<Option<(String, String)>, String> {
     const EXPECTED: &str = "expected NAME=value, of a name with letters, digits and _";
     let line = line.trim_start_matches(BLANK);
@@ -121,7 +121,7 @@ fn parse_line(line: &str) -> Result<Option<(String, String)>, String> {
     Ok(Some((name.to_owned(), value)))
 }
 
-/// Without the comment at its end, which begins with a `#` after a blank.
+/// Strips a trailing comment, which begins with a `#` after a blank.
 fn before_comment(value: &str) -> &str {
     let comment = BLANK
         .iter()
@@ -129,7 +129,7 @@ fn before_comment(value: &str) -> &str {
     comment.min().map_or(value, |start| &value[..start])
 }
 
-/// What stands between quotes; `text` is all that comes after the first one.
+/// The text between quotes; `text` is everything after the opening one.
 fn unquoted(quote: char, text: &str) -> Result<String, &'static str> {
     let mut value = String::new();
     let mut rest = text.chars();
@@ -159,9 +159,9 @@ fn unquoted(quote: char, text: &str) -> Result<String, &'static str> {
     Err("its quote is not closed on the line")
 }
 
-/// How many letters may be wrong.
+/// The edit distance that still counts as a near miss.
 fn tolerance(name: &str) -> usize {
-    // Of short names, other programs have some that differ by two.
+    // Other programs have short names that differ by two letters.
     if name.len() < 10 { 1 } else { 2 }
 }
 

@@ -14,7 +14,7 @@ use crate::telemetry::report::one_line;
 
 /// How long rabbitmqctl may take, which starts a virtual machine, perhaps in a container.
 const TOOL_DEADLINE: Duration = Duration::from_secs(60);
-/// RabbitMQ's own, where nobody has set another.
+/// RabbitMQ's default.
 const DEFAULT_CONSUMER_TIMEOUT_MS: i64 = 30 * 60 * 1000;
 
 /// `longest` is the longest job in milliseconds, with what says so.
@@ -52,17 +52,17 @@ pub(super) fn limits(
     });
 }
 
-/// How many files RabbitMQ may open, as its virtual machine has it, and how many queues it has on all
+/// An Erlang expression for how many files RabbitMQ may open, and how many queues it has in all
 /// vhosts.
 const FILES_AND_QUEUES: &str = "{proplists:get_value(max_fds, lists:flatten(erlang:system_info(check_io))), \
                                 length(rabbit_amqqueue:list_names())}.";
-/// What RabbitMQ keeps for other things than its queues.
+/// Files that RabbitMQ needs for other things than queues.
 const RESERVED_FILES: u64 = 100;
 /// What RabbitMQ's own packages and documents ask for.
 const ENOUGH_FILES: u64 = 65_536;
 
-/// A RabbitMQ that may open fewer files than it has durable queues never comes up again: it opens those
-/// of each queue when it recovers them, and waits for ever for one more (seen with 3.10).
+/// A RabbitMQ that may open fewer files than it has durable queues never comes up again: on
+/// recovery it opens the files of each queue, and waits for ever for one more (seen with 3.10).
 fn judge_files(files: u64, queues: u64) -> Finding {
     const REMEDY: &str = "Allow it 65,536: `ulimits: {nofile: 65536}` in a compose file, LimitNOFILE=65536 in its systemd \
          unit, `ulimit -n 65536` before it starts. Each job has up to three queues, for as long as its client \
@@ -161,13 +161,13 @@ fn judge_consumer_timeout(
     }
 }
 
-/// What RabbitMQ's application has been given under this name.
+/// RabbitMQ's configuration value of this name.
 fn setting(command: &str, name: &str) -> anyhow::Result<Value> {
     let answer = evaluate(command, &format!("application:get_env(rabbit, {name})."))?;
     parse_setting(&answer)
 }
 
-/// What RabbitMQ answers to an Erlang expression.
+/// RabbitMQ's answer to an Erlang expression.
 fn evaluate(command: &str, expression: &str) -> anyhow::Result<String> {
     let script = format!("{command} eval '{expression}'");
     let (answer, answered) = bounded(1);
@@ -177,7 +177,7 @@ fn evaluate(command: &str, expression: &str) -> anyhow::Result<String> {
             .arg(script)
             .stdin(Stdio::null())
             .output();
-        // Whoever asked may have given up.
+        // The caller may have given up.
         let _ = answer.send(output);
     };
     thread::Builder::new()

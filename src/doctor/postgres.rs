@@ -12,10 +12,10 @@ use crate::store::migrate::REVISIONS;
 use crate::store::rights;
 use crate::telemetry::report::one_line;
 
-/// A clock that differs by more makes timeouts wrong that are read in a log or on the page.
+/// A larger difference between clocks makes times in the log and on the page misleading.
 const MAX_SKEW: SignedDuration = SignedDuration::from_secs(5);
 
-/// Whether Postgres is there, and as the service needs it.
+/// Checks Postgres.
 pub(super) fn examine(config: &Config, findings: &mut Findings) -> Option<Inspection> {
     const PART: &str = "Postgres";
     let at = &config.postgres;
@@ -46,7 +46,7 @@ pub(super) fn examine(config: &Config, findings: &mut Findings) -> Option<Inspec
     }
 }
 
-/// `before` and `after` are this machine's times around the look at the database's.
+/// `before` and `after` are this machine's times before and after reading the database's clock.
 fn judge_database(
     inspection: &Inspection,
     before: Timestamp,

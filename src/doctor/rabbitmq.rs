@@ -1,5 +1,5 @@
-//! RabbitMQ, by each of the three connections: rights, queues declared otherwise, mixed-up vhosts, what
-//! a message may weigh, workers.
+//! RabbitMQ, through each of the three connections: rights, queues declared otherwise, mixed-up
+//! vhosts, message size limits, workers.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,17 +16,17 @@ use crate::wire::{
     CANCELS_QUEUE, DEAD_LETTERS_QUEUE, OMOTES_EXCHANGE, PIDBOX_EXCHANGE, SUBMISSIONS_QUEUE,
 };
 
-/// How long a connection may take to be looked at.
+/// How long checking a connection may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// How the queues stand on each connection, by connection and name.
+/// The state of the queues, by connection and name.
 pub(super) type Seen = BTreeMap<(Vhost, String), Standing>;
 
-/// What a look at one connection has seen.
+/// What was seen through one connection.
 struct Look {
     queues: Vec<(String, Standing)>,
     exchange: Option<(&'static str, Standing)>,
-    /// Of a queue that is declared as workers declare theirs.
+    /// Of a new queue, declared as workers declare theirs.
     task_queue: Option<Standing>,
     publishing: Standing,
 }
@@ -39,8 +39,8 @@ fn part(vhost: Vhost) -> &'static str {
     }
 }
 
-/// Looks at all three. `workflows` are those whose tasks there may be, `size` is how many bytes a message
-/// has to be able to have.
+/// Checks all three. `workflows` are those that may have tasks, `size` is the message size to try,
+/// in bytes.
 pub(super) fn examine(
     config: &Config,
     workflows: &[String],
@@ -96,7 +96,7 @@ fn look(
         &config.task_progress_queue,
         DEAD_LETTERS_QUEUE,
     ];
-    // What does not belong there is looked for as well.
+    // Queues that do not belong there are looked for as well.
     let names = ours.iter().map(|queue| ((*queue).to_owned(), false));
     let names = names.chain(workflows.iter().map(|queue| (queue.clone(), true)));
     let mut queues = Vec::new();
@@ -145,7 +145,7 @@ fn judge(
     if let Some((exchange, standing)) = &look.exchange {
         judge_queue(part, exchange, standing, findings);
     }
-    // Without the right to such a name nothing is known; those that matter have been looked at.
+    // Without the right to that name nothing is known; the names that matter have been checked.
     if let Some(Standing::Otherwise(words)) = &look.task_queue {
         findings.add(
             part,
@@ -171,7 +171,7 @@ fn unreachable(vhost: Vhost, error: &str, findings: &mut Findings) {
     );
 }
 
-/// Whether a queue belongs into the vhost of this connection.
+/// Whether a queue belongs in the vhost of this connection.
 fn is_at_home(vhost: Vhost, queue: &str, config: &Config, workflows: &[String]) -> bool {
     match vhost {
         Vhost::Sdk => [SUBMISSIONS_QUEUE, CANCELS_QUEUE, DEAD_LETTERS_QUEUE].contains(&queue),
@@ -184,7 +184,7 @@ fn is_at_home(vhost: Vhost, queue: &str, config: &Config, workflows: &[String]) 
     }
 }
 
-/// Judges a queue, or an exchange, that is where it belongs.
+/// Judges a queue or an exchange in the vhost where it belongs.
 fn judge_queue(part: &'static str, name: &str, standing: &Standing, findings: &mut Findings) {
     match standing {
         Standing::Absent => {}
@@ -244,7 +244,7 @@ fn in_use(standing: Option<&Standing>) -> Option<Depth> {
     }
 }
 
-/// Queues that are used in a vhost where they do not belong, and not where they do.
+/// Reports queues that are used in a vhost where they do not belong, and not where they do.
 pub(super) fn judge_vhosts(config: &Config, seen: &Seen, findings: &mut Findings) {
     let home = |queue: &str| match queue {
         SUBMISSIONS_QUEUE | CANCELS_QUEUE => Vhost::Sdk,
@@ -255,7 +255,7 @@ pub(super) fn judge_vhosts(config: &Config, seen: &Seen, findings: &mut Findings
     };
     for ((vhost, queue), standing) in seen {
         let here = config.rabbitmq(*vhost);
-        // Of connections to the same vhost the first one tells.
+        // If several connections share a vhost, the first one reports.
         let first = Vhost::ALL
             .into_iter()
             .find(|one| config.rabbitmq(*one) == here);
@@ -287,7 +287,7 @@ pub(super) fn judge_vhosts(config: &Config, seen: &Seen, findings: &mut Findings
     }
 }
 
-/// Task queues with jobs that nobody takes. `waiting` are the jobs by workflow, where they are known.
+/// Reports task queues with jobs and no consumer. `waiting` has the jobs by workflow, if known.
 pub(super) fn judge_workers(
     workflows: &[String],
     seen: &Seen,

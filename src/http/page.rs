@@ -16,13 +16,13 @@ use crate::wire::DEAD_LETTERS_QUEUE;
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
 
-/// What the two times of an estimate are.
+/// The explanation of an estimate's two times.
 const ESTIMATE: &str =
     "Half of the last runs like this stayed below the first time, nine of ten below the second.";
 
 /// What is on every page.
 pub(super) struct Frame<'a> {
-    /// Allows this page's script, and no other; fresh for each page.
+    /// The script nonce, fresh for each page.
     pub(super) nonce: &'a str,
     pub(super) now: Timestamp,
     /// Which of the replicas answers.
@@ -30,7 +30,7 @@ pub(super) struct Frame<'a> {
     pub(super) parts: &'a [PartView],
 }
 
-/// All jobs and everything around them.
+/// The overview: all jobs, workflows, queues, health.
 pub(super) fn overview(
     frame: &Frame<'_>,
     overview: &Overview,
@@ -81,7 +81,7 @@ pub(super) fn overview(
     )
 }
 
-/// The page of a database that does not answer.
+/// The page when the database does not answer.
 pub(super) fn without_database(frame: &Frame<'_>, why: &str) -> String {
     document(
         frame,
@@ -93,7 +93,7 @@ pub(super) fn without_database(frame: &Frame<'_>, why: &str) -> String {
     )
 }
 
-/// What is shown instead of what would have taken too long, with what helps.
+/// The page in place of one that would have taken too long, with what helps.
 pub(super) fn in_vain(frame: &Frame<'_>, why: &str) -> String {
     document(
         frame,
@@ -105,7 +105,7 @@ pub(super) fn in_vain(frame: &Frame<'_>, why: &str) -> String {
     )
 }
 
-/// The page of a job that nobody knows, or not any more.
+/// The page of a job that is not known, or not any more.
 pub(super) fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
     document(
         frame,
@@ -117,7 +117,7 @@ pub(super) fn unknown_job(frame: &Frame<'_>, id: Uuid) -> String {
     )
 }
 
-/// One job's whole story.
+/// One job in full.
 pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
     let (job, now) = (&story.job, frame.now);
     let when = |time: Option<Timestamp>| {

@@ -13,14 +13,14 @@ use log::{debug, warn};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
 
-/// A client that has not asked and read its answer by then is hung up on.
+/// A client that has not sent its request and read the answer by then is disconnected.
 pub const DEADLINE: Duration = Duration::from_secs(10);
-/// With one more the oldest is hung up on.
+/// Beyond that the oldest is disconnected.
 const MAX_CONNECTIONS: usize = 512;
-/// Of a request; browsers send less than one.
+/// The largest request head; browsers send less than one KiB.
 const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 100;
-/// Of what a client sends after its request.
+/// How much is read of what a client sends after its request.
 const MAX_IGNORED: usize = 256 * 1024;
 const WAKER: Token = Token(0);
 const LISTENER: Token = Token(1);
@@ -44,7 +44,7 @@ pub struct Ticket(Token);
 pub struct Response {
     pub status: u16,
     pub content_type: &'static str,
-    /// Beside those that every answer has.
+    /// Headers beyond those that every answer has.
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
 }
@@ -96,7 +96,7 @@ pub struct Server {
     address: SocketAddr,
     waker: Waker,
     stopped: AtomicBool,
-    /// Answers that took their time.
+    /// Answers from other threads.
     late: Mutex<Vec<(Ticket, Response)>>,
     /// Only for the thread that serves.
     sockets: Mutex<(Poll, TcpListener)>,
@@ -144,11 +144,11 @@ impl Server {
         }
     }
 
-    /// Answers requests until [`Server::stop`]. None is for an answer that comes by
+    /// Answers requests until [`Server::stop`]. A handler that returns None answers later through
     /// [`Server::answer`], from another thread: this one must not wait.
     ///
     /// # Errors
-    /// The operating system does not tell any more what happens to the sockets.
+    /// The operating system no longer reports events on the sockets.
     pub fn serve(&self, answer: impl Fn(&Request, Ticket) -> Option<Response>) -> io::Result<()> {
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         let (poll, listener) = &mut *sockets;
@@ -177,7 +177,7 @@ impl Server {
     }
 }
 
-/// The connections by the order in which they came, which is that of their deadlines.
+/// The connections in the order of their arrival, which is that of their deadlines.
 #[derive(Default)]
 struct Connections {
     by_token: BTreeMap<Token, Connection>,
@@ -196,7 +196,7 @@ impl Connections {
         }
     }
 
-    /// Takes in all that wait.
+    /// Accepts all waiting connections.
     fn accept(&mut self, listener: &TcpListener, poll: &Poll) -> io::Result<()> {
         loop {
             let mut stream = match listener.accept() {
@@ -226,7 +226,7 @@ impl Connections {
         }
     }
 
-    /// Begins to write an answer that was waited for.
+    /// Starts writing an answer that was waited for.
     fn answer(&mut self, token: Token, response: Response) {
         if let Some(connection) = self.by_token.get_mut(&token)
             && let Progress::Waiting { head_only } = connection.state
@@ -258,14 +258,14 @@ struct Connection {
 }
 
 enum Progress {
-    /// What has come of the request.
+    /// The part of the request that has arrived.
     Asking(Vec<u8>),
     /// The answer takes its time.
     Waiting { head_only: bool },
-    /// What has to go yet of the answer, and where that begins.
+    /// What remains to be written of the answer, and from where.
     Answering(Vec<u8>, usize),
-    /// The client's turn to hang up. If we did, what it still sends would make the kernel throw the
-    /// answer away. So many bytes of it are read yet.
+    /// The client closes first. If we did, data that it still sends would make the kernel discard
+    /// the answer. So many more bytes are read.
     Answered(usize),
 }
 

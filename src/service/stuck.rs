@@ -1,8 +1,8 @@
-//! What the process's threads are doing, for the log, when some of them do not end.
+//! Reports what the process's threads are doing, for the log, when some of them do not end.
 //!
-//! Stack traces of other threads need a signal handler, which is not to be written here: `pprof`
-//! has one. It samples the threads that use the processor. Of those that wait the kernel knows in
-//! which call.
+//! Stack traces of other threads need a signal handler, and this program has no unsafe code:
+//! `pprof` has one. It samples the threads that use the processor. For those that wait, the kernel
+//! tells in which call.
 
 use std::fmt::Write;
 use std::fs;
@@ -12,22 +12,22 @@ use std::time::Duration;
 use crossbeam_channel::bounded;
 use log::error;
 
-/// How long the processor is looked at.
+/// How long the processor is sampled.
 #[cfg(unix)]
 const SAMPLED: Duration = Duration::from_secs(1);
-/// After which it is no use waiting: a thread is stopped in the middle of anything to be looked at,
-/// and may hold what is needed to do so.
+/// After this long waiting is of no use: a thread is interrupted anywhere, and may hold a lock that
+/// is needed to inspect it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Logs what each thread is doing. The process should be at its end: what it takes to find that out
-/// may harm it.
+/// Logs what each thread is doing. Only for the end of the process, since finding that out may harm
+/// it.
 pub(crate) fn log_threads() {
     error!("all threads:{}", states());
     let (done, is_done) = bounded(1);
     let sampler = thread::Builder::new().name("stacks".to_owned());
     let sampler = sampler.spawn(move || {
         let text = stacks().unwrap_or_else(|error| format!(" none, for {error}"));
-        // Nobody waits for it any more after a while.
+        // The caller may have given up waiting.
         let _ = done.send(text);
     });
     let text = match sampler {

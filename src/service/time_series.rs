@@ -1,5 +1,5 @@
-//! Gives up the time series that nobody needs any more: scans InfluxDB from time to time and does
-//! what [`crate::domain::time_series::plan`] says.
+//! Retires time series that nobody needs any more: scans InfluxDB periodically and does what
+//! [`crate::domain::time_series::plan`] says.
 
 use std::collections::HashSet;
 
@@ -13,8 +13,9 @@ use crate::store::{Store, Task};
 use crate::telemetry::report::one_line;
 use crate::threads::Signal;
 
-/// A scan every [`Config::time_series_period`] among all replicas, until `stop` is given. Jobs do not depend on
-/// it: an InfluxDB that is away is said so once, and asked again the next time.
+/// A scan every [`Config::time_series_period`] among all replicas, until `stop` is given. Jobs do
+/// not depend on it: an outage of InfluxDB is logged once, and the scan is tried again the next
+/// time.
 pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Signal) {
     let influx = Influx::new(influxdb);
     let mut failing = false;
@@ -44,7 +45,7 @@ pub fn run(store: &Store, config: &Config, influxdb: &InfluxDb, stop: &Signal) {
     }
 }
 
-/// One scan, unless another replica has it. Returns how many databases are somebody else's.
+/// One scan, unless another replica does it. Returns how many databases are not jobs'.
 fn scan(
     store: &Store,
     config: &Config,
@@ -59,7 +60,7 @@ fn scan(
     }
     let databases = influx.databases()?;
     let mut connection = store.connection()?;
-    // Read after the databases: the row of a job that succeeded meanwhile is seen.
+    // Read after the databases, so that the row of a job that succeeded meanwhile is seen.
     let guards = connection.guards()?;
     let (now, oldest_running) = connection.oldest_running()?;
     let plan = time_series::plan(

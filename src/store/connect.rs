@@ -92,9 +92,9 @@ impl ManageConnection for Connector {
     }
 }
 
-/// A connection that notes whether anything has failed on it. One is as good as lost then, although it
-/// answers: it may lead to a server that has become a standby, or have been opened under a setting
-/// that somebody has put right since.
+/// A connection that records whether anything has failed on it. Then it counts as lost even if it
+/// still answers: it may lead to a server that has become a standby, or have been opened under a
+/// setting that has been corrected since.
 pub(super) struct Session {
     client: Client,
     failed: bool,
@@ -102,7 +102,7 @@ pub(super) struct Session {
     pub(super) calls: Arc<Calls>,
 }
 
-/// Passes an outcome on, after noting in `failed` whether it says something about the connection.
+/// Passes an outcome on after recording in `failed` whether it makes the connection suspect.
 pub(super) fn noted<T>(
     failed: &mut bool,
     outcome: Result<T, postgres::Error>,
@@ -144,7 +144,7 @@ impl Session {
         self.query_with(|client| client.batch_execute(sql))
     }
 
-    /// A transaction, where to note that something in it has failed, and to count its calls.
+    /// A transaction, the connection's failure flag, and its calls.
     pub(super) fn transaction(
         &mut self,
     ) -> Result<(postgres::Transaction<'_>, &mut bool, &Calls), postgres::Error> {
@@ -159,7 +159,7 @@ impl Session {
         Ok((transaction, failed, calls))
     }
 
-    /// Has it closed when it is dropped.
+    /// Closes the connection when it is dropped.
     pub(super) fn give_up(&mut self) {
         self.failed = true;
     }
@@ -173,7 +173,7 @@ impl Session {
         noted(&mut self.failed, ask(&mut self.client))
     }
 
-    /// The same for anything that may go wrong with it.
+    /// The same for work with any kind of error.
     pub(super) fn work<T>(
         &mut self,
         work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
@@ -185,8 +185,8 @@ impl Session {
     }
 }
 
-/// That this server, and this session with it, take writes. One that does not is of no use to a
-/// replica, which would keep messages from those whose server does.
+/// Checks that this server, and this session with it, take writes. One that does not is useless to
+/// a replica, which would keep messages from replicas whose server does.
 fn takes_writes(config: &config::Postgres, client: &mut Client) -> anyhow::Result<()> {
     match unwritable(client)? {
         None => Ok(()),
@@ -214,12 +214,12 @@ pub(super) fn unwritable(client: &mut Client) -> Result<Option<String>, postgres
     })
 }
 
-/// Undoes what a role or a database may be set to that the service cannot live with, beside what
-/// [`client_config`] sets. Not every version of Postgres has each of them.
+/// Overrides settings of a role or a database that the service cannot work with, beside those in
+/// [`client_config`]. Not every version of Postgres has each of them.
 ///
-/// A commit that does not wait for the disk is lost in a crash, long after its message was
+/// A commit that does not wait for the disk can be lost in a crash, long after its message was
 /// acknowledged. All other values of synchronous_commit wait for this server's disk, and some for
-/// standbys too, which is for whoever has set them to decide.
+/// standbys too; that choice is left to whoever made it.
 fn neutralise(client: &mut Client) -> Result<(), postgres::Error> {
     client.batch_execute(
         "SELECT set_config(name, harmless, false)
@@ -231,13 +231,12 @@ fn neutralise(client: &mut Client) -> Result<(), postgres::Error> {
     )
 }
 
-/// How long somebody who takes connections may take to say anything.
+/// How long a server that accepts connections may stay silent.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Asks whether somebody answers at all, for connecting waits without end for the answer of a server
-/// that is stopped, or of a proxy whose server is gone. Postgres says yes or no to an encryption
-/// that is not used here, and makes no note of that in its log. Everything but silence is left to
-/// the connection itself.
+/// Checks that somebody answers at all, since connecting waits without end for a stopped server, or
+/// for a proxy whose server is gone. Postgres answers yes or no to a kind of encryption that is not
+/// used here, without a line in its log. Everything but silence is left to the real connection.
 fn ask(config: &config::Postgres) -> anyhow::Result<()> {
     // https://www.postgresql.org/docs/current/protocol-message-formats.html, GSSENCRequest
     const QUESTION: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x30];
@@ -262,7 +261,7 @@ fn ask(config: &config::Postgres) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Connects; where `config` leaves a choice, in the second way if the first does not do, as libpq.
+/// Connects; if `config` leaves a choice, it falls back to the second way as libpq does.
 fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result<Client> {
     ask(config)?;
     let mut client = client_config(config, statement_timeout);
@@ -285,7 +284,7 @@ fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result
                     debug!("Postgres at {config}: {fault}; trying without TLS");
                     plain(&mut client).map_err(|second| {
                         let second = anyhow!(second);
-                        // Where the server has no TLS, the first time was without too.
+                        // If the server has no TLS, the first attempt was without as well.
                         if format!("{second:#}") == fault {
                             second
                         } else {
@@ -313,7 +312,7 @@ fn rustls(tls: &Tls) -> anyhow::Result<MakeRustlsConnect> {
     Ok(MakeRustlsConnect::new(tls.client_config()?))
 }
 
-/// Whether the server wants none of this user's connections, or none of this kind. A wrong password
+/// Whether the server rejects this user's connections, or this kind of connection. A wrong password
 /// is something else.
 fn is_unwelcome(error: &postgres::Error) -> bool {
     error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
@@ -346,8 +345,8 @@ fn client_config(config: &config::Postgres, statement_timeout: &str) -> postgres
         .port(config.port)
         .dbname(&config.database)
         .application_name("omotes_orchestrator")
-        // Once a lock on a job has been waited for, what its last holder has committed must be seen.
-        // The last one lets go of the jobs that a replica has locked which hangs.
+        // After waiting for a lock on a job, what its previous holder committed must be visible.
+        // The last setting releases the jobs that a hanging replica has locked.
         .options(&format!(
             "-c default_transaction_isolation=read\\ committed \
              -c lock_timeout=30s -c statement_timeout={statement_timeout} \

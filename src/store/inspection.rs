@@ -1,4 +1,4 @@
-//! A look at a database that may be anybody's, which changes nothing.
+//! Inspects a database, possibly somebody else's, without changing anything.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ pub struct Inspection {
     pub revision: Option<Result<usize, String>>,
     /// Why it takes no writes, if it takes none.
     pub unwritable: Option<String>,
-    /// What keeps this user from working with the tables, and what from upgrading them.
+    /// What this user lacks to work with the tables, and to upgrade them.
     pub lacks_to_work: Vec<Lack>,
     pub lacks_to_upgrade: Vec<Lack>,
     pub clock: Option<Timestamp>,
@@ -25,25 +25,25 @@ pub struct Inspection {
     pub waiting: BTreeMap<String, i64>,
     /// The longest timeout of a job that has not ended, in milliseconds.
     pub longest_timeout_ms: Option<i64>,
-    /// How long jobs have run at most, in milliseconds, in the history.
+    /// The longest running time in the history, in milliseconds.
     pub longest_run_ms: Option<i64>,
     pub largest_result: Option<i64>,
 }
 
-/// How the server is set, or this role or database, where that may matter.
+/// Settings of the server, role or database that may matter.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Settings {
-    /// What commits would wait for if the service did not ask for more.
+    /// synchronous_commit, if the service did not set it.
     pub synchronous_commit: String,
     pub fsync: bool,
     pub full_page_writes: bool,
-    /// How many locks all sessions together can have.
+    /// The capacity of the lock table.
     pub locks: Option<i64>,
 }
 
 impl Connection {
     /// # Errors
-    /// The connection is lost, or a look was refused that everybody may have.
+    /// The connection is lost, or a query that everybody may do was refused.
     pub fn inspect(&mut self) -> Result<Inspection, StoreError> {
         let mut inspection = Inspection::default();
         self.client.batch_execute("SET statement_timeout = '10s'")?;

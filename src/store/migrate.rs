@@ -16,7 +16,7 @@ use super::rights;
 #[derive(Debug)]
 pub struct Revision {
     pub id: &'static str,
-    /// What it does, in a word or two.
+    /// What it does, in a few words.
     pub slug: &'static str,
     up: &'static str,
     down: &'static str,
@@ -27,7 +27,7 @@ pub static REVISIONS: &[Revision] = include!(concat!(env!("OUT_DIR"), "/revision
 
 /// The last revision of the Python service.
 const ALEMBIC_HEAD: &str = "543bc8f6ad87";
-/// Held while revisions are looked at or applied, so that replicas can start at once.
+/// Held while revisions are inspected or applied, so that replicas can start at the same time.
 const LOCK_KEY: i64 = 0x6f6d_6f74_6573_6462;
 
 /// Which of the two tables records a revision.
@@ -96,12 +96,12 @@ fn user(transaction: &mut Transaction<'_>) -> Result<String, postgres::Error> {
     Ok(row.get(0))
 }
 
-/// Undoes all revisions after `target`, or all of them for `base`, if `agree` does to what goes with
-/// them; and returns those that were undone, in the order of the chain, and what went. None were where
-/// it did not agree, which it is not asked where nothing is to be undone.
+/// Undoes all revisions after `target`, or all of them for `base`, if `agree` agrees to what is
+/// lost. Returns the undone revisions in the order of the chain; None if `agree` did not agree.
+/// `agree` is not asked if there is nothing to undo.
 ///
 /// # Errors
-/// As [`upgrade`]; or somebody is connected who works on the tables.
+/// As [`upgrade`]; or somebody else is connected to the tables.
 pub fn downgrade(
     client: &mut Client,
     target: &str,
@@ -127,7 +127,7 @@ pub fn downgrade(
     rights::ensure_none(&user(&mut transaction)?, &lacks)?;
     nobody_else(&mut transaction)?;
     let before = columns(&mut transaction)?;
-    // Tried out first: what is gone afterwards cannot be counted.
+    // Tried first in a transaction: what is lost cannot be counted afterwards.
     let mut trial = transaction.transaction()?;
     undo(&mut trial, applied, end)?;
     let after = columns(&mut trial)?;
@@ -150,7 +150,7 @@ fn undo(transaction: &mut Transaction<'_>, applied: usize, end: usize) -> anyhow
     Ok(())
 }
 
-/// What is not there any more when a revision is undone.
+/// What is lost when a revision is undone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Loss {
     Table {
@@ -182,8 +182,8 @@ impl fmt::Display for Loss {
     }
 }
 
-/// That no replica, nor the Python service, is connected: it would go on without its tables. Those of
-/// another user may not be seen.
+/// Checks that no replica and no Python service is connected: it would go on without its tables.
+/// Sessions of another user may not be visible.
 fn nobody_else(transaction: &mut Transaction<'_>) -> anyhow::Result<()> {
     let row = transaction.query_one(
         "SELECT count(*),
@@ -205,7 +205,7 @@ fn nobody_else(transaction: &mut Transaction<'_>) -> anyhow::Result<()> {
 /// Types by table and column, of the schema that the tables are in.
 type Columns = BTreeMap<(String, String), String>;
 
-/// All of them, but for the record of revisions.
+/// All tables except the records of revisions.
 fn columns(transaction: &mut Transaction<'_>) -> anyhow::Result<Columns> {
     let ledgers = [Ledger::Alembic.table(), Ledger::Own.table()];
     let rows = transaction.query(
@@ -220,7 +220,7 @@ fn columns(transaction: &mut Transaction<'_>) -> anyhow::Result<Columns> {
         .collect())
 }
 
-/// What is in `before` and not in `after`, of which the first is so now.
+/// What is in `before` and not in `after`.
 fn losses(
     transaction: &mut Transaction<'_>,
     before: &Columns,
@@ -253,7 +253,8 @@ fn losses(
     Ok(losses)
 }
 
-/// How many rows of a table have a value there; `*` is all of them. The names are the revisions' own.
+/// How many rows of a table have a value in a column; `*` counts all. The names come from the
+/// revisions.
 fn count(transaction: &mut Transaction<'_>, table: &str, column: &str) -> anyhow::Result<i64> {
     let sql = format!("SELECT count({column}) FROM {table}");
     Ok(transaction.query_one(&sql, &[])?.get(0))
@@ -352,7 +353,7 @@ fn recorded(transaction: &mut Transaction<'_>, ledger: Ledger) -> anyhow::Result
         .query_one("SELECT has_table_privilege($1::text, 'SELECT')", &[&table])?
         .get(0);
     if !readable {
-        // Then in all likelihood not the only table of which that is so.
+        // Then this is probably not the only such table.
         let lacks = rights::to_work(transaction)?;
         rights::ensure_none(&user(transaction)?, &lacks)?;
     }
@@ -365,7 +366,7 @@ fn recorded(transaction: &mut Transaction<'_>, ledger: Ledger) -> anyhow::Result
     Ok(rows.first().map(|row| row.get(0)))
 }
 
-/// Makes the two tables say that the first `applied` revisions are there, as Alembic itself would.
+/// Records in both tables that the first `applied` revisions are in place, as Alembic itself would.
 fn record(transaction: &mut Transaction<'_>, applied: usize) -> anyhow::Result<()> {
     let ledger_of_last = applied.checked_sub(1).map(Ledger::of);
     for ledger in [Ledger::Alembic, Ledger::Own] {

@@ -1,5 +1,5 @@
-//! What this user may do with the tables, and who owns them: after a dump has been restored by
-//! somebody else, that is not what it was.
+//! What this user may do with the tables, and who owns them: after somebody else has restored a
+//! dump, that may be wrong.
 
 use anyhow::bail;
 use postgres::GenericClient;
@@ -25,7 +25,7 @@ pub struct Lack {
     pub remedy: String,
 }
 
-/// What keeps this user from working with the tables that there are.
+/// What this user lacks to work with the existing tables.
 ///
 /// # Errors
 /// The connection is lost.
@@ -55,8 +55,8 @@ pub fn to_work(client: &mut impl GenericClient) -> Result<Vec<Lack>, postgres::E
         .collect())
 }
 
-/// What keeps this user from applying revisions: only a table's owner may alter it, and those who are
-/// members of that role.
+/// What this user lacks to apply revisions: only a table's owner, or a member of that role, may
+/// alter it.
 ///
 /// # Errors
 /// The connection is lost.
@@ -106,7 +106,7 @@ pub fn to_upgrade(client: &mut impl GenericClient) -> Result<Vec<Lack>, postgres
     Ok(lacks)
 }
 
-/// Nothing, or an error that says what `user` lacks and which statements help.
+/// Ok if nothing is lacking, else an error with what `user` lacks and the statements that help.
 ///
 /// # Errors
 /// Something is lacking.

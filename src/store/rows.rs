@@ -6,10 +6,10 @@ use postgres::Row;
 use super::starts;
 use crate::domain::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, State};
 
-/// Whether a job's row stays as it is, but for the progress.
+/// Whether a job's row is unchanged, apart from the progress.
 pub(super) fn same_row(before: &Job, after: &Job) -> bool {
     let Job {
-        // Of these nothing changes in a job's life.
+        // These never change.
         workflow_type: _,
         reference: _,
         registered_at: _,
@@ -95,7 +95,7 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
     }))
 }
 
-/// Which of `all` a text of the database names.
+/// The one of `all` that a text in the database names.
 pub(super) fn named<T: Copy>(
     all: &[T],
     name_of: fn(T) -> &'static str,

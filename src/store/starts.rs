@@ -8,8 +8,7 @@ use super::{Connection, StoreError, Transaction, expect_rows};
 use crate::domain::job::{Start, Suspicion, Verdict};
 
 impl Connection {
-    /// Writes that a session with RabbitMQ begins now: whatever had a connection before may have
-    /// lost it.
+    /// Records that a session with RabbitMQ begins now: any earlier connection may have been lost.
     ///
     /// # Errors
     /// The connection is lost.
@@ -64,7 +63,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Writes what is held by now of starts that were suspected.
+    /// Writes the verdicts on starts that were suspected.
     pub(super) fn judge_starts(&mut self, starts: &[(Uuid, &Start)]) -> Result<(), StoreError> {
         if starts.is_empty() {
             return Ok(());
@@ -85,7 +84,7 @@ impl Transaction<'_> {
     }
 }
 
-/// A job's starts, which its row has as one list for each column.
+/// A job's starts, which the query returns as one array for each column.
 pub(super) fn starts(row: &Row) -> anyhow::Result<Vec<Start>> {
     let times: Option<Vec<Timestamp>> = row.try_get("started_at")?;
     let messages: Option<Vec<Option<String>>> = row.try_get("message_id")?;
@@ -97,7 +96,7 @@ pub(super) fn starts(row: &Row) -> anyhow::Result<Vec<Start>> {
         .zip(messages)
         .zip(verdicts)
         .map(|((at, message_id), verdict)| {
-            // One that a later version has written is not excused; its job must stay in reach.
+            // A verdict of a later version counts as no excuse; the job must remain readable.
             let excused = Verdict::NAMED.iter().find(|one| one.name() == verdict);
             Start {
                 at,
@@ -113,7 +112,7 @@ pub(super) fn ids_to_text(ids: &[String]) -> Option<String> {
     serde_json::to_string(ids).ok()
 }
 
-/// None of what is no such list, as in rows of earlier versions.
+/// None if it is no such list, as in rows of earlier versions.
 pub(super) fn ids_from_text(text: Option<&str>) -> Vec<String> {
     text.and_then(|text| serde_json::from_str(text).ok())
         .unwrap_or_default()

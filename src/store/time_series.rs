@@ -1,4 +1,4 @@
-//! What is known of time series, and whether somebody needs them.
+//! The guard rows: which time series are in use.
 
 use jiff::Timestamp;
 
@@ -6,7 +6,7 @@ use super::{Connection, StoreError};
 use crate::domain::time_series::Guard;
 
 impl Connection {
-    /// What is known of time series.
+    /// All guard rows.
     ///
     /// # Errors
     /// The connection is lost.
@@ -27,7 +27,7 @@ impl Connection {
             .collect()
     }
 
-    /// The database's time, and since when the job runs that has been running for longest.
+    /// The database's time, and since when the longest-running job has been running.
     ///
     /// # Errors
     /// The connection is lost.
@@ -39,7 +39,7 @@ impl Connection {
         Ok((row.try_get("now")?, row.try_get("oldest")?))
     }
 
-    /// Writes that nobody has claimed these series by now. Those that somebody has are left alone.
+    /// Records that nobody has claimed these series so far. Rows that exist are left alone.
     ///
     /// # Errors
     /// The connection is lost.
@@ -53,8 +53,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Deletes the row of series that nobody needs, if that is still so, after `drop` has deleted
-    /// the series themselves. Nobody can claim them meanwhile. Returns whether there was such a row.
+    /// Deletes the row of retired series, if they still are, after `drop` has deleted the series
+    /// themselves. Nobody can claim them meanwhile. Returns whether there was such a row.
     ///
     /// # Errors
     /// The connection is lost, or `drop` has failed; the row is there then.
@@ -76,7 +76,7 @@ impl Connection {
         Ok(rows > 0)
     }
 
-    /// Makes series be in use, or not from now on. Returns whether anything is known of them.
+    /// Marks series as in use, or as retired from now on. Returns whether there is a row for them.
     ///
     /// # Errors
     /// The connection is lost.

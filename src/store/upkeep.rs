@@ -1,4 +1,4 @@
-//! What is done from time to time, by one replica for all of them, and how replicas see each other.
+//! Periodic work that one replica does for all, and how replicas notice each other.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::{Connection, StoreError};
 pub enum Task {
     /// Finding jobs that are past their timeout or their retention.
     Limits,
-    /// Forgetting what is past its retention.
+    /// Deleting history past its retention.
     History,
     TimeSeries,
 }
@@ -36,32 +36,32 @@ pub enum Overdue {
     Timeout { grace: Duration },
     /// It has been in its state for longer than this.
     Retention(Duration),
-    /// It ended longer than this ago, and its client has not been told; but for jobs that are found
-    /// again by the reasons above.
+    /// It ended longer than this ago and its client has not been told; except for jobs that the
+    /// other reasons find again.
     Telling(Duration),
 }
 
-/// What a replica sees of the others.
+/// What a replica can see of the others.
 #[derive(Debug, Clone, Copy)]
 pub struct Around {
     /// The database's time.
     pub now: Timestamp,
-    /// Those that seem to stand still.
+    /// Replicas that seem to stand still.
     pub silent_replicas: i64,
 }
 
-/// The advisory lock that all replicas share. Those of jobs have another kind of key.
+/// The advisory lock that all replicas share. The locks of jobs have another kind of key.
 const PRESENCE: (i32, i32) = (0x6f6d_6f74, 1);
 
 impl Connection {
-    /// Whether it is for this replica to do what one of them does every `period`: true for the first
-    /// one to ask, and then for none until the period is over, give or take a tenth. A last time that
-    /// is in the future, where Postgres's clock was wrong then, does not count.
+    /// Whether this replica is to do what one of them does every `period`: true for the first one
+    /// to ask, then for none until the period is over, give or take a tenth. A last time in the
+    /// future, from when Postgres's clock was wrong, is ignored.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn claim(&mut self, task: Task, period: Duration) -> Result<bool, StoreError> {
-        // By the time at which it is this one's turn to write, not at which it came.
+        // The time is taken after the row lock, not before it.
         let rows = self.client.query(
             "WITH before AS (SELECT last_run FROM maintenance_run WHERE task = $1)
              INSERT INTO maintenance_run AS run (task, last_run) VALUES ($1, clock_timestamp())
@@ -85,13 +85,13 @@ impl Connection {
         Ok(!rows.is_empty())
     }
 
-    /// Lets other replicas see, until this connection is dropped, that this one is there, and by when
-    /// it has last been used, that it does not stand still.
+    /// Shows other replicas, until this connection is dropped, that this one exists and, by its
+    /// last use, that it does not stand still.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn show_presence(&mut self) -> Result<(), StoreError> {
-        // Nobody else is to have it afterwards, who would use it seldom.
+        // It must not return to the pool, where it would be used rarely.
         self.client.give_up();
         self.client.execute(
             "SELECT pg_advisory_lock_shared($1, $2)",
@@ -100,8 +100,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Looks for other replicas whose presence is shown, but which have done nothing for a time
-    /// between `silent` and `gone`. Those of another user cannot be seen without rights to it.
+    /// Looks for other replicas that have shown their presence but been inactive for between
+    /// `silent` and `gone`. Without the rights to see them, those of another user are missed.
     ///
     /// # Errors
     /// The connection is lost.
@@ -128,7 +128,7 @@ impl Connection {
         })
     }
 
-    /// Jobs that are overdue, in the order of their ids, those after `after`, at most `limit`.
+    /// Overdue jobs in the order of their ids, after `after`, at most `limit`.
     ///
     /// # Errors
     /// The connection is lost.
@@ -173,8 +173,8 @@ impl Connection {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// Deletes what is known of jobs that ended longer than `retention` ago, at most `limit`, and
-    /// returns of how many.
+    /// Deletes the history of jobs that ended longer than `retention` ago, at most `limit`, and
+    /// returns how many.
     ///
     /// # Errors
     /// The connection is lost.

@@ -1,4 +1,4 @@
-//! What operators want to see. Nothing here is on a message's way.
+//! Queries for operators. Nothing here is in the path of a message.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,8 +13,8 @@ use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
 
-/// Jobs that have not ended, whose clients have perhaps not been told yet. In the order in which
-/// workers take them, those that they have taken first.
+/// Live jobs, and those whose clients may not have been told yet: first those that workers have
+/// started, then the others in the order in which workers take them.
 const LIVE: &str = "
     WITH live AS (
         SELECT job_id, workflow_type, left(job_reference, 300) AS job_reference,
@@ -62,7 +62,7 @@ const FINISHED: &str = "
     FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5";
 
 impl Connection {
-    /// Some of the jobs that `filter` lets through.
+    /// A page of the jobs that match `filter`.
     ///
     /// # Errors
     /// The connection is lost, or a row is none that this program or the Python service writes.
@@ -93,7 +93,7 @@ impl Connection {
         let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
         let total = match rows.first() {
             Some(row) => row.try_get("total")?,
-            // The list has become shorter than where this page begins.
+            // The list has become shorter than the page's offset.
             None if filter.offset > 0 => {
                 let first = Filter {
                     offset: 0,
@@ -138,7 +138,7 @@ impl Connection {
         }))
     }
 
-    /// What there is of each workflow: of those in `defined`, and of others that jobs have.
+    /// The figures of each workflow: of those in `defined`, and of others that jobs have.
     ///
     /// # Errors
     /// The connection is lost.
@@ -206,7 +206,7 @@ impl Connection {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// When what one replica does for all of them was last begun, by its name.
+    /// When each maintenance task was last begun, by its name.
     ///
     /// # Errors
     /// The connection is lost.
@@ -218,7 +218,8 @@ impl Connection {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    /// Jobs that wait for a worker of this workflow and have not been told anything, at most `limit`.
+    /// Jobs that wait for a worker of this workflow and whose clients have not been told so, at
+    /// most `limit`.
     ///
     /// # Errors
     /// The connection is lost.
@@ -237,7 +238,7 @@ impl Connection {
     }
 }
 
-/// A pattern for what contains this text.
+/// A LIKE pattern that matches texts containing this one.
 fn like(text: &str) -> String {
     let escaped = text
         .replace('\\', "\\\\")

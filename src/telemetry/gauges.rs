@@ -1,4 +1,5 @@
-//! Metrics that are read from elsewhere when somebody asks, so that none is left of what is no more.
+//! Gauges that are computed when they are scraped, so that none is left over from something that is
+//! gone.
 
 use std::sync::atomic::AtomicU64;
 
@@ -15,7 +16,7 @@ type Labels = Vec<(&'static str, String)>;
 
 struct Gauges(Registry);
 
-/// All of them, as they are now.
+/// All gauges, as of now.
 pub(super) fn read(health: &Health, overview: &Overview, now: Timestamp) -> Registry {
     let mut gauges = Gauges(Registry::with_prefix(PREFIX));
     let workflows = overview.workflows();
@@ -40,7 +41,7 @@ impl Gauges {
     ) {
         let family = Family::<Labels, Gauge<f64, AtomicU64>>::default();
         for (labels, value) in values {
-            // Workflows that the definitions do not have are one.
+            // Undefined workflows share one label.
             family.get_or_create(&labels).inc_by(value);
         }
         match unit {

@@ -1,4 +1,4 @@
-//! What works and what does not, for `/health/ready`.
+//! The state of each part of the service, for `/health/ready`.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -40,7 +40,7 @@ impl Part {
     }
 }
 
-/// How long what is known of Postgres holds; the probe asks far more often.
+/// How long the last news of Postgres stays valid; the probe asks far more often.
 const MAX_SILENCE: SignedDuration = SignedDuration::from_secs(20);
 
 #[derive(Debug)]
@@ -48,11 +48,11 @@ struct Condition {
     /// Why the part does not work.
     fault: Option<String>,
     since: Timestamp,
-    /// When that was found out, for the last time.
+    /// When this was last checked.
     checked: Timestamp,
 }
 
-/// A part as others see it.
+/// The state of a part, for display.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartView {
     pub part: Part,
@@ -62,12 +62,12 @@ pub struct PartView {
     pub since: Timestamp,
 }
 
-/// The condition of every part, shared between the threads that find it out.
+/// The state of every part, shared between the threads that report it.
 #[derive(Debug)]
 pub struct Health(Mutex<[Condition; 5]>);
 
 impl Health {
-    /// Before anything is known nothing is ready.
+    /// Nothing is ready before it has been reported.
     pub fn starting(now: Timestamp) -> Health {
         Health(Mutex::new(Part::ALL.map(|_| Condition {
             fault: Some("starting".to_owned()),
@@ -76,8 +76,8 @@ impl Health {
         })))
     }
 
-    /// Notes that `part` works (None) or why it does not. Returns whether that changes anything
-    /// but the wording.
+    /// Records that `part` works (None) or why it does not. Returns whether it has changed between
+    /// the two.
     pub fn report(&self, part: Part, fault: Option<String>, now: Timestamp) -> bool {
         let condition = &mut self.lock()[part as usize];
         let changed = condition.fault.is_some() != fault.is_some();
@@ -109,7 +109,7 @@ impl Health {
         for part in [Part::Postgres, Part::Revisions] {
             let condition = &mut conditions[part as usize];
             let silence = now.duration_since(condition.checked);
-            // Whoever looks at it is still waiting for an answer.
+            // The probe is still waiting for an answer.
             if condition.fault.is_none() && silence > MAX_SILENCE {
                 condition.fault = Some(format!(
                     "no answer for {:#}",

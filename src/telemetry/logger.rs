@@ -13,11 +13,11 @@ use serde_json::Map;
 use crate::broker;
 use crate::config::LogFormat;
 
-/// Begins to log. Panics are logged with where they came from.
+/// Starts logging. Panics are logged with their location.
 pub fn start(level: LevelFilter, format: LogFormat) {
     let mut builder = env_logger::Builder::new();
-    // What other crates have to say below a warning is of no use to an operator. Of ours all passes
-    // here, for the level to be changed.
+    // Messages of other crates below a warning are of no use to an operator. All of ours pass here,
+    // since the level can change.
     builder
         .filter_level(LevelFilter::Warn)
         .filter_module(env!("CARGO_CRATE_NAME"), LevelFilter::Debug)
@@ -48,7 +48,7 @@ pub fn start(level: LevelFilter, format: LogFormat) {
     }));
 }
 
-/// Makes the log say more, up to DEBUG, or less, down to ERROR.
+/// Makes the log more verbose, up to DEBUG, or less, down to ERROR.
 pub fn change_level(more: bool) {
     let before = log::max_level();
     let after = match (before, more) {
@@ -59,7 +59,7 @@ pub fn change_level(more: bool) {
         (LevelFilter::Info, false) => LevelFilter::Warn,
         (LevelFilter::Warn | LevelFilter::Error | LevelFilter::Off, false) => LevelFilter::Error,
     };
-    // Said at the level that says more, or nobody would see what becomes of INFO.
+    // Logged at the more verbose of the two levels, so that it is seen either way.
     log::set_max_level(before.max(after));
     info!("the log's level is {after} now");
     log::set_max_level(after);

@@ -1,5 +1,5 @@
-//! What the service counts and times, for Prometheus. What is read from elsewhere only when somebody
-//! asks is in [`crate::domain::overview`].
+//! The service's counters and histograms, for Prometheus. What is computed on request is in
+//! [`crate::telemetry`]'s gauges.
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -22,11 +22,10 @@ use crate::wire::Inbox;
 /// Media type of what [`Metrics::text`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const PREFIX: &str = "omotes_orchestrator";
-/// What stands for a workflow that the definitions do not have: names that clients make up must not
-/// become time series.
+/// The label of all undefined workflows: names made up by clients must not become time series.
 pub(super) const OTHER_WORKFLOW: &str = "other";
 
-/// A step of a batch's way; see [`crate::service::handler`].
+/// A stage of the pipeline; see [`crate::service::handler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Stage {
     Lock,
@@ -74,7 +73,7 @@ pub struct Stopwatch<'m> {
 }
 
 impl Stopwatch<'_> {
-    /// `stage` is what came since the last lap.
+    /// Records the time since the last lap as that of `stage`.
     pub fn lap(&mut self, stage: Stage) {
         let now = Instant::now();
         let time = (now - self.since).as_secs_f64();
@@ -185,12 +184,12 @@ impl Metrics {
         self.sessions.get()
     }
 
-    /// A batch of so many messages and findings went through.
+    /// Counts a batch of so many messages and findings.
     pub fn batch(&self, messages: usize) {
         self.batches.observe(messages as f64);
     }
 
-    /// Measures one stage after the other, from now on.
+    /// A stopwatch for one stage after the other, starting now.
     pub fn stopwatch(&self) -> Stopwatch<'_> {
         Stopwatch {
             metrics: self,
@@ -198,7 +197,7 @@ impl Metrics {
         }
     }
 
-    /// What came of a message. None came from no queue.
+    /// Counts the outcome of a message. A finding comes from no queue.
     pub fn message(&self, inbox: Option<Inbox>, event: &Event) {
         let outcome = match event {
             Event::Submitted { .. } => "submitted",
@@ -227,7 +226,7 @@ impl Metrics {
         self.messages.get_or_create(&labels).inc();
     }
 
-    /// A job has ended; `known` is whether the definitions have its workflow.
+    /// Counts a job that has ended; `known` tells whether its workflow is defined.
     pub fn job_ended(&self, ended: &Ended, known: impl Fn(&str) -> bool) {
         let workflow = ended.workflow_type.as_deref();
         let workflow = workflow.filter(|workflow| known(workflow));
@@ -261,7 +260,7 @@ impl Metrics {
         }
     }
 
-    /// All of it in Prometheus's text format, with what is known of the rest of the deployment.
+    /// Everything in Prometheus's text format, with the gauges of the deployment.
     pub fn text(&self, health: &Health, overview: &Overview, now: Timestamp) -> String {
         let gauges = gauges::read(health, overview, now);
         let mut text = String::new();

@@ -1,5 +1,5 @@
-//! What the log says of a job: one line for each event that an operator cares about, always with
-//! the job's id and its client's reference. What a job does besides is for DEBUG.
+//! The log's lines about jobs: one for each event that an operator cares about, always with the
+//! job's id and its client's reference. Everything else about a job is logged at DEBUG.
 
 use log::{Level, log, log_enabled};
 use uuid::Uuid;
@@ -8,16 +8,16 @@ use crate::domain::batch::Subject;
 use crate::domain::job::{Command, Event, Outcome};
 use crate::domain::text::beginning;
 
-/// The longest text of somebody else's that a line repeats, in characters.
+/// How much of a foreign text a line repeats, in characters.
 const MAX_TEXT: usize = 300;
 
-/// Somebody else's text for a log line: short, and without what could pass for another line or another
-/// text.
+/// A foreign text for a log line: shortened, and without anything that could pass for another line
+/// or another text.
 pub fn one_line(text: &str) -> String {
     harmless(short(text))
 }
 
-/// Somebody else's text of whatever length, with its lines, and otherwise as [`one_line`].
+/// A foreign text of any length, with its line breaks, and otherwise as [`one_line`].
 pub fn readable(text: &str) -> String {
     text.split('\n')
         .map(|line| harmless(line.strip_suffix('\r').unwrap_or(line)))
@@ -25,7 +25,8 @@ pub fn readable(text: &str) -> String {
         .join("\n")
 }
 
-/// A text with escapes for all that cannot be seen, or changes how its neighbours are seen.
+/// A text with escapes for everything that is invisible or changes how its neighbours are
+/// displayed.
 pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
@@ -41,7 +42,7 @@ pub fn harmless(text: &str) -> String {
 fn is_harmless(character: char) -> bool {
     match character {
         ' '..='~' => true,
-        // Letters and marks that nobody sees, of which Unicode says that they may be ignored.
+        // Invisible letters and marks; Unicode calls them default-ignorable.
         '\u{34f}'
         | '\u{115f}'
         | '\u{1160}'
@@ -55,9 +56,9 @@ fn is_harmless(character: char) -> bool {
         | '\u{fe00}'..='\u{fe0f}'
         | '\u{ffa0}'
         | '\u{e0000}'..='\u{e0fff}' => false,
-        // The standard library's escapes are for controls, what formats (the direction of a text
-        // among it), and what is not assigned: as the next character, for the first may be a mark.
-        // Spaces of other widths are no harm.
+        // The standard library escapes controls, format characters (directions among them) and
+        // unassigned ones; tested as the second character, since it also escapes a leading mark.
+        // Spaces of other widths are harmless.
         other => {
             other.is_whitespace() && !other.is_control()
                 || !format!("a{other}").escape_debug().any(|one| one == '\\')
@@ -65,9 +66,9 @@ fn is_harmless(character: char) -> bool {
     }
 }
 
-/// A job's progress as it is shown: whatever a worker says, no less than nothing and no more than all.
+/// A job's progress for display, clamped to 0–100 %.
 pub fn percent(fraction: f64) -> String {
-    // What is no number is not above nothing either.
+    // NaN is not above zero either.
     let part = if fraction > 0.0 {
         fraction.min(1.0)
     } else {
@@ -159,7 +160,7 @@ fn line(event: &Event, command: &Command) -> String {
     }
 }
 
-/// For whom that is.
+/// The level of an event's line.
 fn level(event: &Event, command: &Command) -> Level {
     match event {
         Event::Submitted { .. } | Event::Started { starts: 1 } | Event::CancelNoted => Level::Info,

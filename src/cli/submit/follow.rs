@@ -1,4 +1,4 @@
-//! A job's way, as its client sees it.
+//! Follows a job as its client.
 
 use std::thread;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::cli::warn;
 /// How long queues without a client stay, as in the Python SDK.
 const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
 
-/// How long it may take to leave nothing behind at RabbitMQ.
+/// How long the clean-up at RabbitMQ may take.
 const CLEAN_UP_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A job to submit.
@@ -66,9 +66,9 @@ enum Update {
     Lost(anyhow::Error),
 }
 
-/// Submits `order`, shows what becomes of it, and returns how it ended; `output` is where the output
-/// ESDL goes. The first thing that comes through `interrupts` cancels the job, the next one gives up
-/// waiting for it. What goes wrong once the result is there and written is only told.
+/// Submits `order`, shows its course, and returns how it ended; the output ESDL goes to `output`.
+/// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
+/// Failures after the result has been written are only warnings.
 ///
 /// # Errors
 /// RabbitMQ is not there or refuses something, or the output could not be written and was printed.
@@ -109,7 +109,7 @@ pub(super) fn submit(
             Ok(result.result_type())
         });
         match &ended {
-            // The consumers end in good order before their queues go.
+            // The consumers end before their queues are deleted.
             Ok(_) => drop((stop, done)),
             Err(_) => incoming.kill(),
         }
@@ -119,8 +119,8 @@ pub(super) fn submit(
     Ok(ended)
 }
 
-/// Leaves nothing behind at RabbitMQ. The job has ended, and its result is where it should be: what
-/// fails here is told, and changes nothing.
+/// Cleans up at RabbitMQ. The job has ended and its result is written, so a failure here is only a
+/// warning.
 fn clean_up(incoming: Link, outgoing: Link, queues: &[String]) {
     let deleted = within_deadline(
         CLEAN_UP_DEADLINE,
@@ -145,7 +145,7 @@ fn tell(error: &anyhow::Error) {
     warn(&readable(&format!("{error:#}")));
 }
 
-/// Submits the job and shows what is heard of it until its result.
+/// Submits the job and shows its updates until its result.
 fn converse(
     job_id: Uuid,
     submission: &JobSubmission,
@@ -188,7 +188,7 @@ fn follow(
             _ => JobResult::decode(body).map(Update::Result),
         };
         let message = decoded.unwrap_or_else(|error| Update::Lost(anyhow!(error)));
-        // Nobody listens any more only when nobody wants to know any more.
+        // Nobody receives it only when nobody needs it any more.
         let _ = update.send((received.tag, message));
     });
     if let Err(error) = consumed {
@@ -214,7 +214,7 @@ fn wait(
                         display.line(&format!("status {}", update.status().as_str_name()));
                     }
                     Update::Progress(update) => display.progress(update.progress, &update.message),
-                    // RabbitMQ keeps it until it is where it should be.
+                    // It stays unacked until it is written.
                     Update::Result(result) => return Ok(result),
                     Update::Lost(error) => {
                         let what = "the job goes on, but cannot be followed any more";

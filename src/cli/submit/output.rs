@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use tempfile::NamedTempFile;
 
-/// Where an output ESDL goes, and can go: that is certain before there is one.
+/// Where an output ESDL goes; that it can be written is checked before there is one.
 #[derive(Debug)]
 pub(super) enum Output {
     /// Standard output, after all else.
     Printed,
-    /// A new file that takes the place of what is at `path` as a whole, and only once it is complete.
+    /// A new file that replaces the one at `path` atomically, once it is complete.
     File { path: PathBuf, new: NamedTempFile },
     /// What cannot be replaced: a pipe, a device, a file in a folder where no other can be made.
     Inside { path: PathBuf, file: File },
@@ -26,7 +26,8 @@ impl Output {
     }
 
     fn open(path: &Path) -> anyhow::Result<Output> {
-        // Opened once more, it would be written from its beginning where the shell has sent it to a file.
+        // If the shell has redirected it to a file, opening it again would overwrite from the
+        // beginning.
         let standard_output = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
         if standard_output.iter().any(|one| path == Path::new(one)) {
             return Ok(Output::Printed);
@@ -36,13 +37,13 @@ impl Output {
         if old.as_ref().is_some_and(fs::Metadata::is_dir) {
             bail!("it is a folder");
         }
-        // /dev/fd/3 is a regular file where the shell has sent it to one.
+        // /dev/fd/3 is a regular file if the shell has redirected it to one.
         let is_file = old.as_ref().is_none_or(fs::Metadata::is_file) && !is_of_the_system(path);
         if !is_file {
             let file = OpenOptions::new().append(true).open(path)?;
             return Ok(Output::Inside { path: given, file });
         }
-        // Whoever has put a link there wants it kept.
+        // A symbolic link is kept; its target is replaced.
         let place = match &old {
             Some(_) => fs::canonicalize(path)?,
             None => given.clone(),
@@ -57,7 +58,7 @@ impl Output {
         builder.permissions(permissions(old.as_ref()));
         match (builder.tempfile_in(folder), &old) {
             (Ok(new), Some(_)) => {
-                // That it can be written is no matter of its folder.
+                // The file's own permissions decide, not its folder's.
                 OpenOptions::new().append(true).open(&place)?;
                 Ok(Output::File { path: place, new })
             }
@@ -66,7 +67,7 @@ impl Output {
                 file: OpenOptions::new().write(true).open(&place)?,
                 path: given,
             }),
-            // The error of the file itself, which does not name another.
+            // The file's own error, not that of the temporary file.
             (Err(_), None) => {
                 let opened = OpenOptions::new().write(true).create_new(true).open(&place);
                 drop(opened?);
@@ -84,7 +85,7 @@ impl Output {
                 let mut out = stdout();
                 let printed = writeln!(out, "{esdl}").and_then(|()| out.flush());
                 return match printed {
-                    // Its reader has had enough, as `head` has.
+                    // Its reader has gone, as `head` does.
                     Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
                     Ok(()) | Err(_) => Ok(None),
                 };
@@ -111,17 +112,17 @@ impl Output {
     }
 }
 
-/// Whether what is there stands for something else, such as a file that somebody writes into already.
+/// Whether the path stands for something else, such as a file that is being written already.
 fn is_of_the_system(path: &Path) -> bool {
     path.starts_with("/dev") || path.starts_with("/proc")
 }
 
-/// Those of a file that takes the place of `old`: its own, or what is usual.
+/// The permissions of a file that replaces `old`: the same, or the usual ones.
 #[cfg(unix)]
 fn permissions(old: Option<&fs::Metadata>) -> fs::Permissions {
     use std::os::unix::fs::PermissionsExt;
     old.map_or_else(
-        // Of which the process's umask is taken away.
+        // The process's umask is subtracted from these.
         || fs::Permissions::from_mode(0o666),
         fs::Metadata::permissions,
     )

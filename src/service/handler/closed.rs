@@ -1,6 +1,6 @@
-//! Messages that wait unacknowledged for a queue that takes nothing for now: one that is full by a
-//! policy, or whose node is down. The handlers share what they know of such queues, so that one of
-//! them asks at a time and the log has one line.
+//! Closed queues: those that take nothing for now, because a policy limits them or their node is
+//! down. Messages for them wait unacked. The handlers share what they know of these queues, so that
+//! one of them at a time retries and the log has one line.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -17,7 +17,7 @@ use crate::wire::{DEAD_LETTERS_QUEUE, Inbox};
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// A queue that messages go to.
+/// A queue that messages are published to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Destination {
     TaskQueue(String),
@@ -35,7 +35,7 @@ impl fmt::Display for Destination {
     }
 }
 
-/// What waits of one handler.
+/// What one handler has waiting.
 #[derive(Debug, Default)]
 pub(super) struct Load {
     pub(super) messages: BTreeMap<Destination, usize>,
@@ -46,21 +46,20 @@ pub(super) struct Load {
 #[derive(Debug)]
 struct Closed {
     why: String,
-    /// Nobody asks again before.
+    /// Not retried before this time.
     until: Instant,
     pause: Duration,
     /// How many messages of each handler wait for it.
     messages: HashMap<usize, usize>,
 }
 
-/// What the handlers of a session know of queues that take nothing.
+/// The closed queues that the handlers of a session know of.
 #[derive(Debug)]
 pub struct ClosedQueues {
-    /// How many messages of an inbox may wait. More would leave no room for the others among those
-    /// that the broker hands out.
+    /// How many messages of an inbox may wait. More would leave no room for others in the prefetch.
     limits: HashMap<Inbox, usize>,
     max_bytes: usize,
-    /// Whether there is anything in `state`: mostly there is not.
+    /// Whether `state` is empty, as it mostly is, without taking the lock.
     any: AtomicBool,
     state: Mutex<State>,
 }
@@ -81,7 +80,7 @@ impl ClosedQueues {
         }
     }
 
-    /// Whether there is no such queue.
+    /// Whether no queue is closed.
     pub(super) fn is_empty(&self) -> bool {
         !self.any.load(Ordering::Relaxed)
     }
@@ -90,7 +89,7 @@ impl ClosedQueues {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it is not yet time to ask a queue again that took nothing.
+    /// Whether a queue is closed and not yet due for a retry.
     pub(super) fn is_closed(&self, queue: &Destination, now: Instant) -> bool {
         let state = (!self.is_empty()).then(|| self.lock());
         state.is_some_and(|state| {
@@ -99,12 +98,13 @@ impl ClosedQueues {
         })
     }
 
-    /// When a queue that took nothing is to be asked again.
+    /// When a closed queue is due for a retry.
     pub(super) fn due(&self, queue: &Destination) -> Option<Instant> {
         self.lock().closed.get(queue).map(|closed| closed.until)
     }
 
-    /// A queue took nothing from `handler`, which must [`ClosedQueues::count`] what waits for it.
+    /// Closes a queue that took nothing from `handler`, which must then [`ClosedQueues::count`]
+    /// what waits for it.
     pub(super) fn close(&self, handler: usize, queue: &Destination, why: &str, now: Instant) {
         let mut state = self.lock();
         self.any.store(true, Ordering::Relaxed);
@@ -122,7 +122,7 @@ impl ClosedQueues {
             Some(closed) => {
                 closed.messages.entry(handler).or_default();
                 why.clone_into(&mut closed.why);
-                // Another handler may just have asked.
+                // Another handler may just have retried.
                 if now >= closed.until {
                     closed.pause = (closed.pause * 2).min(LAST_PAUSE);
                     closed.until = now + closed.pause;
@@ -131,7 +131,7 @@ impl ClosedQueues {
         }
     }
 
-    /// A queue took something after all.
+    /// Opens a queue that has taken something.
     pub(super) fn took(&self, queue: &Destination, now: Instant) {
         if !self.is_empty()
             && let Some(closed) = self.lock().closed.get_mut(queue)
@@ -141,7 +141,7 @@ impl ClosedQueues {
         }
     }
 
-    /// Notes all that waits of `handler`. A queue for which nothing waits any more is forgotten.
+    /// Records everything that waits in `handler`. A queue that nothing waits for is forgotten.
     pub(super) fn count(&self, handler: usize, load: Load) {
         let mut state = self.lock();
         state.closed.retain(|queue, closed| {
@@ -159,7 +159,7 @@ impl ClosedQueues {
         self.any.store(!state.closed.is_empty(), Ordering::Relaxed);
     }
 
-    /// The inboxes of which more waits than may; all where it is too many bytes.
+    /// The inboxes of which more messages wait than may; all of them if there are too many bytes.
     pub(super) fn excess(&self) -> Vec<Inbox> {
         if self.is_empty() {
             return Vec::new();
@@ -179,7 +179,7 @@ impl ClosedQueues {
             .collect()
     }
 
-    /// What messages wait for, for the health.
+    /// What messages are waiting for, for the readiness.
     pub fn trouble(&self) -> Option<String> {
         if self.is_empty() {
             return None;

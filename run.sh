@@ -17,10 +17,10 @@ Usage: ./run.sh [COMMAND]
        --keep [ARGS]   The same, leaving the services for the next run; source
                        target/test-services/env to run `cargo test` by hand.
        --stop          Stop what --keep has left.
-  chaos [--jobs N] [--replicas R] [--minutes M] [--seed S] [--idle-clients N]
+  chaos [--jobs N] [--replicas R] [--minutes M] [--seed S] [--idle-clients N] [--figures README]
                        Load on replicas while they and all around them fail; whether anything was
                        lost.
-  bench [--only PART] [--compare REPORT]
+  bench [--only PART] [--compare REPORT] [--figures README]
                        Throughput, latency and cost, beside the least that anything could need.
   bench --soak MINUTES Moderate load, and whether anything grows meanwhile.
   lint                 Formatting, clippy, rustdoc, and shellcheck and cargo-deny where installed.

@@ -7,6 +7,8 @@
     reason = "a program that reports, and nobody's library"
 )]
 
+#[path = "../common/figures.rs"]
+mod figures;
 mod floor;
 mod latency;
 mod load;
@@ -34,6 +36,12 @@ struct Options {
     /// Where the report goes as JSON.
     #[arg(long, default_value = "target/bench/report.json")]
     output: PathBuf,
+    /// Writes the figures of the report into this README too, between its markers.
+    #[arg(long)]
+    figures: Option<PathBuf>,
+    /// Measures nothing: the figures are those of this report.
+    #[arg(long, requires = "figures")]
+    render: Option<PathBuf>,
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
@@ -60,6 +68,10 @@ const SIZES: [(&str, usize, usize); 4] = [
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
+    if let (Some(report), Some(readme)) = (&options.render, &options.figures) {
+        let report = Report::load(report).with_context(|| report.display().to_string())?;
+        return figures::update(readme, |_| report.markdown());
+    }
     let config = Config::from_environment()?;
     let mut bench = Bench {
         site: Site::new(&options.folder, &options.program),
@@ -103,6 +115,9 @@ fn main() -> anyhow::Result<()> {
     }
     bench.report.print();
     bench.report.save(&options.output)?;
+    if let Some(readme) = &options.figures {
+        figures::update(readme, |_| bench.report.markdown())?;
+    }
     if let Some(path) = &options.compare {
         let before = Report::load(path).with_context(|| path.display().to_string())?;
         bench.report.compare(&before);

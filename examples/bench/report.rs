@@ -98,6 +98,40 @@ impl Report {
     }
 }
 
+/// What names the rate of a backlog, and what its costs, by whom.
+const RATE: &str = " per second";
+const COSTS: [&str; 3] = [
+    ", CPU ms each of the service",
+    ", CPU ms each of RabbitMQ",
+    ", CPU ms each of Postgres",
+];
+
+impl Report {
+    /// Everything as tables in Markdown: the rates with what each message costs, and the rest.
+    pub fn markdown(&self) -> String {
+        let mut text = format!("\nMeasured on {}.\n\n", self.machine);
+        text += "| backlog | per second | of the floor | CPU ms each: service | RabbitMQ | Postgres |\n";
+        text += "|---|---:|---:|---:|---:|---:|\n";
+        let mut others = String::new();
+        for figure in &self.figures {
+            if let Some(what) = figure.name.strip_suffix(RATE) {
+                let floor = figure.floor.map_or_else(String::new, |floor| {
+                    format!("{:.0} %", figure.value / floor * 100.0)
+                });
+                let costs = COSTS.map(|cost| {
+                    let value = self.value(&format!("{what}{cost}"));
+                    value.map_or_else(String::new, |value| format!("{value:.2}"))
+                });
+                let costs = costs.join(" | ");
+                text += &format!("| {what} | {:.0} | {floor} | {costs} |\n", figure.value);
+            } else if !COSTS.iter().any(|cost| figure.name.ends_with(cost)) {
+                others += &format!("| {} | {:.1} |\n", figure.name, figure.value);
+            }
+        }
+        text + "\n| | |\n|---|---:|\n" + &others + "\n"
+    }
+}
+
 /// Processor, cores and memory of this machine.
 fn machine() -> String {
     let field = |path: &str, name: &str| {

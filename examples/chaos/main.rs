@@ -9,6 +9,8 @@
 )]
 
 mod faults;
+#[path = "../common/figures.rs"]
+mod figures;
 mod ledger;
 mod people;
 mod proxy;
@@ -54,6 +56,10 @@ struct Options {
     /// does for two days.
     #[arg(long, default_value_t = 0)]
     idle_clients: usize,
+    /// Writes a row with the figures of this run into this README, between its markers, in place of
+    /// the one with the same command line.
+    #[arg(long)]
+    figures: Option<PathBuf>,
     /// Where the private servers and the logs are.
     #[arg(long)]
     folder: PathBuf,
@@ -97,12 +103,8 @@ fn main() -> anyhow::Result<ExitCode> {
         bail!("the client panicked");
     }
     let mut violations = settle(world, &mut site, &config)?;
-    violations.extend(report(
-        world,
-        &counts,
-        &site.rabbitmq_kills,
-        began.elapsed(),
-    )?);
+    let (summary, wrong) = report(world, &counts, &site.rabbitmq_kills, began.elapsed())?;
+    violations.extend(wrong);
     let missing = world.missing(&idle)?;
     println!("{} queues of idle clients", idle.len());
     violations.extend(
@@ -122,6 +124,10 @@ fn main() -> anyhow::Result<ExitCode> {
         options.seed,
         options.folder.display()
     );
+    if let Some(readme) = &options.figures {
+        let row = summary.row(&options, violations.len());
+        figures::update(readme, |old| with_row(old, &row))?;
+    }
     Ok(if violations.is_empty() {
         ExitCode::SUCCESS
     } else {
@@ -217,13 +223,72 @@ fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
     Ok(left)
 }
 
-/// Says what happened. Returns what must not have happened.
+/// What a run comes to.
+struct Summary {
+    faults: usize,
+    lost: usize,
+    contradictory: usize,
+    impossible: usize,
+    told_once_more: usize,
+    bad_messages: usize,
+    dead_letters: usize,
+    queues_lost: usize,
+    time: Duration,
+}
+
+impl Summary {
+    /// A row of a table in Markdown.
+    fn row(&self, options: &Options, violations: usize) -> String {
+        let Summary {
+            faults,
+            lost,
+            contradictory,
+            impossible,
+            told_once_more,
+            bad_messages,
+            dead_letters,
+            queues_lost,
+            time,
+        } = self;
+        let Options {
+            jobs,
+            replicas,
+            minutes,
+            seed,
+            idle_clients,
+            ..
+        } = options;
+        let run = format!("--jobs {jobs} --replicas {replicas} --minutes {minutes}");
+        let seconds = time.as_secs();
+        format!(
+            "| `{run} --idle-clients {idle_clients} --seed {seed}` | {faults} | {lost} | {contradictory} | \
+             {impossible} | {violations} | {told_once_more} | {bad_messages}, {dead_letters} | \
+             {queues_lost} | {seconds} s |\n"
+        )
+    }
+}
+
+/// A table with this row, in place of one that begins with the same cell.
+fn with_row(table: &str, row: &str) -> String {
+    let cell = |line: &str| line.split(" | ").next().map(str::to_owned);
+    let mut lines: Vec<_> = table.split_inclusive('\n').map(str::to_owned).collect();
+    match lines.iter_mut().find(|line| cell(line) == cell(row)) {
+        Some(line) => row.clone_into(line),
+        None => {
+            let end = lines.iter().rposition(|line| line.starts_with('|'));
+            lines.insert(end.map_or(lines.len(), |end| end + 1), row.to_owned());
+        }
+    }
+    lines.concat()
+}
+
+/// Says what happened. Returns what it comes to, and what must not have happened.
 fn report(
     world: &World,
     faults: &BTreeMap<String, usize>,
     rabbitmq_kills: &[Range<Instant>],
     time: Duration,
-) -> anyhow::Result<Vec<String>> {
+) -> anyhow::Result<(Summary, Vec<String>)> {
     world.sweep()?;
     let mut letters = World::dead_letters(&world.sdk)?;
     letters.extend(World::dead_letters(&world.celery)?);
@@ -262,10 +327,10 @@ fn report(
         records.len()
     );
     let queues_lost = records.values().filter(|(_, record)| record.queue_lost);
+    let queues_lost = queues_lost.count();
     let results_lost = records.values().filter(|(_, record)| record.result_lost());
     println!(
-        "{} queues of clients and {} results lost by RabbitMQ",
-        queues_lost.count(),
+        "{queues_lost} queues of clients and {} results lost by RabbitMQ",
         results_lost.count()
     );
     println!(
@@ -274,5 +339,16 @@ fn report(
         letters.len(),
         time.as_secs_f64()
     );
-    Ok(violations)
+    let summary = Summary {
+        faults: faults.values().sum(),
+        lost,
+        contradictory,
+        impossible,
+        told_once_more: duplicates,
+        bad_messages: bad.len(),
+        dead_letters: letters.len(),
+        queues_lost,
+        time,
+    };
+    Ok((summary, violations))
 }

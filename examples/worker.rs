@@ -7,11 +7,11 @@
 )]
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, bail};
 use clap::Parser;
 use crossbeam_channel::{select, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
@@ -53,34 +53,17 @@ fn main() -> anyhow::Result<()> {
 
     let (stop, stopped) = Signal::pending();
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    let revoked = Mutex::new(HashSet::new());
+    let revoked = Revoked::default();
     thread::scope(|scope| {
         scope.spawn(move || {
             signals.forever().next();
             drop(stop);
         });
-        scope.spawn(|| {
-            let (done, all_done) = unbounded();
-            let queues = [(pidbox.as_str(), 10)];
-            let heard = broker::consume(&tasks_link, &queues, &stopped, &all_done, |_, message| {
-                if let Some(task_id) = revoked_task(&message.body) {
-                    eprintln!("task {task_id} is revoked");
-                    revoked
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .insert(task_id);
-                }
-                let _ = done.send(Handled::Done(message.tag));
-            });
-            if let Err(error) = heard {
-                eprintln!("revokes are no longer heard: {error:#}");
-            }
-        });
+        scope.spawn(|| hear_revokes(&tasks_link, &pidbox, &revoked, &stopped));
         let (task, tasks) = unbounded();
         let (done, all_done) = unbounded();
-        let consumer_stopped = stopped.clone();
         let queue = options.workflow.as_str();
-        let link = &tasks_link;
+        let (link, consumer_stopped) = (&tasks_link, stopped.clone());
         scope.spawn(move || {
             let queues = [(queue, 1)];
             let consumed = broker::consume(link, &queues, &consumer_stopped, &all_done, |_, it| {
@@ -91,26 +74,14 @@ fn main() -> anyhow::Result<()> {
             }
         });
         eprintln!("waiting for tasks of {queue}");
-        let is_revoked = |task_id: &str| {
-            revoked
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .contains(task_id)
-        };
         let mut work = || {
             loop {
                 let message = select! {
                     recv(tasks) -> message => message.context("no more tasks come")?,
                     recv(stopped.receiver()) -> _ => return Ok(()),
                 };
-                match run_task(
-                    &options,
-                    &config,
-                    &message,
-                    &mut events,
-                    &stopped,
-                    is_revoked,
-                )? {
+                let task = Task::read(&message)?;
+                match task.run(&options, &config, &mut events, &stopped, &revoked)? {
                     Ending::Done => done.send(Handled::Done(message.tag))?,
                     Ending::Stopped => return anyhow::Ok(()),
                 }
@@ -121,6 +92,38 @@ fn main() -> anyhow::Result<()> {
         tasks_link.kill();
         outcome
     })
+}
+
+/// The ids of the tasks that are revoked.
+#[derive(Default)]
+struct Revoked(Mutex<HashSet<String>>);
+
+impl Revoked {
+    fn add(&self, task_id: String) {
+        self.lock().insert(task_id);
+    }
+
+    fn has(&self, task_id: &str) -> bool {
+        self.lock().contains(task_id)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn hear_revokes(link: &Link, queue: &str, revoked: &Revoked, stopped: &Signal) {
+    let (done, all_done) = unbounded();
+    let heard = broker::consume(link, &[(queue, 10)], stopped, &all_done, |_, message| {
+        if let Some(task_id) = revoked_task(&message.body) {
+            eprintln!("task {task_id} is revoked");
+            revoked.add(task_id);
+        }
+        let _ = done.send(Handled::Done(message.tag));
+    });
+    if let Err(error) = heard {
+        eprintln!("revokes are no longer heard: {error:#}");
+    }
 }
 
 enum Ending {
@@ -135,75 +138,89 @@ fn revoked_task(body: &[u8]) -> Option<String> {
         .then(|| message["arguments"]["task_id"].as_str().map(str::to_owned))?
 }
 
-fn run_task(
-    options: &Options,
-    config: &Config,
-    message: &Received,
-    events: &mut Publisher<'_>,
-    stopped: &Signal,
-    is_revoked: impl Fn(&str) -> bool,
-) -> anyhow::Result<Ending> {
-    let task_id = message.correlation_id().context("a task without an id")?;
-    let body: Value = serde_json::from_slice(&message.body)?;
-    let [job, _, Value::String(esdl), _] = body[0].as_array().map_or(&[][..], Vec::as_slice) else {
-        return Err(anyhow!(
-            "task {task_id} does not have the four arguments of a job"
-        ));
-    };
-    let job_id: Uuid = job["__value__"]["hex"]
-        .as_str()
-        .context("the job id")?
-        .parse()?;
-    if is_revoked(task_id) {
-        return Ok(Ending::Done);
-    }
-    eprintln!("task {task_id} of job {job_id}");
-    let mut progress = |progress_type, text: &str| {
-        let update = TaskProgressUpdate {
-            job_id: job_id.to_string(),
-            celery_task_id: task_id.to_owned(),
-            message: text.to_owned(),
-            celery_task_type: options.workflow.clone(),
-            progress_type: Some(progress_type),
+/// A task of a job.
+struct Task {
+    id: String,
+    job: Uuid,
+    esdl: String,
+}
+
+impl Task {
+    fn read(message: &Received) -> anyhow::Result<Task> {
+        let id = message.correlation_id().context("a task without an id")?;
+        let body: Value = serde_json::from_slice(&message.body)?;
+        let arguments = body[0].as_array().map_or(&[][..], Vec::as_slice);
+        let [job, _, Value::String(esdl), _] = arguments else {
+            bail!("task {id} does not have the four arguments of a job");
         };
-        publish(
-            events,
-            wire::worker_event(&config.task_progress_queue, &update),
-        )
-    };
-    let start = ProgressType::Status(ProgressStatus::Start.into());
-    progress(start, "Started job at worker.")?;
-    for step in 1..STEPS {
-        let pause = Duration::from_secs_f64(options.seconds / f64::from(STEPS));
-        if stopped.comes_within(pause) {
-            return Ok(Ending::Stopped);
-        }
-        if is_revoked(task_id) {
+        let job = job["__value__"]["hex"].as_str().context("the job id")?;
+        Ok(Task {
+            id: id.to_owned(),
+            job: job.parse()?,
+            esdl: esdl.clone(),
+        })
+    }
+
+    fn run(
+        &self,
+        options: &Options,
+        config: &Config,
+        events: &mut Publisher<'_>,
+        stopped: &Signal,
+        revoked: &Revoked,
+    ) -> anyhow::Result<Ending> {
+        if revoked.has(&self.id) {
             return Ok(Ending::Done);
         }
-        let fraction = f64::from(step) / f64::from(STEPS);
-        let text = format!("Step {step} of {STEPS}.");
-        progress(ProgressType::Progress(fraction), &text)?;
+        eprintln!("task {} of job {}", self.id, self.job);
+        let mut progress = |progress_type, text: &str| {
+            let update = TaskProgressUpdate {
+                job_id: self.job.to_string(),
+                celery_task_id: self.id.clone(),
+                message: text.to_owned(),
+                celery_task_type: options.workflow.clone(),
+                progress_type: Some(progress_type),
+            };
+            let event = wire::worker_event(&config.task_progress_queue, &update);
+            publish(events, event)
+        };
+        let start = ProgressType::Status(ProgressStatus::Start.into());
+        progress(start, "Started job at worker.")?;
+        for step in 1..STEPS {
+            let pause = Duration::from_secs_f64(options.seconds / f64::from(STEPS));
+            if stopped.comes_within(pause) {
+                return Ok(Ending::Stopped);
+            }
+            if revoked.has(&self.id) {
+                return Ok(Ending::Done);
+            }
+            let fraction = f64::from(step) / f64::from(STEPS);
+            let text = format!("Step {step} of {STEPS}.");
+            progress(ProgressType::Progress(fraction), &text)?;
+        }
+        progress(ProgressType::Progress(1.0), "Calculation finished.")?;
+        let result = self.result(options);
+        let event = wire::worker_event(&config.task_result_queue, &result);
+        publish(events, event)?;
+        Ok(Ending::Done)
     }
-    progress(ProgressType::Progress(1.0), "Calculation finished.")?;
-    let output_esdl = match esdl::energy_system_id(esdl) {
-        Some(id) => esdl.replacen(&id, &Uuid::new_v4().to_string(), 1),
-        None => esdl.clone(),
-    };
-    let result = TaskResult {
-        job_id: job_id.to_string(),
-        celery_task_id: task_id.to_owned(),
-        result_type: ResultType::Succeeded.into(),
-        output_esdl: Some(output_esdl),
-        logs: format!("Computed for {} seconds.", options.seconds),
-        celery_task_type: options.workflow.clone(),
-        esdl_messages: Vec::new(),
-    };
-    publish(
-        events,
-        wire::worker_event(&config.task_result_queue, &result),
-    )?;
-    Ok(Ending::Done)
+
+    /// The same ESDL, under a new id.
+    fn result(&self, options: &Options) -> TaskResult {
+        let output_esdl = match esdl::energy_system_id(&self.esdl) {
+            Some(id) => self.esdl.replacen(&id, &Uuid::new_v4().to_string(), 1),
+            None => self.esdl.clone(),
+        };
+        TaskResult {
+            job_id: self.job.to_string(),
+            celery_task_id: self.id.clone(),
+            result_type: ResultType::Succeeded.into(),
+            output_esdl: Some(output_esdl),
+            logs: format!("Computed for {} seconds.", options.seconds),
+            celery_task_type: options.workflow.clone(),
+            esdl_messages: Vec::new(),
+        }
+    }
 }
 
 fn publish(publisher: &mut Publisher<'_>, message: wire::Outgoing) -> anyhow::Result<()> {

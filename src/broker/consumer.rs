@@ -130,19 +130,14 @@ pub fn consume(
     mut hand_over: impl FnMut(usize, Received),
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
+    let consumers = start(&channel, queues)?;
     // They outlive the consumers: a delivery for a consumer without a receiver ends the connection.
-    let mut inputs = Vec::new();
-    let mut consumers = Vec::new();
-    let mut all_in_hand = 0;
-    for (queue, prefetch) in queues {
-        // It applies to each consumer that is started after it.
-        channel.qos(0, *prefetch, false)?;
-        let consumer = channel.basic_consume(*queue, ConsumerOptions::default())?;
-        inputs.push(consumer.receiver().clone());
-        consumers.push(consumer);
-        all_in_hand += usize::from(*prefetch);
-    }
-    let mut in_hand = InHand::new(link, &channel, all_in_hand / 4);
+    let inputs: Vec<_> = consumers.iter().map(|one| one.receiver().clone()).collect();
+    let prefetch: usize = queues
+        .iter()
+        .map(|(_, prefetch)| usize::from(*prefetch))
+        .sum();
+    let mut in_hand = InHand::new(link, &channel, prefetch / 4);
     let mut events = Select::new();
     for input in &inputs {
         events.recv(input);
@@ -156,18 +151,8 @@ pub fn consume(
         };
         fault_point::reached("consumer");
         if event == done_event {
-            match done.try_recv() {
-                Ok(handled) => {
-                    for handled in [handled].into_iter().chain(done.try_iter()) {
-                        match handled {
-                            Handled::Done(tag) => in_hand.finish(tag),
-                            Handled::Released(tag) => in_hand.release(tag),
-                        }
-                    }
-                    in_hand.acknowledge_in_order()?;
-                }
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => break,
+            if !in_hand.finish_all(done)? {
+                break;
             }
         } else if event == stop_event {
             (0..inputs.len()).for_each(|input| events.remove(input));
@@ -179,32 +164,49 @@ pub fn consume(
             }
             cancel(&consumers)?;
         } else {
-            let last = match inputs[event].try_recv() {
-                Err(TryRecvError::Empty) => continue,
-                last => last,
-            };
-            // Anything from an earlier queue that was delivered before it has arrived by now.
-            let earlier = inputs[..event].iter().enumerate();
-            let earlier = earlier.flat_map(|(place, input)| {
-                let messages = input.try_iter();
-                messages.map(move |message| (place, Some(message)))
-            });
-            for (place, message) in earlier.chain([(event, last.ok())]) {
-                let mut delivery = delivered(link, queues[place].0, message)?;
-                let received = Received {
-                    tag: delivery.delivery_tag(),
-                    body: mem::take(&mut delivery.body),
-                    redelivered: delivery.redelivered,
-                    properties: mem::take(&mut delivery.properties),
-                };
-                in_hand.take(delivery, received.size());
-                hand_over(place, received);
+            for (place, message) in arrived(&inputs, event) {
+                let delivery = delivered(link, queues[place].0, message)?;
+                hand_over(place, in_hand.take(delivery));
             }
         }
     }
     in_hand.acknowledge_rest()?;
     drop(consumers);
     channel.close().with_context(|| link.name.clone())
+}
+
+/// Starts a consumer for each queue, with its prefetch.
+fn start<'c>(
+    channel: &'c Channel,
+    queues: &[(&str, u16)],
+) -> Result<Vec<Consumer<'c>>, amiquip::Error> {
+    let mut consumers = Vec::new();
+    for (queue, prefetch) in queues {
+        // It applies to each consumer that is started after it.
+        channel.qos(0, *prefetch, false)?;
+        consumers.push(channel.basic_consume(*queue, ConsumerOptions::default())?);
+    }
+    Ok(consumers)
+}
+
+/// The next message of the queue at `event`, if there is one, after everything that was delivered from
+/// earlier queues before it; each with its queue's place. None as a message is the consumer's end.
+fn arrived(
+    inputs: &[Receiver<ConsumerMessage>],
+    event: usize,
+) -> Vec<(usize, Option<ConsumerMessage>)> {
+    let last = match inputs[event].try_recv() {
+        Ok(message) => Some(message),
+        Err(TryRecvError::Disconnected) => None,
+        Err(TryRecvError::Empty) => return Vec::new(),
+    };
+    // Anything from an earlier queue that was delivered before it has arrived by now.
+    let earlier = inputs[..event].iter().enumerate();
+    let earlier = earlier.flat_map(|(place, input)| {
+        let messages = input.try_iter();
+        messages.map(move |message| (place, Some(message)))
+    });
+    earlier.chain([(event, last)]).collect()
 }
 
 /// Memory that a table takes beyond its own struct. `readable.rs` bounds its depth.
@@ -315,11 +317,37 @@ impl<'c> InHand<'c> {
         }
     }
 
-    fn take(&mut self, delivery: Delivery, size: usize) {
+    /// Takes a delivery, whose content it returns.
+    fn take(&mut self, mut delivery: Delivery) -> Received {
+        let received = Received {
+            tag: delivery.delivery_tag(),
+            body: mem::take(&mut delivery.body),
+            redelivered: delivery.redelivered,
+            properties: mem::take(&mut delivery.properties),
+        };
+        let size = received.size();
         if let Some(intake) = &self.link.intake {
             intake.take(size);
         }
-        self.unacked.take(delivery.delivery_tag(), (delivery, size));
+        self.unacked.take(received.tag, (delivery, size));
+        received
+    }
+
+    /// Acknowledges what has come through `done`. False once all of its senders are gone.
+    fn finish_all(&mut self, done: &Receiver<Handled>) -> Result<bool, amiquip::Error> {
+        let first = match done.try_recv() {
+            Ok(handled) => handled,
+            Err(TryRecvError::Empty) => return Ok(true),
+            Err(TryRecvError::Disconnected) => return Ok(false),
+        };
+        for handled in [first].into_iter().chain(done.try_iter()) {
+            match handled {
+                Handled::Done(tag) => self.finish(tag),
+                Handled::Released(tag) => self.release(tag),
+            }
+        }
+        self.acknowledge_in_order()?;
+        Ok(true)
     }
 
     fn finish(&mut self, tag: u64) {

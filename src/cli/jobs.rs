@@ -230,9 +230,20 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
         print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let job = &story.job;
+    let mut text = format!("{:<19}{id}\n", "job");
+    for (name, value) in facts(&story.job, now) {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            let _ = writeln!(text, "{name:<19}{value}");
+        }
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is known of a job, by name.
+fn facts(job: &JobView, now: Timestamp) -> Vec<(&'static str, Option<String>)> {
     let time = |time: Option<Timestamp>| time.map(|time| format!("{time:.0}"));
-    let lines = [
+    vec![
         ("reference", Some(one_line(&job.reference))),
         ("workflow", job.workflow.as_deref().map(one_line)),
         (
@@ -276,15 +287,7 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
             job.result_bytes.map(|bytes| format!("{bytes} bytes")),
         ),
         ("Celery task", job.task_id.as_deref().map(one_line)),
-    ];
-    let mut text = format!("{:<19}{id}\n", "job");
-    for (name, value) in lines {
-        if let Some(value) = value.filter(|value| !value.is_empty()) {
-            let _ = writeln!(text, "{name:<19}{value}");
-        }
-    }
-    print(&text)?;
-    Ok(ExitCode::SUCCESS)
+    ]
 }
 
 fn colour(state: JobState) -> Style {

@@ -269,7 +269,7 @@ stop_private() {
   fi
 }
 
-# For tests that need a service of their own to break; see tests/integration/private.rs and
+# For tests that need a service of their own to break; see tests/integration/harness/deployment.rs and
 # examples/chaos.
 private() {
   local command=$1 folder=$2 service

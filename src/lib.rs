@@ -5,7 +5,7 @@
 
 pub mod app;
 #[cfg(test)]
-#[path = "../tests/integration/authority.rs"]
+#[path = "../tests/integration/harness/authority.rs"]
 mod authority;
 pub mod broker;
 pub mod config;

@@ -3,8 +3,8 @@
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use prost::Message;
 
-use crate::deployment::Deployment;
-use crate::peers::{Client, Worker};
+use crate::harness::deployment::Deployment;
+use crate::harness::peers::{Client, Worker};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

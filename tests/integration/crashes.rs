@@ -10,9 +10,9 @@ use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobSt
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Service, eventually, server_client, setting};
-use crate::peers::{Client, Task, Worker, kept_its_session, running_job};
-use crate::proxy::{End, Proxy, Weather};
+use crate::harness::deployment::{Deployment, Service, eventually, server_client, setting};
+use crate::harness::peers::{Client, Task, Worker, kept_its_session, running_job};
+use crate::harness::proxy::{End, Proxy, Weather};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

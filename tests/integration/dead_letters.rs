@@ -6,8 +6,8 @@ use std::process::Output;
 use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish};
 use omotes_orchestrator::wire::DEAD_LETTERS_QUEUE;
 
-use crate::deployment::{Deployment, eventually};
-use crate::peers::{Client, Worker};
+use crate::harness::deployment::{Deployment, eventually};
+use crate::harness::peers::{Client, Worker};
 
 fn run(deployment: &Deployment, arguments: &[&str]) -> Output {
     let arguments = [&["dead-letters"], arguments].concat();

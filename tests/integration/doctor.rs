@@ -8,8 +8,8 @@ use rstest::rstest;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Server, setting};
-use crate::peers::{Client, Peer, Worker};
+use crate::harness::deployment::{Deployment, Server, setting};
+use crate::harness::peers::{Client, Peer, Worker};
 
 /// All that is not as it should be: severity, part, and what was found.
 fn findings(

@@ -3,8 +3,8 @@
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use uuid::Uuid;
 
-use crate::deployment::Deployment;
-use crate::peers::{Client, Task, Worker};
+use crate::harness::deployment::Deployment;
+use crate::harness::peers::{Client, Task, Worker};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -189,7 +189,7 @@ fn a_timeout_beyond_a_signed_integer_is_kept() {
     let task = worker.take();
     worker.start(&task);
     let sql = "SELECT timeout_after_ms FROM job";
-    crate::deployment::eventually("the row", || {
+    crate::harness::deployment::eventually("the row", || {
         let row = deployment.sql().query_opt(sql, &[]).unwrap()?;
         (row.get::<_, i64>(0) == i64::from(u32::MAX)).then_some(())
     });

@@ -13,8 +13,8 @@ use rstest::rstest;
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, management, server_client};
-use crate::peers::{Client, Peer, Task, Worker, kept_its_session, running_job};
+use crate::harness::deployment::{Deployment, eventually, management, server_client};
+use crate::harness::peers::{Client, Peer, Task, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::TestRunner;
 
-use crate::deployment::{Deployment, PATIENCE, eventually};
-use crate::peers::Client;
+use crate::harness::deployment::{Deployment, PATIENCE, eventually};
+use crate::harness::peers::Client;
 
 const REQUEST: &[u8] = b"GET /health/ready?x=%41 HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\
     Content-Length: 5\r\nExpect: 100-continue\r\nConnection: keep-alive\r\n\r\nhello";

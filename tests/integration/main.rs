@@ -7,37 +7,32 @@
     reason = "a test fails by panicking, says why, and is nobody's library"
 )]
 
-mod acknowledging;
-mod authority;
-mod browser;
+mod harness;
+
 mod cancelling;
-mod commands;
-mod copies;
+mod cli;
+mod connect;
 mod crashes;
 mod dead_letters;
-mod deployment;
 mod doctor;
 mod events;
 mod faults;
+mod guarded_stream;
 mod http;
-mod jobs;
-mod limits;
+mod inquiry;
+mod maintenance;
 mod memory;
-mod operating;
+mod migrate;
 mod outcome_delay;
-mod peers;
-mod poison;
-#[path = "../../examples/chaos/proxy.rs"]
-mod proxy;
+mod pipeline;
 mod python;
-mod raw;
 mod requests;
-mod revisions;
 mod servers;
-mod settings;
+mod stalled;
 mod stopping;
 mod time_series;
 mod tls;
-mod waiting;
+mod unacked;
+mod views;
 mod watchdog;
-mod workflows;
+mod workflow;

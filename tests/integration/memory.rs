@@ -8,8 +8,8 @@ use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish};
 use omotes_orchestrator::wire::{JobSubmission, job_result::ResultType};
 use prost::Message as _;
 
-use crate::deployment::{Deployment, Service, eventually};
-use crate::peers::{Client, Task, Worker, running_job};
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Task, Worker, running_job};
 
 const MIB: usize = 1024 * 1024;
 const LIMIT: usize = 512 * MIB;

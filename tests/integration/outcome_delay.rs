@@ -8,8 +8,8 @@ use rstest::rstest;
 use uuid::Uuid;
 
 use crate::crashes::Held;
-use crate::deployment::{Deployment, Service, eventually};
-use crate::peers::{Client, Task, Worker, running_job};
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Task, Worker, running_job};
 
 /// Longer than any test waits for anything.
 const LONG: (&str, &str) = ("OUTCOME_DELAY_MS", "600000");

@@ -10,7 +10,7 @@ use rstest::rstest;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Service, eventually, setting};
+use crate::harness::deployment::{Deployment, Service, eventually, setting};
 
 const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
 

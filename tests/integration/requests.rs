@@ -9,8 +9,8 @@ use omotes_orchestrator::wire::{
 use prost::Message;
 use serde_json::json;
 
-use crate::deployment::{Deployment, Service, management, setting};
-use crate::peers::{Client, Peer, Worker};
+use crate::harness::deployment::{Deployment, Service, management, setting};
+use crate::harness::peers::{Client, Peer, Worker};
 
 const HEARD: &str = "a client's workflows";
 const TAKEN: &str = "requests that are sent to request_available_workflows are answered here";

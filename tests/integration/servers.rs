@@ -6,8 +6,8 @@ use omotes_orchestrator::wire::{
 };
 use rstest::rstest;
 
-use crate::deployment::{Deployment, Server, eventually};
-use crate::peers::{Client, Worker, kept_its_session, running_job};
+use crate::harness::deployment::{Deployment, Server, eventually};
+use crate::harness::peers::{Client, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

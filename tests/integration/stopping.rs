@@ -7,8 +7,8 @@ use prost::Message;
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually};
-use crate::peers::{Client, Task, Worker, running_job};
+use crate::harness::deployment::{Deployment, eventually};
+use crate::harness::peers::{Client, Task, Worker, running_job};
 
 #[rstest]
 #[case("-TERM")]

@@ -9,8 +9,8 @@ use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobSt
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Service, eventually, setting};
-use crate::peers::{Client, Worker};
+use crate::harness::deployment::{Deployment, Service, eventually, setting};
+use crate::harness::peers::{Client, Worker};
 
 fn query(query: &str) -> String {
     let credentials = format!(

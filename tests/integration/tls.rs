@@ -5,9 +5,9 @@ use std::process::Stdio;
 
 use omotes_orchestrator::wire::{JobSubmission, job_result::ResultType};
 
-use crate::authority::{Authority, write};
-use crate::deployment::{Deployment, Server, Service, eventually};
-use crate::peers::{Client, Task, Worker, kept_its_session, running_job};
+use crate::harness::authority::{Authority, write};
+use crate::harness::deployment::{Deployment, Server, Service, eventually};
+use crate::harness::peers::{Client, Task, Worker, kept_its_session, running_job};
 
 const MIB: usize = 1024 * 1024;
 

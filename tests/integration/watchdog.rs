@@ -6,9 +6,9 @@ use rstest::rstest;
 use serde_json::Value;
 
 use crate::crashes::{Held, behind_a_proxy, borrowed, rabbitmq_proxy};
-use crate::deployment::{Deployment, Service, eventually};
-use crate::peers::{Client, Worker, kept_its_session};
-use crate::proxy::End;
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Worker, kept_its_session};
+use crate::harness::proxy::End;
 
 /// A tenth of the time that the watchdog has otherwise.
 const HASTE: (&str, &str) = ("OMOTES_FAULT_HASTE", "1");

@@ -8,8 +8,8 @@ use prost::Message;
 use rstest::rstest;
 use serde_json::json;
 
-use crate::deployment::{Deployment, Service, eventually, management};
-use crate::peers::{Client, Peer, Taken, Worker};
+use crate::harness::deployment::{Deployment, Service, eventually, management};
+use crate::harness::peers::{Client, Peer, Taken, Worker};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

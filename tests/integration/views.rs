@@ -13,10 +13,10 @@ use rstest::rstest;
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::browser::Browser;
-use crate::deployment::{Deployment, Service, eventually};
-use crate::peers::{Client, Task, Worker, running_job};
-use crate::proxy::{End, Proxy, Weather};
+use crate::harness::browser::Browser;
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Task, Worker, running_job};
+use crate::harness::proxy::{End, Proxy, Weather};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

@@ -7,8 +7,8 @@ use prost::Message;
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Service, eventually};
-use crate::peers::{Client, Worker, running_job};
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Worker, running_job};
 
 /// A service that looks for what is due every second, from its start on.
 fn start(deployment: &Deployment, variables: &[(&str, &str)]) -> Service {

@@ -11,9 +11,9 @@ use prost::Message;
 use rstest::rstest;
 use uuid::Uuid;
 
-use crate::deployment::Deployment;
-use crate::peers::{Client, Peer, Worker, kept_its_session};
-use crate::raw::{Properties, RawPublisher, entry, long};
+use crate::harness::deployment::Deployment;
+use crate::harness::peers::{Client, Peer, Worker, kept_its_session};
+use crate::harness::raw::{Properties, RawPublisher, entry, long};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 const SUBMISSIONS: &str = "job_submissions";
@@ -195,7 +195,7 @@ fn poisoned_properties_harm_nobody(#[case] poison: Poison) {
             .output()
             .unwrap()
     };
-    crate::deployment::eventually("both letters are listed", || {
+    crate::harness::deployment::eventually("both letters are listed", || {
         let list = list();
         let text = String::from_utf8([list.stdout, list.stderr].concat()).unwrap();
         assert!(list.status.success(), "{text}");

@@ -4,8 +4,8 @@
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use rstest::rstest;
 
-use crate::deployment::{Deployment, Server, eventually, server_client, setting};
-use crate::peers::{Client, Worker, running_job};
+use crate::harness::deployment::{Deployment, Server, eventually, server_client, setting};
+use crate::harness::peers::{Client, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 

@@ -10,8 +10,8 @@ use rstest::rstest;
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, management};
-use crate::peers::{Client, Task, Worker, running_job};
+use crate::harness::deployment::{Deployment, eventually, management};
+use crate::harness::peers::{Client, Task, Worker, running_job};
 use crate::python::{self, CeleryWorker};
 
 const OUTPUT: &str = "<e id='out-1'/>";

@@ -7,8 +7,8 @@ use omotes_orchestrator::wire::{
 use prost::Message;
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, eventually};
-use crate::peers::{Client, ESDL, Peer, Worker};
+use crate::harness::deployment::{Deployment, eventually};
+use crate::harness::peers::{Client, ESDL, Peer, Worker};
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
 
 const OUTPUT: &str =

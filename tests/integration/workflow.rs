@@ -11,8 +11,8 @@ use omotes_orchestrator::wire::{
 use prost::Message;
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, Service};
-use crate::peers::{Client, Worker};
+use crate::harness::deployment::{Deployment, Service};
+use crate::harness::peers::{Client, Worker};
 
 fn write_workflows(deployment: &Deployment, workflows: Value) -> PathBuf {
     let file = deployment.folder.join("workflows.json");

@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::deployment::{Deployment, eventually, management, setting};
-use crate::peers::{Client, Worker};
+use crate::harness::deployment::{Deployment, eventually, management, setting};
+use crate::harness::peers::{Client, Worker};
 
 fn check(deployment: &Deployment, arguments: &[&str]) -> (Option<i32>, String, String) {
     let output = deployment.command(arguments).output().unwrap();
@@ -189,7 +189,7 @@ fn a_job_is_submitted_and_followed() {
         .parse()
         .unwrap();
     let id = message.properties.correlation_id().clone().unwrap();
-    let task = crate::peers::Task { job, id };
+    let task = crate::harness::peers::Task { job, id };
     let timeout = "SELECT timeout_after_ms FROM job";
     let row = eventually("the row", || {
         deployment.sql().query_opt(timeout, &[]).unwrap()

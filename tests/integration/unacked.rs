@@ -2,9 +2,9 @@
 
 use omotes_orchestrator::wire::task_result::ResultType;
 
-use crate::deployment::{Deployment, Service};
-use crate::peers::{Client, Task, Worker};
-use crate::proxy::{End, Proxy};
+use crate::harness::deployment::{Deployment, Service};
+use crate::harness::peers::{Client, Task, Worker};
+use crate::harness::proxy::{End, Proxy};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 const ENDED: &str = "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'";

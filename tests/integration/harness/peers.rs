@@ -15,7 +15,7 @@ use prost::Message;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, Service, eventually, setting};
+use crate::harness::deployment::{Deployment, Service, eventually, setting};
 
 pub const ESDL: &str = "<?xml version='1.0' encoding='UTF-8'?>\n<esdl:EnergySystem \
                         xmlns:esdl=\"http://www.tno.nl/esdl\" id=\"input\" name=\"n\"/>\n";

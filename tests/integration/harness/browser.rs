@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::deployment::eventually;
+use crate::harness::deployment::eventually;
 
 /// A browser with one window; gone when dropped.
 pub struct Browser {

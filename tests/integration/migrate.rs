@@ -8,8 +8,8 @@ use rstest::rstest;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::deployment::{Deployment, eventually, setting};
-use crate::peers::{Client, Task, Worker, running_job};
+use crate::harness::deployment::{Deployment, eventually, setting};
+use crate::harness::peers::{Client, Task, Worker, running_job};
 
 const ALEMBIC_HEAD: &str = "543bc8f6ad87";
 

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use crate::deployment::{Deployment, PATIENCE, setting};
+use crate::harness::deployment::{Deployment, PATIENCE, setting};
 
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;

@@ -1,0 +1,9 @@
+//! What the tests share: a deployment to themselves, and everybody that the service talks to.
+
+pub mod authority;
+pub mod browser;
+pub mod deployment;
+pub mod peers;
+#[path = "../../examples/chaos/proxy.rs"]
+pub mod proxy;
+pub mod raw;

@@ -45,7 +45,7 @@ pub struct Config {
     pub timeout_start_buffer: Duration,
     /// Period of the check for timeouts and for what is past its retention.
     pub timeout_check_period: Duration,
-    /// How a time-out is reported to the client.
+    /// How a timeout is reported to the client.
     pub timeout_result: TimeoutResult,
     /// Whether jobs are refused whose parameters do not fit their workflow's definition.
     pub reject_invalid_params: bool,

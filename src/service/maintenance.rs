@@ -1,8 +1,8 @@
-//! What is due because time has passed: time-outs, jobs past their retention, old history. This
+//! What is due because time has passed: timeouts, jobs past their retention, old history. This
 //! thread only finds the jobs; what happens to them is decided where everything else is decided.
 //!
 //! What a worker or a client said in time counts, even if it is still on its way. Four things
-//! ensure that. A time-out is enforced no sooner than `GRACE` after it has passed. Neither this
+//! ensure that. A timeout is enforced no sooner than `GRACE` after it has passed. Neither this
 //! process nor another replica that may have messages in flight has stood still meanwhile. No
 //! handler is held up. And the queues of worker events have been read to their end. When one of
 //! them does not hold, nothing counts as overdue for a while: see `Quiet`.
@@ -31,7 +31,7 @@ const BEAT: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(5);
 /// A replica that is late by more than this has stood still: a stopped process, a paused machine.
 const STANDSTILL: Duration = Duration::from_secs(3);
-/// How long after a time-out it is enforced. Longer than [`STANDSTILL`], so that a standstill too
+/// How long after a timeout it is enforced. Longer than [`STANDSTILL`], so that a standstill too
 /// short to be noticed does no harm.
 const GRACE: Duration = Duration::from_secs(5);
 /// The quiet time after a standstill of any replica, if the start buffer is not longer.
@@ -236,7 +236,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         if !self.limits.go_on(connection, Task::Limits, period)? {
             return Ok(());
         }
-        // Time-outs always come first: a job past both its time-out and its retention has one
+        // Timeouts always come first: a job past both its timeout and its retention has one
         // outcome, also when it is looked at again after a crash.
         for (overdue, command) in [
             (Overdue::Timeout { grace: GRACE }, Command::TimeOut),

@@ -43,7 +43,7 @@ pub struct Rules {
     pub reject_invalid_params: bool,
 }
 
-/// How a time-out is reported to the client.
+/// How a timeout is reported to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TimeoutResult {
     /// As the Python service does, and as OMOTES's system tests have it.

@@ -23,11 +23,16 @@ mod values;
 
 pub use self::consumer::{Handled, Received, consume};
 pub use self::link::Link;
-pub use self::publisher::{Delivered, PublishError, Publisher};
+pub use self::publisher::{Delivered, Publisher};
 pub use self::questions::Question;
+pub use self::refusals::PublishError;
 pub use self::topology::{Claim, Mark};
 
 /// How long the broker may take over anything it is asked; a blocked one takes for ever.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// The library, as it names itself in the log.
 pub const LIBRARY: &str = "amiquip";
+/// What to check when a broker accepts connections and then does nothing. One that has to recover
+/// more queues than it may open files stays like that.
+const STUCK: &str = "RabbitMQ may be recovering its queues, or be short of file descriptors: see its \
+                     log, `rabbitmqctl status`, and `ulimit -n` where it runs";

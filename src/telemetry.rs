@@ -5,3 +5,8 @@ pub mod health;
 pub mod logger;
 pub mod metrics;
 pub mod report;
+
+/// How the names of all metrics begin.
+const PREFIX: &str = "omotes_orchestrator";
+/// The label of all undefined workflows: names made up by clients must not become time series.
+const OTHER_WORKFLOW: &str = "other";

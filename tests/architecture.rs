@@ -1,6 +1,7 @@
 //! What src/README.md says of the architecture, held against the sources.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -105,6 +106,72 @@ fn imports_go_down_only() {
             assert!(below, "src/{name} imports {other}, which is not below it");
         }
     }
+}
+
+/// The file that a path of modules leads to: the longest part of it that is one.
+fn file_of(path: &[String], files: &BTreeSet<String>) -> Option<String> {
+    (1..=path.len())
+        .rev()
+        .map(|length| path[..length].join("/"))
+        .find(|name| files.contains(name))
+}
+
+/// Which files each file names in its imports. What a module hands on of its children's is not told
+/// from its own, so a file and the folder of its name are no circle.
+fn imports() -> BTreeMap<String, BTreeSet<String>> {
+    let sources = sources();
+    let module = |name: &str| name.strip_suffix(".rs").unwrap().to_owned();
+    let files: BTreeSet<_> = sources.iter().map(|(name, _)| module(name)).collect();
+    let mut imports = BTreeMap::new();
+    for (name, code) in &sources {
+        let own = module(name);
+        let here: Vec<_> = own.split('/').map(str::to_owned).collect();
+        let mut found = BTreeSet::new();
+        let lines = code.lines().filter(|line| !line.trim().starts_with("//"));
+        for line in lines {
+            for (start, mut path) in [
+                ("crate::", Vec::new()),
+                ("super::", here[..here.len() - 1].to_vec()),
+                ("self::", here.clone()),
+            ] {
+                for rest in line.split(start).skip(1) {
+                    let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && !"_:".contains(c));
+                    let words = rest[..end.unwrap_or(rest.len())].split("::");
+                    let before = path.len();
+                    path.extend(words.map(str::to_owned));
+                    found.extend(file_of(&path, &files));
+                    path.truncate(before);
+                }
+            }
+        }
+        found.retain(|other| {
+            let family =
+                |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.starts_with('/'));
+            *other != own && !family(other, &own) && !family(&own, other)
+        });
+        imports.insert(own, found);
+    }
+    imports
+}
+
+#[test]
+fn no_files_import_each_other_in_a_circle() {
+    let mut left = imports();
+    assert!(
+        left["broker/publisher"].contains("broker/link"),
+        "{left:#?}"
+    );
+    assert!(left["service/handler/pipeline"].contains("domain/batch"));
+    // Whoever imports nothing that is left is in no circle.
+    loop {
+        let names: BTreeSet<_> = left.keys().cloned().collect();
+        let before = left.len();
+        left.retain(|_, others| others.iter().any(|other| names.contains(other)));
+        if left.len() == before {
+            break;
+        }
+    }
+    assert!(left.is_empty(), "in circles, or above them: {left:#?}");
 }
 
 #[test]

@@ -11,9 +11,10 @@ use amiquip::{
 use anyhow::{Context, anyhow};
 use crossbeam_channel::Receiver;
 
+use super::STUCK;
 use super::guarded_stream::GuardedStream;
 use super::intake::{GatedStream, Intake};
-use super::publisher::PublishError;
+use super::refusals::PublishError;
 use super::tls_stream::TlsStream;
 use crate::config::{self, CONNECT_TIMEOUT};
 use crate::threads::within_deadline;
@@ -21,10 +22,6 @@ use crate::tls::Tls;
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;
-/// What to check when a broker accepts connections and then does nothing. One that has to recover
-/// more queues than it may open files stays like that.
-pub(super) const STUCK: &str = "RabbitMQ may be recovering its queues, or be short of file descriptors: see its \
-                     log, `rabbitmqctl status`, and `ulimit -n` where it runs";
 
 /// One connection to a vhost.
 pub struct Link {

@@ -6,12 +6,11 @@ use std::time::Duration;
 use amiquip::{AmqpProperties, Channel, Confirm, Publish, Return};
 use anyhow::anyhow;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use thiserror::Error;
 
 use super::DEADLINE;
 use super::consumer::Received;
 use super::link::Link;
-use super::refusals::refusal;
+use super::refusals::{PublishError, refusal};
 use super::values::{properties, republished};
 use crate::threads::Calls;
 use crate::wire::Outgoing;
@@ -27,20 +26,6 @@ pub enum Delivered {
     Unroutable,
     /// A queue does not take it, because it is full or failed.
     Rejected,
-}
-
-#[derive(Debug, Error)]
-pub enum PublishError {
-    /// The broker refuses one of the messages for what it is. Which of the others arrived is not
-    /// known. The publisher can be used again.
-    #[error("{0}")]
-    Refused(String),
-    /// A queue is unavailable for now.
-    #[error("{0}")]
-    Unavailable(String),
-    /// The connection is lost.
-    #[error(transparent)]
-    Lost(anyhow::Error),
 }
 
 /// Publishes with confirms, on a channel of its own.

@@ -1,9 +1,24 @@
 //! What RabbitMQ means by what it says when it closes a channel.
 
 use anyhow::anyhow;
+use thiserror::Error;
 
-use super::publisher::PublishError;
 use crate::wire::TASK_QUEUE_MAX_PRIORITY;
+
+/// Why a message is not published, or a queue not declared.
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// The broker refuses one of the messages for what it is. Which of the others arrived is not
+    /// known. The publisher can be used again.
+    #[error("{0}")]
+    Refused(String),
+    /// A queue is unavailable for now.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The connection is lost.
+    #[error(transparent)]
+    Lost(anyhow::Error),
+}
 
 /// AMQP's PRECONDITION_FAILED: a message above the size limit, a queue with other arguments.
 pub(super) const PRECONDITION_FAILED: u16 = 406;

@@ -36,7 +36,7 @@ impl TlsStream {
         while tls.is_handshaking() || tls.wants_write() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("no end of it within {timeout:?}; {}", super::link::STUCK);
+                bail!("no end of it within {timeout:?}; {}", super::STUCK);
             }
             // Blocking, so that a fault here is reported as what it is.
             socket.set_read_timeout(Some(left))?;

@@ -6,9 +6,8 @@ use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, Queue
 use anyhow::{Context, anyhow};
 
 use super::link::Link;
-use super::publisher::PublishError;
 use super::refusals::{
-    NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, RESOURCE_LOCKED, closed, explained,
+    NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, PublishError, RESOURCE_LOCKED, closed, explained,
     task_queue_refusal,
 };
 use crate::domain::overview::Depth;

@@ -24,7 +24,6 @@ use serde::Serialize;
 mod command;
 mod decide;
 mod decision;
-mod ending;
 mod starts;
 
 pub use self::command::{Command, Completion, Submission};

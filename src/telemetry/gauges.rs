@@ -10,7 +10,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::domain::overview::{Overview, WorkflowView};
 use crate::telemetry::health::Health;
-use crate::telemetry::metrics::{OTHER_WORKFLOW, PREFIX};
+use crate::telemetry::{OTHER_WORKFLOW, PREFIX};
 
 type Labels = Vec<(&'static str, String)>;
 

@@ -15,15 +15,12 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::domain::job::{Ended, Event};
 use crate::domain::overview::Overview;
-use crate::telemetry::gauges;
 use crate::telemetry::health::Health;
+use crate::telemetry::{OTHER_WORKFLOW, PREFIX, gauges};
 use crate::wire::Inbox;
 
 /// Media type of what [`Metrics::text`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-pub(super) const PREFIX: &str = "omotes_orchestrator";
-/// The label of all undefined workflows: names made up by clients must not become time series.
-pub(super) const OTHER_WORKFLOW: &str = "other";
 
 /// A stage of the pipeline; see [`crate::service::handler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]

@@ -5,12 +5,13 @@ use std::borrow::Cow;
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
+use super::decision::{cancellation, error_result, revoke};
+use super::starts;
 use super::{
     ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job, JobStatus,
-    MAX_WORKFLOW_TYPE, Outcome, Progress, Publication, ResultType, State, Submission, TimeSeries,
-    TimeoutResult,
+    LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Progress, Publication, ResultType, State, Submission,
+    TimeSeries, TimeoutResult,
 };
-use super::{ending, starts};
 use crate::domain::esdl;
 use crate::domain::parameters;
 use crate::domain::text::excerpt;
@@ -29,22 +30,149 @@ pub fn decide<'a>(
     let standing = match state {
         State::Unknown => Standing::Unknown,
         State::Live(job) => Standing::Live(job),
-        State::Ending(ending) => return ending::decide(job_id, ending, command, context),
+        State::Ending(ending) => return decide_again(job_id, ending, command, context),
         State::Ended(ended) => Standing::Ended(ended),
     };
     decide_for(job_id, standing, command, context)
 }
 
+/// Decides about a job that is ending. Whatever the service died of before the client was told, the
+/// message that led to the outcome is redelivered: it leads to the same outcome, which is told
+/// then, whatever it would lead to by now. For all other messages the job has ended.
+fn decide_again<'a>(
+    job_id: Uuid,
+    ending: &Ending,
+    command: &'a Command,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let Ending { job, ended } = ending;
+    if *command == Command::Expire && ended.outcome != Outcome::Expired {
+        return lose(job_id, ending, context);
+    }
+    if ending.cancelled_before(command) {
+        let again = cancel(job_id, Standing::Live(job), context);
+        return Decision {
+            // Nothing new, unless the Python service has registered it meanwhile.
+            next: again.next.filter(|_| ended.registered_at.is_none()),
+            time_series: None,
+            ..again
+        };
+    }
+    // What led to it might not any more: since then a session has begun, or a worker has
+    // reconnected.
+    if ended.outcome == Outcome::CrashLoop && starts::may_end(job, command) {
+        return Decision {
+            next: None,
+            ..starts::crash_loop(job_id, job, context)
+        };
+    }
+    let again = decide_for(job_id, Standing::Live(job), command, context);
+    match again.event {
+        Event::Ended(outcome) if outcome == ended.outcome => Decision {
+            next: None,
+            // Committed with the outcome; the client may have given them up since.
+            time_series: None,
+            ..again
+        },
+        Event::Ended(_) if ending.may_still_end_by(command) => again,
+        // The workflow definitions have changed since it was refused.
+        Event::Submitted { .. } if ended.outcome == Outcome::Rejected => {
+            let reason = "The orchestrator refused this job when it was submitted.";
+            job.rejected(job_id, Cow::Borrowed(reason), context)
+        }
+        Event::Submitted { .. }
+        | Event::Started { .. }
+        | Event::Excused { .. }
+        | Event::Suspected { .. }
+        | Event::Progressed
+        | Event::Ended(_)
+        | Event::CancelNoted
+        | Event::Revoked(_)
+        | Event::Ignored(_) => decide_for(job_id, Standing::Ended(ended), command, context),
+    }
+}
+
+impl Ending {
+    /// Whether this command may replace its outcome. The client may have been told already, so
+    /// mostly not.
+    fn may_still_end_by(&self, command: &Command) -> bool {
+        match command {
+            // Its task's result could not be told: an error is told instead ...
+            Command::Fail { .. } => self.ended.outcome.by_its_task(),
+            // ... and may not have been.
+            Command::Result { .. } => self.ended.outcome == Outcome::Rejected,
+            Command::Submit(_)
+            | Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Judge { .. } => false,
+        }
+    }
+
+    /// Whether this is the submission that came after its cancel.
+    fn cancelled_before(&self, command: &Command) -> bool {
+        let is_submission = match command {
+            Command::Submit(_) | Command::Refuse { .. } => true,
+            Command::Cancel
+            | Command::Start { .. }
+            | Command::Progress { .. }
+            | Command::Result { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::NoWorker
+            | Command::Judge { .. }
+            | Command::Fail { .. } => false,
+        };
+        is_submission
+            && self.ended.outcome == Outcome::Cancelled
+            && self.job.status == JobStatus::Registered
+    }
+}
+
+/// Tells what can be told of a job whose end has not been told and never will be.
+fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a> {
+    let Ending { job, ended } = ending;
+    // Until then it may be waiting in a handler's memory.
+    let tellable_from = job.outcome_from(context).max(ended.finished_at);
+    let told_by = tellable_from.checked_add(context.rules.telling);
+    if !told_by.is_ok_and(|end| end <= context.now) {
+        return Decision::ignored("what led to its end may come again");
+    }
+    let what = match ended.outcome {
+        Outcome::Cancelled => {
+            return Decision {
+                next: None,
+                ..cancel(job_id, Standing::Live(job), context)
+            };
+        }
+        Outcome::Succeeded => "succeeded, but its result",
+        Outcome::Failed => "failed, but its worker's message",
+        Outcome::CrashLoop
+        | Outcome::Rejected
+        | Outcome::TimedOut
+        | Outcome::Expired
+        | Outcome::Lost => "was ended by the orchestrator, but why",
+    };
+    let logs = format!("The job {what} {LOST_LOGS}");
+    let result_bytes = logs.len();
+    let told = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Lost, result_bytes, told, context)
+}
+
 /// How a job stands for whoever decides about it: one that is ending is for some as it was and for
 /// others at its end.
 #[derive(Clone, Copy)]
-pub(super) enum Standing<'s> {
+enum Standing<'s> {
     Unknown,
     Live(&'s Job),
     Ended(&'s Ended),
 }
 
-pub(super) fn decide_for<'a>(
+fn decide_for<'a>(
     job_id: Uuid,
     standing: Standing<'_>,
     command: &'a Command,
@@ -320,11 +448,7 @@ fn cancelled_before_submission<'a>(
     )
 }
 
-pub(super) fn cancel<'a>(
-    job_id: Uuid,
-    standing: Standing<'_>,
-    context: &Context<'_>,
-) -> Decision<'a> {
+fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
     match standing {
         Standing::Unknown => Decision {
             next: Some(State::Ended(Ended {
@@ -471,15 +595,6 @@ fn own_task<'s>(standing: Standing<'s>, task_id: &str) -> Own<'s> {
     }
 }
 
-pub(super) fn revoke<'a>(task_id: &'a str, why: &'static str) -> Decision<'a> {
-    Decision {
-        publications: vec![Publication::Revoke {
-            task_id: Cow::Borrowed(task_id),
-        }],
-        ..Decision::nothing(Event::Revoked(why))
-    }
-}
-
 /// The series of a task that delivered although its job had been deleted.
 fn late_series<'a>(standing: Standing<'_>, completion: &Completion) -> Option<TimeSeries<'a>> {
     match standing {
@@ -498,72 +613,4 @@ fn esdl_id(completion: &Completion) -> Option<String> {
     output_esdl
         .filter(|_| completion.succeeded)
         .and_then(esdl::energy_system_id)
-}
-
-pub(super) fn error_result(job_id: Uuid, logs: Cow<'_, str>) -> Publication<'_> {
-    Publication::Result {
-        job_id,
-        result_type: ResultType::Error,
-        output_esdl: None,
-        logs,
-        esdl_messages: &[],
-    }
-}
-
-pub(super) fn cancellation<'a>(job_id: Uuid) -> [Publication<'a>; 2] {
-    [
-        Publication::Status {
-            job_id,
-            status: ClientStatus::Cancelled,
-        },
-        Publication::Result {
-            job_id,
-            result_type: ResultType::Cancelled,
-            output_esdl: None,
-            logs: Cow::Borrowed(""),
-            esdl_messages: &[],
-        },
-    ]
-}
-
-impl Job {
-    /// Ends it with this outcome: its task, unless that has done it and there is no second copy of
-    /// it, and then the client is told.
-    pub(super) fn ends<'a>(
-        &self,
-        outcome: Outcome,
-        result_bytes: usize,
-        told: impl IntoIterator<Item = Publication<'a>>,
-        context: &Context<'_>,
-    ) -> Decision<'a> {
-        let runs = !outcome.by_its_task() || self.starts.len() > 1;
-        let task = self.task_id.clone().filter(|_| runs);
-        let revocation = task.map(|task_id| Publication::Revoke {
-            task_id: Cow::Owned(task_id),
-        });
-        Decision {
-            next: Some(State::Ending(Ending {
-                job: self.clone(),
-                ended: self.ended(outcome, result_bytes, context.now),
-            })),
-            announcements: revocation.into_iter().chain(told).collect(),
-            // Negative once the time has come.
-            wait: context
-                .now
-                .duration_until(self.outcome_from(context))
-                .try_into()
-                .unwrap_or_default(),
-            ..Decision::nothing(Event::Ended(outcome))
-        }
-    }
-
-    pub(super) fn rejected<'a>(
-        &self,
-        job_id: Uuid,
-        reason: Cow<'a, str>,
-        context: &Context<'_>,
-    ) -> Decision<'a> {
-        let told = [error_result(job_id, reason.clone())];
-        self.ends(Outcome::Rejected, reason.len(), told, context)
-    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{Outcome, State, Submission};
+use super::{Ending, Job, Outcome, State, Submission};
 use crate::domain::workflow::Catalogue;
 use crate::proto::EsdlMessage;
 
@@ -190,4 +190,84 @@ pub enum Event {
     CancelNoted,
     Revoked(&'static str),
     Ignored(&'static str),
+}
+
+/// Answers an event of a task that is not its job's current one.
+pub(super) fn revoke<'a>(task_id: &'a str, why: &'static str) -> Decision<'a> {
+    Decision {
+        publications: vec![Publication::Revoke {
+            task_id: Cow::Borrowed(task_id),
+        }],
+        ..Decision::nothing(Event::Revoked(why))
+    }
+}
+
+/// An error, as its client is told of it.
+pub(super) fn error_result(job_id: Uuid, logs: Cow<'_, str>) -> Publication<'_> {
+    Publication::Result {
+        job_id,
+        result_type: ResultType::Error,
+        output_esdl: None,
+        logs,
+        esdl_messages: &[],
+    }
+}
+
+/// What a client is told of a cancelled job.
+pub(super) fn cancellation<'a>(job_id: Uuid) -> [Publication<'a>; 2] {
+    [
+        Publication::Status {
+            job_id,
+            status: ClientStatus::Cancelled,
+        },
+        Publication::Result {
+            job_id,
+            result_type: ResultType::Cancelled,
+            output_esdl: None,
+            logs: Cow::Borrowed(""),
+            esdl_messages: &[],
+        },
+    ]
+}
+
+impl Job {
+    /// Ends it with this outcome: its task, unless that has done it and there is no second copy of
+    /// it, and then the client is told.
+    pub(super) fn ends<'a>(
+        &self,
+        outcome: Outcome,
+        result_bytes: usize,
+        told: impl IntoIterator<Item = Publication<'a>>,
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let runs = !outcome.by_its_task() || self.starts.len() > 1;
+        let task = self.task_id.clone().filter(|_| runs);
+        let revocation = task.map(|task_id| Publication::Revoke {
+            task_id: Cow::Owned(task_id),
+        });
+        Decision {
+            next: Some(State::Ending(Ending {
+                job: self.clone(),
+                ended: self.ended(outcome, result_bytes, context.now),
+            })),
+            announcements: revocation.into_iter().chain(told).collect(),
+            // Negative once the time has come.
+            wait: context
+                .now
+                .duration_until(self.outcome_from(context))
+                .try_into()
+                .unwrap_or_default(),
+            ..Decision::nothing(Event::Ended(outcome))
+        }
+    }
+
+    pub(super) fn rejected<'a>(
+        &self,
+        job_id: Uuid,
+        reason: Cow<'a, str>,
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let told = [error_result(job_id, reason.clone())];
+        self.ends(Outcome::Rejected, reason.len(), told, context)
+    }
 }

@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
-use super::decide::{error_result, revoke};
+use super::decision::{error_result, revoke};
 use super::{
     CRASH_LOOP_LOGS, ClientStatus, Command, Context, Decision, Ended, Event, Job, JobStatus,
     Outcome, Publication, State,

@@ -12,7 +12,7 @@ use rstest::rstest;
 use serde_json::Map;
 use uuid::Uuid;
 
-use super::decide::{cancellation, error_result};
+use super::decision::{cancellation, error_result};
 use super::*;
 use crate::domain::workflow::Catalogue;
 

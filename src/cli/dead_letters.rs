@@ -67,15 +67,7 @@ pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
     };
     let known = known_letters(&links, unasked || matches!(command, Command::List))?;
     if unasked && !known.is_empty() {
-        let letters = if known.len() == 1 {
-            "letter"
-        } else {
-            "letters"
-        };
-        say_aside(format_args!(
-            "this would delete {} dead {letters}; {NOTHING_DONE}",
-            known.len()
-        ));
+        would_delete(known.len());
         return Ok(ExitCode::FAILURE);
     }
     let (which, fate, done) = match command {
@@ -99,9 +91,8 @@ pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
             fate
         })?;
         shown?;
-        for id in meant {
-            match failed.get(&id) {
-                None if fate == Fate::Leave => {}
+        for id in meant.iter().filter(|_| fate != Fate::Leave) {
+            match failed.get(id) {
                 None => say(format_args!("{id}: {done}"))?,
                 Some(why) => {
                     say_aside(format_args!("{id}: it stays, for {why}"));
@@ -112,6 +103,13 @@ pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
         link.close()?;
     }
     Ok(code)
+}
+
+fn would_delete(letters: usize) {
+    let noun = if letters == 1 { "letter" } else { "letters" };
+    say_aside(format_args!(
+        "this would delete {letters} dead {noun}; {NOTHING_DONE}"
+    ));
 }
 
 /// The ids of all dead letters; a line for each is printed if they are to be listed.

@@ -2,6 +2,7 @@ use std::fs;
 
 use super::*;
 use crate::authority::{Authority, write};
+use crate::tls::{Check, Identity, Roots};
 use rstest::rstest;
 use uuid::Uuid;
 

@@ -1,0 +1,490 @@
+//! Reads each environment variable, and notes what is wrong with it.
+
+use std::net::SocketAddr;
+use std::num::{NonZeroU16, NonZeroU32};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use log::LevelFilter;
+
+use super::{Config, Encryption, InfluxDb, LogFormat, Postgres, RabbitMq, Secret, Setting};
+use crate::domain::job::TimeoutResult;
+use crate::domain::vhost::Vhost;
+use crate::text_file;
+use crate::tls::{Check, Identity, Roots, Tls};
+
+/// libpq's `sslmode`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+/// Why a message does not show what was found.
+const NOT_SHOWN: &str = " (what was found is not shown, for it may be a password)";
+
+/// Whether a value can be shown: it is no password, and contains none, even if somebody has
+/// confused two variables.
+fn may_be_shown(name: &str, value: &str) -> bool {
+    if value.is_empty() {
+        return true;
+    }
+    if name.ends_with("PASSWORD") || name == "HTTP_BASIC_AUTH" {
+        return false;
+    }
+    if name.ends_with("PASSWORD_FILE") {
+        // A password has no folder that is there; `/` is, and some begin with it.
+        let folder = Path::new(value).parent();
+        return folder.is_some_and(|folder| folder.file_name().is_some() && folder.is_dir());
+    }
+    // The name and the password before a URL's host; a key that stands where its file should.
+    let is_key = value.contains(['\n', '\r']) || value.contains("-----BEGIN");
+    let has_user = value.contains('@') && value.contains(':');
+    !is_key && !has_user
+}
+
+/// Reads the variables one after the other.
+pub(super) struct Reader<'a> {
+    variable: &'a dyn Fn(&str) -> Option<String>,
+    pub(super) faults: Vec<String>,
+    /// The settings read so far.
+    pub(super) settings: Vec<Setting>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(variable: &'a dyn Fn(&str) -> Option<String>) -> Reader<'a> {
+        Reader {
+            variable,
+            faults: Vec::new(),
+            settings: Vec::new(),
+        }
+    }
+
+    /// All of it, with the default in place of what is faulty.
+    pub(super) fn config(&mut self) -> Config {
+        let reader = self;
+        Config {
+            sdk_rabbitmq: reader.rabbitmq(Vhost::Sdk),
+            task_rabbitmq: reader.rabbitmq(Vhost::Task),
+            celery_rabbitmq: reader.rabbitmq(Vhost::Celery),
+            task_result_queue: reader
+                .queue_name("TASK_RESULT_QUEUE_NAME", "omotes_task_result_events"),
+            task_progress_queue: reader
+                .queue_name("TASK_PROGRESS_QUEUE_NAME", "omotes_task_progress_events"),
+            postgres: reader.postgres(),
+            influxdb: reader.influxdb(),
+            time_series_period: reader.period("TIME_SERIES_SCAN_SEC", 600),
+            time_series_dry_run: reader.switch("TIME_SERIES_DRY_RUN"),
+            job_retention: reader.seconds("JOB_RETENTION_SEC", 172_800),
+            outcome_lost: reader.seconds("OUTCOME_LOST_SEC", 300),
+            outcome_delay: reader.outcome_delay(),
+            timeout_start_buffer: reader.seconds("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", 60),
+            timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
+            timeout_result: reader.timeout_result(),
+            reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
+            no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
+            history_retention: reader.seconds("JOB_HISTORY_RETENTION_SEC", 30 * 24 * 60 * 60),
+            workflow_config_path: reader
+                .text("WORKFLOW_CONFIG_PATH", "config/workflow_config.json")
+                .into(),
+            delivery_limit: reader.count("DELIVERY_LIMIT_THRESHOLD_PER_JOB", 1, 1_000_000),
+            handler_threads: reader.count("HANDLER_THREADS", 4, 256),
+            http_bind: reader.http_bind(),
+            http_basic_auth: reader.http_basic_auth(),
+            log_level: reader.log_level(),
+            log_format: reader.log_format(),
+        }
+    }
+
+    /// The variable's value, if it is set. All lookups go through here.
+    fn given(&mut self, name: &str, default: &str) -> Option<String> {
+        let value = (self.variable)(name);
+        let text = value.as_deref().unwrap_or(default);
+        self.settings.push(Setting {
+            name: name.to_owned(),
+            value: match may_be_shown(name, text) {
+                true => text.to_owned(),
+                false => format!("{:?}", Secret(text.to_owned())),
+            },
+            is_given: value.is_some(),
+        });
+        value
+    }
+
+    fn text(&mut self, name: &str, default: &str) -> String {
+        self.given(name, default)
+            .unwrap_or_else(|| default.to_owned())
+    }
+
+    /// The variable, or `default` where it is unset or faulty, as `parse` takes it.
+    fn parsed<T>(
+        &mut self,
+        name: &str,
+        default: &str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> T {
+        let value = self.given(name, default);
+        let parsed = value.as_ref().and_then(|value| parse(value.trim()));
+        if let (Some(value), None) = (&value, &parsed) {
+            self.faults.push(match may_be_shown(name, value) {
+                true => format!("{name}: found {value:?}, expected {expected}"),
+                false => format!("{name}: expected {expected}{NOT_SHOWN}"),
+            });
+        }
+        parsed
+            .or_else(|| parse(default))
+            .expect("a default is of its own kind")
+    }
+
+    fn port(&mut self, name: &str, default: u16) -> u16 {
+        let value = (self.variable)(name);
+        let expected = match value {
+            Some(value) if value.trim_start().starts_with("tcp://") => {
+                "a port from 1 to 65535; this is how Kubernetes tells of a service whose name the variable \
+                 happens to begin with: `enableServiceLinks: false` in the pod's spec switches that off"
+            }
+            Some(_) | None => "a port from 1 to 65535",
+        };
+        self.parsed(name, &default.to_string(), expected, |value| {
+            NonZeroU16::from_str(value).ok().map(NonZeroU16::get)
+        })
+    }
+
+    /// The name or the address of a host, or a folder with a socket.
+    fn host(&mut self, name: &str) -> String {
+        let host = self.text(name, "localhost");
+        // In a URL, or before an @, there may be a password, and hosts are shown.
+        if host.contains("://") || host.contains('@') {
+            let fault = format!("{name}: expected a host's name or address, not a URL{NOT_SHOWN}");
+            self.faults.push(fault);
+        }
+        host
+    }
+
+    fn count(&mut self, name: &str, default: usize, maximum: usize) -> usize {
+        let expected = format!("a whole number from 1 to {maximum}");
+        self.parsed(name, &default.to_string(), &expected, |value| {
+            let count = value.parse().ok()?;
+            (1..=maximum).contains(&count).then_some(count)
+        })
+    }
+
+    fn seconds(&mut self, name: &str, default: u64) -> Duration {
+        let expected = "a whole number of seconds, up to 32 bits";
+        self.parsed(name, &default.to_string(), expected, |value| {
+            let seconds: u32 = value.parse().ok()?;
+            Some(Duration::from_secs(seconds.into()))
+        })
+    }
+
+    fn period(&mut self, name: &str, default: u64) -> Duration {
+        let expected = "a whole number of seconds from 1, up to 32 bits";
+        self.parsed(name, &default.to_string(), expected, |value| {
+            let seconds: NonZeroU32 = value.parse().ok()?;
+            Some(Duration::from_secs(seconds.get().into()))
+        })
+    }
+
+    /// A message whose outcome waits stays unacked, and RabbitMQ closes the channel of a consumer
+    /// that does not acknowledge for 30 minutes: hence the limit.
+    fn outcome_delay(&mut self) -> Duration {
+        let expected = "a whole number of milliseconds, up to 600000";
+        self.parsed("OUTCOME_DELAY_MS", "1000", expected, |value| {
+            let millis = value.parse().ok().filter(|millis| *millis <= 600_000)?;
+            Some(Duration::from_millis(millis))
+        })
+    }
+
+    fn timeout_result(&mut self) -> TimeoutResult {
+        self.parsed(
+            "TIMEOUT_RESULT_TYPE",
+            "CANCELLED",
+            "CANCELLED or TIMEOUT",
+            |value| match value.to_uppercase().as_str() {
+                "CANCELLED" => Some(TimeoutResult::Cancelled),
+                "TIMEOUT" => Some(TimeoutResult::TimedOut),
+                _ => None,
+            },
+        )
+    }
+
+    fn queue_name(&mut self, name: &str, default: &str) -> String {
+        let expected = "the name of a queue, 1 to 255 bytes";
+        self.parsed(name, default, expected, |value| {
+            (1..=255).contains(&value.len()).then(|| value.to_owned())
+        })
+    }
+
+    /// The file that a variable names; an empty name is none.
+    fn path(&mut self, name: &str) -> Option<PathBuf> {
+        let path = self.given(name, "").filter(|path| !path.is_empty())?;
+        if path.contains(['\n', '\r']) {
+            let fault =
+                format!("{name}: expected the path of a file, not what is in it{NOT_SHOWN}");
+            self.faults.push(fault);
+            return None;
+        }
+        Some(PathBuf::from(path))
+    }
+
+    /// The variable's value, or the content of the file that `<name>_FILE` names.
+    fn password(&mut self, name: &str, default: &str) -> Option<Secret> {
+        let value = self.given(name, default);
+        let file_name = format!("{name}_FILE");
+        let Some(path) = self.path(&file_name) else {
+            return value.map(Secret);
+        };
+        // The file's content is in force.
+        self.settings.retain(|setting| setting.name != name);
+        let (file, more) = match may_be_shown(&file_name, &path.to_string_lossy()) {
+            true => (format!("{}: ", path.display()), ""),
+            false => (String::new(), NOT_SHOWN),
+        };
+        if value.is_some() {
+            self.faults.push(if more.is_empty() {
+                format!(
+                    "{file_name}: found {}, but {name} is set too",
+                    path.display()
+                )
+            } else {
+                format!("{file_name}: set, but {name} is set too")
+            });
+            return None;
+        }
+        match text_file::read(&path) {
+            Ok(text) => {
+                let line = text.strip_suffix('\n').unwrap_or(&text);
+                Some(Secret(line.strip_suffix('\r').unwrap_or(line).to_owned()))
+            }
+            Err(error) => {
+                self.faults
+                    .push(format!("{file_name}: {file}{error:#}{more}"));
+                None
+            }
+        }
+    }
+
+    /// The authorities in a file.
+    fn roots(&mut self, name: &str, path: PathBuf) -> Roots {
+        let roots = Roots::File(path);
+        if let Err(error) = roots.read() {
+            self.faults.push(format!("{name}: {error:#}"));
+        }
+        roots
+    }
+
+    fn identity(&mut self, certificate_name: &str, key_name: &str) -> Option<Identity> {
+        let (certificate, key) = match (self.path(certificate_name), self.path(key_name)) {
+            (Some(certificate), Some(key)) => (certificate, key),
+            (None, None) => return None,
+            (Some(_), None) => {
+                self.faults.push(format!(
+                    "{key_name}: not set, although {certificate_name} is"
+                ));
+                return None;
+            }
+            (None, Some(_)) => {
+                self.faults.push(format!(
+                    "{certificate_name}: not set, although {key_name} is"
+                ));
+                return None;
+            }
+        };
+        let identity = Identity { certificate, key };
+        if let Err(error) = identity.check() {
+            self.faults
+                .push(format!("{certificate_name}, {key_name}: {error:#}"));
+        }
+        Some(identity)
+    }
+
+    fn rabbitmq(&mut self, vhost: Vhost) -> RabbitMq {
+        let name = |suffix| format!("{}_RABBITMQ_{suffix}", vhost.name());
+        let tls = self.rabbitmq_tls(&name);
+        let default_port = if tls.is_some() { 5671 } else { 5672 };
+        RabbitMq {
+            host: self.host(&name("HOSTNAME")),
+            port: self.port(&name("PORT"), default_port),
+            username: self.text(&name("USERNAME"), "omotes"),
+            password: self
+                .password(&name("PASSWORD"), "guest")
+                .unwrap_or_else(|| Secret("guest".to_owned())),
+            vhost: self.text(&name("VIRTUALHOST"), "omotes"),
+            tls,
+        }
+    }
+
+    fn rabbitmq_tls(&mut self, name: &dyn Fn(&'static str) -> String) -> Option<Tls> {
+        let switch = name("TLS");
+        let files = ["TLS_CA_FILE", "TLS_CERT_FILE", "TLS_KEY_FILE"].map(name);
+        if !self.switch(&switch) {
+            // Whoever configures certificates does not want the password sent without TLS.
+            for file in files {
+                if self.path(&file).is_some() {
+                    self.faults
+                        .push(format!("{file}: set, although {switch} is not true"));
+                }
+            }
+            return None;
+        }
+        let [authorities, certificate, key] = files;
+        let roots = match self.path(&authorities) {
+            Some(path) => self.roots(&authorities, path),
+            None => Roots::System,
+        };
+        Some(Tls {
+            check: Check::Name(roots),
+            identity: self.identity(&certificate, &key),
+        })
+    }
+
+    fn postgres(&mut self) -> Postgres {
+        let host = self.host("POSTGRESQL_HOST");
+        let encryption = self.postgres_encryption();
+        Postgres {
+            // A socket in the file system needs no TLS, and has none.
+            encryption: if host.starts_with('/') {
+                Encryption::Never
+            } else {
+                encryption
+            },
+            host,
+            port: self.port("POSTGRESQL_PORT", 5432),
+            database: self.text("POSTGRESQL_DATABASE", "public"),
+            username: self.given("POSTGRESQL_USERNAME", ""),
+            password: self.password("POSTGRESQL_PASSWORD", ""),
+        }
+    }
+
+    /// With the meanings that libpq gives to `sslmode` and `sslrootcert`.
+    fn postgres_encryption(&mut self) -> Encryption {
+        const MODE: &str = "POSTGRESQL_SSLMODE";
+        const ROOTS: &str = "POSTGRESQL_SSLROOTCERT";
+        let roots = match self.path(ROOTS) {
+            None => None,
+            Some(path) if path.as_os_str() == "system" => Some(Roots::System),
+            Some(path) => Some(self.roots(ROOTS, path)),
+        };
+        let system = roots == Some(Roots::System);
+        let default = if system { "verify-full" } else { "prefer" };
+        let expected = "disable, allow, prefer, require, verify-ca or verify-full";
+        let mode = self.parsed(MODE, default, expected, |value| match value {
+            "disable" => Some(SslMode::Disable),
+            "allow" => Some(SslMode::Allow),
+            "prefer" => Some(SslMode::Prefer),
+            "require" => Some(SslMode::Require),
+            "verify-ca" => Some(SslMode::VerifyCa),
+            "verify-full" => Some(SslMode::VerifyFull),
+            _ => None,
+        });
+        let identity = self.identity("POSTGRESQL_SSLCERT", "POSTGRESQL_SSLKEY");
+        // Anybody can have a certificate that one of the system's authorities has signed.
+        if system && mode != SslMode::VerifyFull {
+            self.faults.push(format!(
+                "{MODE}: expected verify-full, as {ROOTS} is system"
+            ));
+        }
+        if roots.is_none() && [SslMode::VerifyCa, SslMode::VerifyFull].contains(&mode) {
+            self.faults.push(format!(
+                "{ROOTS}: not set, expected a PEM file, or system, as {MODE} is one that verifies"
+            ));
+        }
+        let check = match roots {
+            None => Check::Nothing,
+            Some(roots) if mode == SslMode::VerifyFull => Check::Name(roots),
+            Some(roots) => Check::Authority(roots),
+        };
+        let tls = Tls { check, identity };
+        match mode {
+            SslMode::Disable => Encryption::Never,
+            SslMode::Allow => Encryption::WhereRequired(tls),
+            SslMode::Prefer => Encryption::WhereOffered(tls),
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => Encryption::Always(tls),
+        }
+    }
+
+    fn influxdb(&mut self) -> Option<InfluxDb> {
+        let protected = self.text("TIME_SERIES_PROTECTED_DATABASES", "");
+        let influxdb = InfluxDb {
+            host: self.host("INFLUXDB_HOST"),
+            port: self.port("INFLUXDB_PORT", 8096),
+            database: self.text("INFLUXDB_DATABASE", "omotes_timeseries"),
+            protected: protected
+                .split(',')
+                .map(|name| name.trim().to_owned())
+                .filter(|name| !name.is_empty())
+                .collect(),
+            username: self.given("INFLUXDB_USERNAME", ""),
+            password: self.password("INFLUXDB_PASSWORD", ""),
+        };
+        (!influxdb.host.is_empty()).then_some(influxdb)
+    }
+
+    /// Off unless switched on.
+    fn switch(&mut self, name: &str) -> bool {
+        self.parsed(name, "false", "true or false", |value| {
+            match value.to_lowercase().as_str() {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            }
+        })
+    }
+
+    fn http_bind(&mut self) -> Option<SocketAddr> {
+        let expected = "an address and port such as 127.0.0.1:8080, or nothing";
+        self.parsed(
+            "HTTP_BIND",
+            "127.0.0.1:8080",
+            expected,
+            |value| match value {
+                "" => Some(None),
+                value => value.parse().ok().map(Some),
+            },
+        )
+    }
+
+    fn http_basic_auth(&mut self) -> Option<Secret> {
+        let value = self
+            .given("HTTP_BASIC_AUTH", "")
+            .filter(|value| !value.is_empty())?;
+        match value.split_once(':') {
+            Some((user, password)) if !user.is_empty() && !password.is_empty() => {}
+            // Not shown, since it may be just a password.
+            Some(_) | None => self
+                .faults
+                .push("HTTP_BASIC_AUTH: expected user:password".to_owned()),
+        }
+        Some(Secret(value))
+    }
+
+    fn log_format(&mut self) -> LogFormat {
+        self.parsed("LOG_FORMAT", "text", "text or json", |value| {
+            match value.to_lowercase().as_str() {
+                "text" => Some(LogFormat::Text),
+                "json" => Some(LogFormat::Json),
+                _ => None,
+            }
+        })
+    }
+
+    fn log_level(&mut self) -> LevelFilter {
+        let expected = "DEBUG, INFO, WARNING, ERROR or CRITICAL";
+        self.parsed("LOG_LEVEL", "INFO", expected, |value| {
+            match value.to_uppercase().as_str() {
+                "DEBUG" => Some(LevelFilter::Debug),
+                "INFO" => Some(LevelFilter::Info),
+                "WARNING" | "WARN" => Some(LevelFilter::Warn),
+                // Nothing is logged above an error.
+                "ERROR" | "CRITICAL" => Some(LevelFilter::Error),
+                _ => None,
+            }
+        })
+    }
+}

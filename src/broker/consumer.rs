@@ -194,11 +194,11 @@ fn start<'c>(
 fn arrived(
     inputs: &[Receiver<ConsumerMessage>],
     event: usize,
-) -> Vec<(usize, Option<ConsumerMessage>)> {
+) -> impl Iterator<Item = (usize, Option<ConsumerMessage>)> {
     let last = match inputs[event].try_recv() {
-        Ok(message) => Some(message),
-        Err(TryRecvError::Disconnected) => None,
-        Err(TryRecvError::Empty) => return Vec::new(),
+        Ok(message) => Some((event, Some(message))),
+        Err(TryRecvError::Disconnected) => Some((event, None)),
+        Err(TryRecvError::Empty) => None,
     };
     // Anything from an earlier queue that was delivered before it has arrived by now.
     let earlier = inputs[..event].iter().enumerate();
@@ -206,7 +206,7 @@ fn arrived(
         let messages = input.try_iter();
         messages.map(move |message| (place, Some(message)))
     });
-    earlier.chain([(event, last)]).collect()
+    earlier.chain(last)
 }
 
 /// Memory that a table takes beyond its own struct. `readable.rs` bounds its depth.

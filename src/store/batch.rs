@@ -258,7 +258,8 @@ impl Transaction<'_> {
         if jobs.is_empty() {
             return Ok(());
         }
-        let columns = JobColumns::of(jobs.iter().copied());
+        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
+        let progress = ProgressColumns::of(jobs.iter().map(|(_, job)| *job));
         let rows = self.execute(
             "UPDATE job
              SET progress = new.progress, progress_message = new.message, progress_at = new.at
@@ -266,10 +267,10 @@ impl Transaction<'_> {
                   AS new (job_id, progress, message, at)
              WHERE job.job_id = new.job_id",
             &[
-                &columns.ids,
-                &columns.fractions,
-                &columns.messages,
-                &columns.times,
+                &ids,
+                &progress.fractions,
+                &progress.messages,
+                &progress.times,
             ],
         )?;
         expect_rows("updating progress", rows, jobs.len())
@@ -280,6 +281,7 @@ impl Transaction<'_> {
             return Ok(());
         }
         let columns = JobColumns::of(jobs.iter().map(|(id, _, new)| (*id, *new)));
+        let progress = ProgressColumns::of(jobs.iter().map(|(_, _, new)| *new));
         let old_statuses: Vec<_> = jobs.iter().map(|(_, old, _)| old.status.name()).collect();
         let rows = self.execute(
             "UPDATE job
@@ -302,9 +304,9 @@ impl Transaction<'_> {
                 &columns.running,
                 &columns.timeouts,
                 &columns.priorities,
-                &columns.fractions,
-                &columns.messages,
-                &columns.times,
+                &progress.fractions,
+                &progress.messages,
+                &progress.times,
             ],
         )?;
         expect_rows("updating jobs", rows, jobs.len())
@@ -431,9 +433,6 @@ struct JobColumns<'a> {
     running: Vec<Option<Timestamp>>,
     timeouts: Vec<Option<i64>>,
     priorities: Vec<Option<&'static str>>,
-    fractions: Vec<Option<f64>>,
-    messages: Vec<Option<&'a str>>,
-    times: Vec<Option<Timestamp>>,
 }
 
 impl<'a> JobColumns<'a> {
@@ -452,7 +451,8 @@ impl<'a> JobColumns<'a> {
                 priority,
                 // They have rows of their own.
                 starts: _,
-                progress,
+                // It has columns of its own.
+                progress: _,
             } = job;
             columns.ids.push(id);
             columns.workflows.push(workflow_type);
@@ -464,7 +464,24 @@ impl<'a> JobColumns<'a> {
             columns.running.push(*running_at);
             columns.timeouts.push(*timeout_ms);
             columns.priorities.push(priority.map(Priority::name));
-            let progress = progress.as_ref();
+        }
+        columns
+    }
+}
+
+/// The progress of jobs by column, for `unnest`.
+#[derive(Default)]
+struct ProgressColumns<'a> {
+    fractions: Vec<Option<f64>>,
+    messages: Vec<Option<&'a str>>,
+    times: Vec<Option<Timestamp>>,
+}
+
+impl<'a> ProgressColumns<'a> {
+    fn of(jobs: impl Iterator<Item = &'a Job>) -> ProgressColumns<'a> {
+        let mut columns = ProgressColumns::default();
+        for job in jobs {
+            let progress = job.progress.as_ref();
             let fraction = progress.map(|progress| progress.fraction);
             let message = progress.map(|progress| progress.message.as_str());
             columns.fractions.push(fraction);

@@ -35,6 +35,16 @@ pub enum Poison {
 }
 
 impl Poison {
+    pub const ALL: [Poison; 7] = [
+        Poison::ContentType,
+        Poison::HeaderKey,
+        Poison::HeaderText,
+        Poison::RoutingKey,
+        Poison::Depth,
+        Poison::LongArray,
+        Poison::ManyHeaders,
+    ];
+
     fn properties(self) -> Properties {
         let content_type = match self {
             Poison::ContentType => b"text/\xff\xfe".as_slice(),

@@ -1,10 +1,12 @@
 //! RabbitMQ and Postgres in TLS, with certificates of an authority that the test makes.
 
+use std::collections::HashSet;
 use std::net::TcpListener;
 use std::process::Stdio;
 
 use omotes_orchestrator::wire::{JobSubmission, job_result::ResultType};
 
+use crate::guarded_stream::{Poison, send_submissions};
 use crate::harness::authority::{Authority, write};
 use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker, kept_its_session, running_job};
@@ -188,6 +190,33 @@ fn jobs_go_through_in_tls_large_or_many() {
     kept_its_session(deployment, &service);
     assert_eq!(deployment.count(&format!("{connections} AND NOT ssl")), 0);
     assert!(service.stop().success());
+}
+
+#[test]
+fn poisoned_properties_harm_nobody_in_tls_either() {
+    let secured = Secured::new(&[Server::RabbitMq, Server::Postgres], CERTIFICATES);
+    let deployment = &secured.deployment;
+    let service = secured.launch(&[]);
+    service.wait_until_ready();
+    let client = Client::new(deployment);
+    let worker = Worker::new(deployment, "workflow_1");
+    for poison in Poison::ALL {
+        let mut jobs = send_submissions(deployment, &client, poison, 3);
+        let behind = client.submit("workflow_1");
+        jobs.insert(behind);
+        let tasks: Vec<_> = jobs.iter().map(|_| worker.take()).collect();
+        assert_eq!(
+            tasks.iter().map(|task| task.job).collect::<HashSet<_>>(),
+            jobs
+        );
+        for task in &tasks {
+            worker.start(task);
+            worker.succeed(task, "<e id='out-1'/>");
+        }
+        assert_eq!(client.outcome(behind).0, ResultType::Succeeded);
+    }
+    deployment.no_jobs_left();
+    kept_its_session(deployment, &service);
 }
 
 #[test]

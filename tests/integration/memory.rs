@@ -202,7 +202,7 @@ fn long_references(deployment: &Deployment, client: &Client, worker: &Worker) {
 }
 
 /// Small submissions with as many bytes of headers as a frame can have, all in hand at once. As one
-/// text: many values are in `poison.rs`, for amiquip takes minutes to write them.
+/// text: many values are in `guarded_stream.rs`, for amiquip takes minutes to write them.
 fn large_headers(deployment: &Deployment, confined: &Confined, client: &Client) {
     const MESSAGES: usize = 400;
     let text = AmqpValue::LongString("h".repeat(130_000));

@@ -1,0 +1,522 @@
+//! Reads a definition file: a JSON list of workflows, with every fault by its path in the file.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{Definition, Limits};
+use crate::domain::text::excerpt;
+use crate::proto::{
+    AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
+    IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
+    workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
+};
+
+/// A workflow's name is also the name of its task queue, which AMQP limits to this many bytes.
+const MAX_TYPE_NAME: usize = 255;
+
+/// What a definition file says, as far as it can be read, and all that is wrong with it.
+pub(super) fn read(
+    text: &str,
+    faults: &mut Vec<String>,
+) -> (AvailableWorkflows, HashMap<String, Definition>) {
+    let mut workflows = Vec::new();
+    let mut definitions = HashMap::new();
+    let file: Value = match serde_json::from_str(text) {
+        Ok(file) => file,
+        Err(error) => {
+            faults.push(format!("it is not JSON: {error}"));
+            Value::Array(Vec::new())
+        }
+    };
+    for node in (Node::root(&file)).items(faults) {
+        let Some(workflow) = workflow(&node, faults) else {
+            continue;
+        };
+        let definition = Definition {
+            limits: limits_of(&node, faults),
+            parameters: workflow.parameters.clone(),
+        };
+        if definitions
+            .insert(workflow.type_name.clone(), definition)
+            .is_some()
+        {
+            faults.push(format!(
+                "{}.workflow_type_name: {:?} stands in the file twice",
+                node.path, workflow.type_name
+            ));
+        }
+        workflows.push(workflow);
+    }
+    (AvailableWorkflows { workflows }, definitions)
+}
+
+/// A value in the file, with the path that leads to it.
+struct Node<'a> {
+    path: String,
+    value: &'a Value,
+}
+
+impl<'a> Node<'a> {
+    fn root(value: &'a Value) -> Self {
+        Node {
+            path: "$".to_owned(),
+            value,
+        }
+    }
+
+    /// The value under `key`; null counts as absent.
+    fn get(&self, key: &str) -> Option<Node<'a>> {
+        let value = self.value.get(key).filter(|value| !value.is_null())?;
+        Some(Node {
+            path: format!("{}.{key}", self.path),
+            value,
+        })
+    }
+
+    fn items(&self, faults: &mut Vec<String>) -> Vec<Node<'a>> {
+        match self.value.as_array() {
+            Some(items) => items
+                .iter()
+                .enumerate()
+                .map(|(index, value)| Node {
+                    path: format!("{}[{index}]", self.path),
+                    value,
+                })
+                .collect(),
+            None => {
+                faults.push(self.expected("a list"));
+                Vec::new()
+            }
+        }
+    }
+
+    fn expected(&self, what: &str) -> String {
+        format!(
+            "{}: found {}, expected {what}",
+            self.path,
+            found(self.value)
+        )
+    }
+
+    /// The optional value under `key`, read by `read`; a value that it rejects is a fault.
+    fn optional<T>(
+        &self,
+        key: &str,
+        what: &str,
+        faults: &mut Vec<String>,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Option<T> {
+        let node = self.get(key)?;
+        let value = read(node.value);
+        if value.is_none() {
+            faults.push(node.expected(what));
+        }
+        value
+    }
+
+    fn text(&self, key: &str, faults: &mut Vec<String>) -> Option<String> {
+        self.optional(key, "a text", faults, |value| {
+            value.as_str().map(str::to_owned)
+        })
+    }
+
+    fn required_text(&self, key: &str, faults: &mut Vec<String>) -> Option<String> {
+        if !self.value.is_object() {
+            faults.push(self.expected("an object"));
+            return None;
+        }
+        match self.get(key) {
+            Some(_) => self.text(key, faults),
+            None => {
+                faults.push(format!("{}: {key} is missing, expected a text", self.path));
+                None
+            }
+        }
+    }
+}
+
+/// A value as a message shows it: short.
+pub(crate) fn found(value: &Value) -> String {
+    match value {
+        Value::Array(items) => format!("a list of {}", items.len()),
+        Value::Object(_) => "an object".to_owned(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::String(text) => format!("{:?}", excerpt(text, 60)),
+    }
+}
+
+fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
+    let type_name = node.required_text("workflow_type_name", faults)?;
+    if type_name.starts_with("amq.") {
+        faults.push(format!(
+            "{}.workflow_type_name: found {:?}, expected something else than amq.…, for it \
+             names a queue, and RabbitMQ keeps such names to itself",
+            node.path,
+            excerpt(&type_name, 60)
+        ));
+    }
+    if type_name.is_empty() || type_name.len() > MAX_TYPE_NAME || type_name.contains('\0') {
+        faults.push(format!(
+            "{}.workflow_type_name: found {} bytes, expected 1 to {MAX_TYPE_NAME} without NUL, for \
+             it names a queue",
+            node.path,
+            type_name.len()
+        ));
+    }
+    let type_description = node.required_text("workflow_type_description_name", faults)?;
+    let parameters = node
+        .get("workflow_parameters")
+        .map(|list| list.items(faults))
+        .unwrap_or_default();
+    let mut keys = HashSet::new();
+    let parameters = parameters
+        .iter()
+        .filter_map(|node| {
+            let parameter = parameter(node, faults)?;
+            if !keys.insert(parameter.key_name.clone()) {
+                faults.push(format!(
+                    "{}.key_name: {:?} stands in this workflow twice",
+                    node.path, parameter.key_name
+                ));
+            }
+            Some(parameter)
+        })
+        .collect();
+    Some(Workflow {
+        type_name,
+        type_description,
+        parameters,
+    })
+}
+
+/// What the definition says of the workflow's jobs; clients are not told.
+fn limits_of(node: &Node<'_>, faults: &mut Vec<String>) -> Limits {
+    Limits {
+        delivery_limit: node.optional(
+            "delivery_limit",
+            "a whole number of starts, at least 1",
+            faults,
+            |value| {
+                let limit = usize::try_from(whole_number(value)?).ok()?;
+                (limit > 0).then_some(limit)
+            },
+        ),
+        default_timeout_ms: node.optional(
+            "default_timeout_sec",
+            "a number of seconds above 0, up to 49 days",
+            faults,
+            |value| {
+                let timeout = Duration::try_from_secs_f64(value.as_f64()?).ok()?;
+                let millis = u32::try_from(timeout.as_millis()).ok()?;
+                (millis > 0).then_some(millis)
+            },
+        ),
+    }
+}
+
+fn parameter(node: &Node<'_>, faults: &mut Vec<String>) -> Option<WorkflowParameter> {
+    let key_name = node.required_text("key_name", faults);
+    let kind = node.required_text("parameter_type", faults)?;
+    let parameter_type = match kind.as_str() {
+        "string" => ParameterType::StringParameter(StringParameter {
+            default: node.text("default", faults),
+            enum_options: enum_options(node, faults),
+        }),
+        "boolean" => ParameterType::BooleanParameter(BooleanParameter {
+            default: node.optional("default", "true or false", faults, Value::as_bool),
+        }),
+        "integer" => {
+            let read = |key, faults: &mut _| {
+                node.optional(key, "a whole number of 64 bits", faults, whole_number)
+            };
+            ParameterType::IntegerParameter(IntegerParameter {
+                default: read("default", faults),
+                minimum: read("minimum", faults),
+                maximum: read("maximum", faults),
+            })
+        }
+        "float" => ParameterType::FloatParameter(FloatParameter {
+            default: float(node, "default", faults),
+            minimum: float(node, "minimum", faults),
+            maximum: float(node, "maximum", faults),
+        }),
+        "datetime" => ParameterType::DatetimeParameter(DateTimeParameter {
+            default: node.optional("default", "an ISO 8601 date and time", faults, |value| {
+                let text = value.as_str()?;
+                is_iso_8601(text).then(|| text.to_owned())
+            }),
+        }),
+        "duration" => ParameterType::DurationParameter(DurationParameter {
+            default: float(node, "default", faults),
+            minimum: float(node, "minimum", faults),
+            maximum: float(node, "maximum", faults),
+        }),
+        other => {
+            faults.push(format!(
+                "{}.parameter_type: found {other:.60?}, expected string, boolean, integer, float, \
+                 datetime or duration",
+                node.path
+            ));
+            return None;
+        }
+    };
+    Some(WorkflowParameter {
+        key_name: key_name?,
+        title: node.text("title", faults),
+        description: node.text("description", faults),
+        parameter_type: Some(parameter_type),
+        constraints: constraints(node, faults),
+    })
+}
+
+fn enum_options(node: &Node<'_>, faults: &mut Vec<String>) -> Vec<StringEnum> {
+    let Some(list) = node.get("enum_options") else {
+        return Vec::new();
+    };
+    let options = list.items(faults);
+    options
+        .iter()
+        .filter_map(|option| {
+            let key_name = option.required_text("key_name", faults)?;
+            let display_name = option.required_text("display_name", faults)?;
+            Some(StringEnum {
+                key_name,
+                display_name,
+            })
+        })
+        .collect()
+}
+
+fn constraints(node: &Node<'_>, faults: &mut Vec<String>) -> Vec<Constraint> {
+    let Some(list) = node.get("constraints") else {
+        return Vec::new();
+    };
+    let constraints = list.items(faults);
+    constraints
+        .iter()
+        .filter_map(|constraint| {
+            let other_key_name = constraint.required_text("other_key_name", faults)?;
+            let relation = constraint.required_text("relation", faults)?;
+            match RelationType::from_str_name(&relation.to_uppercase()) {
+                Some(relation) => Some(Constraint {
+                    other_key_name,
+                    relation: relation.into(),
+                }),
+                None => {
+                    faults.push(format!(
+                        "{}.relation: found {relation:.60?}, expected greater, greater_or_eq, \
+                         smaller, smaller_or_eq or eq",
+                        constraint.path
+                    ));
+                    None
+                }
+            }
+        })
+        .collect()
+}
+
+/// A number on the wire has 32 bits.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "losing digits to 32 bits is what the contract asks for; overflow is a fault"
+)]
+fn float(node: &Node<'_>, key: &str, faults: &mut Vec<String>) -> Option<f32> {
+    node.optional(key, "a number of 32 bits", faults, |value| {
+        value
+            .as_f64()
+            .map(|number| number as f32)
+            .filter(|number| number.is_finite())
+    })
+}
+
+fn whole_number(value: &Value) -> Option<i64> {
+    value.as_i64().or_else(|| {
+        // 3.0 is a whole number too; beyond 2^53 a double no longer says which one it means.
+        let number = value.as_f64()?;
+        let exact = number.fract() == 0.0 && number.abs() <= 9_007_199_254_740_992.0;
+        #[expect(clippy::cast_possible_truncation, reason = "checked just above")]
+        exact.then_some(number as i64)
+    })
+}
+
+fn is_iso_8601(text: &str) -> bool {
+    text.parse::<jiff::civil::DateTime>().is_ok() || text.parse::<jiff::Timestamp>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::workflow::{Catalogue, Limits};
+    use base64::prelude::{BASE64_STANDARD, Engine};
+    use prost::Message;
+    use rstest::rstest;
+
+    #[test]
+    fn the_recorded_announcement_comes_out_byte_for_byte() {
+        let captures: Value =
+            serde_json::from_str(include_str!("../../../tests/wire/captures.json")).unwrap();
+        let recorded = captures["available_workflows"][0]["body_b64"]
+            .as_str()
+            .unwrap();
+        let config = include_str!("../../../tests/wire/available_workflows.config.json");
+        let catalogue = Catalogue::parse(config).unwrap();
+        let encoded = catalogue.announcement().encode_to_vec();
+        assert_eq!(BASE64_STANDARD.encode(encoded), recorded);
+    }
+
+    #[test]
+    fn what_is_in_the_file_is_known() {
+        let catalogue = Catalogue::parse(
+            r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "more": 1},
+                {"workflow_type_name": "b", "workflow_type_description_name": "B",
+                 "delivery_limit": 3, "default_timeout_sec": 1.5}]"#,
+        )
+        .unwrap();
+        let limits = |name| Some(catalogue.definition(name)?.limits);
+        assert_eq!(limits("a"), Some(Limits::default()));
+        let own = Limits {
+            delivery_limit: Some(3),
+            default_timeout_ms: Some(1500),
+        };
+        assert_eq!(limits("b"), Some(own));
+        assert_eq!(limits("A"), None);
+    }
+
+    /// `parameter` put into an otherwise faultless file.
+    fn with_parameter(parameter: &str) -> String {
+        format!(
+            r#"[{{"workflow_type_name": "w", "workflow_type_description_name": "W",
+                  "workflow_parameters": [{parameter}]}}]"#
+        )
+    }
+
+    #[rstest]
+    #[case::not_json("[", "it is not JSON: EOF while parsing a list at line 1 column 1")]
+    #[case::no_list("{}", "$: found an object, expected a list")]
+    #[case::no_object("[7]", "$[0]: found 7, expected an object")]
+    #[case::no_name("[{}]", "$[0]: workflow_type_name is missing, expected a text")]
+    #[case::no_description(
+        r#"[{"workflow_type_name": "a"}]"#,
+        "$[0]: workflow_type_description_name is missing, expected a text"
+    )]
+    #[case::name_of_wrong_type(
+        r#"[{"workflow_type_name": 3}]"#,
+        "$[0].workflow_type_name: found 3, expected a text"
+    )]
+    #[case::name_of_rabbitmqs(
+        r#"[{"workflow_type_name": "amq.a", "workflow_type_description_name": "A"}]"#,
+        "$[0].workflow_type_name: found \"amq.a\", expected something else than amq.…, for it names a \
+         queue, and RabbitMQ keeps such names to itself"
+    )]
+    #[case::empty_name(
+        r#"[{"workflow_type_name": "", "workflow_type_description_name": "A"}]"#,
+        "$[0].workflow_type_name: found 0 bytes, expected 1 to 255 without NUL, for it names a queue"
+    )]
+    #[case::same_name_twice(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A"},
+            {"workflow_type_name": "a", "workflow_type_description_name": "B"}]"#,
+        r#"$[1].workflow_type_name: "a" stands in the file twice"#
+    )]
+    #[case::no_start_allowed(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+             "delivery_limit": 0}]"#,
+        "$[0].delivery_limit: found 0, expected a whole number of starts, at least 1"
+    )]
+    #[case::timeout_too_long(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+             "default_timeout_sec": 1e10}]"#,
+        "$[0].default_timeout_sec: found 10000000000.0, expected a number of seconds above 0, up to 49 days"
+    )]
+    #[case::parameters_no_list(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+             "workflow_parameters": "x"}]"#,
+        r#"$[0].workflow_parameters: found "x", expected a list"#
+    )]
+    fn a_fault_is_named(#[case] file: &str, #[case] fault: &str) {
+        assert_eq!(Catalogue::parse(file).unwrap_err().to_string(), fault);
+    }
+
+    #[rstest]
+    #[case::unknown_type(
+        r#"{"key_name": "k", "parameter_type": "colour"}"#,
+        r#"$[0].workflow_parameters[0].parameter_type: found "colour", expected string, boolean, integer, float, datetime or duration"#
+    )]
+    #[case::fraction(
+        r#"{"key_name": "k", "parameter_type": "integer", "minimum": 1.5}"#,
+        "$[0].workflow_parameters[0].minimum: found 1.5, expected a whole number of 64 bits"
+    )]
+    #[case::no_number(
+        r#"{"key_name": "k", "parameter_type": "duration", "default": "1h"}"#,
+        r#"$[0].workflow_parameters[0].default: found "1h", expected a number of 32 bits"#
+    )]
+    #[case::beyond_32_bits(
+        r#"{"key_name": "k", "parameter_type": "float", "maximum": 1e39}"#,
+        "$[0].workflow_parameters[0].maximum: found 1e+39, expected a number of 32 bits"
+    )]
+    #[case::no_date(
+        r#"{"key_name": "k", "parameter_type": "datetime", "default": "soon"}"#,
+        r#"$[0].workflow_parameters[0].default: found "soon", expected an ISO 8601 date and time"#
+    )]
+    #[case::no_boolean(
+        r#"{"key_name": "k", "parameter_type": "boolean", "default": 0}"#,
+        "$[0].workflow_parameters[0].default: found 0, expected true or false"
+    )]
+    #[case::relation(
+        r#"{"key_name": "k", "parameter_type": "float",
+            "constraints": [{"other_key_name": "o", "relation": "near"}]}"#,
+        r#"$[0].workflow_parameters[0].constraints[0].relation: found "near", expected greater, greater_or_eq, smaller, smaller_or_eq or eq"#
+    )]
+    #[case::option_without_display_name(
+        r#"{"key_name": "k", "parameter_type": "string", "enum_options": [{"key_name": "o"}]}"#,
+        "$[0].workflow_parameters[0].enum_options[0]: display_name is missing, expected a text"
+    )]
+    #[case::same_key_twice(
+        r#"{"key_name": "k", "parameter_type": "string"}, {"key_name": "k", "parameter_type": "float"}"#,
+        r#"$[0].workflow_parameters[1].key_name: "k" stands in this workflow twice"#
+    )]
+    fn a_parameters_fault_is_named(#[case] parameter: &str, #[case] fault: &str) {
+        let file = with_parameter(parameter);
+        assert_eq!(Catalogue::parse(&file).unwrap_err().to_string(), fault);
+    }
+
+    #[test]
+    fn all_faults_are_reported_at_once() {
+        let file = with_parameter(
+            r#"{"parameter_type": "integer", "default": "x", "minimum": []},
+               {"key_name": "k", "parameter_type": "?"}"#,
+        );
+        assert_eq!(
+            Catalogue::parse(&file).unwrap_err().to_string(),
+            "$[0].workflow_parameters[0]: key_name is missing, expected a text\n\
+             $[0].workflow_parameters[0].default: found \"x\", expected a whole number of 64 bits\n\
+             $[0].workflow_parameters[0].minimum: found a list of 0, expected a whole number of 64 bits\n\
+             $[0].workflow_parameters[1].parameter_type: found \"?\", expected string, boolean, \
+             integer, float, datetime or duration"
+        );
+    }
+
+    #[test]
+    fn a_whole_double_is_an_integer_and_a_relation_has_any_case() {
+        let file = with_parameter(
+            r#"{"key_name": "k", "parameter_type": "integer", "default": 3.0, "title": null,
+                "constraints": [{"other_key_name": "o", "relation": "Smaller_Or_Eq"}]}"#,
+        );
+        let catalogue = Catalogue::parse(&file).unwrap();
+        let parameter = &catalogue.announcement().workflows[0].parameters[0];
+        assert_eq!(
+            parameter.parameter_type,
+            Some(ParameterType::IntegerParameter(IntegerParameter {
+                default: Some(3),
+                minimum: None,
+                maximum: None,
+            }))
+        );
+        assert_eq!(
+            parameter.constraints[0].relation(),
+            RelationType::SmallerOrEq
+        );
+        assert_eq!(parameter.title, None);
+    }
+}

@@ -110,7 +110,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
     let rules = Rules {
         delivery_limit: 2,
         retention: Duration::from_secs(1000),
-        telling: Duration::from_secs(300),
+        outcome_lost: Duration::from_secs(300),
         outcome_delay: Duration::from_secs(1),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,

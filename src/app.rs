@@ -5,14 +5,13 @@ use std::process;
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use log::{error, info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
-use crate::config::Config;
-use crate::domain::workflow::Catalogue;
+use crate::config::{self, Config};
 use crate::http::{self, Server};
 use crate::service::database;
 use crate::service::handler::panic_text;
@@ -21,7 +20,6 @@ use crate::service::session;
 use crate::service::shared::Service;
 use crate::service::time_series;
 use crate::telemetry::logger;
-use crate::text_file;
 use crate::threads::{Backoff, Pending, Signal};
 
 /// The longest time between a stop signal and the end of the process. Docker kills after ten
@@ -33,23 +31,13 @@ const LAST_PAUSE: Duration = Duration::from_secs(15);
 /// After a session that lasted this long, the next attempt is made without delay.
 const GOOD_SESSION: Duration = Duration::from_secs(60);
 
-/// Reads the workflow definitions.
-///
-/// # Errors
-/// The file cannot be read, or all that is wrong with what is in it.
-pub fn read_catalogue(path: &std::path::Path) -> anyhow::Result<Catalogue> {
-    let name = || format!("workflow definitions {}", path.display());
-    let text = text_file::read(path).with_context(name)?;
-    Catalogue::parse(&text).with_context(name)
-}
-
 /// Runs the service until SIGTERM, SIGINT or SIGQUIT.
 ///
 /// # Errors
 /// Something that an operator has to put right: the workflow definitions, the HTTP address, the
 /// database's revision.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    let catalogue = read_catalogue(&config.workflow_config_path)?;
+    let catalogue = config::read_catalogue(&config.workflow_config_path)?;
     let server = config.http_bind.map(http::listen).transpose()?;
     let (service, catalogue_changed) = Service::new(config, catalogue)?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2])?;
@@ -160,7 +148,7 @@ fn restarted(stopped: &Signal, body: impl Fn()) {
 
 /// Reloads the workflow definitions. Faulty ones change nothing.
 fn reload(service: &Service, changed: &Sender<()>) {
-    match read_catalogue(&service.config.workflow_config_path) {
+    match config::read_catalogue(&service.config.workflow_config_path) {
         Ok(catalogue) => {
             info!(
                 "workflow definitions read again: {} workflows",

@@ -48,7 +48,7 @@ enum Command {
     Healthcheck,
     /// List, show, watch and cancel jobs.
     #[command(subcommand)]
-    Jobs(jobs::Command),
+    Jobs(jobs::Action),
     /// Show the depth of RabbitMQ's queues, their consumers, and how both change.
     Queues(queues::Queues),
     /// Show the configuration in force and where each value comes from; passwords are not shown.
@@ -68,16 +68,16 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Show or change the revision of the database's tables.
     #[command(subcommand)]
-    Db(db::Command),
+    Db(db::Action),
     /// The workflow definitions.
     #[command(subcommand)]
-    Workflows(workflows::Command),
+    Workflows(workflows::Action),
     /// The time series of output ESDLs: list, keep, drop.
     #[command(subcommand)]
-    TimeSeries(time_series::Command),
+    TimeSeries(time_series::Action),
     /// The messages that could not be handled, of both vhosts.
     #[command(subcommand)]
-    DeadLetters(dead_letters::Command),
+    DeadLetters(dead_letters::Action),
     /// Submit a job and follow it to its end.
     ///
     /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it

@@ -4,15 +4,18 @@ pub mod environment;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::Context;
 use log::LevelFilter;
 use serde::Serialize;
 
 use self::reader::Reader;
 use crate::domain::job::TimeoutResult;
 use crate::domain::vhost::Vhost;
+use crate::domain::workflow::Catalogue;
+use crate::text_file;
 use crate::tls::Tls;
 
 mod reader;
@@ -229,6 +232,16 @@ pub struct Setting {
     /// The default where it is not set. Not that of a password.
     pub value: String,
     pub is_given: bool,
+}
+
+/// Reads the workflow definitions.
+///
+/// # Errors
+/// The file cannot be read, or all that is wrong with what is in it.
+pub fn read_catalogue(path: &Path) -> anyhow::Result<Catalogue> {
+    let name = || format!("workflow definitions {}", path.display());
+    let text = text_file::read(path).with_context(name)?;
+    Catalogue::parse(&text).with_context(name)
 }
 
 /// How long opening a connection, or one step of it, may take.

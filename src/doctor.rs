@@ -3,12 +3,11 @@
 
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::domain::workflow::Catalogue;
 use crate::influx::Influx;
 use crate::store::inspection::Inspection;
 use crate::telemetry::report::one_line;
-use crate::text_file;
 
 mod limits;
 mod postgres;
@@ -112,11 +111,9 @@ pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str
 
 fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
     const PART: &str = "Workflows";
-    let path = config.workflow_config_path.display();
-    let parsed =
-        text_file::read(&config.workflow_config_path).and_then(|text| Ok(Catalogue::parse(&text)?));
-    match parsed {
+    match config::read_catalogue(&config.workflow_config_path) {
         Ok(catalogue) => {
+            let path = config.workflow_config_path.display();
             findings.ok(PART, format!("{path} defines {}", catalogue.names().len()));
             Some(catalogue)
         }
@@ -124,7 +121,7 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
             findings.add(
                 PART,
                 Severity::Error,
-                format!("{path}: {}", one_line(&format!("{error:#}"))),
+                one_line(&format!("{error:#}")),
                 "Put the file right, or WORKFLOW_CONFIG_PATH; `workflows check FILE` tells all that \
                  is wrong. The service does not start with it.",
             );

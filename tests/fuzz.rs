@@ -155,7 +155,7 @@ fn inbox() -> impl Strategy<Value = Inbox> {
 static RULES: Rules = Rules {
     delivery_limit: 1,
     retention: Duration::from_secs(1000),
-    telling: Duration::from_secs(300),
+    outcome_lost: Duration::from_secs(300),
     outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: true,

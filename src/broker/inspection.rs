@@ -14,7 +14,7 @@ use crate::wire::TASK_QUEUE_MAX_PRIORITY;
 
 /// The state of a queue or an exchange that this program and others rely on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
+pub enum Inspected {
     /// It does not exist; whoever needs it declares it.
     Absent,
     /// As everybody declares it.
@@ -37,12 +37,12 @@ const FORBIDDEN: u16 = 403;
 const LOCKED: u16 = 405;
 
 /// What a refusal says about the thing that was asked for; an error if it is no refusal.
-fn standing(error: amiquip::Error) -> anyhow::Result<Standing> {
+fn inspected(error: amiquip::Error) -> anyhow::Result<Inspected> {
     match error {
         amiquip::Error::ServerClosedChannel { code, message, .. } => match code {
-            NOT_FOUND => Ok(Standing::Absent),
-            FORBIDDEN => Ok(Standing::Forbidden(message)),
-            PRECONDITION_FAILED | LOCKED => Ok(Standing::Otherwise(message)),
+            NOT_FOUND => Ok(Inspected::Absent),
+            FORBIDDEN => Ok(Inspected::Forbidden(message)),
+            PRECONDITION_FAILED | LOCKED => Ok(Inspected::Otherwise(message)),
             _ => Err(anyhow::anyhow!("{code} {message}")),
         },
         error => Err(error.into()),
@@ -55,14 +55,14 @@ impl Link {
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn inspect_queue(&self, queue: &str, tasks: bool) -> anyhow::Result<Standing> {
+    pub fn inspect_queue(&self, queue: &str, tasks: bool) -> anyhow::Result<Inspected> {
         // On a channel each, since a refusal closes it.
         let declared = match self.channel()?.queue_declare_passive(queue) {
             Ok(declared) => Depth {
                 messages: declared.declared_message_count().unwrap_or_default(),
                 consumers: declared.declared_consumer_count().unwrap_or_default(),
             },
-            Err(error) => return standing(error),
+            Err(error) => return inspected(error),
         };
         let mut arguments = FieldTable::new();
         if tasks {
@@ -70,17 +70,17 @@ impl Link {
             arguments.insert("x-max-priority".to_owned(), priority);
         }
         if let Err(error) = self.channel()?.queue_declare(queue, durable(arguments)) {
-            return standing(error);
+            return inspected(error);
         }
         let channel = self.channel()?;
         if !tasks && declared.messages == 0 {
             // A message that arrived meanwhile returns with the channel.
             if let Err(error) = channel.basic_get(queue, false) {
-                return standing(error);
+                return inspected(error);
             }
         }
         channel.close().context("looking at a queue")?;
-        Ok(Standing::Good(declared))
+        Ok(Inspected::Good(declared))
     }
 
     /// Whether a new task queue can be declared, as a new workflow's workers would. It is deleted
@@ -88,7 +88,7 @@ impl Link {
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn inspect_new_task_queue(&self) -> anyhow::Result<Standing> {
+    pub fn inspect_new_task_queue(&self) -> anyhow::Result<Inspected> {
         let name = format!("omotes_orchestrator_doctor_{}", Uuid::new_v4());
         let arguments = FieldTable::from([
             (
@@ -100,20 +100,24 @@ impl Link {
         ]);
         let channel = self.channel()?;
         if let Err(error) = channel.queue_declare(name.as_str(), durable(arguments)) {
-            return standing(error);
+            return inspected(error);
         }
         channel.queue_delete(name, Default::default())?;
         channel.close().context("looking at a new queue")?;
-        Ok(Standing::Good(Depth::default()))
+        Ok(Inspected::Good(Depth::default()))
     }
 
     /// The state of an exchange of this kind.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn inspect_exchange(&self, exchange: &str, kind: ExchangeKind) -> anyhow::Result<Standing> {
+    pub fn inspect_exchange(
+        &self,
+        exchange: &str,
+        kind: ExchangeKind,
+    ) -> anyhow::Result<Inspected> {
         if let Err(error) = self.channel()?.exchange_declare_passive(exchange) {
-            return standing(error);
+            return inspected(error);
         }
         let kind = match kind {
             ExchangeKind::Direct => ExchangeType::Direct,
@@ -121,8 +125,8 @@ impl Link {
         };
         let options = ExchangeDeclareOptions::default();
         match self.channel()?.exchange_declare(kind, exchange, options) {
-            Ok(_) => Ok(Standing::Good(Depth::default())),
-            Err(error) => standing(error),
+            Ok(_) => Ok(Inspected::Good(Depth::default())),
+            Err(error) => inspected(error),
         }
     }
 
@@ -130,7 +134,7 @@ impl Link {
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn inspect_publishing(&self, bytes: usize) -> anyhow::Result<Standing> {
+    pub fn inspect_publishing(&self, bytes: usize) -> anyhow::Result<Inspected> {
         let channel = self.channel()?;
         let confirms = channel.listen_for_publisher_confirms()?;
         channel.enable_publisher_confirms()?;
@@ -140,12 +144,12 @@ impl Link {
         Exchange::direct(&channel).publish(publish)?;
         if confirms.recv().is_ok() {
             channel.close().context("publishing")?;
-            return Ok(Standing::Good(Depth::default()));
+            return Ok(Inspected::Good(Depth::default()));
         }
         // The next call on the channel returns what closed it.
         match channel.close() {
             Ok(()) => anyhow::bail!("RabbitMQ neither took nor refused a message"),
-            Err(error) => standing(error),
+            Err(error) => inspected(error),
         }
     }
 }

@@ -12,7 +12,7 @@ use omotes_orchestrator::store::migrate::{self, Loss, REVISIONS, Revision};
 use super::{Agreed, NOTHING_DONE, connect, say, say_aside};
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(super) enum Action {
     /// Apply revisions, by default all of them.
     Upgrade { revision: Option<String> },
     /// Undo the revisions after the given one; `base` undoes all.
@@ -37,19 +37,19 @@ pub(super) enum Command {
 /// # Errors
 /// Postgres is not there, or a revision cannot be applied or undone.
 pub(super) fn run(
-    command: Command,
+    action: Action,
     config: impl FnOnce() -> anyhow::Result<Config>,
 ) -> anyhow::Result<ExitCode> {
-    match command {
-        Command::Upgrade { revision } => {
+    match action {
+        Action::Upgrade { revision } => {
             let upgrade = |client: &mut _| migrate::upgrade(client, revision.as_deref());
             let applied = connect(&config()?)?.revisions(upgrade)?;
             report_revisions("applied", applied)?;
         }
-        Command::Downgrade { revision, agreed } => {
+        Action::Downgrade { revision, agreed } => {
             return downgrade(&config()?, &revision, agreed);
         }
-        Command::Current => match connect(&config()?)?
+        Action::Current => match connect(&config()?)?
             .revisions(migrate::current)?
             .checked_sub(1)
         {
@@ -59,12 +59,12 @@ pub(super) fn run(
             Some(last) => say(format_args!("{}", describe(&REVISIONS[last])))?,
             None => say(format_args!("base"))?,
         },
-        Command::History => {
+        Action::History => {
             for revision in REVISIONS {
                 say(format_args!("{}", describe(revision)))?;
             }
         }
-        Command::Revision { message } => {
+        Action::Revision { message } => {
             let folder = new_revision(Path::new("migrations"), &message)?;
             say(format_args!("{}", folder.display()))?;
         }

@@ -16,7 +16,7 @@ use omotes_orchestrator::wire;
 use super::{Agreed, NOTHING_DONE, say, say_aside};
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(super) enum Action {
     /// List them, a line each: id, time, connection, queue, size, reason.
     List,
     /// Show one of them: its reason, the message's properties, and the beginning of its body.
@@ -50,7 +50,7 @@ pub(super) struct Which {
 
 /// # Errors
 /// RabbitMQ is not there, or an id names no letter.
-pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode> {
+pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> {
     let mut links = vec![(
         Vhost::Sdk,
         Link::open(&config.sdk_rabbitmq, "dead letters")?,
@@ -61,20 +61,20 @@ pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
             Link::open(&config.task_rabbitmq, "dead letters")?,
         ));
     }
-    let unasked = match command {
-        Command::Drop { which, agreed } => which.all && !agreed.yes,
-        Command::List | Command::Show { .. } | Command::Requeue(_) => false,
+    let unasked = match action {
+        Action::Drop { which, agreed } => which.all && !agreed.yes,
+        Action::List | Action::Show { .. } | Action::Requeue(_) => false,
     };
-    let known = known_letters(&links, unasked || matches!(command, Command::List))?;
+    let known = known_letters(&links, unasked || matches!(action, Action::List))?;
     if unasked && !known.is_empty() {
         would_delete(known.len());
         return Ok(ExitCode::FAILURE);
     }
-    let (which, fate, done) = match command {
-        Command::List => return Ok(ExitCode::SUCCESS),
-        Command::Show { id, .. } => (vec![named(id, &known)?], Fate::Leave, "shown"),
-        Command::Requeue(which) => (which.resolve(known)?, Fate::Requeue, "requeued"),
-        Command::Drop { which, .. } => (which.resolve(known)?, Fate::Drop, "dropped"),
+    let (which, fate, done) = match action {
+        Action::List => return Ok(ExitCode::SUCCESS),
+        Action::Show { id, .. } => (vec![named(id, &known)?], Fate::Leave, "shown"),
+        Action::Requeue(which) => (which.resolve(known)?, Fate::Requeue, "requeued"),
+        Action::Drop { which, .. } => (which.resolve(known)?, Fate::Drop, "dropped"),
     };
     let mut code = ExitCode::SUCCESS;
     for (vhost, link) in links {
@@ -84,7 +84,7 @@ pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
             if !which.contains(&letter.id) {
                 return Fate::Leave;
             }
-            if let Command::Show { body, .. } = command {
+            if let Action::Show { body, .. } = action {
                 shown = show_letter(vhost, letter, body.as_deref());
             }
             meant.push(letter.id.clone());

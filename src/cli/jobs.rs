@@ -28,7 +28,7 @@ use super::{connect, overview, print, table};
 const WATCH_PERIOD: Duration = Duration::from_secs(2);
 
 #[derive(Subcommand)]
-pub(crate) enum Command {
+pub(crate) enum Action {
     /// List jobs that have not ended, in the order in which workers take them, or those that have.
     ///
     /// Estimates are from the last successful runs of the same workflow; there are none before it
@@ -97,9 +97,9 @@ impl Selection {
 
 /// # Errors
 /// Postgres or, to cancel, RabbitMQ is not there.
-pub(crate) fn run(config: &Config, command: Command) -> anyhow::Result<ExitCode> {
-    match command {
-        Command::List { list, json } => {
+pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
+    match action {
+        Action::List { list, json } => {
             let mut connection = connect(config)?;
             let filter = list.filter();
             let watch = if filter.finished {
@@ -115,9 +115,9 @@ pub(crate) fn run(config: &Config, command: Command) -> anyhow::Result<ExitCode>
             })?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Show { id, json } => show(config, id, json),
-        Command::Cancel { ids } => cancel(config, &ids),
-        Command::Watch(list) => watch(config, &list),
+        Action::Show { id, json } => show(config, id, json),
+        Action::Cancel { ids } => cancel(config, &ids),
+        Action::Watch(list) => watch(config, &list),
     }
 }
 

@@ -39,8 +39,8 @@ pub(super) struct Submit {
     /// Your name for the job.
     #[arg(long)]
     reference: Option<String>,
-    #[arg(long, value_enum, default_value_t = Priority::Medium)]
-    priority: Priority,
+    #[arg(long, value_enum, default_value_t = PriorityOption::Medium)]
+    priority: PriorityOption,
     /// How long the job may run: `90s`, `10m`, `1h30m`.
     #[arg(long, value_parser = parse_duration)]
     timeout: Option<Duration>,
@@ -50,7 +50,7 @@ pub(super) struct Submit {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Priority {
+enum PriorityOption {
     Low,
     Medium,
     High,
@@ -82,9 +82,9 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
         params: submit.params.into_iter().collect::<Map<_, _>>(),
         reference: submit.reference,
         priority: match submit.priority {
-            Priority::Low => JobPriority::Low,
-            Priority::Medium => JobPriority::Medium,
-            Priority::High => JobPriority::High,
+            PriorityOption::Low => JobPriority::Low,
+            PriorityOption::Medium => JobPriority::Medium,
+            PriorityOption::High => JobPriority::High,
         },
         timeout: submit.timeout,
     };

@@ -13,7 +13,7 @@ use omotes_orchestrator::telemetry::report::one_line;
 use super::{Agreed, NOTHING_DONE, connect, say, say_aside};
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(super) enum Action {
     /// List what is known of them, and whether InfluxDB has a database for each.
     List,
     /// Keep them from now on, also those of a deleted job.
@@ -28,26 +28,26 @@ pub(super) enum Command {
 
 /// # Errors
 /// InfluxDB or Postgres is not there, or nothing is known of the series.
-pub(super) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode> {
+pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> {
     let influxdb = config.influxdb.as_ref();
     let influxdb =
         influxdb.context("INFLUXDB_HOST is empty: there is no InfluxDB to look after")?;
     let influx = Influx::new(influxdb);
     let mut connection = connect(config)?;
-    match command {
-        Command::List => {
+    match action {
+        Action::List => {
             let databases = influx.databases()?;
             for guard in connection.guards()? {
                 say(format_args!("{}", describe_series(&guard, &databases)))?;
             }
         }
-        Command::Keep { esdl_id } => {
+        Action::Keep { esdl_id } => {
             if !connection.set_series_in_use(esdl_id, true)? {
                 bail!("nothing is known of time series {esdl_id}");
             }
             say(format_args!("{}: kept", one_line(esdl_id)))?;
         }
-        Command::Drop { esdl_id, agreed } => {
+        Action::Drop { esdl_id, agreed } => {
             let protected = time_series::protected(influxdb);
             if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
                 bail!("the database {esdl_id} is protected");

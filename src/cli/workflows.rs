@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Subcommand;
-use omotes_orchestrator::app;
-use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::workflow::Catalogue;
 use omotes_orchestrator::telemetry::report::harmless;
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
@@ -13,23 +12,23 @@ use omotes_orchestrator::wire::workflow_parameter::ParameterType;
 use super::say;
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(super) enum Action {
     /// Check a definition file and print what clients would see.
     Check { file: PathBuf },
 }
 
 /// # Errors
 /// All that is wrong with the definitions.
-pub(super) fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    match command {
-        Command::Check { file } => show(&app::read_catalogue(file)?)?,
+pub(super) fn run(action: &Action) -> anyhow::Result<ExitCode> {
+    match action {
+        Action::Check { file } => show(&config::read_catalogue(file)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// The workflows that the definitions have, none where those cannot be read.
 pub(super) fn defined(config: &Config) -> Vec<String> {
-    let catalogue = app::read_catalogue(&config.workflow_config_path).ok();
+    let catalogue = config::read_catalogue(&config.workflow_config_path).ok();
     catalogue.map_or_else(Vec::new, |catalogue| catalogue.names())
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Findings, Severity};
 use crate::broker::Link;
-use crate::broker::inspection::{ExchangeKind, Standing};
+use crate::broker::inspection::{ExchangeKind, Inspected};
 use crate::config::Config;
 use crate::domain::overview::Depth;
 use crate::domain::vhost::Vhost;
@@ -20,15 +20,15 @@ use crate::wire::{
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// The state of the queues, by connection and name.
-pub(super) type Seen = BTreeMap<(Vhost, String), Standing>;
+pub(super) type Seen = BTreeMap<(Vhost, String), Inspected>;
 
 /// What was seen through one connection.
 struct Look {
-    queues: Vec<(String, Standing)>,
-    exchange: Option<(&'static str, Standing)>,
+    queues: Vec<(String, Inspected)>,
+    exchange: Option<(&'static str, Inspected)>,
     /// Of a new queue, declared as workers declare theirs.
-    task_queue: Option<Standing>,
-    publishing: Standing,
+    task_queue: Option<Inspected>,
+    publishing: Inspected,
 }
 
 fn part(vhost: Vhost) -> &'static str {
@@ -105,7 +105,7 @@ fn look(
             link.inspect_queue(&queue, tasks)?
         } else {
             let depth = link.depths(&[&queue])?.into_iter().flatten().next();
-            depth.map_or(Standing::Absent, Standing::Good)
+            depth.map_or(Inspected::Absent, Inspected::Good)
         };
         queues.push((queue, standing));
     }
@@ -146,7 +146,7 @@ fn judge(
         judge_queue(part, exchange, standing, findings);
     }
     // Without the right to that name nothing is known; the names that matter have been checked.
-    if let Some(Standing::Otherwise(words)) = &look.task_queue {
+    if let Some(Inspected::Otherwise(words)) = &look.task_queue {
         findings.add(
             part,
             Severity::Error,
@@ -185,24 +185,24 @@ fn is_at_home(vhost: Vhost, queue: &str, config: &Config, workflows: &[String]) 
 }
 
 /// Judges a queue or an exchange in the vhost where it belongs.
-fn judge_queue(part: &'static str, name: &str, standing: &Standing, findings: &mut Findings) {
+fn judge_queue(part: &'static str, name: &str, standing: &Inspected, findings: &mut Findings) {
     match standing {
-        Standing::Absent => {}
-        Standing::Good(depth) if name == DEAD_LETTERS_QUEUE && depth.messages > 0 => findings.add(
+        Inspected::Absent => {}
+        Inspected::Good(depth) if name == DEAD_LETTERS_QUEUE && depth.messages > 0 => findings.add(
             part,
             Severity::Warning,
             format!("{} messages that could not be handled wait in {name}", depth.messages),
             "`dead-letters list` shows them; `dead-letters requeue` or `drop` takes them away.",
         ),
-        Standing::Good(_) => {}
-        Standing::Otherwise(words) => findings.add(
+        Inspected::Good(_) => {}
+        Inspected::Otherwise(words) => findings.add(
             part,
             Severity::Error,
             format!("{name} is declared otherwise: {}", one_line(words)),
             "Stop whoever declares it so, and delete it when it is empty; it is declared anew. Task queues \
              are durable with x-max-priority 10, all others durable without arguments.",
         ),
-        Standing::Forbidden(words) => findings.add(
+        Inspected::Forbidden(words) => findings.add(
             part,
             Severity::Error,
             format!("no rights on {name}: {}", one_line(words)),
@@ -212,20 +212,25 @@ fn judge_queue(part: &'static str, name: &str, standing: &Standing, findings: &m
     }
 }
 
-fn judge_publishing(part: &'static str, size: usize, standing: &Standing, findings: &mut Findings) {
+fn judge_publishing(
+    part: &'static str,
+    size: usize,
+    standing: &Inspected,
+    findings: &mut Findings,
+) {
     let size = size / 1024 / 1024;
     match standing {
-        Standing::Good(_) | Standing::Absent => {
+        Inspected::Good(_) | Inspected::Absent => {
             findings.ok(part, format!("a message of {size} MiB is taken"));
         }
-        Standing::Otherwise(words) => findings.add(
+        Inspected::Otherwise(words) => findings.add(
             part,
             Severity::Error,
             format!("a message of {size} MiB is not taken: {}", one_line(words)),
             "Raise max_message_size in rabbitmq.conf. Results and tasks above it end their jobs with an \
              error.",
         ),
-        Standing::Forbidden(words) => findings.add(
+        Inspected::Forbidden(words) => findings.add(
             part,
             Severity::Error,
             format!("no right to publish: {}", one_line(words)),
@@ -234,11 +239,14 @@ fn judge_publishing(part: &'static str, size: usize, standing: &Standing, findin
     }
 }
 
-fn in_use(standing: Option<&Standing>) -> Option<Depth> {
+fn in_use(standing: Option<&Inspected>) -> Option<Depth> {
     match standing {
-        Some(Standing::Good(depth)) if depth.messages > 0 || depth.consumers > 0 => Some(*depth),
+        Some(Inspected::Good(depth)) if depth.messages > 0 || depth.consumers > 0 => Some(*depth),
         Some(
-            Standing::Good(_) | Standing::Absent | Standing::Otherwise(_) | Standing::Forbidden(_),
+            Inspected::Good(_)
+            | Inspected::Absent
+            | Inspected::Otherwise(_)
+            | Inspected::Forbidden(_),
         )
         | None => None,
     }
@@ -296,12 +304,12 @@ pub(super) fn judge_workers(
 ) {
     for workflow in workflows {
         let depth = match seen.get(&(Vhost::Celery, workflow.clone())) {
-            Some(Standing::Good(depth)) => *depth,
-            Some(Standing::Absent) => Depth {
+            Some(Inspected::Good(depth)) => *depth,
+            Some(Inspected::Absent) => Depth {
                 messages: 0,
                 consumers: 0,
             },
-            Some(Standing::Otherwise(_) | Standing::Forbidden(_)) | None => continue,
+            Some(Inspected::Otherwise(_) | Inspected::Forbidden(_)) | None => continue,
         };
         let jobs = waiting.and_then(|waiting| waiting.get(workflow)).copied();
         let jobs = jobs.unwrap_or(0).max(depth.messages.into());

@@ -34,9 +34,9 @@ pub struct Limits {
 
 /// All faults of a definition file, one line each.
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub struct Faults(Vec<String>);
+pub struct DefinitionFaults(Vec<String>);
 
-impl fmt::Display for Faults {
+impl fmt::Display for DefinitionFaults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0.join("\n"))
     }
@@ -47,7 +47,7 @@ impl Catalogue {
     ///
     /// # Errors
     /// Every fault in it, with its path in the file, what was found and what was expected.
-    pub fn parse(text: &str) -> Result<Catalogue, Faults> {
+    pub fn parse(text: &str) -> Result<Catalogue, DefinitionFaults> {
         let mut faults = Vec::new();
         let (announcement, definitions) = definitions::read(text, &mut faults);
         if faults.is_empty() {
@@ -56,7 +56,7 @@ impl Catalogue {
                 definitions,
             })
         } else {
-            Err(Faults(faults))
+            Err(DefinitionFaults(faults))
         }
     }
 

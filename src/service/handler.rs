@@ -53,7 +53,7 @@ pub enum Work {
     /// What the service itself has found out about a job.
     Finding { job_id: Uuid, command: Command },
     /// The workflow definitions have changed, and all clients are to be told.
-    Announce,
+    WorkflowsChanged,
 }
 
 /// Which of `handlers` threads handles a job: always the same one, which keeps the order of the
@@ -64,7 +64,7 @@ pub fn index(job_id: Uuid, handlers: usize) -> usize {
 }
 
 /// What all handler threads share.
-pub struct Setting<'s> {
+pub struct Common<'s> {
     pub service: &'s Service,
     /// Wakes the inquiry thread, which asks the workers about suspected starts.
     pub inquiry: Sender<()>,
@@ -85,7 +85,7 @@ pub struct Publishers<'s> {
 pub struct Handler<'s> {
     /// Distinguishes it from the session's other handlers.
     number: usize,
-    setting: &'s Setting<'s>,
+    common: &'s Common<'s>,
     store: Store,
     watched: &'s Watched,
     publishers: Publishers<'s>,
@@ -104,15 +104,15 @@ pub struct Handler<'s> {
 impl<'s> Handler<'s> {
     pub fn new(
         number: usize,
-        setting: &'s Setting<'s>,
+        common: &'s Common<'s>,
         watched: &'s Watched,
         publishers: Publishers<'s>,
         done: HashMap<Inbox, Sender<Handled>>,
     ) -> Handler<'s> {
         Handler {
             number,
-            setting,
-            store: setting.service.store.watched_by(&watched.postgres),
+            common,
+            store: common.service.store.watched_by(&watched.postgres),
             watched,
             publishers,
             done,
@@ -189,7 +189,7 @@ impl<'s> Handler<'s> {
         }
         match self.handle(&mut batch, stop) {
             Ok(()) => {
-                self.setting.service.metrics.batch(batch.len());
+                self.common.service.metrics.batch(batch.len());
                 batch.into_iter().for_each(|item| self.finish(item));
                 Ok(())
             }
@@ -324,7 +324,7 @@ impl<'s> Handler<'s> {
                 }
             }
             (None, Work::Message { inbox, received }) => (*inbox, Handled::Done(received.tag)),
-            (None, Work::Finding { .. } | Work::Announce) => return,
+            (None, Work::Finding { .. } | Work::WorkflowsChanged) => return,
         };
         if let Some(done) = self.done.get(&inbox) {
             // If the consumer is gone, so is the session, and the broker redelivers.
@@ -349,7 +349,7 @@ impl Work {
     fn size(&self) -> usize {
         match self {
             Work::Message { received, .. } => received.body.len(),
-            Work::Finding { .. } | Work::Announce => 0,
+            Work::Finding { .. } | Work::WorkflowsChanged => 0,
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::domain::job::Command;
 use crate::fault_point;
 use crate::service::handler::{self, Work};
 use crate::service::shared::Service;
-use crate::store::{Connection, Overdue, Store, StoreError, Task};
+use crate::store::{Connection, Overdue, Store, StoreError, Upkeep};
 use crate::threads::Signal;
 
 /// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
@@ -233,7 +233,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
             return Ok(());
         }
         let period = config.timeout_check_period;
-        if !self.limits.go_on(connection, Task::Limits, period)? {
+        if !self.limits.go_on(connection, Upkeep::Limits, period)? {
             return Ok(());
         }
         // Timeouts always come first: a job past both its timeout and its retention has one
@@ -241,7 +241,7 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         for (overdue, command) in [
             (Overdue::Timeout { grace: GRACE }, Command::TimeOut),
             (Overdue::Retention(config.job_retention), Command::Expire),
-            (Overdue::Telling(config.outcome_lost), Command::Expire),
+            (Overdue::OutcomeLost(config.outcome_lost), Command::Expire),
         ] {
             let mut last = None;
             loop {
@@ -269,7 +269,9 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
     fn forget(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
         let config = &self.service.config;
         let period = config.timeout_check_period;
-        if self.history == Chore::Done || !self.history.go_on(connection, Task::History, period)? {
+        if self.history == Chore::Done
+            || !self.history.go_on(connection, Upkeep::History, period)?
+        {
             return Ok(());
         }
         let retention = config.history_retention;
@@ -299,7 +301,7 @@ impl Chore {
     fn go_on(
         &mut self,
         connection: &mut Connection,
-        task: Task,
+        task: Upkeep,
         period: Duration,
     ) -> Result<bool, StoreError> {
         *self = match *self {

@@ -25,7 +25,7 @@ const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
 /// Looks every few seconds, until `stop` is given.
 pub fn run(service: &Service, stop: &Signal) {
     let mut watch: Option<Watch> = None;
-    let mut lonely = Lonely::default();
+    let mut without_worker = WithoutWorker::default();
     let mut absent = Absent::default();
     loop {
         // Jobs may belong to workflows that are no longer defined.
@@ -57,7 +57,7 @@ pub fn run(service: &Service, stop: &Signal) {
             Ok((open, queues)) => {
                 watch = Some(open);
                 let now = Timestamp::now();
-                let without_worker = lonely.look(&queues, now);
+                let without_worker = without_worker.look(&queues, now);
                 Some(Queues {
                     at: now,
                     queues,
@@ -171,25 +171,26 @@ impl Watch {
 
 /// Workflows whose jobs wait although they have no worker.
 #[derive(Default)]
-struct Lonely {
+struct WithoutWorker {
     since: BTreeMap<String, Timestamp>,
     /// Those already logged.
     told: BTreeSet<String>,
 }
 
-impl Lonely {
+impl WithoutWorker {
     /// Those that have had no worker for a while. Each outage is logged once.
     fn look(&mut self, queues: &[Queue], now: Timestamp) -> BTreeMap<String, Timestamp> {
         let tasks = queues.iter().filter(|queue| queue.vhost == Vhost::Celery);
-        let lonely: BTreeSet<&str> = tasks
+        let without_worker: BTreeSet<&str> = tasks
             .filter(|queue| {
                 let depth = queue.depth;
                 depth.is_some_and(|depth| depth.consumers == 0 && depth.messages > 0)
             })
             .map(|queue| queue.name.as_str())
             .collect();
-        self.since.retain(|name, _| lonely.contains(name.as_str()));
-        for name in lonely {
+        self.since
+            .retain(|name, _| without_worker.contains(name.as_str()));
+        for name in without_worker {
             self.since.entry(name.to_owned()).or_insert(now);
         }
         let mut long = self.since.clone();
@@ -223,7 +224,7 @@ mod tests {
             }]
         };
         let at = |second| Timestamp::from_second(second).unwrap();
-        let mut lonely = Lonely::default();
+        let mut without_worker = WithoutWorker::default();
         for (second, messages, consumers, since) in [
             (0, 0, 0, None),
             (10, 1, 0, None),
@@ -234,7 +235,7 @@ mod tests {
             (90, 2, 0, Some(60)),
             (95, 0, 0, None),
         ] {
-            let found = lonely.look(&queues(messages, consumers), at(second));
+            let found = without_worker.look(&queues(messages, consumers), at(second));
             assert_eq!(
                 found.get("simulator").copied(),
                 since.map(at),

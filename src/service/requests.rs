@@ -83,7 +83,7 @@ impl Answering<'_> {
             claimed = claim(self.link)?;
             if matches!(claimed, Claim::Held { .. }) {
                 // Requests sent since the previous holder went have been lost.
-                let _ = self.announcer.send(Work::Announce);
+                let _ = self.announcer.send(Work::WorkflowsChanged);
             }
         }
     }

@@ -21,7 +21,7 @@ use self::watchdog::Watchdog;
 use crate::broker::intake::Intake;
 use crate::broker::{self, Claim, DEADLINE, Handled, PublishError, Publisher, Received};
 use crate::service::handler::{
-    self, ClosedQueues, Handler, MAX_BATCH_MESSAGES, Publishers, Setting, Watched, Work,
+    self, ClosedQueues, Common, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
 };
 use crate::service::inquiry::{self, Inquiry};
 use crate::service::maintenance;
@@ -149,7 +149,7 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
 
 /// What the threads of a session share.
 struct Shared<'s> {
-    setting: Setting<'s>,
+    common: Common<'s>,
     links: &'s Links,
     intake: &'s Intake,
     /// Of each handler.
@@ -170,7 +170,7 @@ fn work(
     let Prepared { queue_names, claim } = prepared;
     let (nudge, nudges) = bounded(1);
     let shared = Shared {
-        setting: Setting {
+        common: Common {
             service,
             inquiry: nudge,
             queue_names,
@@ -256,7 +256,7 @@ fn start_handlers<'scope>(
             task: Publisher::new(links.task_out(), &watched.task),
         };
         let done = done_senders.clone();
-        let handler = Handler::new(number, &shared.setting, watched, publishers, done);
+        let handler = Handler::new(number, &shared.common, watched, publishers, done);
         let stop = recruits.stop.clone();
         recruits.start(name, move || handler.run(&messages, &findings, &stop))?;
     }
@@ -272,14 +272,14 @@ fn start_consumers<'scope>(
     claim: &Claim,
     vacant: &Receiver<()>,
 ) -> anyhow::Result<()> {
-    let (links, setting) = (shared.links, &shared.setting);
-    let outcome_delay = setting.service.config.outcome_delay;
+    let (links, common) = (shared.links, &shared.common);
+    let outcome_delay = common.service.config.outcome_delay;
     for ((name, inboxes), done) in CONSUMERS.into_iter().zip(done) {
         let queues: Vec<_> = inboxes
             .iter()
             .map(|inbox| {
                 let prefetch = prefetch(*inbox, outcome_delay);
-                (setting.queue_names[inbox].as_str(), prefetch)
+                (common.queue_names[inbox].as_str(), prefetch)
             })
             .collect();
         let link = links.consuming(inboxes[0]);
@@ -324,7 +324,7 @@ fn start_inquiry<'scope>(
     handlers: Vec<Sender<Work>>,
     nudges: Receiver<()>,
 ) -> anyhow::Result<()> {
-    let service = shared.setting.service;
+    let service = shared.common.service;
     let inquiry = Inquiry {
         service,
         store: service.store.watched_by(&shared.inquiry.postgres),
@@ -345,7 +345,7 @@ fn start_maintenance<'scope>(
     handlers: Vec<Sender<Work>>,
     unread: Vec<Receiver<Work>>,
 ) -> anyhow::Result<()> {
-    let service = shared.setting.service;
+    let service = shared.common.service;
     let store = service.store.watched_by(&shared.maintenance);
     let stop = recruits.stop.clone();
     recruits.start("maintenance", move || {
@@ -364,7 +364,7 @@ impl Shared<'_> {
         if self.watched.iter().any(Watched::is_held_up) || self.intake.is_full() {
             return true;
         }
-        let config = &self.setting.service.config;
+        let config = &self.common.service.config;
         let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
         match self.links.task_in.depths(&[results, progress]) {
             Ok(depths) => depths.iter().flatten().any(|depth| depth.messages > 0),

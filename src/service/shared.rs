@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::domain::job::Rules;
 use crate::domain::overview::{Overview, Queues};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
-use crate::store::{Connection, Store, StoreError, Task};
+use crate::store::{Connection, Store, StoreError, Upkeep};
 use crate::telemetry::health::{Health, Part};
 use crate::telemetry::metrics::Metrics;
 use crate::wire::celery;
@@ -68,7 +68,7 @@ impl Service {
             rules: Rules {
                 delivery_limit: config.delivery_limit,
                 retention: config.job_retention,
-                telling: config.outcome_lost,
+                outcome_lost: config.outcome_lost,
                 outcome_delay: config.outcome_delay,
                 timeout_result: config.timeout_result,
                 reject_invalid_params: config.reject_invalid_params,
@@ -98,7 +98,7 @@ impl Service {
         let mut maintenance = connection.maintenance_runs()?;
         if self.config.influxdb.is_none() {
             // It may have run earlier, and is not late now.
-            maintenance.retain(|(task, _)| task != Task::TimeSeries.name());
+            maintenance.retain(|(task, _)| task != Upkeep::TimeSeries.name());
         }
         Ok(Overview {
             has_rows: true,

@@ -9,7 +9,7 @@ use log::{debug, info, warn};
 use crate::config::{Config, InfluxDb};
 use crate::domain::time_series;
 use crate::influx::Influx;
-use crate::store::{Store, Task};
+use crate::store::{Store, Upkeep};
 use crate::telemetry::report::one_line;
 use crate::threads::Signal;
 
@@ -54,7 +54,7 @@ fn scan(
 ) -> anyhow::Result<Option<usize>> {
     if !store
         .connection()?
-        .claim(Task::TimeSeries, config.time_series_period)?
+        .claim(Upkeep::TimeSeries, config.time_series_period)?
     {
         return Ok(None);
     }

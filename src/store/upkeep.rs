@@ -10,7 +10,7 @@ use super::{Connection, StoreError};
 
 /// What one replica does for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Task {
+pub enum Upkeep {
     /// Finding jobs that are past their timeout or their retention.
     Limits,
     /// Deleting history past its retention.
@@ -18,13 +18,13 @@ pub enum Task {
     TimeSeries,
 }
 
-impl Task {
+impl Upkeep {
     /// As the database has it.
     pub fn name(self) -> &'static str {
         match self {
-            Task::Limits => "limits",
-            Task::History => "history",
-            Task::TimeSeries => "time series",
+            Upkeep::Limits => "limits",
+            Upkeep::History => "history",
+            Upkeep::TimeSeries => "time series",
         }
     }
 }
@@ -38,7 +38,7 @@ pub enum Overdue {
     Retention(Duration),
     /// It ended longer than this ago and its client has not been told; except for jobs that the
     /// other reasons find again.
-    Telling(Duration),
+    OutcomeLost(Duration),
 }
 
 /// What a replica can see of the others.
@@ -60,7 +60,7 @@ impl Connection {
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn claim(&mut self, task: Task, period: Duration) -> Result<bool, StoreError> {
+    pub fn claim(&mut self, task: Upkeep, period: Duration) -> Result<bool, StoreError> {
         // The time is taken after the row lock, not before it.
         let rows = self.client.query(
             "WITH before AS (SELECT last_run FROM maintenance_run WHERE task = $1)
@@ -158,7 +158,7 @@ impl Connection {
                  ORDER BY job_id LIMIT $3",
                 retention,
             ),
-            Overdue::Telling(telling) => (
+            Overdue::OutcomeLost(telling) => (
                 "SELECT job_id FROM job JOIN job_history USING (job_id)
                  WHERE finished_at <= now() - $1 * interval '1 second'
                    AND outcome NOT IN ('TIMED_OUT', 'EXPIRED')

@@ -85,7 +85,7 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
     let rules = Rules {
         delivery_limit: 2,
         retention: Duration::from_secs(1000),
-        telling: Duration::from_secs(300),
+        outcome_lost: Duration::from_secs(300),
         outcome_delay: Duration::from_secs(10),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,

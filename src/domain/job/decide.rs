@@ -138,7 +138,7 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     let Ending { job, ended } = ending;
     // Until then it may be waiting in a handler's memory.
     let tellable_from = job.outcome_from(context).max(ended.finished_at);
-    let told_by = tellable_from.checked_add(context.rules.telling);
+    let told_by = tellable_from.checked_add(context.rules.outcome_lost);
     if !told_by.is_ok_and(|end| end <= context.now) {
         return Decision::ignored("what led to its end may come again");
     }

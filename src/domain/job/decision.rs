@@ -32,7 +32,7 @@ pub struct Rules {
     pub retention: Duration,
     /// How long after a job's end the client may be told of it at the latest, because what led to
     /// it comes again. RabbitMQ loses that when it is killed before it has written it.
-    pub telling: Duration,
+    pub outcome_lost: Duration,
     /// How long after its submission a job's client is told of its outcome at the earliest: some
     /// clients note a job only after they have submitted it, and would not know what the outcome
     /// is about.

@@ -35,7 +35,7 @@ fn new_task() -> Uuid {
 static RULES: Rules = Rules {
     delivery_limit: 2,
     retention: Duration::from_secs(1000),
-    telling: Duration::from_secs(300),
+    outcome_lost: Duration::from_secs(300),
     outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,

@@ -57,7 +57,7 @@ impl Item {
         match &item.work {
             Work::Message { .. } => item.read(watched),
             Work::Finding { job_id, command } => item.job = Some((*job_id, command.clone())),
-            Work::Announce => item.list_workflows = true,
+            Work::WorkflowsChanged => item.list_workflows = true,
         }
         item
     }
@@ -99,7 +99,7 @@ impl Item {
     pub(super) fn inbox(&self) -> Option<Inbox> {
         match &self.work {
             Work::Message { inbox, .. } => Some(*inbox),
-            Work::Finding { .. } | Work::Announce => None,
+            Work::Finding { .. } | Work::WorkflowsChanged => None,
         }
     }
 
@@ -113,7 +113,7 @@ impl Item {
     pub(super) fn held(&self) -> usize {
         let properties = match &self.work {
             Work::Message { received, .. } => received.size().saturating_sub(received.body.len()),
-            Work::Finding { .. } | Work::Announce => 0,
+            Work::Finding { .. } | Work::WorkflowsChanged => 0,
         };
         self.size() + properties
     }
@@ -180,7 +180,7 @@ impl Item {
                 self.released = true;
             }
             Work::Message { .. } if !self.altered => self.job = None,
-            Work::Message { .. } | Work::Finding { .. } | Work::Announce => {}
+            Work::Message { .. } | Work::Finding { .. } | Work::WorkflowsChanged => {}
         }
         self.released
     }
@@ -204,7 +204,7 @@ impl Item {
                 None
             }
             Work::Message { inbox, received } => Some((*inbox, received, reason)),
-            Work::Finding { .. } | Work::Announce => None,
+            Work::Finding { .. } | Work::WorkflowsChanged => None,
         }
     }
 
@@ -224,7 +224,7 @@ impl Item {
                 format!("message {id} from {}", inbox.name())
             }
             Work::Finding { command, .. } => command.name().to_owned(),
-            Work::Announce => "the workflows".to_owned(),
+            Work::WorkflowsChanged => "the workflows".to_owned(),
         };
         match &self.job {
             Some((id, command)) => format!("{}, {message}", report::job(*id, command.reference())),
@@ -270,7 +270,7 @@ impl Waiting {
         let released = item.rest();
         let place = match &item.work {
             Work::Message { inbox, received } if released => Some((*inbox, received.tag)),
-            Work::Message { .. } | Work::Finding { .. } | Work::Announce => None,
+            Work::Message { .. } | Work::Finding { .. } | Work::WorkflowsChanged => None,
         };
         self.count += 1;
         self.items.insert((Instant::now() + wait, self.count), item);

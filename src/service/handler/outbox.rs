@@ -60,7 +60,7 @@ impl Handler<'_> {
                 task_id,
                 submission,
             } => {
-                let sender = &self.setting.service.celery_sender;
+                let sender = &self.common.service.celery_sender;
                 outbox.tasks_for.insert(submission.workflow_type.clone());
                 outbox
                     .celery
@@ -68,7 +68,7 @@ impl Handler<'_> {
             }
             Publication::Revoke { task_id } => {
                 let clock = self
-                    .setting
+                    .common
                     .service
                     .revoke_clock
                     .fetch_add(1, Ordering::Relaxed);
@@ -121,7 +121,7 @@ impl Handler<'_> {
                 Delivered::Rejected => rejected += 1,
             }
         }
-        let metrics = &self.setting.service.metrics;
+        let metrics = &self.common.service.metrics;
         metrics.published("confirmed", confirmed);
         metrics.published("unroutable", unroutable);
         metrics.published("rejected", rejected);
@@ -189,7 +189,7 @@ impl Handler<'_> {
         self.declared.remove(queue);
         let (number, now) = (self.number, Instant::now());
         let queue = Destination::TaskQueue(queue.to_owned());
-        self.setting.closed.close(number, &queue, why, now);
+        self.common.closed.close(number, &queue, why, now);
         Trouble::Closed
     }
 

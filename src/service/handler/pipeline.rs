@@ -12,7 +12,7 @@ use super::closed::Destination;
 use super::failure::Trouble;
 use super::item::Item;
 use super::outbox::Outbox;
-use super::{Handler, MAX_BATCH_BYTES, Setting, letters};
+use super::{Common, Handler, MAX_BATCH_BYTES, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
 use crate::domain::job::{Context, Event};
 use crate::domain::vhost::Vhost;
@@ -29,9 +29,9 @@ impl Handler<'_> {
         for item in &mut *batch {
             item.waits_for = None;
             if item.list_workflows {
-                self.setting.service.metrics.workflows_told();
+                self.common.service.metrics.workflows_told();
                 debug!("telling clients the workflows");
-                let catalogue = self.setting.service.catalogue.get();
+                let catalogue = self.common.service.catalogue.get();
                 let announcement = wire::available_workflows(catalogue.announcement());
                 told.sdk.push(announcement);
             }
@@ -59,7 +59,7 @@ impl Handler<'_> {
             batch[place].waits_for = Some(Destination::TaskQueue(queue));
         }
         fault_point::reached("after commit");
-        let mut stopwatch = self.setting.service.metrics.stopwatch();
+        let mut stopwatch = self.common.service.metrics.stopwatch();
         self.publish(told)?;
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
@@ -81,12 +81,12 @@ impl Handler<'_> {
 
     /// Puts aside the messages of a batch that are to be; those that cannot be for now wait.
     fn put_aside(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
-        let Setting {
+        let Common {
             service,
             queue_names,
             closed,
             ..
-        } = self.setting;
+        } = self.common;
         let metrics = &service.metrics;
         for vhost in [Vhost::Sdk, Vhost::Task] {
             let (mut items, letters): (Vec<_>, Vec<_>) = batch
@@ -148,14 +148,14 @@ impl Handler<'_> {
     ) -> Result<Committed, Trouble> {
         let ids: BTreeSet<Uuid> = asked(batch).map(|asked| asked.job_id).collect();
         let ids = Vec::from_iter(ids);
-        let mut stopwatch = self.setting.service.metrics.stopwatch();
+        let mut stopwatch = self.common.service.metrics.stopwatch();
         let mut transaction = connection.transaction()?;
         transaction.lock(&ids)?;
         stopwatch.lap(Stage::Lock);
         let loaded = transaction.load(&ids)?;
         stopwatch.lap(Stage::Load);
 
-        let catalogue = self.setting.service.catalogue.get();
+        let catalogue = self.common.service.catalogue.get();
         let mut plan = self.decide(batch, &loaded, &catalogue);
         stopwatch.lap(Stage::Decide);
 
@@ -190,7 +190,7 @@ impl Handler<'_> {
         loaded: &'a Loaded,
         catalogue: &'a Catalogue,
     ) -> Plan<'a> {
-        let setting = self.setting;
+        let common = self.common;
         // The watchdog and the log of a panic name the job.
         let asked = asked(batch).inspect(|asked| {
             self.watched.decides(asked.job_id, asked.command.name());
@@ -201,12 +201,12 @@ impl Handler<'_> {
             session_begun: loaded.session_begun,
             new_task_id: Uuid::new_v4(),
             catalogue,
-            rules: &setting.service.rules,
+            rules: &common.service.rules,
         };
         let is_closed = |queue: &str| {
-            !setting.closed.is_empty() && {
+            !common.closed.is_empty() && {
                 let queue = Destination::TaskQueue(queue.to_owned());
-                setting.closed.is_closed(&queue, Instant::now())
+                common.closed.is_closed(&queue, Instant::now())
             }
         };
         let plan = batch::decide(asked, &loaded.states, context, is_closed);
@@ -216,21 +216,21 @@ impl Handler<'_> {
 
     /// Logs and counts what has been committed.
     fn report(&self, batch: &[Item], plan: &Plan<'_>, catalogue: &Catalogue) {
-        let setting = self.setting;
+        let common = self.common;
         for report in &plan.reports {
-            setting
+            common
                 .service
                 .metrics
                 .message(batch[report.place].inbox(), &report.event);
             report::log(&report.subject, &report.event, report.command);
             if let Event::Suspected { .. } = report.event {
                 // Full when it has been woken already.
-                let _ = setting.inquiry.try_send(());
+                let _ = common.inquiry.try_send(());
             }
         }
         let known = |workflow: &str| catalogue.definition(workflow).is_some();
         plan.ended()
-            .for_each(|ended| setting.service.metrics.job_ended(ended, known));
+            .for_each(|ended| common.service.metrics.job_ended(ended, known));
     }
 }
 

@@ -31,14 +31,14 @@ impl Handler<'_> {
         if let Some(inbox) = item.inbox() {
             let queue = Destination::DeadLetters(inbox.vhost());
             let now = Instant::now();
-            self.setting.closed.close(self.number, &queue, &reason, now);
+            self.common.closed.close(self.number, &queue, &reason, now);
             item.waits_for = Some(queue);
         }
     }
 
     /// Tells the other handlers how much waits here.
     pub(super) fn count_stalled(&mut self) {
-        if self.stalled.is_empty() && self.setting.closed.is_empty() {
+        if self.stalled.is_empty() && self.common.closed.is_empty() {
             return;
         }
         self.stalled.retain(|_, items| !items.is_empty());
@@ -52,12 +52,12 @@ impl Handler<'_> {
                 }
             }
         }
-        self.setting.closed.count(self.number, load);
+        self.common.closed.count(self.number, load);
     }
 
     /// When the stalled messages next need attention.
     pub(super) fn due(&self) -> Option<Instant> {
-        let closed = &self.setting.closed;
+        let closed = &self.common.closed;
         let retry = self.stalled.keys().map(|queue| {
             // Another handler may have found it open meanwhile.
             closed.due(queue).unwrap_or_else(Instant::now)
@@ -71,7 +71,7 @@ impl Handler<'_> {
 
     /// Retries what is due, and returns what is too much.
     pub(super) fn look_after_stalled(&mut self, stop: &Signal) -> Result<(), Trouble> {
-        let closed = &self.setting.closed;
+        let closed = &self.common.closed;
         let queues: Vec<_> = self.stalled.keys().cloned().collect();
         for queue in queues {
             let mut left = self.stalled.remove(&queue).unwrap_or_default();
@@ -116,10 +116,10 @@ impl Handler<'_> {
                 .iter()
                 .filter_map(|(_, item)| match &item.work {
                     Work::Message { received, .. } => Some(received),
-                    Work::Finding { .. } | Work::Announce => None,
+                    Work::Finding { .. } | Work::WorkflowsChanged => None,
                 })
                 .collect();
-            let name = &self.setting.queue_names[inbox];
+            let name = &self.common.queue_names[inbox];
             let publisher = self.publishers.towards(inbox.vhost());
             let outcome = letters::put_back(publisher, name, &messages)?;
             for ((queue, item), delivered) in chosen.into_iter().zip(outcome) {

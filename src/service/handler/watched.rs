@@ -100,7 +100,7 @@ impl Watched {
                 bytes: received.body.len(),
                 job: wire::job_id(&received.body),
             },
-            Work::Finding { .. } | Work::Announce => Step::Batch,
+            Work::Finding { .. } | Work::WorkflowsChanged => Step::Batch,
         });
     }
 

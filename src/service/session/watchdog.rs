@@ -85,9 +85,9 @@ impl Watchdog<'_> {
                     self.shared.links.kill();
                 }
                 recv(self.too_late) -> _ => self.exit("the session has ended, but not all of its threads"),
-                recv(self.shared.setting.service.catalogue_news) -> _ => {
+                recv(self.shared.common.service.catalogue_news) -> _ => {
                     // Full only while the handler is busy; the next session announces them anyway.
-                    if self.announcer.try_send(Work::Announce).is_err() {
+                    if self.announcer.try_send(Work::WorkflowsChanged).is_err() {
                         warn!("clients are not told of the new workflows: a handler is held up");
                     }
                 }
@@ -119,7 +119,7 @@ impl Watchdog<'_> {
         self.shared.links.kill();
         if self.cause.is_none() {
             // At once, not when all threads have ended.
-            self.shared.setting.service.no_session(&error);
+            self.shared.common.service.no_session(&error);
             warn!("the session with RabbitMQ ends: {error:#}");
             self.cause = Some(error);
         }
@@ -228,11 +228,11 @@ impl Watchdog<'_> {
                 .or_else(for_postgres)
                 .or_else(by_itself);
         }
-        match (lost, self.shared.setting.closed.trouble()) {
+        match (lost, self.shared.common.closed.trouble()) {
             (Some(text), _) => self.fail(anyhow!(text)),
             // Already logged by the handler that found out.
             (None, Some(trouble)) if held_up.is_none() && self.cause.is_none() => {
-                let (health, now) = (&self.shared.setting.service.health, Timestamp::now());
+                let (health, now) = (&self.shared.common.service.health, Timestamp::now());
                 health.report(Part::Handling, Some(trouble), now);
             }
             (None, _) => self.report(Part::Handling, held_up),
@@ -252,7 +252,7 @@ impl Watchdog<'_> {
         let faulty = fault.is_some();
         if self
             .shared
-            .setting
+            .common
             .service
             .health
             .report(part, fault, Timestamp::now())

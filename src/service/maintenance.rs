@@ -3,9 +3,9 @@
 //!
 //! What a worker or a client said in time counts, even if it is still on its way. Four things
 //! ensure that. A timeout is enforced no sooner than `GRACE` after it has passed. Neither this
-//! process nor another replica that may have messages in flight has stood still meanwhile. No
-//! handler is held up. And the queues of worker events have been read to their end. When one of
-//! them does not hold, nothing counts as overdue for a while: see `Quiet`.
+//! process nor another replica that may have messages in flight has stood still meanwhile, or has
+//! gone. No handler of any replica is held up. And the queues of worker events have been read to
+//! their end. When one of them does not hold, nothing counts as overdue for a while: see `Quiet`.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::domain::job::Command;
 use crate::fault_point;
 use crate::service::handler::{self, Work};
 use crate::service::shared::Service;
-use crate::store::{Connection, Overdue, Store, StoreError, Upkeep};
+use crate::store::{Around, Connection, Overdue, Store, StoreError, Upkeep};
 use crate::threads::Signal;
 
 /// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
@@ -37,26 +37,37 @@ const GRACE: Duration = Duration::from_secs(5);
 /// The quiet time after a standstill of any replica, if the start buffer is not longer.
 const AFTER_STANDSTILL: Duration = Duration::from_secs(5);
 /// After this long without a sign of a replica, RabbitMQ has redelivered its messages to others:
-/// two heartbeats are at most 30 seconds.
+/// two heartbeats are at most 30 seconds. One that has lost its Postgres and nothing else shows no
+/// sign either, and gives them back within that time.
 const GONE: Duration = Duration::from_secs(60);
+
+/// Tells what may still be waiting of what workers have said.
+pub struct Backlog<H, Q> {
+    /// Whether this replica has messages in flight that it does not get to handle.
+    pub held_up: H,
+    /// Whether there is something in RabbitMQ's queues.
+    pub in_queues: Q,
+}
 
 /// Looks for what is due, once per [`crate::config::Config::timeout_check_period`] among all
 /// replicas, until `stop` is given. If a replica dies after claiming a round, that round is
-/// skipped. `behind` tells whether something that workers have said may still be waiting.
+/// skipped.
 pub fn run(
     service: &Service,
     store: &Store,
     handlers: &[Sender<Work>],
-    behind: impl Fn() -> bool,
+    backlog: Backlog<impl Fn() -> bool, impl Fn() -> bool>,
     stop: &Signal,
 ) {
     let mut maintenance = Maintenance {
         service,
         store,
         handlers,
-        behind,
+        backlog,
         stop,
         connection: None,
+        shown_held_up: false,
+        other_replicas: 0,
         database_time: None,
         quiet: Quiet::new(Instant::now(), service.config.timeout_start_buffer),
         limits: Chore::default(),
@@ -66,7 +77,8 @@ pub fn run(
     let period = service.config.timeout_check_period;
     let mut next_round = Instant::now() + period;
     let mut last_beat = Instant::now();
-    let mut pause = BEAT.min(period);
+    // The others are to know of this one before it has messages for long.
+    let mut pause = Duration::ZERO;
     loop {
         let begun = Instant::now();
         if stop.comes_within(pause) {
@@ -104,14 +116,18 @@ struct Beat {
     took: Duration,
 }
 
-struct Maintenance<'s, B> {
+struct Maintenance<'s, H, Q> {
     service: &'s Service,
     store: &'s Store,
     handlers: &'s [Sender<Work>],
-    behind: B,
+    backlog: Backlog<H, Q>,
     stop: &'s Signal,
-    /// Shows the other replicas that this one is alive.
+    /// Shows the other replicas that this one is alive, and whether it is held up.
     connection: Option<Connection>,
+    /// What it shows of the latter.
+    shown_held_up: bool,
+    /// How many others there were at the last beat that saw them.
+    other_replicas: i64,
     /// As of the last beat.
     database_time: Option<Timestamp>,
     quiet: Quiet,
@@ -121,7 +137,7 @@ struct Maintenance<'s, B> {
     is_failing: bool,
 }
 
-impl<B: Fn() -> bool> Maintenance<'_, B> {
+impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
     /// Does what is due now. Each round starts over.
     fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
         let mut connection = match self.connection.take() {
@@ -129,9 +145,15 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
             None => {
                 let mut connection = self.store.connection()?;
                 connection.show_presence()?;
+                self.shown_held_up = false;
                 connection
             }
         };
+        let held_up = (self.backlog.held_up)();
+        if held_up != self.shown_held_up {
+            connection.show_held_up(held_up)?;
+            self.shown_held_up = held_up;
+        }
         self.notice_standstills(&mut connection, beat)?;
         let mut findings = Vec::new();
         if is_round {
@@ -164,7 +186,8 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
         }
     }
 
-    /// Restarts the quiet time when this or another replica has not been running.
+    /// Restarts the quiet time when this or another replica has not been running, or does not get
+    /// to handle what it has.
     fn notice_standstills(
         &mut self,
         connection: &mut Connection,
@@ -185,10 +208,19 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
             debug!("nothing was looked at for {own:.0?}");
             self.quiet.begin(Instant::now(), least);
         }
-        if around.silent_replicas > 0 {
-            debug!("{} replicas stand still", around.silent_replicas);
+        if around.silent + around.held_up > 0 {
+            let Around {
+                silent, held_up, ..
+            } = around;
+            debug!("{silent} other replicas stand still, and {held_up} are held up");
             self.quiet.begin(Instant::now(), least);
         }
+        if around.replicas < self.other_replicas {
+            // It may have been stopped or killed, or have lost only its Postgres.
+            debug!("a replica has gone; {} others are left", around.replicas);
+            self.quiet.begin(Instant::now(), least.max(GONE));
+        }
+        self.other_replicas = around.replicas;
         Ok(())
     }
 
@@ -229,7 +261,9 @@ impl<B: Fn() -> bool> Maintenance<'_, B> {
     /// room for is found again at the next beat.
     fn look_for_overdue(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
         let config = &self.service.config;
-        if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), &self.behind) {
+        let Backlog { held_up, in_queues } = &self.backlog;
+        let behind = || held_up() || in_queues();
+        if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), behind) {
             return Ok(());
         }
         let period = config.timeout_check_period;

@@ -24,7 +24,7 @@ use crate::service::handler::{
     self, ClosedQueues, Common, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
 };
 use crate::service::inquiry::{self, Inquiry};
-use crate::service::maintenance;
+use crate::service::maintenance::{self, Backlog};
 use crate::service::requests;
 use crate::service::shared::Service;
 use crate::telemetry::health::Part;
@@ -349,21 +349,27 @@ fn start_maintenance<'scope>(
     let store = service.store.watched_by(&shared.maintenance);
     let stop = recruits.stop.clone();
     recruits.start("maintenance", move || {
-        let behind = || {
-            let unread = unread.iter().any(|input| input.len() > MAX_BATCH_MESSAGES);
-            unread || shared.is_behind()
+        let backlog = Backlog {
+            held_up: || {
+                let unread = unread.iter().any(|input| input.len() > MAX_BATCH_MESSAGES);
+                unread || shared.is_held_up()
+            },
+            in_queues: || shared.has_events_to_come(),
         };
-        maintenance::run(service, &store, &handlers, behind, &stop);
+        maintenance::run(service, &store, &handlers, backlog, &stop);
         Ok(())
     })
 }
 
 impl Shared<'_> {
-    /// Whether worker events may still be waiting, in RabbitMQ or in a handler that is held up.
-    fn is_behind(&self) -> bool {
-        if self.watched.iter().any(Watched::is_held_up) || self.intake.is_full() {
-            return true;
-        }
+    /// Whether a handler waits for somebody or for itself, or there is more in flight than it takes
+    /// at once.
+    fn is_held_up(&self) -> bool {
+        self.watched.iter().any(Watched::is_held_up) || self.intake.is_full()
+    }
+
+    /// Whether RabbitMQ has worker events that nobody has been given.
+    fn has_events_to_come(&self) -> bool {
         let config = &self.common.service.config;
         let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
         match self.links.task_in.depths(&[results, progress]) {

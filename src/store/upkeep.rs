@@ -46,12 +46,18 @@ pub enum Overdue {
 pub struct Around {
     /// The database's time.
     pub now: Timestamp,
-    /// Replicas that seem to stand still.
-    pub silent_replicas: i64,
+    /// How many others show their presence.
+    pub replicas: i64,
+    /// How many of them seem to stand still.
+    pub silent: i64,
+    /// How many of them say that they are held up.
+    pub held_up: i64,
 }
 
-/// The advisory lock that all replicas share. The locks of jobs have another kind of key.
+/// The advisory locks that replicas share: all of them the first, those that are held up the second.
+/// The locks of jobs have another kind of key.
 const PRESENCE: (i32, i32) = (0x6f6d_6f74, 1);
+const HELD_UP: (i32, i32) = (PRESENCE.0, 2);
 
 impl Connection {
     /// Whether this replica is to do what one of them does every `period`: true for the first one
@@ -100,31 +106,53 @@ impl Connection {
         Ok(())
     }
 
-    /// Looks for other replicas that have shown their presence but been inactive for between
-    /// `silent` and `gone`. Without the rights to see them, those of another user are missed.
+    /// Shows other replicas, until this connection is dropped, that this one has messages which it
+    /// does not get to handle, or no longer. Only for a change of that.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn show_held_up(&mut self, held_up: bool) -> Result<(), StoreError> {
+        let sql = match held_up {
+            true => "SELECT pg_advisory_lock_shared($1, $2)",
+            false => "SELECT pg_advisory_unlock_shared($1, $2)",
+        };
+        self.client.execute(sql, &[&HELD_UP.0, &HELD_UP.1])?;
+        Ok(())
+    }
+
+    /// Looks for other replicas that show their presence. One stands still that has been inactive
+    /// for between `silent` and `gone`, and what one that is gone once said of itself no longer
+    /// counts. Without the rights to see them, those of another user are taken for active and not
+    /// held up.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn look_around(&mut self, silent: Duration, gone: Duration) -> Result<Around, StoreError> {
         let row = self.client.query_one(
-            "SELECT clock_timestamp(), count(*)
-             FROM pg_locks JOIN pg_stat_activity AS session USING (pid)
-             WHERE locktype = 'advisory' AND objsubid = 2
-               AND classid::bigint = $1::integer AND objid::bigint = $2::integer
+            "SELECT clock_timestamp(),
+                    count(*) FILTER (WHERE objid::bigint = $2::integer),
+                    count(*) FILTER (WHERE objid::bigint = $2::integer AND NOT is_gone
+                        AND state_change <= clock_timestamp() - $4 * interval '1 second'),
+                    count(*) FILTER (WHERE objid::bigint = $3::integer AND NOT is_gone)
+             FROM pg_locks JOIN pg_stat_activity AS session USING (pid),
+                  LATERAL (SELECT state_change <= clock_timestamp() - $5 * interval '1 second'
+                                  AS is_gone) AS signs
+             WHERE locktype = 'advisory' AND objsubid = 2 AND classid::bigint = $1::integer
                AND datname = current_database() AND pid <> pg_backend_pid()
-               AND database = datid
-               AND state_change <= clock_timestamp() - $3 * interval '1 second'
-               AND state_change > clock_timestamp() - $4 * interval '1 second'",
+               AND database = datid",
             &[
                 &PRESENCE.0,
                 &PRESENCE.1,
+                &HELD_UP.1,
                 &silent.as_secs_f64(),
                 &gone.as_secs_f64(),
             ],
         )?;
         Ok(Around {
             now: row.try_get(0)?,
-            silent_replicas: row.try_get(1)?,
+            replicas: row.try_get(1)?,
+            silent: row.try_get(2)?,
+            held_up: row.try_get(3)?,
         })
     }
 

@@ -37,8 +37,12 @@ impl Held {
 
     pub fn reached(&self) {
         eventually("the service comes to the point", || {
-            self.file.exists().then_some(())
+            self.is_reached().then_some(())
         });
+    }
+
+    pub fn is_reached(&self) -> bool {
+        self.file.exists()
     }
 
     pub fn kill(self) {

@@ -7,16 +7,20 @@ use prost::Message;
 use rstest::rstest;
 use uuid::Uuid;
 
+use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Service, eventually};
 use crate::harness::peers::{Client, Worker, running_job};
+use crate::harness::proxy::{End, Proxy, Weather};
+
+/// Looks for what is due every second, from the start on.
+const OFTEN: [(&str, &str); 2] = [
+    ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+    ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+];
 
 /// A service that looks for what is due every second, from its start on.
 fn start(deployment: &Deployment, variables: &[(&str, &str)]) -> Service {
-    let often = [
-        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
-        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
-    ];
-    deployment.start_with(&[&often, variables].concat())
+    deployment.start_with(&[&OFTEN, variables].concat())
 }
 
 /// Makes a time in a job's row lie further back, by so many seconds.
@@ -305,25 +309,14 @@ fn what_came_in_time_counts_although_the_service_stood_still(#[case] replicas: u
     let running = "SELECT count(*) FROM job WHERE status = 'RUNNING'";
     deployment.comes_to(JOBS, running);
     stopped.signal("-STOP");
-    let overdue = |seconds: i32| {
-        format!(
-            "SELECT count(*) FROM job
-             WHERE running_at <= now() - interval '1 hour' - {seconds} * interval '1 second'"
-        )
-    };
-    deployment
-        .sql()
-        .batch_execute(
-            "UPDATE job SET running_at = now() - interval '1 hour' + interval '4 seconds'",
-        )
-        .unwrap();
+    due_in_four_seconds(&deployment);
     // Reading them takes longer than looking for what is overdue.
     let output = format!("<e>{}</e>", "x".repeat(1024 * 1024));
     for task in &tasks {
         worker.succeed(task, &output);
     }
     if others.is_empty() {
-        deployment.comes_to(JOBS, &overdue(10));
+        deployment.comes_to(JOBS, OVERDUE);
         stopped.signal("-CONT");
     }
     for task in &tasks {
@@ -338,6 +331,87 @@ fn what_came_in_time_counts_although_the_service_stood_still(#[case] replicas: u
     let task = running_job(&client, &worker, hour);
     age(&deployment, "running_at", task.job, 60.0 * 60.0);
     assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+}
+
+/// The replica that has results cannot handle them, but it does not stand still, and another one has
+/// nothing to do but to look for what is overdue.
+#[rstest]
+#[case::by_a_batch_that_waits(true)]
+#[case::by_its_postgres_that_is_gone(false)]
+fn what_came_in_time_counts_although_a_replica_is_held_up(#[case] waits: bool) {
+    const JOBS: i64 = 20;
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let other = start(&deployment, &[]);
+    let hour = Some(60 * 60 * 1000);
+    let tasks: Vec<_> = (0..JOBS)
+        .map(|_| running_job(&client, &worker, hour))
+        .collect();
+    let running = "SELECT count(*) FROM job WHERE status = 'RUNNING'";
+    deployment.comes_to(JOBS, running);
+    let proxy = Proxy::new(deployment.postgres_port()).unwrap();
+    let port = proxy.port().to_string();
+    let variables = [("HANDLER_THREADS", "1"), ("POSTGRESQL_PORT", &port)];
+    let held = match waits {
+        true => {
+            let held = Held::at("before publish", &deployment, &variables);
+            eventually("one of them comes to it", || {
+                client.cancel(Uuid::new_v4());
+                held.is_reached().then_some(())
+            });
+            held
+        }
+        false => {
+            let held = Held::at("nowhere", &deployment, &variables);
+            let present = "SELECT count(*) FROM pg_locks
+                           JOIN pg_database ON database = pg_database.oid
+                           WHERE locktype = 'advisory' AND objsubid = 2
+                             AND datname = current_database()";
+            deployment.comes_to(2, present);
+            // The other one has seen it.
+            deployment.looked_for_what_is_due();
+            proxy.set(Weather::Refuse);
+            proxy.cut(End::Fin);
+            held
+        }
+    };
+    due_in_four_seconds(&deployment);
+    for task in &tasks {
+        worker.succeed(task, "<e/>");
+    }
+    eventually("what it has is long overdue", || {
+        let timed_out = "SELECT count(*) FROM job_history WHERE outcome = 'TIMED_OUT'";
+        assert_eq!(deployment.count(timed_out), 0);
+        (deployment.count(OVERDUE) > 0).then_some(())
+    });
+    proxy.set(Weather::Fair);
+    let service = match waits {
+        true => held.go_on(),
+        false => held.service,
+    };
+    for task in &tasks {
+        let (result_type, logs) = client.outcome(task.job);
+        assert_eq!(result_type, ResultType::Succeeded, "{logs}");
+    }
+    outcomes(&deployment, "SUCCEEDED", JOBS);
+    // It is not forgotten what timeouts are.
+    service.wait_until_ready();
+    let task = running_job(&client, &worker, hour);
+    age(&deployment, "running_at", task.job, 60.0 * 60.0);
+    assert_eq!(client.outcome(task.job).0, ResultType::Cancelled);
+    assert!(other.stop().success());
+}
+
+/// Running jobs that are overdue for long enough to have been found.
+const OVERDUE: &str = "SELECT count(*) FROM job
+     WHERE running_at <= now() - interval '1 hour' - interval '10 seconds'";
+
+/// Their timeouts of an hour will be over.
+fn due_in_four_seconds(deployment: &Deployment) {
+    let sql = "UPDATE job SET running_at = now() - interval '1 hour' + interval '4 seconds'
+               WHERE status = 'RUNNING'";
+    deployment.sql().batch_execute(sql).unwrap();
 }
 
 #[test]

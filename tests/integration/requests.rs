@@ -9,6 +9,7 @@ use omotes_orchestrator::wire::{
 use prost::Message;
 use serde_json::json;
 
+use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Service, management, setting};
 use crate::harness::peers::{Client, Peer, Worker};
 
@@ -40,6 +41,33 @@ fn ask(client: &Client) {
 fn assert_one_session(service: &Service) {
     let log = service.log();
     assert!(!log.contains("the session with RabbitMQ has ended"));
+}
+
+/// The handler that tells them has as much to do as it has room for.
+#[test]
+fn new_workflows_are_told_when_the_handler_has_room_again() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let overdue = "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
+                                    running_at, timeout_after_ms, job_reference)
+                   SELECT gen_random_uuid(), 'task', 'workflow_1', 'RUNNING', now(),
+                          now() - interval '1 hour', 1000, ''
+                   FROM generate_series(1, 2500)";
+    deployment.sql().batch_execute(overdue).unwrap();
+    let variables = [
+        ("HANDLER_THREADS", "1"),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+    ];
+    let held = Held::at("before publish", &deployment, &variables);
+    held.reached();
+    let client = listening(&deployment);
+    // By then it has been given as much as it takes.
+    deployment.looked_for_what_is_due();
+    held.service.signal("-HUP");
+    held.service.logged("told of the new workflows");
+    let _service = held.go_on();
+    hears_workflows(&client);
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub(super) struct Watchdog<'s> {
     crew: Crew,
     /// To a handler, which tells clients the workflows.
     announcer: Sender<Work>,
+    /// It had no room for that.
+    untold_workflows: bool,
     /// Why RabbitMQ blocks connections, by their names.
     blocked: HashMap<String, String>,
     /// Receives something when the threads should have ended long ago.
@@ -53,6 +55,7 @@ impl<'s> Watchdog<'s> {
             shared,
             crew,
             announcer,
+            untold_workflows: false,
             blocked: HashMap::new(),
             too_late: never(),
             cause: None,
@@ -85,16 +88,21 @@ impl Watchdog<'_> {
                     self.shared.links.kill();
                 }
                 recv(self.too_late) -> _ => self.exit("the session has ended, but not all of its threads"),
-                recv(self.shared.common.service.catalogue_news) -> _ => {
-                    // Full only while the handler is busy; the next session announces them anyway.
-                    if self.announcer.try_send(Work::WorkflowsChanged).is_err() {
-                        warn!("clients are not told of the new workflows: a handler is held up");
-                    }
-                }
+                recv(self.shared.common.service.catalogue_news) -> _ => self.announce(),
                 recv(ticks) -> _ => self.look(),
             }
         }
         self.cause.map_or(Ok(()), Err)
+    }
+
+    /// Has clients told of the new workflows, as soon as the handler has room for that. If the session
+    /// ends before, the next one begins with it.
+    fn announce(&mut self) {
+        let told = self.announcer.try_send(Work::WorkflowsChanged).is_ok();
+        if !told && !self.untold_workflows {
+            warn!("clients are told of the new workflows later: a handler has too much to do");
+        }
+        self.untold_workflows = !told;
     }
 
     fn is_stopping(&self) -> bool {
@@ -149,6 +157,9 @@ impl Watchdog<'_> {
 
     /// Checks what the threads are waiting for.
     fn look(&mut self) {
+        if self.untold_workflows {
+            self.announce();
+        }
         self.shared.intake.wake();
         if self.shared.intake.is_full() {
             // The answer is queued behind messages that are not read yet.

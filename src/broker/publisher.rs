@@ -81,6 +81,16 @@ impl<'l> Publisher<'l> {
         self.link.declare_dead_letters()
     }
 
+    /// Why a queue that a message was not routed to may take it later; None if there is none of this
+    /// name.
+    ///
+    /// # Errors
+    /// [`PublishError::Lost`] alone.
+    pub fn why_unavailable(&self, queue: &str) -> Result<Option<String>, PublishError> {
+        let _call = self.calls.begin();
+        self.link.why_unavailable(queue)
+    }
+
     /// Republishes messages at the end of the queue that they came from, unchanged; returns what
     /// became of each copy.
     ///

@@ -42,6 +42,12 @@ pub(super) fn closed(error: &amiquip::Error) -> Option<(u16, &str)> {
     }
 }
 
+/// Whether a queue does not exist, according to the broker's answer to a question about it. What it
+/// says of one whose node is down, or whose process has crashed, has the same code.
+pub(super) fn is_missing(code: u16, message: &str) -> bool {
+    code == NOT_FOUND && message.contains("no queue '")
+}
+
 /// Its text, if a message or an argument was refused.
 pub(super) fn refusal(error: &amiquip::Error) -> Option<&str> {
     closed(error)
@@ -129,6 +135,28 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[rstest]
+    #[case::missing("NOT_FOUND - no queue 'w' in vhost 'v'", true)]
+    #[case::node_down(
+        "NOT_FOUND - home node 'rabbit@b' of durable queue 'w' in vhost 'v' is down or inaccessible",
+        false
+    )]
+    #[case::crashed(
+        "NOT_FOUND - queue 'w' in vhost 'v' process is stopped by supervisor",
+        false
+    )]
+    #[case::timeout(
+        "NOT_FOUND - failed to perform operation on queue 'w' in vhost 'v' due to timeout",
+        false
+    )]
+    fn a_queue_that_is_missing_is_not_one_that_is_down(
+        #[case] message: &str,
+        #[case] missing: bool,
+    ) {
+        assert_eq!(is_missing(404, message), missing);
+        assert!(!is_missing(405, message));
     }
 
     #[rstest]

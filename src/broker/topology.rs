@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow};
 use super::link::Link;
 use super::refusals::{
     NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, PublishError, RESOURCE_LOCKED, closed, explained,
-    task_queue_refusal,
+    is_missing, task_queue_refusal,
 };
 use crate::domain::overview::Depth;
 use crate::wire::{
@@ -190,6 +190,24 @@ impl Link {
         }
         channel.close().context("looking at queues")?;
         Ok(depths)
+    }
+
+    /// Why a queue that took no message may take it later; None if there is none of this name.
+    pub(super) fn why_unavailable(&self, queue: &str) -> Result<Option<String>, PublishError> {
+        let asked = self.channel().and_then(|channel| {
+            channel.queue_declare_passive(queue)?;
+            channel.close()
+        });
+        match asked {
+            Ok(()) => Ok(Some("it was not there a moment ago".to_owned())),
+            Err(error) => match closed(&error) {
+                Some((NOT_FOUND, message)) if !is_missing(NOT_FOUND, message) => {
+                    Ok(Some(format!("it is not available: {message}")))
+                }
+                Some(_) => Ok(None),
+                None => Err(self.lost(error, "looking for a queue")),
+            },
+        }
     }
 
     /// Deletes a queue that this program declared.

@@ -9,7 +9,7 @@ use rstest::rstest;
 use serde_json::json;
 
 use crate::harness::deployment::{Deployment, Service, eventually, management};
-use crate::harness::peers::{Client, Peer, Taken, Worker};
+use crate::harness::peers::{Client, Peer, Taken, Task, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -224,21 +224,19 @@ fn a_message_above_a_lowered_limit_is_put_aside_in_part() {
 
 /// Makes RabbitMQ treat a durable queue as one whose node in a cluster is down: it is known, but
 /// not there.
-fn take_down(deployment: &Deployment, queue: &str) {
+fn take_down(deployment: &Deployment, vhost: &str, queue: &str) {
     let code = format!(
-        "N = rabbit_misc:r(<<\"{}\">>, queue, <<\"{queue}\">>), \
+        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
          [Q] = mnesia:dirty_read(rabbit_queue, N), persistent_term:put(N, Q), \
-         mnesia:dirty_delete(rabbit_queue, N).",
-        deployment.celery_vhost()
+         mnesia:dirty_delete(rabbit_queue, N)."
     );
     deployment.rabbitmqctl(&["eval", &code]);
 }
 
-fn bring_up(deployment: &Deployment, queue: &str) {
+fn bring_up(deployment: &Deployment, vhost: &str, queue: &str) {
     let code = format!(
-        "N = rabbit_misc:r(<<\"{}\">>, queue, <<\"{queue}\">>), \
-         mnesia:dirty_write(rabbit_queue, persistent_term:get(N)).",
-        deployment.celery_vhost()
+        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
+         mnesia:dirty_write(rabbit_queue, persistent_term:get(N))."
     );
     deployment.rabbitmqctl(&["eval", &code]);
 }
@@ -249,7 +247,7 @@ fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
     let client = Client::new(&deployment);
     let one = Worker::new(&deployment, "workflow_1");
     let two = Worker::new(&deployment, "workflow_2");
-    take_down(&deployment, "workflow_1");
+    take_down(&deployment, &deployment.celery_vhost(), "workflow_1");
     let service = deployment.start_single_file();
     let waiting = client.submit("workflow_1");
     let line = "the task queue \"workflow_1\": it is not available: ";
@@ -259,27 +257,91 @@ fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
     let job = client.submit("workflow_2");
     assert_eq!(two.take().job, job);
     client.hears_nothing(waiting);
-    bring_up(&deployment, "workflow_1");
+    bring_up(&deployment, &deployment.celery_vhost(), "workflow_1");
     assert_eq!(one.take().job, waiting);
     assert_eq!(client.status(waiting), JobStatus::Enqueued);
     service.wait_until_ready();
     assert_eq!(service.log().matches(line).count(), 1);
 
     // It was there when the service declared it.
-    take_down(&deployment, "workflow_1");
+    take_down(&deployment, &deployment.celery_vhost(), "workflow_1");
     let waiting = [client.submit("workflow_1"), client.submit("workflow_1")];
     why_not_ready(&service, "2 messages wait");
     client.cancel(waiting[0]);
     assert_eq!(client.outcome(waiting[0]).0, ResultType::Cancelled);
     let job = client.submit("workflow_2");
     assert_eq!(two.take().job, job);
-    bring_up(&deployment, "workflow_1");
+    bring_up(&deployment, &deployment.celery_vhost(), "workflow_1");
     assert_eq!(one.take().job, waiting[1]);
     service.wait_until_ready();
     assert_eq!(one.waiting(), 0);
     assert_one_session(&service);
     assert!(service.stop().success());
     assert_eq!(client.peer.queue_length("job_submissions"), 0);
+}
+
+#[rstest]
+#[case::told_at_once("0", "1", 0)]
+// What is more than may wait goes back to its queue, but no message that waits without its body.
+#[case::after_a_wait("10000", "300", 9 * 1024 * 1024)]
+fn a_result_waits_for_its_clients_queue_whose_node_is_down(
+    #[case] outcome_delay: &str,
+    #[case] outcome_lost: &str,
+    #[case] size: usize,
+) {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let variables = [
+        ("HANDLER_THREADS", "1"),
+        ("OUTCOME_DELAY_MS", outcome_delay),
+        ("OUTCOME_LOST_SEC", outcome_lost),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+    ];
+    let service = deployment.start_with(&variables);
+    let [one, two, cancelled, other, gone] = [(); 5].map(|()| running_job(&client, &worker, None));
+    let result_queue = |task: &Task| format!("jobs.{}.result", task.job);
+    let vhost = deployment.sdk_vhost();
+    let down = [&one, &two, &cancelled].map(result_queue);
+    for queue in &down {
+        take_down(&deployment, &vhost, queue);
+    }
+    client.peer.delete_queue(&result_queue(&gone));
+    let output = format!("<e>{}</e>", " ".repeat(size));
+    worker.succeed(&one, &output);
+    worker.succeed(&two, &output);
+    client.cancel(cancelled.job);
+    worker.succeed(&gone, OUTPUT);
+    worker.succeed(&other, OUTPUT);
+    assert_eq!(client.outcome(other.job).0, ResultType::Succeeded);
+    let told = service.logged("queues of clients: jobs.");
+    assert!(told.contains("is down or inaccessible"), "{told}");
+    why_not_ready(&service, "queues of clients: jobs.");
+    // Nobody waits for that of the last but one, which says nothing about the first.
+    deployment.comes_to(3, "SELECT count(*) FROM job");
+    // Long enough for an outcome that nothing brings back.
+    let lost = "SELECT count(*) FROM job_history WHERE finished_at < now() - interval '1 second'";
+    deployment.at_least(3, lost);
+    deployment.looked_for_what_is_due();
+    for queue in &down {
+        bring_up(&deployment, &vhost, queue);
+    }
+    for task in [&one, &two] {
+        let result = client.result(task.job);
+        assert_eq!(result.result_type(), ResultType::Succeeded);
+        assert!(result.output_esdl.as_ref() == Some(&output));
+    }
+    assert_eq!(client.outcome(cancelled.job).0, ResultType::Cancelled);
+    deployment.no_jobs_left();
+    service.wait_until_ready();
+    assert_one_session(&service);
+    for queue in [one, two, cancelled, other].iter().map(result_queue) {
+        assert_eq!(client.peer.queue_length(&queue), 0, "{queue}");
+    }
+    assert!(service.stop().success());
+    assert_eq!(client.peer.queue_length("job_deletions"), 0);
+    assert_eq!(worker.peer.queue_length("omotes_task_result_events"), 0);
 }
 
 /// What becomes of the dead letters' own queue must not keep the service from starting.

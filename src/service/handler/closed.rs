@@ -22,6 +22,8 @@ const LAST_PAUSE: Duration = Duration::from_secs(60);
 pub(super) enum Destination {
     TaskQueue(String),
     DeadLetters(Vhost),
+    /// Those of clients' results that are unavailable, all together.
+    ClientQueues,
 }
 
 impl fmt::Display for Destination {
@@ -31,6 +33,7 @@ impl fmt::Display for Destination {
             Destination::DeadLetters(vhost) => {
                 write!(f, "{DEAD_LETTERS_QUEUE} of the {} vhost", vhost.name())
             }
+            Destination::ClientQueues => write!(f, "queues of clients"),
         }
     }
 }

@@ -95,6 +95,11 @@ impl Item {
         self.altered = true;
     }
 
+    /// Whether its message is as it was delivered, and not without its body.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.released
+    }
+
     /// Where its message came from; None for a finding.
     pub(super) fn inbox(&self) -> Option<Inbox> {
         match &self.work {

@@ -1,6 +1,6 @@
 //! What a batch publishes, and what becomes of it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -22,6 +22,9 @@ pub(super) struct Outbox {
     /// The queues of the tasks among them.
     tasks_for: BTreeSet<String>,
 }
+
+/// The queues of results that could not be told, because they are unavailable for now, and why.
+pub(super) type Untold = BTreeMap<String, String>;
 
 /// The messages of a batch that did not arrive.
 #[derive(Default)]
@@ -103,7 +106,7 @@ impl Handler<'_> {
         }
     }
 
-    pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+    pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<Untold, Trouble> {
         let published = self.publish_all(outbox);
         if let Err(Trouble::Refused { .. } | Trouble::Closed) = published {
             let Publishers { sdk, celery, .. } = &mut self.publishers;
@@ -128,7 +131,7 @@ impl Handler<'_> {
     }
 
     /// Publishes everything and waits for the confirms of all connections together.
-    fn publish_all(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+    fn publish_all(&mut self, outbox: &Outbox) -> Result<Untold, Trouble> {
         for queue in &outbox.tasks_for {
             self.declare(queue)?;
         }
@@ -164,10 +167,10 @@ impl Handler<'_> {
                 results.push(message);
             }
         }
-        if !results.is_empty() {
-            self.publish_by_queue_name(&results)?;
+        match results.is_empty() {
+            true => Ok(Untold::new()),
+            false => self.publish_by_queue_name(&results),
         }
-        Ok(())
     }
 
     fn declare(&mut self, queue: &str) -> Result<(), Trouble> {
@@ -215,16 +218,22 @@ impl Handler<'_> {
     }
 
     /// A broker restart removes the bindings of clients that are offline while their queues stay:
-    /// these can still be reached through the default exchange.
-    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<(), Trouble> {
+    /// these can still be reached through the default exchange. A queue whose node is down is not
+    /// reached, like one that does not exist, but will be there again.
+    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<Untold, Trouble> {
         let outcome = self.publishers.sdk.publish_to_queues(results)?;
         let left = undelivered(results.iter().copied(), &outcome);
+        let mut untold = Untold::new();
         for result in left.unroutable {
-            info!("nobody is waiting any more in {}", result.routing_key);
+            let queue = &result.routing_key;
+            match self.publishers.sdk.why_unavailable(queue)? {
+                None => info!("nobody is waiting any more in {queue}"),
+                Some(why) => drop(untold.insert(queue.clone(), why)),
+            }
         }
         for result in left.rejected {
             warn!("{} takes no result", result.routing_key);
         }
-        Ok(())
+        Ok(untold)
     }
 }

@@ -11,8 +11,8 @@ use uuid::Uuid;
 use super::closed::Destination;
 use super::failure::Trouble;
 use super::item::Item;
-use super::outbox::Outbox;
-use super::{Common, Handler, MAX_BATCH_BYTES, letters};
+use super::outbox::{Outbox, Untold};
+use super::{Common, Handler, MAX_BATCH_BYTES, Work, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
 use crate::domain::job::{Context, Event};
 use crate::domain::vhost::Vhost;
@@ -28,6 +28,9 @@ impl Handler<'_> {
         let mut told = Outbox::default();
         for item in &mut *batch {
             item.waits_for = None;
+            if self.has_its_outcome(item) {
+                item.job = None;
+            }
             if item.list_workflows {
                 self.common.service.metrics.workflows_told();
                 debug!("telling clients the workflows");
@@ -60,9 +63,12 @@ impl Handler<'_> {
         }
         fault_point::reached("after commit");
         let mut stopwatch = self.common.service.metrics.stopwatch();
-        self.publish(told)?;
+        let untold = self.publish(told)?;
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
+        let (ending, waiting): (Vec<_>, Vec<_>) = ending
+            .into_iter()
+            .partition(|job_id| !untold.contains_key(&wire::result_queue(*job_id)));
         if !ending.is_empty() {
             connection.settle(&ending)?;
             stopwatch.lap(Stage::Settle);
@@ -76,7 +82,42 @@ impl Handler<'_> {
                 item.is_refused(logs);
             }
         }
+        self.wait_for_clients(batch, &waiting, &untold);
         Ok(())
+    }
+
+    /// Keeps the messages that led to the outcomes of these jobs until their clients' queues are
+    /// available again. A finding is made again.
+    fn wait_for_clients(&self, batch: &mut [Item], jobs: &[Uuid], untold: &Untold) {
+        let of_these = |item: &&mut Item| {
+            let job = item.job.as_ref().map(|(job_id, _)| job_id);
+            item.inbox().is_some() && job.is_some_and(|job_id| jobs.contains(job_id))
+        };
+        let mut some = false;
+        for item in batch.iter_mut().filter(of_these) {
+            item.waits_for = Some(Destination::ClientQueues);
+            // What else there is to do about it has been done.
+            item.has_waited = true;
+            some = true;
+        }
+        if let Some((queue, why)) = untold.first_key_value().filter(|_| some) {
+            let why = format!("{queue}: {why}");
+            let (closed, now) = (&self.common.closed, Instant::now());
+            closed.close(self.number, &Destination::ClientQueues, &why, now);
+        }
+    }
+
+    /// Whether it is a finding about a job whose outcome waits here for its client's queue. So it is
+    /// not lost, however long that takes.
+    fn has_its_outcome(&self, item: &Item) -> bool {
+        let Work::Finding { job_id, .. } = &item.work else {
+            return false;
+        };
+        let waiting = self.stalled.get(&Destination::ClientQueues);
+        waiting.into_iter().flatten().any(|one| {
+            let job = one.job.as_ref();
+            job.is_some_and(|(id, _)| id == job_id)
+        })
     }
 
     /// Puts aside the messages of a batch that are to be; those that cannot be for now wait.

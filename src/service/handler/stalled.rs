@@ -47,7 +47,9 @@ impl Handler<'_> {
             load.messages.insert(queue.clone(), items.len());
             for item in items {
                 load.bytes += item.held();
-                if let Some(inbox) = item.inbox() {
+                if let Some(inbox) = item.inbox()
+                    && item.is_whole()
+                {
                     *load.by_inbox.entry(inbox).or_default() += 1;
                 }
             }
@@ -74,6 +76,7 @@ impl Handler<'_> {
         let closed = &self.common.closed;
         let queues: Vec<_> = self.stalled.keys().cloned().collect();
         for queue in queues {
+            let queue_of_each = queue == Destination::ClientQueues;
             let mut left = self.stalled.remove(&queue).unwrap_or_default();
             while !left.is_empty() && !closed.is_closed(&queue, Instant::now()) {
                 let mut bytes = 0;
@@ -85,7 +88,14 @@ impl Handler<'_> {
                 let rest = left.split_off(batch.count().max(1));
                 self.handle_all(mem::replace(&mut left, rest), stop)?;
             }
-            self.stalled.entry(queue).or_default().append(&mut left);
+            let stalled = self.stalled.entry(queue).or_default();
+            // Those of one queue wait for the same, but those of clients do not: each has its turn.
+            if queue_of_each {
+                left.append(stalled);
+                *stalled = left;
+            } else {
+                stalled.append(&mut left);
+            }
         }
         if Instant::now() >= self.put_back_at {
             self.put_back(&closed.excess())?;
@@ -95,8 +105,8 @@ impl Handler<'_> {
     }
 
     /// Returns some of the stalled messages to the end of their queues, so that others are
-    /// delivered. Their order no longer matters: dead letters have none, and a submission may come
-    /// after its cancel.
+    /// delivered. Their order no longer matters: dead letters have none, a submission may come
+    /// after its cancel, and of a job whose outcome is to be told nothing else counts.
     fn put_back(&mut self, inboxes: &[Inbox]) -> Result<(), Trouble> {
         let (mut bytes, mut failed) = (0, false);
         for inbox in inboxes {
@@ -104,7 +114,7 @@ impl Handler<'_> {
             for (queue, items) in &mut self.stalled {
                 for item in mem::take(items) {
                     let fits = chosen.len() < PUT_BACK_MESSAGES && bytes < PUT_BACK_BYTES;
-                    if fits && item.inbox() == Some(*inbox) {
+                    if fits && item.inbox() == Some(*inbox) && item.is_whole() {
                         bytes += item.held();
                         chosen.push((queue.clone(), item));
                     } else {

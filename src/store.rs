@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 pub use self::batch::Loaded;
 use self::connect::{Access, ConnectError, Connector, noted};
-pub use self::upkeep::{Around, Overdue, Upkeep};
+pub use self::upkeep::{Around, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 

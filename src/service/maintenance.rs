@@ -19,7 +19,7 @@ use crate::domain::job::Command;
 use crate::fault_point;
 use crate::service::handler::{self, Work};
 use crate::service::shared::Service;
-use crate::store::{Around, Connection, Overdue, Store, StoreError, Upkeep};
+use crate::store::{Around, Connection, Overdue, Sign, Store, StoreError, Upkeep};
 use crate::threads::Signal;
 
 /// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
@@ -42,11 +42,13 @@ const AFTER_STANDSTILL: Duration = Duration::from_secs(5);
 const GONE: Duration = Duration::from_secs(60);
 
 /// Tells what may still be waiting of what workers have said.
-pub struct Backlog<H, Q> {
+pub struct Backlog<'b> {
     /// Whether this replica has messages in flight that it does not get to handle.
-    pub held_up: H,
+    pub held_up: &'b dyn Fn() -> bool,
+    /// Whether it has outcomes that wait for their clients' queues.
+    pub untold: &'b dyn Fn() -> bool,
     /// Whether there is something in RabbitMQ's queues.
-    pub in_queues: Q,
+    pub in_queues: &'b dyn Fn() -> bool,
 }
 
 /// Looks for what is due, once per [`crate::config::Config::timeout_check_period`] among all
@@ -56,7 +58,7 @@ pub fn run(
     service: &Service,
     store: &Store,
     handlers: &[Sender<Work>],
-    backlog: Backlog<impl Fn() -> bool, impl Fn() -> bool>,
+    backlog: &Backlog<'_>,
     stop: &Signal,
 ) {
     let mut maintenance = Maintenance {
@@ -66,8 +68,9 @@ pub fn run(
         backlog,
         stop,
         connection: None,
-        shown_held_up: false,
+        shown: Vec::new(),
         other_replicas: 0,
+        untold_by_others: false,
         database_time: None,
         quiet: Quiet::new(Instant::now(), service.config.timeout_start_buffer),
         limits: Chore::default(),
@@ -116,18 +119,20 @@ struct Beat {
     took: Duration,
 }
 
-struct Maintenance<'s, H, Q> {
+struct Maintenance<'s> {
     service: &'s Service,
     store: &'s Store,
     handlers: &'s [Sender<Work>],
-    backlog: Backlog<H, Q>,
+    backlog: &'s Backlog<'s>,
     stop: &'s Signal,
-    /// Shows the other replicas that this one is alive, and whether it is held up.
+    /// Shows the other replicas that this one is alive, and what else there is to know of it.
     connection: Option<Connection>,
-    /// What it shows of the latter.
-    shown_held_up: bool,
+    /// The latter.
+    shown: Vec<Sign>,
     /// How many others there were at the last beat that saw them.
     other_replicas: i64,
+    /// Whether some of them had outcomes then that wait for their clients' queues.
+    untold_by_others: bool,
     /// As of the last beat.
     database_time: Option<Timestamp>,
     quiet: Quiet,
@@ -137,7 +142,7 @@ struct Maintenance<'s, H, Q> {
     is_failing: bool,
 }
 
-impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
+impl Maintenance<'_> {
     /// Does what is due now. Each round starts over.
     fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
         let mut connection = match self.connection.take() {
@@ -145,15 +150,11 @@ impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
             None => {
                 let mut connection = self.store.connection()?;
                 connection.show_presence()?;
-                self.shown_held_up = false;
+                self.shown.clear();
                 connection
             }
         };
-        let held_up = (self.backlog.held_up)();
-        if held_up != self.shown_held_up {
-            connection.show_held_up(held_up)?;
-            self.shown_held_up = held_up;
-        }
+        self.show(&mut connection)?;
         self.notice_standstills(&mut connection, beat)?;
         let mut findings = Vec::new();
         if is_round {
@@ -165,6 +166,23 @@ impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
         self.look_for_overdue(&mut connection)?;
         self.forget(&mut connection)?;
         self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// Shows the others what has changed since the last time.
+    fn show(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
+        let Backlog {
+            held_up, untold, ..
+        } = self.backlog;
+        for (sign, holds) in [(Sign::HeldUp, held_up()), (Sign::Untold, untold())] {
+            if holds != self.shown.contains(&sign) {
+                connection.show(sign, holds)?;
+                match holds {
+                    true => self.shown.push(sign),
+                    false => self.shown.retain(|shown| *shown != sign),
+                }
+            }
+        }
         Ok(())
     }
 
@@ -221,6 +239,7 @@ impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
             self.quiet.begin(Instant::now(), least.max(GONE));
         }
         self.other_replicas = around.replicas;
+        self.untold_by_others = around.untold > 0;
         Ok(())
     }
 
@@ -261,7 +280,9 @@ impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
     /// room for is found again at the next beat.
     fn look_for_overdue(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
         let config = &self.service.config;
-        let Backlog { held_up, in_queues } = &self.backlog;
+        let Backlog {
+            held_up, in_queues, ..
+        } = self.backlog;
         let behind = || held_up() || in_queues();
         if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), behind) {
             return Ok(());
@@ -277,6 +298,10 @@ impl<H: Fn() -> bool, Q: Fn() -> bool> Maintenance<'_, H, Q> {
             (Overdue::Retention(config.job_retention), Command::Expire),
             (Overdue::OutcomeLost(config.outcome_lost), Command::Expire),
         ] {
+            // Which jobs' outcomes they are is known to the replica that has them alone.
+            if matches!(overdue, Overdue::OutcomeLost(_)) && self.untold_by_others {
+                continue;
+            }
             let mut last = None;
             loop {
                 let asked = Instant::now();

@@ -350,13 +350,14 @@ fn start_maintenance<'scope>(
     let stop = recruits.stop.clone();
     recruits.start("maintenance", move || {
         let backlog = Backlog {
-            held_up: || {
+            held_up: &|| {
                 let unread = unread.iter().any(|input| input.len() > MAX_BATCH_MESSAGES);
                 unread || shared.is_held_up()
             },
-            in_queues: || shared.has_events_to_come(),
+            untold: &|| shared.common.closed.has_untold_outcomes(),
+            in_queues: &|| shared.has_events_to_come(),
         };
-        maintenance::run(service, &store, &handlers, backlog, &stop);
+        maintenance::run(service, &store, &handlers, &backlog, &stop);
         Ok(())
     })
 }

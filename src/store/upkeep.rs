@@ -50,14 +50,35 @@ pub struct Around {
     pub replicas: i64,
     /// How many of them seem to stand still.
     pub silent: i64,
-    /// How many of them say that they are held up.
+    /// How many of them show [`Sign::HeldUp`].
     pub held_up: i64,
+    /// How many of them show [`Sign::Untold`].
+    pub untold: i64,
 }
 
-/// The advisory locks that replicas share: all of them the first, those that are held up the second.
-/// The locks of jobs have another kind of key.
-const PRESENCE: (i32, i32) = (0x6f6d_6f74, 1);
-const HELD_UP: (i32, i32) = (PRESENCE.0, 2);
+/// What a replica shows the others of itself, until its connection is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sign {
+    /// It exists and, by the connection's last use, does not stand still.
+    Presence,
+    /// It has messages that it does not get to handle.
+    HeldUp,
+    /// It has outcomes that wait for their clients' queues.
+    Untold,
+}
+
+impl Sign {
+    /// The advisory lock that all those share who show it. The locks of jobs have another kind of
+    /// key.
+    fn lock(self) -> (i32, i32) {
+        let number = match self {
+            Sign::Presence => 1,
+            Sign::HeldUp => 2,
+            Sign::Untold => 3,
+        };
+        (0x6f6d_6f74, number)
+    }
+}
 
 impl Connection {
     /// Whether this replica is to do what one of them does every `period`: true for the first one
@@ -99,41 +120,39 @@ impl Connection {
     pub fn show_presence(&mut self) -> Result<(), StoreError> {
         // It must not return to the pool, where it would be used rarely.
         self.client.give_up();
-        self.client.execute(
-            "SELECT pg_advisory_lock_shared($1, $2)",
-            &[&PRESENCE.0, &PRESENCE.1],
-        )?;
-        Ok(())
+        self.show(Sign::Presence, true)
     }
 
-    /// Shows other replicas, until this connection is dropped, that this one has messages which it
-    /// does not get to handle, or no longer. Only for a change of that.
+    /// Begins or ends to show something. Only for a change.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn show_held_up(&mut self, held_up: bool) -> Result<(), StoreError> {
-        let sql = match held_up {
+    pub fn show(&mut self, sign: Sign, begins: bool) -> Result<(), StoreError> {
+        let sql = match begins {
             true => "SELECT pg_advisory_lock_shared($1, $2)",
             false => "SELECT pg_advisory_unlock_shared($1, $2)",
         };
-        self.client.execute(sql, &[&HELD_UP.0, &HELD_UP.1])?;
+        let (class, number) = sign.lock();
+        self.client.execute(sql, &[&class, &number])?;
         Ok(())
     }
 
     /// Looks for other replicas that show their presence. One stands still that has been inactive
     /// for between `silent` and `gone`, and what one that is gone once said of itself no longer
-    /// counts. Without the rights to see them, those of another user are taken for active and not
-    /// held up.
+    /// counts. Without the rights to see them, those of another user are taken for active and show
+    /// nothing else.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn look_around(&mut self, silent: Duration, gone: Duration) -> Result<Around, StoreError> {
+        let (class, presence) = Sign::Presence.lock();
         let row = self.client.query_one(
             "SELECT clock_timestamp(),
                     count(*) FILTER (WHERE objid::bigint = $2::integer),
                     count(*) FILTER (WHERE objid::bigint = $2::integer AND NOT is_gone
                         AND state_change <= clock_timestamp() - $4 * interval '1 second'),
-                    count(*) FILTER (WHERE objid::bigint = $3::integer AND NOT is_gone)
+                    count(*) FILTER (WHERE objid::bigint = $3::integer AND NOT is_gone),
+                    count(*) FILTER (WHERE objid::bigint = $6::integer AND NOT is_gone)
              FROM pg_locks JOIN pg_stat_activity AS session USING (pid),
                   LATERAL (SELECT state_change <= clock_timestamp() - $5 * interval '1 second'
                                   AS is_gone) AS signs
@@ -141,11 +160,12 @@ impl Connection {
                AND datname = current_database() AND pid <> pg_backend_pid()
                AND database = datid",
             &[
-                &PRESENCE.0,
-                &PRESENCE.1,
-                &HELD_UP.1,
+                &class,
+                &presence,
+                &Sign::HeldUp.lock().1,
                 &silent.as_secs_f64(),
                 &gone.as_secs_f64(),
+                &Sign::Untold.lock().1,
             ],
         )?;
         Ok(Around {
@@ -153,6 +173,7 @@ impl Connection {
             replicas: row.try_get(1)?,
             silent: row.try_get(2)?,
             held_up: row.try_get(3)?,
+            untold: row.try_get(4)?,
         })
     }
 

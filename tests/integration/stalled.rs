@@ -320,6 +320,13 @@ fn a_result_waits_for_its_clients_queue_whose_node_is_down(
     why_not_ready(&service, "queues of clients: jobs.");
     // Nobody waits for that of the last but one, which says nothing about the first.
     deployment.comes_to(3, "SELECT count(*) FROM job");
+    // Another replica knows as well that they are not lost.
+    let sign = "SELECT count(*) FROM pg_locks
+                JOIN pg_database ON database = pg_database.oid
+                WHERE locktype = 'advisory' AND objsubid = 2 AND objid = 3
+                  AND datname = current_database()";
+    deployment.comes_to(1, sign);
+    let _other = deployment.start_with(&variables);
     // Long enough for an outcome that nothing brings back.
     let lost = "SELECT count(*) FROM job_history WHERE finished_at < now() - interval '1 second'";
     deployment.at_least(3, lost);

@@ -182,6 +182,12 @@ impl ClosedQueues {
             .collect()
     }
 
+    /// Whether outcomes wait for their clients' queues.
+    pub fn has_untold_outcomes(&self) -> bool {
+        let state = (!self.is_empty()).then(|| self.lock());
+        state.is_some_and(|state| state.closed.contains_key(&Destination::ClientQueues))
+    }
+
     /// What messages are waiting for, for the readiness.
     pub fn trouble(&self) -> Option<String> {
         if self.is_empty() {

@@ -281,7 +281,9 @@ impl Maintenance<'_> {
     fn look_for_overdue(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
         let config = &self.service.config;
         let Backlog {
-            held_up, in_queues, ..
+            held_up,
+            untold,
+            in_queues,
         } = self.backlog;
         let behind = || held_up() || in_queues();
         if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), behind) {
@@ -298,8 +300,8 @@ impl Maintenance<'_> {
             (Overdue::Retention(config.job_retention), Command::Expire),
             (Overdue::OutcomeLost(config.outcome_lost), Command::Expire),
         ] {
-            // Which jobs' outcomes they are is known to the replica that has them alone.
-            if matches!(overdue, Overdue::OutcomeLost(_)) && self.untold_by_others {
+            // Which jobs' outcomes they are is known to the handlers alone that have them.
+            if matches!(overdue, Overdue::OutcomeLost(_)) && (untold() || self.untold_by_others) {
                 continue;
             }
             let mut last = None;

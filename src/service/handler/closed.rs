@@ -22,7 +22,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(60);
 pub(super) enum Destination {
     TaskQueue(String),
     DeadLetters(Vhost),
-    /// Those of clients' results that are unavailable, all together.
+    /// The unavailable queues in which clients wait for results, all together.
     ClientQueues,
 }
 

@@ -12,7 +12,7 @@ use super::closed::Destination;
 use super::failure::Trouble;
 use super::item::Item;
 use super::outbox::{Outbox, Untold};
-use super::{Common, Handler, MAX_BATCH_BYTES, Work, letters};
+use super::{Common, Handler, MAX_BATCH_BYTES, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
 use crate::domain::job::{Context, Event};
 use crate::domain::vhost::Vhost;
@@ -28,9 +28,6 @@ impl Handler<'_> {
         let mut told = Outbox::default();
         for item in &mut *batch {
             item.waits_for = None;
-            if self.has_its_outcome(item) {
-                item.job = None;
-            }
             if item.list_workflows {
                 self.common.service.metrics.workflows_told();
                 debug!("telling clients the workflows");
@@ -105,19 +102,6 @@ impl Handler<'_> {
             let (closed, now) = (&self.common.closed, Instant::now());
             closed.close(self.number, &Destination::ClientQueues, &why, now);
         }
-    }
-
-    /// Whether it is a finding about a job whose outcome waits here for its client's queue. So it is
-    /// not lost, however long that takes.
-    fn has_its_outcome(&self, item: &Item) -> bool {
-        let Work::Finding { job_id, .. } = &item.work else {
-            return false;
-        };
-        let waiting = self.stalled.get(&Destination::ClientQueues);
-        waiting.into_iter().flatten().any(|one| {
-            let job = one.job.as_ref();
-            job.is_some_and(|(id, _)| id == job_id)
-        })
     }
 
     /// Puts aside the messages of a batch that are to be; those that cannot be for now wait.

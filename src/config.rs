@@ -104,15 +104,43 @@ impl fmt::Display for RabbitMq {
     }
 }
 
-#[derive(Debug, Clone, PartialEq)]
-pub struct Postgres {
+/// Where a server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// A name, an IP address or, of Postgres, the folder of a socket.
     pub host: String,
     pub port: u16,
+}
+
+/// `host:port`, for messages.
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Address { host, port } = self;
+        write!(f, "{host}:{port}")
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Postgres {
+    /// One or more; of several, the one is used that takes writes.
+    pub servers: Vec<Address>,
     pub database: String,
     /// None stands for the operating system's user.
     pub username: Option<String>,
     pub password: Option<Secret>,
+    /// Of connections by TCP; see [`Postgres::encryption_to`].
     pub encryption: Encryption,
+}
+
+impl Postgres {
+    /// When connections to one of the servers are in TLS: a socket in the file system needs none,
+    /// and has none.
+    pub fn encryption_to(&self, server: &Address) -> &Encryption {
+        match server.host.starts_with('/') {
+            true => &Encryption::Never,
+            false => &self.encryption,
+        }
+    }
 }
 
 /// When connections to Postgres are in TLS.
@@ -126,10 +154,11 @@ pub enum Encryption {
     Always(Tls),
 }
 
-/// `host:port/database`, for messages.
+/// `host:port/database`, with all servers, for messages.
 impl fmt::Display for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}/{}", self.host, self.port, self.database)
+        let servers: Vec<_> = self.servers.iter().map(Address::to_string).collect();
+        write!(f, "{}/{}", servers.join(","), self.database)
     }
 }
 

@@ -212,10 +212,10 @@ fn cpu_of(process: &str) -> Duration {
 
 fn sql(config: &config::Postgres) -> anyhow::Result<postgres::Client> {
     let mut client = postgres::Config::new();
-    client
-        .host(&config.host)
-        .port(config.port)
-        .dbname(&config.database);
+    client.dbname(&config.database);
+    for server in &config.servers {
+        client.host(&server.host).port(server.port);
+    }
     if let Some(username) = &config.username {
         client.user(username);
     }

@@ -83,7 +83,7 @@ fn main() -> anyhow::Result<ExitCode> {
         &options.folder,
         &options.program,
         config.sdk_rabbitmq.port,
-        config.postgres.port,
+        config.postgres.servers[0].port,
         options.replicas,
     )?;
     let idle = world.declare_idle_clients(options.idle_clients)?;
@@ -198,8 +198,8 @@ fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
         left.push(format!("{queues} messages in queues"));
     }
     let mut client = postgres::Config::new()
-        .host(&config.postgres.host)
-        .port(config.postgres.port)
+        .host(&config.postgres.servers[0].host)
+        .port(config.postgres.servers[0].port)
         .dbname(&config.postgres.database)
         .user(config.postgres.username.as_deref().unwrap_or_default())
         .password(

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
-use super::{Config, Encryption, InfluxDb, LogFormat, Postgres, RabbitMq, Secret, Setting};
+use super::{
+    Address, Config, Encryption, InfluxDb, LogFormat, Postgres, RabbitMq, Secret, Setting,
+};
 use crate::domain::job::TimeoutResult;
 use crate::domain::vhost::Vhost;
 use crate::text_file;
@@ -46,6 +48,10 @@ fn may_be_shown(name: &str, value: &str) -> bool {
     let is_key = value.contains(['\n', '\r']) || value.contains("-----BEGIN");
     let has_user = value.contains('@') && value.contains(':');
     !is_key && !has_user
+}
+
+fn port(text: &str) -> Option<u16> {
+    NonZeroU16::from_str(text).ok().map(NonZeroU16::get)
 }
 
 /// Reads the variables one after the other.
@@ -143,17 +149,51 @@ impl<'a> Reader<'a> {
     }
 
     fn port(&mut self, name: &str, default: u16) -> u16 {
-        let value = (self.variable)(name);
-        let expected = match value {
+        let expected = self.expected_port(name);
+        self.parsed(name, &default.to_string(), expected, port)
+    }
+
+    fn expected_port(&self, name: &str) -> &'static str {
+        match (self.variable)(name) {
             Some(value) if value.trim_start().starts_with("tcp://") => {
                 "a port from 1 to 65535; this is how Kubernetes tells of a service whose name the variable \
                  happens to begin with: `enableServiceLinks: false` in the pod's spec switches that off"
             }
             Some(_) | None => "a port from 1 to 65535",
-        };
-        self.parsed(name, &default.to_string(), expected, |value| {
-            NonZeroU16::from_str(value).ok().map(NonZeroU16::get)
-        })
+        }
+    }
+
+    /// Servers as libpq takes them: hosts between commas, and a port for all or one for each.
+    fn addresses(&mut self, hosts_name: &str, ports_name: &str, default: u16) -> Vec<Address> {
+        let text = self.host(hosts_name);
+        let hosts: Vec<_> = text.split(',').map(str::trim).collect();
+        if hosts.contains(&"") && may_be_shown(hosts_name, &text) {
+            self.faults.push(format!(
+                "{hosts_name}: found {text:?}, expected a host, or several between commas, none of \
+                 them empty"
+            ));
+        }
+        let expected = self.expected_port(ports_name);
+        let ports = self.parsed(ports_name, &default.to_string(), expected, |value| {
+            let ports: Option<Vec<_>> = value.split(',').map(|one| port(one.trim())).collect();
+            ports
+        });
+        if ports.len() != 1 && ports.len() != hosts.len() {
+            self.faults.push(format!(
+                "{ports_name}: found {} ports, expected one, or as many as there are hosts in \
+                 {hosts_name}, {}",
+                ports.len(),
+                hosts.len()
+            ));
+        }
+        hosts
+            .into_iter()
+            .zip(ports.into_iter().cycle())
+            .map(|(host, port)| Address {
+                host: host.to_owned(),
+                port,
+            })
+            .collect()
     }
 
     /// The name or the address of a host, or a folder with a socket.
@@ -345,17 +385,9 @@ impl<'a> Reader<'a> {
     }
 
     fn postgres(&mut self) -> Postgres {
-        let host = self.host("POSTGRESQL_HOST");
-        let encryption = self.postgres_encryption();
         Postgres {
-            // A socket in the file system needs no TLS, and has none.
-            encryption: if host.starts_with('/') {
-                Encryption::Never
-            } else {
-                encryption
-            },
-            host,
-            port: self.port("POSTGRESQL_PORT", 5432),
+            servers: self.addresses("POSTGRESQL_HOST", "POSTGRESQL_PORT", 5432),
+            encryption: self.postgres_encryption(),
             database: self.text("POSTGRESQL_DATABASE", "public"),
             username: self.given("POSTGRESQL_USERNAME", ""),
             password: self.password("POSTGRESQL_PASSWORD", ""),

@@ -417,8 +417,66 @@ fn sslmode_has_libpqs_meanings(
 #[test]
 fn a_socket_in_the_file_system_has_no_tls() {
     let config = read(&[
-        ("POSTGRESQL_HOST", "/run/postgresql"),
+        ("POSTGRESQL_HOST", "/run/postgresql,db"),
         ("POSTGRESQL_SSLMODE", "require"),
     ]);
-    assert_eq!(config.unwrap().postgres.encryption, Encryption::Never);
+    let postgres = config.unwrap().postgres;
+    let [socket, other] = postgres.servers.as_slice() else {
+        panic!("{postgres}")
+    };
+    assert_eq!(postgres.encryption_to(socket), &Encryption::Never);
+    assert_eq!(postgres.encryption_to(other), &postgres.encryption);
+    assert_ne!(postgres.encryption, Encryption::Never);
+}
+
+#[rstest]
+#[case("a", "5433", "a:5433/public")]
+#[case("a,b", "5433", "a:5433,b:5433/public")]
+#[case(" a, b ", "5433, 5434", "a:5433,b:5434/public")]
+#[case("::1,10.0.0.1", "1,2", "::1:1,10.0.0.1:2/public")]
+fn postgres_may_be_several_servers(
+    #[case] hosts: &str,
+    #[case] ports: &str,
+    #[case] expected: &str,
+) {
+    let config = read(&[("POSTGRESQL_HOST", hosts), ("POSTGRESQL_PORT", ports)]).unwrap();
+    assert_eq!(config.postgres.to_string(), expected);
+}
+
+#[rstest]
+#[case(
+    "a,b",
+    "1,2,3",
+    "POSTGRESQL_PORT: found 3 ports, expected one, or as many as there are hosts in \
+     POSTGRESQL_HOST, 2"
+)]
+#[case(
+    "a",
+    "1,2",
+    "POSTGRESQL_PORT: found 2 ports, expected one, or as many as there are hosts in \
+     POSTGRESQL_HOST, 1"
+)]
+#[case(
+    "a,,b",
+    "1",
+    "POSTGRESQL_HOST: found \"a,,b\", expected a host, or several between commas, none of \
+     them empty"
+)]
+#[case(
+    "a,b",
+    "1,",
+    "POSTGRESQL_PORT: found \"1,\", expected a port from 1 to 65535"
+)]
+#[case(
+    "a,b",
+    "1,x",
+    "POSTGRESQL_PORT: found \"1,x\", expected a port from 1 to 65535"
+)]
+fn servers_of_postgres_that_make_no_sense(
+    #[case] hosts: &str,
+    #[case] ports: &str,
+    #[case] fault: &str,
+) {
+    let faults = read(&[("POSTGRESQL_HOST", hosts), ("POSTGRESQL_PORT", ports)]).unwrap_err();
+    assert_eq!(faults.to_string(), fault);
 }

@@ -17,15 +17,25 @@ use crate::threads::{Backoff, Signal};
 /// Between attempts to connect.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LAST_PAUSE: Duration = Duration::from_secs(15);
+/// The same where another server may have been promoted meanwhile.
+const LAST_PAUSE_OF_SEVERAL: Duration = Duration::from_secs(2);
 /// How often Postgres is looked at for `/health/ready`.
 const PROBE_PERIOD: Duration = Duration::from_secs(5);
+
+fn pauses(service: &Service) -> Backoff {
+    let longest = match service.config.postgres.servers.len() {
+        1 => LAST_PAUSE,
+        _ => LAST_PAUSE_OF_SEVERAL,
+    };
+    Backoff::new(FIRST_PAUSE, longest)
+}
 
 /// Waits for Postgres and brings its tables to this program's revision, or until `stop` is given.
 ///
 /// # Errors
 /// Something that an operator has to put right.
 pub fn prepare(service: &Service, stop: &Signal) -> anyhow::Result<()> {
-    let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
+    let mut backoff = pauses(service);
     loop {
         let error = match service.store.connection() {
             Ok(mut connection) => {
@@ -80,7 +90,7 @@ fn goes_away(error: &anyhow::Error) -> bool {
 /// Waits for a Postgres that takes writes: without one, a session would only keep messages from
 /// other replicas. False when the service stops.
 pub fn wait(service: &Service, stop: &Signal) -> bool {
-    let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
+    let mut backoff = pauses(service);
     let writes = || service.store.connection()?.check_writing();
     while let Err(error) = writes() {
         debug!("no session without Postgres: {:#}", anyhow!(error));

@@ -4,10 +4,11 @@ use std::error::Error as _;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use log::debug;
+use log::{debug, info};
 use postgres::config::SslMode;
 use postgres::error::SqlState;
 use postgres::types::ToSql;
@@ -18,7 +19,7 @@ use thiserror::Error;
 use tls_of_postgres::MakeRustlsConnect;
 
 use super::is_refusal;
-use crate::config::{self, Encryption};
+use crate::config::{self, Address, Encryption};
 use crate::threads::Calls;
 use crate::tls::Tls;
 
@@ -36,27 +37,60 @@ pub(super) struct Connector {
     config: config::Postgres,
     statement_timeout: &'static str,
     access: Access,
+    /// Which server of `config` the last connection was to: an old primary that comes back, and
+    /// does not know that it has been replaced, is not returned to.
+    last: AtomicUsize,
 }
 
 impl Connector {
-    /// No statement takes longer than `statement_timeout`, a time as Postgres writes it.
+    /// No statement takes longer than `statement_timeout`, a time as Postgres writes it. Where there
+    /// are several servers, each connection is to one that takes writes.
     pub(super) fn new(
         config: config::Postgres,
         statement_timeout: &'static str,
         access: Access,
     ) -> Connector {
         Connector {
-            config,
             statement_timeout,
-            access,
+            // Of several, one that does not take writes is about to be left.
+            access: match config.servers.len() {
+                1 => access,
+                _ => Access::Write,
+            },
+            config,
+            last: AtomicUsize::new(0),
         }
     }
 
-    fn check(&self, client: &mut Client) -> anyhow::Result<()> {
+    fn check(&self, client: &mut Client, server: usize) -> anyhow::Result<()> {
         match self.access {
             Access::Read => Ok(client.simple_query("").map(drop)?),
-            Access::Write => takes_writes(&self.config, client),
+            Access::Write => match unwritable(client)? {
+                None => Ok(()),
+                // Such a server is useless to a replica, which would keep messages from replicas
+                // whose server does.
+                Some(why) => {
+                    let config::Postgres {
+                        servers, database, ..
+                    } = &self.config;
+                    bail!("{}/{database} {why}", servers[server])
+                }
+            },
         }
+    }
+
+    /// Connects to the server of this number.
+    fn open(&self, server: usize) -> anyhow::Result<Session> {
+        let address = &self.config.servers[server];
+        let mut client = connect(&self.config, address, self.statement_timeout)?;
+        self.check(&mut client, server)?;
+        neutralise(&mut client)?;
+        Ok(Session {
+            client,
+            server,
+            failed: false,
+            calls: Arc::default(),
+        })
     }
 }
 
@@ -70,21 +104,32 @@ impl ManageConnection for Connector {
     type Error = ConnectError;
 
     fn connect(&self) -> Result<Session, ConnectError> {
-        let connected = connect(&self.config, self.statement_timeout);
-        let client = connected.and_then(|mut client| {
-            self.check(&mut client)?;
-            neutralise(&mut client)?;
-            Ok(client)
-        });
-        Ok(Session {
-            client: client.map_err(ConnectError)?,
-            failed: false,
-            calls: Arc::default(),
-        })
+        let servers = &self.config.servers;
+        if servers.len() == 1 {
+            return self.open(0).map_err(ConnectError);
+        }
+        // One after the other, as libpq has it; unlike libpq, also after one that does not let this
+        // user in.
+        let last = self.last.load(Ordering::Relaxed);
+        let mut faults = Vec::new();
+        for number in (last..servers.len()).chain(0..last) {
+            match self.open(number) {
+                Ok(session) => {
+                    if number != last {
+                        info!("Postgres: {} takes writes", servers[number]);
+                    }
+                    self.last.store(number, Ordering::Relaxed);
+                    return Ok(session);
+                }
+                Err(fault) => faults.push(format!("{}: {fault:#}", servers[number])),
+            }
+        }
+        Err(ConnectError(anyhow!(faults.join("; "))))
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), ConnectError> {
-        self.check(&mut session.client).map_err(ConnectError)
+        let Session { client, server, .. } = session;
+        self.check(client, *server).map_err(ConnectError)
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {
@@ -97,6 +142,8 @@ impl ManageConnection for Connector {
 /// setting that has been corrected since.
 pub(super) struct Session {
     client: Client,
+    /// Its number in the configuration.
+    server: usize,
     failed: bool,
     /// Of whoever uses it.
     pub(super) calls: Arc<Calls>,
@@ -150,6 +197,7 @@ impl Session {
     ) -> Result<(postgres::Transaction<'_>, &mut bool, &Calls), postgres::Error> {
         let Session {
             client,
+            server: _,
             failed,
             calls,
         } = self;
@@ -182,15 +230,6 @@ impl Session {
         let outcome = work(&mut self.client);
         self.failed |= outcome.is_err();
         outcome
-    }
-}
-
-/// Checks that this server, and this session with it, take writes. One that does not is useless to
-/// a replica, which would keep messages from replicas whose server does.
-fn takes_writes(config: &config::Postgres, client: &mut Client) -> anyhow::Result<()> {
-    match unwritable(client)? {
-        None => Ok(()),
-        Some(why) => bail!("{config} {why}"),
     }
 }
 
@@ -237,35 +276,52 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// Checks that somebody answers at all, since connecting waits without end for a stopped server, or
 /// for a proxy whose server is gone. Postgres answers yes or no to a kind of encryption that is not
 /// used here, without a line in its log. Everything but silence is left to the real connection.
-fn ask(config: &config::Postgres) -> anyhow::Result<()> {
+///
+/// Whoever gives no answer for `patience` is left, even before there is a connection.
+fn ask(server: &Address, patience: Duration) -> anyhow::Result<()> {
     // https://www.postgresql.org/docs/current/protocol-message-formats.html, GSSENCRequest
     const QUESTION: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x30];
-    let Ok(addresses) = (config.host.as_str(), config.port).to_socket_addrs() else {
+    let Ok(addresses) = (server.host.as_str(), server.port).to_socket_addrs() else {
         return Ok(());
     };
+    let mut unanswered = None;
     for address in addresses {
-        let Ok(mut socket) = TcpStream::connect_timeout(&address, config::CONNECT_TIMEOUT) else {
-            continue;
+        let mut socket = match TcpStream::connect_timeout(&address, patience) {
+            Ok(socket) => socket,
+            Err(error) if error.kind() == ErrorKind::TimedOut => {
+                unanswered = Some(address);
+                continue;
+            }
+            Err(_) => continue,
         };
-        socket.set_read_timeout(Some(SILENCE))?;
+        let silence = patience.min(SILENCE);
+        socket.set_read_timeout(Some(silence))?;
         let answer = socket
             .write_all(&QUESTION)
             .and_then(|()| socket.read(&mut [0]));
         if let Err(ErrorKind::WouldBlock | ErrorKind::TimedOut) =
             answer.map_err(|error| error.kind())
         {
-            bail!("{address} takes connections, and says nothing for {SILENCE:?}");
+            bail!("{address} takes connections, and says nothing for {silence:?}");
         }
         return Ok(());
     }
-    Ok(())
+    match unanswered {
+        Some(address) => bail!("{address} takes no connection within {patience:?}"),
+        None => Ok(()),
+    }
 }
 
 /// Connects; if `config` leaves a choice, it falls back to the second way as libpq does.
-fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result<Client> {
-    ask(config)?;
-    let mut client = client_config(config, statement_timeout);
-    match &config.encryption {
+fn connect(
+    config: &config::Postgres,
+    server: &Address,
+    statement_timeout: &str,
+) -> anyhow::Result<Client> {
+    let patience = Patience::of(config);
+    ask(server, patience.connect)?;
+    let mut client = client_config(config, server, &patience, statement_timeout);
+    match config.encryption_to(server) {
         Encryption::Never => Ok(plain(&mut client)?),
         Encryption::WhereRequired(tls) => {
             let tls = rustls(tls)?;
@@ -281,7 +337,7 @@ fn connect(config: &config::Postgres, statement_timeout: &str) -> anyhow::Result
             match encrypted(client.ssl_mode(SslMode::Prefer), rustls(tls)?) {
                 Err(fault) if is_unwelcome(&fault) || may_be_of_tls(&fault) => {
                     let fault = format!("{:#}", anyhow!(fault));
-                    debug!("Postgres at {config}: {fault}; trying without TLS");
+                    debug!("Postgres at {server}: {fault}; trying without TLS");
                     plain(&mut client).map_err(|second| {
                         let second = anyhow!(second);
                         // If the server has no TLS, the first attempt was without as well.
@@ -338,11 +394,45 @@ fn may_be_of_tls(error: &postgres::Error) -> bool {
     })
 }
 
-fn client_config(config: &config::Postgres, statement_timeout: &str) -> postgres::Config {
+/// How long a server that cannot be reached is waited for.
+struct Patience {
+    connect: Duration,
+    /// Until the first keepalive, and between the three that follow.
+    keepalives: [Duration; 2],
+    /// For the acknowledgement of what has been sent.
+    sent: Duration,
+}
+
+impl Patience {
+    /// Where there is another server, it should be found within ten seconds of its promotion; the
+    /// pool may pause for five.
+    fn of(config: &config::Postgres) -> Patience {
+        let seconds = Duration::from_secs;
+        match config.servers.len() {
+            1 => Patience {
+                connect: config::CONNECT_TIMEOUT,
+                keepalives: [seconds(15), seconds(5)],
+                sent: seconds(30),
+            },
+            _ => Patience {
+                connect: seconds(3),
+                keepalives: [seconds(3), seconds(1)],
+                sent: seconds(8),
+            },
+        }
+    }
+}
+
+fn client_config(
+    config: &config::Postgres,
+    server: &Address,
+    patience: &Patience,
+    statement_timeout: &str,
+) -> postgres::Config {
     let mut client = Client::configure();
     client
-        .host(&config.host)
-        .port(config.port)
+        .host(&server.host)
+        .port(server.port)
         .dbname(&config.database)
         .application_name("omotes_orchestrator")
         // After waiting for a lock on a job, what its previous holder committed must be visible.
@@ -352,11 +442,11 @@ fn client_config(config: &config::Postgres, statement_timeout: &str) -> postgres
              -c lock_timeout=30s -c statement_timeout={statement_timeout} \
              -c idle_in_transaction_session_timeout=1min",
         ))
-        .connect_timeout(config::CONNECT_TIMEOUT)
-        .keepalives_idle(Duration::from_secs(15))
-        .keepalives_interval(Duration::from_secs(5))
+        .connect_timeout(patience.connect)
+        .keepalives_idle(patience.keepalives[0])
+        .keepalives_interval(patience.keepalives[1])
         .keepalives_retries(3)
-        .tcp_user_timeout(Duration::from_secs(30));
+        .tcp_user_timeout(patience.sent);
     if let Some(username) = &config.username {
         client.user(username);
     }

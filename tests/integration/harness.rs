@@ -7,3 +7,4 @@ pub mod peers;
 #[path = "../../examples/chaos/proxy.rs"]
 pub mod proxy;
 pub mod raw;
+pub mod standby;

@@ -1,13 +1,17 @@
 //! What becomes of the jobs when RabbitMQ and Postgres themselves are killed, short of memory or
 //! disk, or full of large messages.
 
+use std::net::TcpListener;
+use std::time::Instant;
+
 use omotes_orchestrator::wire::{
     JobSubmission, job_result::ResultType, job_status_update::JobStatus,
 };
 use rstest::rstest;
 
 use crate::harness::deployment::{Deployment, Server, eventually};
-use crate::harness::peers::{Client, Worker, kept_its_session, running_job};
+use crate::harness::peers::{Client, Task, Worker, kept_its_session, running_job};
+use crate::harness::standby::Standby;
 
 const OUTPUT: &str = "<e id='out-1'/>";
 
@@ -61,6 +65,115 @@ fn a_postgres_that_is_killed_loses_nothing() {
     assert_eq!(worker.take().job, waiting);
     service.wait_until_ready();
     kept_its_session(&deployment, &service);
+}
+
+/// The variables of a deployment whose Postgres is either of these.
+fn postgres_at(ports: [u16; 2]) -> [(&'static str, String); 2] {
+    [
+        ("POSTGRESQL_HOST", "127.0.0.1,127.0.0.1".to_owned()),
+        (
+            "POSTGRESQL_PORT",
+            ports.map(|port| port.to_string()).join(","),
+        ),
+    ]
+}
+
+#[test]
+fn a_promoted_standby_takes_over_and_nothing_is_lost() {
+    const JOBS: usize = 120;
+    let deployment = Deployment::with_own_servers();
+    let standby = Standby::of(&deployment);
+    let mut command = deployment.command(&["run"]);
+    command.envs(postgres_at([deployment.postgres_port(), standby.port]));
+    let service = deployment.launch_command(command);
+    service.wait_until_ready();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let submit = |_| {
+        let (job, submission) = client.submission("workflow_1");
+        client.listen(job);
+        client.send(&submission);
+        job
+    };
+    let complete = |task: &Task| {
+        worker.start(task);
+        worker.succeed(task, OUTPUT);
+    };
+    let mut jobs: Vec<_> = (0..JOBS / 2).map(submit).collect();
+    for _ in 0..JOBS / 4 {
+        complete(&worker.take());
+    }
+    // Submissions, starts and results are on their way.
+    jobs.extend((0..JOBS / 2).map(submit));
+    deployment.kill_server(Server::Postgres);
+    let poll = || Some(Task::of(&worker.peer.poll("workflow_1")?));
+    for task in std::iter::from_fn(poll).take(JOBS / 8) {
+        complete(&task);
+    }
+    eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready && body["parts"]["postgres"]["ok"] == false).then_some(())
+    });
+    standby.promote();
+    let promoted = Instant::now();
+    service.wait_until_ready();
+    eprintln!("ready {:?} after the promotion", promoted.elapsed());
+    let mut ended = 0;
+    eventually("all outcomes", || {
+        // Of a job whose submission was not committed, there may be a second task.
+        std::iter::from_fn(poll).for_each(|task| complete(&task));
+        let result = |job| client.peer.queue_length(&format!("jobs.{job}.result"));
+        while ended < JOBS && result(jobs[ended]) > 0 {
+            ended += 1;
+        }
+        (ended == JOBS).then_some(())
+    });
+    for job in jobs {
+        assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    }
+    standby.comes_to(0, "SELECT count(*) FROM job");
+    standby.comes_to(
+        i64::try_from(JOBS).unwrap(),
+        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
+    );
+}
+
+#[test]
+fn of_several_postgres_servers_the_one_that_takes_writes_is_used() {
+    let deployment = Deployment::with_own(&[Server::RabbitMq, Server::Postgres], |_| {});
+    let standby = Standby::of(&deployment);
+    // Both a standby and a server that accepts connections and says nothing come before it.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = silent.local_addr().map(|at| (at.port(), silent)).unwrap();
+    for port in [standby.port, silent.0] {
+        let variables = postgres_at([port, deployment.postgres_port()]);
+        for arguments in [
+            &["db", "upgrade"][..],
+            &["db", "current"],
+            &["jobs", "list"],
+            &["doctor"],
+        ] {
+            let output = deployment
+                .command(arguments)
+                .envs(variables.clone())
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() || arguments == ["doctor"], "{said}");
+            assert!(!said.contains("error Postgres"), "{said}");
+        }
+    }
+    // Without a primary each server's reason is told.
+    let output = deployment
+        .command(&["db", "current"])
+        .envs(postgres_at([standby.port, 1]))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains("is a standby and takes no writes"), "{said}");
+    assert!(said.contains("127.0.0.1:1: "), "{said}");
 }
 
 #[rstest]

@@ -538,7 +538,8 @@ pub fn server_client(database: &str) -> postgres::Client {
     client(setting("POSTGRES_PORT").parse().unwrap(), database)
 }
 
-fn client(port: u16, database: &str) -> postgres::Client {
+/// The same of any server that the tests have started.
+pub fn client(port: u16, database: &str) -> postgres::Client {
     postgres::Config::new()
         .host("127.0.0.1")
         .port(port)

@@ -80,8 +80,8 @@ pub enum LogFormat {
 /// How to reach one vhost.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RabbitMq {
-    pub host: String,
-    pub port: u16,
+    /// One or more of the same cluster, of which any will do.
+    pub servers: Vec<Address>,
     pub username: String,
     pub password: Secret,
     pub vhost: String,
@@ -89,19 +89,23 @@ pub struct RabbitMq {
     pub tls: Option<Tls>,
 }
 
-/// `user@host:port/vhost`, for messages.
+/// `user@host:port/vhost`, with all servers, for messages.
 impl fmt::Display for RabbitMq {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let RabbitMq {
-            host,
-            port,
+            servers,
             username,
             vhost,
             password: _,
             tls: _,
         } = self;
-        write!(f, "{username}@{host}:{port}/{vhost}")
+        write!(f, "{username}@{}/{vhost}", listed(servers))
     }
+}
+
+fn listed(servers: &[Address]) -> String {
+    let servers: Vec<_> = servers.iter().map(Address::to_string).collect();
+    servers.join(",")
 }
 
 /// Where a server listens.
@@ -157,8 +161,7 @@ pub enum Encryption {
 /// `host:port/database`, with all servers, for messages.
 impl fmt::Display for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let servers: Vec<_> = self.servers.iter().map(Address::to_string).collect();
-        write!(f, "{}/{}", servers.join(","), self.database)
+        write!(f, "{}/{}", listed(&self.servers), self.database)
     }
 }
 

@@ -9,7 +9,7 @@ use amiquip::{
 };
 use anyhow::{Context, bail, ensure};
 use omotes_orchestrator::broker::{Link, Publisher};
-use omotes_orchestrator::config::{Config, RabbitMq};
+use omotes_orchestrator::config::{Address, Config, RabbitMq};
 use omotes_orchestrator::threads::Calls;
 use omotes_orchestrator::wire::{
     self, JobSubmission, OMOTES_EXCHANGE, Outgoing, TaskProgressUpdate, TaskResult,
@@ -310,14 +310,15 @@ fn first(config: &RabbitMq, queue: &str) -> anyhow::Result<Sample> {
 /// RabbitMQ is gone.
 pub fn open(config: &RabbitMq) -> anyhow::Result<Connection> {
     let RabbitMq {
-        host,
-        port,
+        servers,
         username,
         password,
         vhost,
         // `run.sh` starts the server.
         tls: _,
     } = config;
+    // `run.sh` starts one.
+    let Address { host, port } = &servers[0];
     let stream = std::net::TcpStream::connect((host.as_str(), *port))?;
     stream.set_nodelay(true)?;
     let options = ConnectionOptions::default()

@@ -82,7 +82,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut site = Site::new(
         &options.folder,
         &options.program,
-        config.sdk_rabbitmq.port,
+        config.sdk_rabbitmq.servers[0].port,
         config.postgres.servers[0].port,
         options.replicas,
     )?;

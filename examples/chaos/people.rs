@@ -11,7 +11,7 @@ use amiquip::{Channel, Connection, QueueDeleteOptions};
 use anyhow::Context;
 use crossbeam_channel::{after, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
-use omotes_orchestrator::config::RabbitMq;
+use omotes_orchestrator::config::{Address, RabbitMq};
 use omotes_orchestrator::threads::{Calls, Signal};
 use omotes_orchestrator::wire::{
     self, DEAD_LETTERS_QUEUE, JobResult, JobSubmission, Outgoing, PIDBOX_EXCHANGE,
@@ -433,14 +433,15 @@ impl World {
 
 fn open(config: &RabbitMq) -> anyhow::Result<Connection> {
     let RabbitMq {
-        host,
-        port,
+        servers,
         username,
         password,
         vhost,
         // `run.sh` starts the server.
         tls: _,
     } = config;
+    // `run.sh` starts one.
+    let Address { host, port } = &servers[0];
     let password = password.reveal();
     let url = format!("amqp://{username}:{password}@{host}:{port}/{vhost}");
     Connection::insecure_open(&url).context("connecting to RabbitMQ")

@@ -1,6 +1,6 @@
 //! A connection to a vhost.
 
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,16 +16,19 @@ use super::guarded_stream::GuardedStream;
 use super::intake::{GatedStream, Intake};
 use super::refusals::PublishError;
 use super::tls_stream::TlsStream;
-use crate::config::{self, CONNECT_TIMEOUT};
+use crate::config::{self, Address, CONNECT_TIMEOUT};
 use crate::threads::within_deadline;
-use crate::tls::Tls;
+use crate::tls::{ClientConfig, Tls};
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;
 
+/// How long one address is waited for, at each step, where there are others.
+const PATIENCE_WITH_ONE_OF_SEVERAL: Duration = Duration::from_secs(5);
+
 /// One connection to a vhost.
 pub struct Link {
-    /// `<name> (<user>@<host>:<port>/<vhost>)`, for messages.
+    /// `<name> (<user>@<host>:<port>/<vhost>)`, with the server that it is connected to, for messages.
     pub(super) name: String,
     /// Opening a channel needs exclusive access.
     connection: Mutex<Connection>,
@@ -39,8 +42,8 @@ impl Link {
     /// Connects; `purpose` names the link in messages and in RabbitMQ's management page.
     ///
     /// # Errors
-    /// The host does not resolve or answer within [`CONNECT_TIMEOUT`], or refuses the user or the
-    /// vhost.
+    /// No server resolves, answers within [`CONNECT_TIMEOUT`], or within five seconds where there are
+    /// several, and takes the user and the vhost.
     pub fn open(config: &config::RabbitMq, purpose: &str) -> anyhow::Result<Link> {
         Link::open_with(config, purpose, None)
     }
@@ -62,11 +65,14 @@ impl Link {
         purpose: &str,
         intake: Option<&Arc<Intake>>,
     ) -> anyhow::Result<Link> {
-        let name = format!("{purpose} ({config})");
-        let (connection, kill_switch, blocked) = open(config, purpose, intake)
-            .with_context(|| format!("connecting to RabbitMQ for {name}"))?;
+        let (server, (connection, kill_switch, blocked)) = open(config, purpose, intake)
+            .with_context(|| format!("connecting to RabbitMQ for {purpose} ({config})"))?;
+        let its_own = config::RabbitMq {
+            servers: vec![server],
+            ..config.clone()
+        };
         Ok(Link {
-            name,
+            name: format!("{purpose} ({its_own})"),
             connection: Mutex::new(connection),
             kill_switch,
             blocked,
@@ -139,59 +145,95 @@ impl Link {
     }
 }
 
+/// A connection, its kill switch, and the news of whether it is blocked.
+type Opened = (
+    Connection,
+    TcpStream,
+    Receiver<ConnectionBlockedNotification>,
+);
+
+/// Connects to the first that takes the connection, of all addresses of all servers, in random
+/// order: replicas spread over a cluster, and none returns to the same dead node each time.
 fn open(
     config: &config::RabbitMq,
     purpose: &str,
     intake: Option<&Arc<Intake>>,
-) -> anyhow::Result<(
-    Connection,
-    TcpStream,
-    Receiver<ConnectionBlockedNotification>,
-)> {
+) -> anyhow::Result<(Address, Opened)> {
     // Before anything is asked of the network.
     let tls = config.tls.as_ref().map(Tls::client_config).transpose()?;
-    let addresses = (config.host.as_str(), config.port).to_socket_addrs()?;
-    let mut last_error = anyhow!("{} has no address", config.host);
-    for address in addresses {
-        let stream = match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-            Ok(stream) => stream,
-            Err(error) => {
-                last_error = anyhow!(error).context(address);
-                continue;
-            }
-        };
-        // amiquip never sets it, and without it a confirm takes 44 ms.
-        stream.set_nodelay(true)?;
-        let kill_switch = stream.try_clone()?;
-        let options = ConnectionOptions::default()
-            .auth(Auth::Plain {
-                username: config.username.clone(),
-                password: config.password.reveal().to_owned(),
-            })
-            .virtual_host(config.vhost.as_str())
-            .heartbeat(HEARTBEAT_SECONDS)
-            .connection_timeout(Some(CONNECT_TIMEOUT))
-            .information(Some(format!("omotes-orchestrator {purpose}")));
-        let mut connection = match tls {
-            None => {
-                let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
-                speak(stream, options, intake).with_context(|| address.to_string())?
-            }
-            Some(tls) => {
-                let stream = TlsStream::open(stream, &config.host, tls, CONNECT_TIMEOUT)
-                    .with_context(|| format!("TLS with {address}"))?;
-                speak(stream, options, intake).with_context(|| address.to_string())?
-            }
-        };
-        let blocked = connection.listen_for_connection_blocked()?;
-        return Ok((connection, kill_switch, blocked));
+    let mut targets = Vec::new();
+    let mut faults = Vec::new();
+    for server in &config.servers {
+        match (server.host.as_str(), server.port).to_socket_addrs() {
+            Ok(addresses) => targets.extend(addresses.map(|address| (server, address))),
+            Err(error) => faults.push(anyhow!(error).context(server.to_string())),
+        }
     }
-    Err(last_error)
+    fastrand::shuffle(&mut targets);
+    let patience = match targets.len() {
+        0 | 1 => CONNECT_TIMEOUT,
+        _ => PATIENCE_WITH_ONE_OF_SEVERAL,
+    };
+    for (server, address) in targets {
+        let host = tls.clone().map(|tls| (tls, server.host.as_str()));
+        match open_at(config, address, host, patience, purpose, intake) {
+            Ok(opened) => return Ok((server.clone(), opened)),
+            Err(fault) => faults.push(fault),
+        }
+    }
+    Err(match faults.len() {
+        0 => anyhow!("{config} has no address"),
+        1 => faults.remove(0),
+        _ => {
+            let faults: Vec<_> = faults.iter().map(|fault| format!("{fault:#}")).collect();
+            anyhow!(faults.join("; "))
+        }
+    })
+}
+
+/// Connects to one address, in TLS with the host of that name if `tls` is given; no step takes
+/// longer than `patience`.
+fn open_at(
+    config: &config::RabbitMq,
+    address: SocketAddr,
+    tls: Option<(ClientConfig, &str)>,
+    patience: Duration,
+    purpose: &str,
+    intake: Option<&Arc<Intake>>,
+) -> anyhow::Result<Opened> {
+    let stream = TcpStream::connect_timeout(&address, patience).context(address)?;
+    // amiquip never sets it, and without it a confirm takes 44 ms.
+    stream.set_nodelay(true)?;
+    let kill_switch = stream.try_clone()?;
+    let options = ConnectionOptions::default()
+        .auth(Auth::Plain {
+            username: config.username.clone(),
+            password: config.password.reveal().to_owned(),
+        })
+        .virtual_host(config.vhost.as_str())
+        .heartbeat(HEARTBEAT_SECONDS)
+        .connection_timeout(Some(patience))
+        .information(Some(format!("omotes-orchestrator {purpose}")));
+    let opened = match tls {
+        None => {
+            let stream = mio_of_amiquip::net::TcpStream::from_stream(stream)?;
+            speak(stream, options, patience, intake)
+        }
+        Some((tls, host)) => {
+            let stream = TlsStream::open(stream, host, tls, patience)
+                .with_context(|| format!("TLS with {address}"))?;
+            speak(stream, options, patience, intake)
+        }
+    };
+    let mut connection = opened.with_context(|| address.to_string())?;
+    let blocked = connection.listen_for_connection_blocked()?;
+    Ok((connection, kill_switch, blocked))
 }
 
 fn speak<S: IoStream>(
     stream: S,
     options: ConnectionOptions<Auth>,
+    patience: Duration,
     intake: Option<&Arc<Intake>>,
 ) -> anyhow::Result<Connection> {
     let tuning = ConnectionTuning::default();
@@ -204,7 +246,7 @@ fn speak<S: IoStream>(
     };
     opened.map_err(|error| match error {
         amiquip::Error::ConnectionTimeout => {
-            anyhow!("no end of the AMQP handshake: nothing for {CONNECT_TIMEOUT:?}; {STUCK}")
+            anyhow!("no end of the AMQP handshake: nothing for {patience:?}; {STUCK}")
         }
         error => error.into(),
     })

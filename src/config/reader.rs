@@ -165,14 +165,7 @@ impl<'a> Reader<'a> {
 
     /// Servers as libpq takes them: hosts between commas, and a port for all or one for each.
     fn addresses(&mut self, hosts_name: &str, ports_name: &str, default: u16) -> Vec<Address> {
-        let text = self.host(hosts_name);
-        let hosts: Vec<_> = text.split(',').map(str::trim).collect();
-        if hosts.contains(&"") && may_be_shown(hosts_name, &text) {
-            self.faults.push(format!(
-                "{hosts_name}: found {text:?}, expected a host, or several between commas, none of \
-                 them empty"
-            ));
-        }
+        let hosts = self.hosts(hosts_name);
         let expected = self.expected_port(ports_name);
         let ports = self.parsed(ports_name, &default.to_string(), expected, |value| {
             let ports: Option<Vec<_>> = value.split(',').map(|one| port(one.trim())).collect();
@@ -189,11 +182,51 @@ impl<'a> Reader<'a> {
         hosts
             .into_iter()
             .zip(ports.into_iter().cycle())
-            .map(|(host, port)| Address {
-                host: host.to_owned(),
-                port,
-            })
+            .map(|(host, port)| Address { host, port })
             .collect()
+    }
+
+    /// Servers of a cluster: hosts between commas, each with a port of its own behind a colon or
+    /// with that of all.
+    fn nodes(&mut self, hosts_name: &str, port_name: &str, default: u16) -> Vec<Address> {
+        let hosts = self.hosts(hosts_name);
+        let port_of_all = self.port(port_name, default);
+        let mut nodes = Vec::new();
+        for text in hosts {
+            let (host, its_port) = match text.rsplit_once(':') {
+                // It has been found fault with.
+                Some(_) if text.contains("://") || text.contains('@') => (&*text, None),
+                // An IPv6 address without a port.
+                Some((rest, _)) if rest.contains(':') && !rest.ends_with(']') => (&*text, None),
+                Some((host, its_port)) => (host, Some(its_port)),
+                None => (&*text, None),
+            };
+            let found = its_port.map_or(Some(port_of_all), port);
+            if found.is_none() {
+                self.faults.push(format!(
+                    "{hosts_name}: found {text:?}, expected a host, or host:port with a port from 1 \
+                     to 65535"
+                ));
+            }
+            nodes.push(Address {
+                host: host.trim_matches(['[', ']']).to_owned(),
+                port: found.unwrap_or(default),
+            });
+        }
+        nodes
+    }
+
+    /// Hosts between commas.
+    fn hosts(&mut self, name: &str) -> Vec<String> {
+        let text = self.host(name);
+        let hosts: Vec<_> = text.split(',').map(|host| host.trim().to_owned()).collect();
+        if hosts.iter().any(String::is_empty) && may_be_shown(name, &text) {
+            self.faults.push(format!(
+                "{name}: found {text:?}, expected a host, or several between commas, none of them \
+                 empty"
+            ));
+        }
+        hosts
     }
 
     /// The name or the address of a host, or a folder with a socket.
@@ -349,8 +382,7 @@ impl<'a> Reader<'a> {
         let tls = self.rabbitmq_tls(&name);
         let default_port = if tls.is_some() { 5671 } else { 5672 };
         RabbitMq {
-            host: self.host(&name("HOSTNAME")),
-            port: self.port(&name("PORT"), default_port),
+            servers: self.nodes(&name("HOSTNAME"), &name("PORT"), default_port),
             username: self.text(&name("USERNAME"), "omotes"),
             password: self
                 .password(&name("PASSWORD"), "guest")

@@ -430,6 +430,43 @@ fn a_socket_in_the_file_system_has_no_tls() {
 }
 
 #[rstest]
+#[case("a", "omotes@a:5673/omotes")]
+#[case("a, b:5674", "omotes@a:5673,b:5674/omotes")]
+#[case(
+    "::1,[fe80::1],[fe80::2]:1",
+    "omotes@::1:5673,fe80::1:5673,fe80::2:1/omotes"
+)]
+fn rabbitmq_may_be_several_servers(#[case] hosts: &str, #[case] expected: &str) {
+    let config = read(&[
+        ("SDK_RABBITMQ_HOSTNAME", hosts),
+        ("SDK_RABBITMQ_PORT", "5673"),
+    ])
+    .unwrap();
+    assert_eq!(config.sdk_rabbitmq.to_string(), expected);
+}
+
+#[rstest]
+#[case(
+    "a,",
+    "found \"a,\", expected a host, or several between commas, none of them empty"
+)]
+#[case(
+    "a:0",
+    "found \"a:0\", expected a host, or host:port with a port from 1 to 65535"
+)]
+#[case(
+    "a,b:x",
+    "found \"b:x\", expected a host, or host:port with a port from 1 to 65535"
+)]
+fn servers_of_rabbitmq_that_make_no_sense(#[case] hosts: &str, #[case] fault: &str) {
+    let faults = read(&[("TASK_RABBITMQ_HOSTNAME", hosts)]).unwrap_err();
+    assert_eq!(
+        faults.to_string(),
+        format!("TASK_RABBITMQ_HOSTNAME: {fault}")
+    );
+}
+
+#[rstest]
 #[case("a", "5433", "a:5433/public")]
 #[case("a,b", "5433", "a:5433,b:5433/public")]
 #[case(" a, b ", "5433, 5434", "a:5433,b:5434/public")]

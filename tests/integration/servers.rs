@@ -67,6 +67,45 @@ fn a_postgres_that_is_killed_loses_nothing() {
     kept_its_session(&deployment, &service);
 }
 
+#[test]
+fn a_service_moves_on_to_another_rabbitmq() {
+    let deployment = Deployment::with_own_servers();
+    let other = Deployment::with_own(&[], |_| {});
+    // Accepts connections and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let hosts = [
+        "127.0.0.1:1".to_owned(),
+        silent.local_addr().unwrap().to_string(),
+        format!("localhost:{}", other.rabbitmq_port()),
+        "127.0.0.1".to_owned(),
+    ]
+    .join(",");
+    let variables =
+        ["SDK", "TASK", "CELERY"].map(|vhost| (format!("{vhost}_RABBITMQ_HOSTNAME"), &*hosts));
+    let variables = variables
+        .each_ref()
+        .map(|(name, hosts)| (name.as_str(), *hosts));
+    let service = deployment.start_with(&variables);
+    let runs_a_job = |deployment: &Deployment| {
+        let client = Client::new(deployment);
+        let worker = Worker::new(deployment, "workflow_1");
+        let job = running_job(&client, &worker, None);
+        worker.succeed(&job, OUTPUT);
+        assert_eq!(client.outcome(job.job).0, ResultType::Succeeded);
+    };
+    runs_a_job(&deployment);
+    deployment.kill_server(Server::RabbitMq);
+    eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready && body["parts"]["broker"]["ok"] == false).then_some(())
+    });
+    // With another node's queues and nothing in them.
+    other.start_server(Server::RabbitMq);
+    service.wait_until_ready();
+    runs_a_job(&other);
+    deployment.no_jobs_left();
+}
+
 /// The variables of a deployment whose Postgres is either of these.
 fn postgres_at(ports: [u16; 2]) -> [(&'static str, String); 2] {
     [

@@ -23,6 +23,9 @@ Usage: ./run.sh [COMMAND]
   bench [--only PART] [--compare REPORT] [--figures README]
                        Throughput, latency and cost, beside the least that anything could need.
   bench --soak MINUTES Moderate load, and whether anything grows meanwhile.
+  containers [--keep] [--only REGEX]
+                       The image, docker-compose.yml and --scale, in real containers. Root on a
+                       Debian needs no docker daemon for it: it starts one of its own.
   lint                 Formatting, clippy, rustdoc, and shellcheck and cargo-deny where installed.
 
 Services are started with docker compose where a docker daemon answers, else from installed
@@ -386,13 +389,17 @@ ensure() {
   answers "$port" && { say "$name: answers on port $port"; return; }
   started+=("$compose")
   if docker_answers; then
-    say "$name: starting it with docker compose"
-    docker compose up -d --wait "$compose" >&2 || die "docker compose could not start $compose"
-  else
-    need "$package" curl
-    say "$name: starting a private one on port $port"
-    "$@" || { stop_private "$SERVICES/$compose"; die "$name did not start"; }
+    # A daemon may answer that has no image and reaches no registry.
+    if docker compose create "$compose" >&2; then
+      say "$name: starting it with docker compose"
+      docker compose up -d --wait "$compose" >&2 || die "docker compose could not start $compose"
+      return
+    fi
+    say "$name: docker has no image for it and pulls none, so an installed program is used"
   fi
+  need "$package" curl
+  say "$name: starting a private one on port $port"
+  "$@" || { stop_private "$SERVICES/$compose"; die "$name did not start"; }
 }
 
 ensure_services() {
@@ -564,18 +571,20 @@ make_venv() {
   local folder=target/venv/$1; shift
   if [ "$(cat "$folder/requirements" 2>/dev/null)" != "$*" ]; then
     rm -rf "$folder"
-    python3 -m venv "$folder"
-    "$folder/bin/pip" install --quiet --disable-pip-version-check "$@"
-    echo "$*" >"$folder/requirements"
+    python3 -m venv "$folder" \
+      && "$folder/bin/pip" install --quiet --disable-pip-version-check "$@" \
+      && echo "$*" >"$folder/requirements"
   fi
 }
+
+make_venv_of_newest_sdk() { make_venv sdk-4.3 'omotes-sdk-python==4.3.7' 'celery==5.7.*'; }
 
 make_venvs() {
   mkdir -p target/venv
   # The oldest and the newest that deployments have, and what the recorded messages came from.
   make_venv sdk-4.1 'omotes-sdk-python==4.1.*' 'celery==5.3.*'
   make_venv sdk-4.2 'omotes-sdk-python==4.2.*' 'celery==5.4.*'
-  make_venv sdk-4.3 'omotes-sdk-python==4.3.7' 'celery==5.7.*'
+  make_venv_of_newest_sdk
   # What the Python orchestrator keeps its tables with.
   make_venv alembic 'alembic==1.13.*' 'sqlalchemy==2.0.*' 'psycopg2-binary==2.9.*'
 }
@@ -623,7 +632,6 @@ run_tests() {
   with_make cargo test --all-targets --no-run
   wait "$venvs" || die "the Python environments could not be made"
   start_test_services
-  # Not `--all-targets` twice over: with arguments of one's own these say what to run.
   # Most of a test is waiting, so more of them than there are cores.
   RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
 }
@@ -672,11 +680,19 @@ bench() {
     --program target/release/omotes-orchestrator "$@"
 }
 
+# See tests/containers. In the environment of the newest SDK, whose clients and workers it runs.
+containers() {
+  need python3-venv
+  mkdir -p target/venv
+  make_venv_of_newest_sdk || { say "left out: the SDK cannot be installed from PyPI"; return; }
+  exec target/venv/sdk-4.3/bin/python tests/containers "$@"
+}
+
 lint() {
   cargo fmt --check
   cargo clippy --locked --all-targets -- -D warnings
   RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
-  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run; else say "shellcheck is not installed: skipped"; fi
+  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run tests/containers/*/*.sh tests/containers/*/*/start; else say "shellcheck is not installed: skipped"; fi
   if command -v cargo-deny >/dev/null; then cargo deny check; else say "cargo-deny is not installed: skipped"; fi
 }
 
@@ -687,6 +703,7 @@ case ${1:-} in
   test) shift; run_tests "$@" ;;
   chaos) shift; chaos "$@" ;;
   bench) shift; bench "$@" ;;
+  containers) shift; containers "$@" ;;
   lint) lint ;;
   private) shift; private "$@" ;;
   '' | -*) start "$@" ;;

@@ -92,7 +92,7 @@ pub struct Job {
 /// A task's progress.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Progress {
-    /// From 0.0 to 1.0.
+    /// Finite, and meant to be from 0.0 to 1.0.
     pub fraction: f64,
     /// Its beginning, if it is long.
     pub message: String,

@@ -26,7 +26,7 @@ pub enum Command {
     },
     Progress {
         task_id: String,
-        /// From 0.0 to 1.0.
+        /// Meant to be from 0.0 to 1.0, but workers send what they like.
         fraction: f64,
         message: String,
     },

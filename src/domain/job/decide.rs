@@ -163,8 +163,8 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     job.ends(Outcome::Lost, result_bytes, told, context)
 }
 
-/// How a job stands for whoever decides about it: one that is ending is for some as it was and for
-/// others at its end.
+/// The state that a decision sees: a job that is ending looks live to the message that led to its
+/// end, and ended to every other.
 #[derive(Clone, Copy)]
 enum Standing<'s> {
     Unknown,

@@ -30,8 +30,8 @@ pub struct Rules {
     pub delivery_limit: usize,
     /// How long a job may stay in one state.
     pub retention: Duration,
-    /// How long after a job's end the client may be told of it at the latest, because what led to
-    /// it comes again. RabbitMQ loses that when it is killed before it has written it.
+    /// An ending job whose client has not been told for this long gets an error instead: the message
+    /// that led to its end would have come again by now, so RabbitMQ must have lost it.
     pub outcome_lost: Duration,
     /// How long after its submission a job's client is told of its outcome at the earliest: some
     /// clients note a job only after they have submitted it, and would not know what the outcome

@@ -9,11 +9,19 @@ use omotes_orchestrator::wire::{
 };
 use rstest::rstest;
 
-use crate::harness::deployment::{Deployment, Server, eventually};
+use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker, kept_its_session, running_job};
 use crate::harness::standby::Standby;
 
 const OUTPUT: &str = "<e id='out-1'/>";
+
+/// The readiness comes to say that this part is down.
+fn misses(service: &Service, part: &str) {
+    eventually("it is not ready", || {
+        let (ready, body) = service.readiness()?;
+        (!ready && body["parts"][part]["ok"] == false).then_some(())
+    });
+}
 
 #[test]
 fn a_broker_that_is_killed_loses_nothing() {
@@ -27,10 +35,7 @@ fn a_broker_that_is_killed_loses_nothing() {
     assert_eq!(client.status(waiting), JobStatus::Enqueued);
     worker.succeed(&done, OUTPUT);
     deployment.kill_server(Server::RabbitMq);
-    eventually("it is not ready", || {
-        let (ready, body) = service.readiness()?;
-        (!ready && body["parts"]["broker"]["ok"] == false).then_some(())
-    });
+    misses(&service, "broker");
     deployment.start_server(Server::RabbitMq);
     service.wait_until_ready();
     // Another connection, and the bindings of the client's queues are gone with the exchange.
@@ -56,10 +61,7 @@ fn a_postgres_that_is_killed_loses_nothing() {
     deployment.kill_server(Server::Postgres);
     worker.succeed(&running, OUTPUT);
     let waiting = client.submit("workflow_1");
-    eventually("it is not ready", || {
-        let (ready, body) = service.readiness()?;
-        (!ready && body["parts"]["postgres"]["ok"] == false).then_some(())
-    });
+    misses(&service, "postgres");
     deployment.start_server(Server::Postgres);
     assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
     assert_eq!(worker.take().job, waiting);
@@ -95,10 +97,7 @@ fn a_service_moves_on_to_another_rabbitmq() {
     };
     runs_a_job(&deployment);
     deployment.kill_server(Server::RabbitMq);
-    eventually("it is not ready", || {
-        let (ready, body) = service.readiness()?;
-        (!ready && body["parts"]["broker"]["ok"] == false).then_some(())
-    });
+    misses(&service, "broker");
     // With another node's queues and nothing in them.
     other.start_server(Server::RabbitMq);
     service.wait_until_ready();
@@ -149,10 +148,7 @@ fn a_promoted_standby_takes_over_and_nothing_is_lost() {
     for task in std::iter::from_fn(poll).take(JOBS / 8) {
         complete(&task);
     }
-    eventually("it is not ready", || {
-        let (ready, body) = service.readiness()?;
-        (!ready && body["parts"]["postgres"]["ok"] == false).then_some(())
-    });
+    misses(&service, "postgres");
     standby.promote();
     let promoted = Instant::now();
     service.wait_until_ready();

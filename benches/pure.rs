@@ -135,9 +135,16 @@ fn write_a_task(bencher: Bencher, bytes: usize) {
         origin: "gen1@host".to_owned(),
         reply_to: Uuid::nil(),
     };
-    bencher
-        .counter(BytesCount::new(bytes))
-        .bench(|| celery::task(&sender, Uuid::nil(), Uuid::nil(), black_box(&submission)));
+    bencher.counter(BytesCount::new(bytes)).bench(|| {
+        let assignment = black_box(&submission).assignment(&submission.workflow_type);
+        celery::task(
+            &sender,
+            Uuid::nil(),
+            Uuid::nil(),
+            &assignment,
+            &submission.esdl,
+        )
+    });
 }
 
 #[divan::bench(args = SIZES)]

@@ -27,6 +27,7 @@ pub mod migrate;
 pub mod rights;
 mod rows;
 mod starts;
+mod steps;
 mod time_series;
 mod upkeep;
 pub mod views;
@@ -194,13 +195,23 @@ impl Connection {
         Ok(())
     }
 
-    /// Deletes the rows of these jobs, which have ended, and whose clients have been told.
+    /// Deletes the rows of these jobs, which have ended, and whose clients have been told;
+    /// `with_course` if some of them have rows for their steps too.
     ///
     /// # Errors
     /// The connection is lost; whether they are deleted is not known.
-    pub fn settle(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
-        let sql = "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1))
-                   DELETE FROM job WHERE job_id = ANY($1)";
+    pub fn settle(&mut self, job_ids: &[Uuid], with_course: bool) -> Result<(), StoreError> {
+        let sql = match with_course {
+            false => {
+                "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1))
+                 DELETE FROM job WHERE job_id = ANY($1)"
+            }
+            true => {
+                "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1)),
+                      inputs AS (DELETE FROM job_input WHERE job_id = ANY($1))
+                 DELETE FROM job WHERE job_id = ANY($1)"
+            }
+        };
         let statement = match self.statements.get(sql) {
             Some(statement) => statement.clone(),
             None => self.client.prepare(sql)?,

@@ -206,8 +206,8 @@ fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
             Publication::Task {
                 job_id,
                 task_id,
-                submission,
-            } => celery::task(&sender, *job_id, *task_id, submission),
+                assignment,
+            } => celery::task(&sender, *job_id, *task_id, assignment, "<esdl/>"),
             Publication::Revoke { task_id } => celery::revoke(task_id, 1, now),
             Publication::Status { job_id, status } => wire::status_update(*job_id, *status),
             Publication::Progress {
@@ -235,7 +235,7 @@ fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
     }
     let line = report::job(id, command.reference());
     assert!(!line.contains(['\n', '\r', '\u{1b}']), "{line:?}");
-    if let Some(job::TimeSeries::Keep { esdl_id, .. }) = &decision.time_series {
+    if let Some(job::TimeSeries::Keep { esdl_id, .. }) = decision.time_series.first() {
         assert!(!esdl_id.contains('\0'));
     }
     decision.next.unwrap_or_else(|| state.clone())

@@ -8,7 +8,8 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::domain::job::{
-    self, Command, Context, Decision, Ended, Ending, Event, Publication, State, TimeSeries,
+    self, Command, Context, Decision, Ended, Ending, Event, Publication, State, TaskInput,
+    TimeSeries,
 };
 
 /// A message of a batch and what it asks for.
@@ -33,6 +34,8 @@ pub struct Plan<'a> {
     pub announcements: Vec<Publication<'a>>,
     /// The jobs to settle once their clients have been told.
     pub ending: BTreeSet<Uuid>,
+    /// Those jobs of the batch that have a course, of which settling removes more.
+    pub with_course: BTreeSet<Uuid>,
     pub waits: Vec<Wait>,
     pub stalled: Vec<Stalled>,
     pub reports: Vec<Report<'a>>,
@@ -63,6 +66,8 @@ pub struct SeriesChanges {
     pub retire_late: Vec<Series>,
     /// Jobs whose series are retired from now on.
     pub retire: Vec<Uuid>,
+    /// Single ones of them.
+    pub retire_these: Vec<(Uuid, String)>,
 }
 
 /// A message whose outcome may not be told yet.
@@ -139,7 +144,11 @@ pub fn decide<'a, 'c>(
             plan.stalled.push(Stalled { place, queue });
             continue;
         }
-        let subject = subject(job_id, decision.next.as_ref().unwrap_or(state), command);
+        let next = decision.next.as_ref().unwrap_or(state);
+        if next.job().is_some_and(|job| job.course.is_some()) {
+            plan.with_course.insert(job_id);
+        }
+        let subject = subject(job_id, next, command);
         if let Some(next) = plan.add(&asked, subject, decision) {
             after.insert(job_id, next);
         }
@@ -193,7 +202,7 @@ impl<'a> Plan<'a> {
         };
         self.announcements
             .extend(announcements.into_iter().filter(is_now));
-        if let Some(change) = time_series {
+        for change in time_series {
             self.series.note(job_id, change);
         }
         match event {
@@ -207,6 +216,20 @@ impl<'a> Plan<'a> {
             }),
         }
         next
+    }
+
+    /// The jobs whose tasks get an input ESDL that is in the database.
+    pub fn jobs_that_need_their_input(&self) -> impl Iterator<Item = Uuid> {
+        let publications = self.publications.iter();
+        publications.filter_map(|publication| match publication {
+            Publication::Task {
+                job_id, assignment, ..
+            } => (assignment.input == TaskInput::Kept).then_some(*job_id),
+            Publication::Revoke { .. }
+            | Publication::Status { .. }
+            | Publication::Progress { .. }
+            | Publication::Result { .. } => None,
+        })
     }
 
     /// The jobs that end with this batch. A job that had ended before is not among them, even if
@@ -234,6 +257,11 @@ impl SeriesChanges {
                 (esdl_id, reference, &mut self.retire_late)
             }
             TimeSeries::Retire => return self.retire.push(job_id),
+            TimeSeries::RetireThese(esdl_ids) => {
+                return self
+                    .retire_these
+                    .extend(esdl_ids.into_iter().map(|esdl_id| (job_id, esdl_id)));
+            }
         };
         rows.push(Series {
             esdl_id,
@@ -275,7 +303,7 @@ fn refusal(command: &Command, announcements: &[Publication<'_>]) -> Option<Strin
 /// The queue that a publication is for, if it is a task.
 fn task_queue<'p>(publication: &'p Publication<'_>) -> Option<&'p str> {
     match publication {
-        Publication::Task { submission, .. } => Some(&submission.workflow_type),
+        Publication::Task { assignment, .. } => Some(&assignment.task),
         Publication::Revoke { .. }
         | Publication::Status { .. }
         | Publication::Progress { .. }

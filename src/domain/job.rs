@@ -22,15 +22,18 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 mod command;
+mod course;
 mod decide;
 mod decision;
+mod hand_over;
 mod starts;
 
 pub use self::command::{Command, Completion, Submission};
+pub use self::course::{Attempt, Course, Input, Position, Report};
 pub use self::decide::decide;
 pub use self::decision::{
-    ClientStatus, Context, Decision, Event, Publication, ResultType, Rules, TimeSeries,
-    TimeoutResult,
+    Assignment, ClientStatus, Context, Decision, Event, Publication, ResultType, Rules, TaskInput,
+    TimeSeries, TimeoutResult,
 };
 pub use self::starts::{MAX_EXCUSED, Start, Suspicion, Verdict};
 
@@ -83,10 +86,13 @@ pub struct Job {
     pub timeout_ms: Option<i64>,
     /// None in rows of the Python service.
     pub priority: Option<Priority>,
-    /// Oldest first.
+    /// Its current task's, oldest first.
     pub starts: Vec<Start>,
-    /// Its task's last progress since its last start.
+    /// Its task's last progress since its last start, or the last of its whole course.
     pub progress: Option<Progress>,
+    /// Its way through its workflow's steps, unless that is one plain step. Boxed, for most jobs
+    /// have none.
+    pub course: Option<Box<Course>>,
 }
 
 /// A task's progress.
@@ -202,6 +208,20 @@ impl Outcome {
         }
     }
 
+    /// For clients and engineers.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Outcome::Succeeded => "succeeded",
+            Outcome::Failed => "failed",
+            Outcome::Cancelled => "cancelled",
+            Outcome::CrashLoop => "killed its workers",
+            Outcome::Rejected => "refused",
+            Outcome::TimedOut => "timed out",
+            Outcome::Expired => "given up",
+            Outcome::Lost => "lost",
+        }
+    }
+
     /// Whether the job's own task ended it, so that nothing is left to revoke.
     fn by_its_task(self) -> bool {
         match self {
@@ -256,6 +276,7 @@ impl Job {
             priority: None,
             starts: Vec::new(),
             progress: None,
+            course: None,
         }
     }
 
@@ -268,6 +289,16 @@ impl Job {
             .unwrap_or(Timestamp::MAX)
     }
 
+    /// How often its tasks were started.
+    fn all_starts(&self) -> i32 {
+        let earlier = self
+            .course
+            .as_ref()
+            .map_or(0, |course| course.earlier_starts());
+        let current = i32::try_from(self.starts.len()).unwrap_or(i32::MAX);
+        current.saturating_add(earlier)
+    }
+
     fn ended(&self, outcome: Outcome, result_bytes: usize, now: Timestamp) -> Ended {
         Ended {
             outcome,
@@ -278,7 +309,7 @@ impl Job {
             submitted_at: self.submitted_at,
             running_at: self.running_at,
             finished_at: now,
-            starts: i32::try_from(self.starts.len()).unwrap_or(i32::MAX),
+            starts: self.all_starts(),
             start_ids: self.start_ids(),
             result_bytes: to_i64(result_bytes),
         }
@@ -292,6 +323,21 @@ impl State {
             State::Unknown => "",
             State::Live(job) | State::Ending(Ending { job, .. }) => &job.reference,
             State::Ended(ended) => ended.reference.as_deref().unwrap_or_default(),
+        }
+    }
+
+    /// Its row in `job`, if it has one.
+    pub fn job(&self) -> Option<&Job> {
+        match self {
+            State::Live(job) | State::Ending(Ending { job, .. }) => Some(job),
+            State::Unknown | State::Ended(_) => None,
+        }
+    }
+
+    pub fn job_mut(&mut self) -> Option<&mut Job> {
+        match self {
+            State::Live(job) | State::Ending(Ending { job, .. }) => Some(job),
+            State::Unknown | State::Ended(_) => None,
         }
     }
 

@@ -1,13 +1,17 @@
 //! The workflow definitions: from the configuration file to what clients are told.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
-pub(crate) use self::definitions::found;
+pub(crate) use self::node::found;
 use crate::proto::{AvailableWorkflows, WorkflowParameter};
 
+pub use self::steps::{Argument, OnError, Step, StepParameters, Steps};
+
 mod definitions;
+mod node;
+mod steps;
 
 /// The workflows that jobs can be submitted for.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +24,7 @@ pub struct Catalogue {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Definition {
     pub limits: Limits,
+    pub steps: Steps,
     pub parameters: Vec<WorkflowParameter>,
 }
 
@@ -77,6 +82,27 @@ impl Catalogue {
         let workflows = self.announcement.workflows.iter();
         workflows
             .map(|workflow| workflow.type_name.clone())
+            .collect()
+    }
+
+    /// The task queues of all workflows.
+    pub fn tasks(&self) -> BTreeSet<&str> {
+        let definitions = self.definitions.values();
+        definitions
+            .flat_map(|definition| definition.steps.tasks())
+            .collect()
+    }
+
+    /// The workflows of whose jobs nothing is kept of their single step, and whose task this is.
+    pub fn plain_workflows_of(&self, task: &str) -> Vec<&str> {
+        let is_its = |definition: &Definition| {
+            let step = definition.steps.plain();
+            step.is_some_and(|step| step.task == task)
+        };
+        let definitions = self.definitions.iter();
+        definitions
+            .filter(|(_, definition)| is_its(definition))
+            .map(|(name, _)| name.as_str())
             .collect()
     }
 

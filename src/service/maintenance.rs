@@ -156,11 +156,15 @@ impl Maintenance<'_> {
         };
         self.show(&mut connection)?;
         self.notice_standstills(&mut connection, beat)?;
-        let mut findings = Vec::new();
+        let turns = connection.due_attempts(MAX_FINDINGS.into())?;
+        let mut findings: Vec<_> = turns
+            .into_iter()
+            .map(|id| (id, Command::TakeTurn))
+            .collect();
         if is_round {
             self.limits = Chore::Due;
             self.history = Chore::Due;
-            findings = self.notices(&mut connection)?;
+            findings.extend(self.notices(&mut connection)?);
         }
         self.hand_over(findings);
         self.look_for_overdue(&mut connection)?;
@@ -251,11 +255,17 @@ impl Maintenance<'_> {
         let mut findings = Vec::new();
         let queues = self.service.queues.lock();
         let queues = queues.unwrap_or_else(PoisonError::into_inner).clone();
-        for workflow in queues
+        let catalogue = self.service.catalogue.get();
+        for task in queues
             .iter()
             .flat_map(|queues| queues.without_worker.keys())
         {
-            let waiting = connection.waiting_without_notice(workflow, MAX_FINDINGS.into())?;
+            let mut plain = catalogue.plain_workflows_of(task);
+            // A workflow that is not defined any more was the task of its own name.
+            if catalogue.definition(task).is_none() {
+                plain.push(task);
+            }
+            let waiting = connection.waiting_without_notice(task, &plain, MAX_FINDINGS.into())?;
             findings.extend(waiting.into_iter().map(|id| (id, Command::NoWorker)));
         }
         Ok(findings)
@@ -297,6 +307,7 @@ impl Maintenance<'_> {
         // outcome, also when it is looked at again after a crash.
         for (overdue, command) in [
             (Overdue::Timeout { grace: GRACE }, Command::TimeOut),
+            (Overdue::StepTimeout { grace: GRACE }, Command::TimeOut),
             (Overdue::Retention(config.job_retention), Command::Expire),
             (Overdue::OutcomeLost(config.outcome_lost), Command::Expire),
         ] {
@@ -339,6 +350,10 @@ impl Maintenance<'_> {
         let forgotten = connection.forget(retention, MAX_FINDINGS.into())?;
         if forgotten > 0 {
             info!("forgot {forgotten} jobs that ended longer than {retention:?} ago");
+        }
+        let swept = connection.sweep_courses()?;
+        if swept > 0 {
+            info!("forgot {swept} steps of jobs that another service has ended");
         }
         if forgotten < MAX_FINDINGS.into() {
             self.history = Chore::Done;

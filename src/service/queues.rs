@@ -30,9 +30,10 @@ pub fn run(service: &Service, stop: &Signal) {
     loop {
         // Jobs may belong to workflows that are no longer defined.
         let of_jobs = service.views.connection();
-        let of_jobs = of_jobs.and_then(|mut connection| connection.workflows_of_jobs());
+        let of_jobs = of_jobs.and_then(|mut connection| connection.tasks_of_jobs());
         let of_jobs = of_jobs.unwrap_or_default();
-        let mut names = service.catalogue.get().names();
+        let catalogue = service.catalogue.get();
+        let mut names: Vec<_> = catalogue.tasks().into_iter().map(str::to_owned).collect();
         names.extend(of_jobs.iter().cloned());
         names.sort_unstable();
         names.dedup();

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::rows::{same_row, state};
+use super::steps::CourseChanges;
 use super::{StoreError, Transaction, expect_rows, starts};
 use crate::domain::batch::{Series, SeriesChanges, Transition};
 use crate::domain::job::{
@@ -31,9 +32,12 @@ struct Changes<'a> {
     updated: Vec<(Uuid, &'a Job, &'a Job)>,
     /// Those of which only the progress changes.
     progressed: Vec<(Uuid, &'a Job)>,
+    /// Those whose task is no longer the one that was started.
+    restarted: Vec<Uuid>,
     started: Vec<(Uuid, &'a Start)>,
     judged: Vec<(Uuid, &'a Start)>,
     ended: Vec<(Uuid, &'a Ended)>,
+    courses: CourseChanges<'a>,
 }
 
 impl<'a> Changes<'a> {
@@ -53,22 +57,31 @@ impl<'a> Changes<'a> {
 
     fn add_rows(&mut self, transition: &'a Transition<'a>) {
         let job_id = transition.job_id;
-        match (row(transition.before), row(&transition.after)) {
+        match (transition.before.job(), transition.after.job()) {
             (Some(before), Some(after)) => {
                 if !same_row(before, after) {
                     self.updated.push((job_id, before, after));
                 } else if before.progress != after.progress {
                     self.progressed.push((job_id, after));
                 }
-                let new = after.starts.iter().skip(before.starts.len());
+                self.courses.add(job_id, before, after);
+                let known = match is_same_run(before, after) {
+                    true => before.starts.len(),
+                    false => {
+                        self.restarted.push(job_id);
+                        0
+                    }
+                };
+                let new = after.starts.iter().skip(known);
                 self.started.extend(new.map(|start| (job_id, start)));
-                let both = before.starts.iter().zip(&after.starts);
+                let both = before.starts[..known].iter().zip(&after.starts);
                 let changed = both.filter(|(before, after)| before.verdict != after.verdict);
                 self.judged
                     .extend(changed.map(|(_, start)| (job_id, start)));
             }
             (None, Some(after)) => {
                 self.inserted.push((job_id, after));
+                self.courses.add_new(job_id, after);
                 let starts = after.starts.iter();
                 self.started.extend(starts.map(|start| (job_id, start)));
             }
@@ -82,27 +95,28 @@ impl<'a> Changes<'a> {
             inserted,
             updated,
             progressed,
+            restarted,
             started,
             judged,
             ended,
+            courses,
         } = self;
         let others = [
             inserted.len(),
             updated.len(),
+            restarted.len(),
             started.len(),
             judged.len(),
             ended.len(),
         ];
-        !progressed.is_empty() && others.iter().all(|rows| *rows == 0)
+        !progressed.is_empty() && others.iter().all(|rows| *rows == 0) && courses.is_empty()
     }
 }
 
-/// The row in `job` that a state has.
-fn row(state: &State) -> Option<&Job> {
-    match state {
-        State::Live(job) | State::Ending(Ending { job, .. }) => Some(job),
-        State::Unknown | State::Ended(_) => None,
-    }
+/// Whether the starts before are among those after: the task is the same.
+fn is_same_run(before: &Job, after: &Job) -> bool {
+    let first = |job: &Job| job.starts.first().map(|start| start.at);
+    before.starts.is_empty() || first(before) == first(after)
 }
 
 /// The row in `job_history` that a state has.
@@ -144,12 +158,13 @@ impl Transaction<'_> {
     }
 
     /// The states of these jobs, all of which are in the answer, and what else is to be known for a
-    /// decision.
+    /// decision. Of the courses of those in `whole` everything is read, of others only what every
+    /// decision needs.
     ///
     /// # Errors
     /// The connection is lost. A row is not one that this program or the Python service writes:
     /// [`StoreError::Refused`].
-    pub fn load(&mut self, job_ids: &[Uuid]) -> Result<Loaded, StoreError> {
+    pub fn load(&mut self, job_ids: &[Uuid], whole: &[Uuid]) -> Result<Loaded, StoreError> {
         let rows = self.query(
             "SELECT clock_timestamp() AS now, wanted.job_id,
                     (SELECT begun_at FROM broker_session) AS session_begun,
@@ -164,7 +179,8 @@ impl Transaction<'_> {
                     ended.registered_at AS ended_registered_at,
                     ended.submitted_at AS ended_submitted_at,
                     ended.running_at AS ended_running_at, ended.finished_at, ended.starts,
-                    ended.start_ids, ended.result_bytes
+                    ended.start_ids, ended.result_bytes,
+                    job_input.job_id IS NOT NULL AS has_course
              FROM unnest($1::uuid[]) AS wanted (job_id)
              LEFT JOIN job USING (job_id)
              LEFT JOIN LATERAL (
@@ -173,7 +189,8 @@ impl Transaction<'_> {
                         array_agg(verdict ORDER BY started_at) AS verdict
                  FROM job_starts WHERE job_starts.job_id = job.job_id
              ) AS starts ON true
-             LEFT JOIN job_history AS ended USING (job_id)",
+             LEFT JOIN job_history AS ended USING (job_id)
+             LEFT JOIN job_input ON job_input.job_id = job.job_id",
             // What others have written may be longer.
             &[
                 &job_ids,
@@ -186,6 +203,7 @@ impl Transaction<'_> {
             now: Timestamp::UNIX_EPOCH,
             session_begun: None,
         };
+        let mut on_course = Vec::new();
         for row in &rows {
             loaded.now = row.try_get("now")?;
             loaded.session_begun = row.try_get("session_begun")?;
@@ -194,6 +212,15 @@ impl Transaction<'_> {
                 StoreError::Refused(format!("the row of job {job_id}: {error:#}"))
             })?;
             loaded.states.insert(job_id, state);
+            if row.try_get("has_course")? {
+                on_course.push(job_id);
+            }
+        }
+        for (job_id, course) in self.load_courses(&on_course, whole)? {
+            let state = loaded.states.get_mut(&job_id);
+            if let Some(job) = state.and_then(State::job_mut) {
+                job.course = Some(Box::new(course));
+            }
         }
         Ok(loaded)
     }
@@ -217,6 +244,8 @@ impl Transaction<'_> {
         self.update_progress(&changes.progressed)?;
         self.insert_jobs(&changes.inserted)?;
         self.update_jobs(&changes.updated)?;
+        self.write_courses(&changes.courses)?;
+        self.forget_starts(&changes.restarted)?;
         self.insert_starts(&changes.started)?;
         self.judge_starts(&changes.judged)?;
         self.write_history(&changes.ended)?;
@@ -383,6 +412,19 @@ impl Transaction<'_> {
                 &[&changes.retire, &now],
             )?;
         }
+        if !changes.retire_these.is_empty() {
+            let these = changes.retire_these.iter();
+            let (jobs, ids): (Vec<Uuid>, Vec<&str>) = these
+                .map(|(job_id, esdl_id)| (*job_id, esdl_id.as_str()))
+                .unzip();
+            self.execute(
+                "UPDATE esdl_time_series_info AS guard SET deactivated_at = $3
+                 FROM unnest($1::uuid[], $2::varchar[]) AS passing (job_id, esdl_id)
+                 WHERE guard.job_id = passing.job_id AND guard.esdl_id = passing.esdl_id
+                   AND deactivated_at IS NULL",
+                &[&jobs, &ids, &now],
+            )?;
+        }
         Ok(())
     }
 
@@ -451,6 +493,7 @@ impl<'a> JobColumns<'a> {
                 priority,
                 // They have rows of their own.
                 starts: _,
+                course: _,
                 // It has columns of its own.
                 progress: _,
             } = job;

@@ -5,10 +5,12 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 8] = [
+const TABLES: [&str; 10] = [
     "job",
     "job_starts",
     "job_history",
+    "job_step",
+    "job_input",
     "esdl_time_series_info",
     "maintenance_run",
     "broker_session",

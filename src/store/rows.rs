@@ -21,6 +21,7 @@ pub(super) fn same_row(before: &Job, after: &Job) -> bool {
         priority,
         // They have rows of their own.
         starts: _,
+        course: _,
         progress: _,
     } = before;
     *status == after.status
@@ -61,6 +62,8 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
             .transpose()?,
         progress: progress(row)?,
         starts: starts::starts(row)?,
+        // It is read with a statement of its own.
+        course: None,
     }))
 }
 
@@ -147,6 +150,7 @@ mod tests {
             priority: None,
             starts: Vec::new(),
             progress: None,
+            course: None,
         };
         let mut after = before.clone();
         change(&mut after);

@@ -46,6 +46,15 @@ impl Connection {
 }
 
 impl Transaction<'_> {
+    /// Deletes the starts of these jobs' earlier tasks.
+    pub(super) fn forget_starts(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
+        if !job_ids.is_empty() {
+            let sql = "DELETE FROM job_starts WHERE job_id = ANY($1)";
+            self.execute(sql, &[&job_ids])?;
+        }
+        Ok(())
+    }
+
     pub(super) fn insert_starts(&mut self, starts: &[(Uuid, &Start)]) -> Result<(), StoreError> {
         if starts.is_empty() {
             return Ok(());

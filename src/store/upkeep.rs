@@ -34,6 +34,8 @@ impl Upkeep {
 pub enum Overdue {
     /// It has been running for longer than its timeout and this time.
     Timeout { grace: Duration },
+    /// Its step has been running for longer than its own timeout and this time.
+    StepTimeout { grace: Duration },
     /// It has been in its state for longer than this.
     Retention(Duration),
     /// It ended longer than this ago and its client has not been told; except for jobs that the
@@ -194,6 +196,26 @@ impl Connection {
                    AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
                                            - $1 * interval '1 second'
                    AND ($2::uuid IS NULL OR job_id > $2)
+                   -- What its later steps have waited in their queues does not count.
+                   AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
+                                           - $1 * interval '1 second' - coalesce((
+                       SELECT sum(coalesce(started_at, finished_at, now()) - submitted_at)
+                       FROM job_step
+                       WHERE job_step.job_id = job.job_id AND submitted_at >= running_at
+                   ), interval '0')
+                 ORDER BY job_id LIMIT $3",
+                grace,
+            ),
+            Overdue::StepTimeout { grace } => (
+                "SELECT job_id FROM job_step JOIN job USING (job_id)
+                 WHERE job_step.celery_id = job.celery_id AND timeout_ms IS NOT NULL
+                   AND started_at <= now() - timeout_ms * interval '1 millisecond'
+                                           - $1 * interval '1 second'
+                   AND (finished_at IS NULL OR EXISTS (
+                       SELECT FROM job_history AS ended
+                       WHERE ended.job_id = job.job_id AND ended.outcome = 'TIMED_OUT'
+                   ))
+                   AND ($2::uuid IS NULL OR job_id > $2)
                  ORDER BY job_id LIMIT $3",
                 grace,
             ),
@@ -204,6 +226,12 @@ impl Connection {
                                    WHEN 'RUNNING' THEN coalesce(running_at, registered_at)
                        END <= now() - $1 * interval '1 second'
                    AND ($2::uuid IS NULL OR job_id > $2)
+                   AND NOT EXISTS (
+                       SELECT FROM job_step
+                       WHERE job_step.job_id = job.job_id AND finished_at IS NULL
+                         AND coalesce(started_at, job_step.submitted_at, due_at)
+                             > now() - $1 * interval '1 second'
+                   )
                  ORDER BY job_id LIMIT $3",
                 retention,
             ),
@@ -228,15 +256,23 @@ impl Connection {
     /// # Errors
     /// The connection is lost.
     pub fn forget(&mut self, retention: Duration, limit: i64) -> Result<u64, StoreError> {
-        Ok(self.client.execute(
-            "DELETE FROM job_history
-             WHERE job_id IN (
-                 SELECT job_id FROM job_history
-                 WHERE finished_at <= now() - $1 * interval '1 second'
-                   AND NOT EXISTS (SELECT FROM job WHERE job.job_id = job_history.job_id)
-                 ORDER BY finished_at LIMIT $2
-             )",
+        let row = self.client.query_one(
+            "WITH gone AS (
+                 DELETE FROM job_history
+                 WHERE job_id IN (
+                     SELECT job_id FROM job_history
+                     WHERE finished_at <= now() - $1 * interval '1 second'
+                       AND NOT EXISTS (SELECT FROM job WHERE job.job_id = job_history.job_id)
+                     ORDER BY finished_at LIMIT $2
+                 )
+                 RETURNING job_id
+             ), steps AS (
+                 DELETE FROM job_step USING gone WHERE job_step.job_id = gone.job_id
+             )
+             SELECT count(*) FROM gone",
             &[&retention.as_secs_f64(), &limit],
-        )?)
+        )?;
+        let forgotten: i64 = row.try_get(0)?;
+        Ok(forgotten.unsigned_abs())
     }
 }

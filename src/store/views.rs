@@ -195,14 +195,19 @@ impl Connection {
         Ok(workflows)
     }
 
-    /// The workflows of the jobs that have not ended.
+    /// The workflows of the jobs that have not ended, and the tasks of those with steps.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn workflows_of_jobs(&mut self) -> Result<Vec<String>, StoreError> {
-        let rows = self
-            .client
-            .query("SELECT DISTINCT workflow_type FROM job", &[])?;
+    pub fn tasks_of_jobs(&mut self) -> Result<Vec<String>, StoreError> {
+        let rows = self.client.query(
+            "SELECT workflow_type FROM job
+                 WHERE NOT EXISTS (SELECT FROM job_input WHERE job_input.job_id = job.job_id)
+                 UNION
+                 SELECT task FROM job_step JOIN job USING (job_id)
+                 WHERE job_step.celery_id = job.celery_id",
+            &[],
+        )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
@@ -218,21 +223,28 @@ impl Connection {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    /// Jobs that wait for a worker of this workflow and whose clients have not been told so, at
-    /// most `limit`.
+    /// Jobs that wait for a worker of this task and whose clients have not been told so, at most
+    /// `limit`. `plain` are the workflows whose only step it is.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn waiting_without_notice(
         &mut self,
-        workflow: &str,
+        task: &str,
+        plain: &[&str],
         limit: i64,
     ) -> Result<Vec<Uuid>, StoreError> {
         let rows = self.client.query(
             "SELECT job_id FROM job
-             WHERE workflow_type = $1 AND status = 'SUBMITTED' AND progress IS NULL
-             ORDER BY submitted_at LIMIT $2",
-            &[&workflow, &limit],
+             WHERE workflow_type = ANY($2) AND status = 'SUBMITTED' AND progress IS NULL
+               AND NOT EXISTS (SELECT FROM job_input WHERE job_input.job_id = job.job_id)
+             UNION ALL
+             SELECT job_id FROM job_step JOIN job USING (job_id)
+             WHERE task = $1 AND job_step.celery_id = job.celery_id AND started_at IS NULL
+               AND finished_at IS NULL
+               AND (progress_at IS NULL OR progress_at <= job_step.submitted_at)
+             LIMIT $3",
+            &[&task, &plain, &limit],
         )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }

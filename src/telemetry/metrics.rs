@@ -199,6 +199,8 @@ impl Metrics {
         let outcome = match event {
             Event::Submitted { .. } => "submitted",
             Event::Started { .. } => "started",
+            Event::HandedOver { .. } => "handed_over",
+            Event::Postponed { .. } => "postponed",
             Event::Excused { .. } => "excused",
             Event::Suspected { .. } => "suspected",
             Event::Progressed => "progressed",

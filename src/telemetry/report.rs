@@ -97,7 +97,12 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
             new_task = task_id.to_string();
             (Some(new_task.as_str()), faults.as_slice())
         }
+        Event::HandedOver { task_id, .. } => {
+            new_task = task_id.to_string();
+            (Some(new_task.as_str()), [].as_slice())
+        }
         Event::Started { .. }
+        | Event::Postponed { .. }
         | Event::Excused { .. }
         | Event::Suspected { .. }
         | Event::Progressed
@@ -136,6 +141,13 @@ fn line(event: &Event, command: &Command) -> String {
             let workflow = command.workflow_type().map(one_line).unwrap_or_default();
             format!("submitted to {workflow} as task {task_id}")
         }
+        Event::HandedOver { task_id, to, task } => {
+            let (to, task) = (one_line(to), one_line(task));
+            format!("goes on with {to}: submitted to {task} as task {task_id}")
+        }
+        Event::Postponed { what, until } => {
+            format!("failed for now; {} begins at {until:.0}", one_line(what))
+        }
         Event::Started { starts: 1 } => "running".to_owned(),
         Event::Started { starts } => format!("running, started {starts} times"),
         Event::Excused { starts, why } => {
@@ -163,8 +175,12 @@ fn line(event: &Event, command: &Command) -> String {
 /// The level of an event's line.
 fn level(event: &Event, command: &Command) -> Level {
     match event {
-        Event::Submitted { .. } | Event::Started { starts: 1 } | Event::CancelNoted => Level::Info,
+        Event::Submitted { .. }
+        | Event::HandedOver { .. }
+        | Event::Started { starts: 1 }
+        | Event::CancelNoted => Level::Info,
         Event::Started { .. }
+        | Event::Postponed { .. }
         | Event::Excused { .. }
         | Event::Suspected { .. }
         | Event::Revoked(_) => Level::Warn,
@@ -180,7 +196,10 @@ fn level(event: &Event, command: &Command) -> Level {
         ) => Level::Warn,
         Event::Ignored(_) => match command {
             // Every job's last progress trails its result.
-            Command::Progress { .. } | Command::NoWorker | Command::Judge { .. } => Level::Debug,
+            Command::Progress { .. }
+            | Command::NoWorker
+            | Command::TakeTurn
+            | Command::Judge { .. } => Level::Debug,
             Command::Submit(_)
             | Command::Refuse { .. }
             | Command::Cancel
@@ -216,6 +235,7 @@ fn reason(command: &Command) -> Option<String> {
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker
+        | Command::TakeTurn
         | Command::Judge { .. } => None,
     }
 }

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::domain::job::{Priority, Submission};
+use crate::domain::job::{Assignment, Priority};
 use crate::wire::{Outgoing, PIDBOX_EXCHANGE, REPLIES_EXCHANGE};
 
 /// How long a remote control message is valid. Celery itself says one second, which is short for
@@ -23,27 +23,35 @@ pub struct Sender {
     pub reply_to: Uuid,
 }
 
-/// The task of a job, for the queue that is named after its workflow. It is mandatory: through the
+/// A task of a job with its input ESDL, for the queue of its name. It is mandatory: through the
 /// default exchange a task for a queue that was deleted would vanish.
-pub fn task(sender: &Sender, job_id: Uuid, task_id: Uuid, submission: &Submission) -> Outgoing {
+pub fn task(
+    sender: &Sender,
+    job_id: Uuid,
+    task_id: Uuid,
+    assignment: &Assignment<'_>,
+    esdl: &str,
+) -> Outgoing {
+    let Assignment {
+        task,
+        reference,
+        parameters,
+        priority,
+        input: _,
+    } = assignment;
     let job = json!({"__type__": "uuid", "__value__": {"hex": job_id.simple().to_string()}});
-    let args = (
-        job,
-        &submission.reference,
-        &submission.esdl,
-        &submission.params,
-    );
+    let args = (job, reference, esdl, parameters);
     let embed = json!({"callbacks": null, "errbacks": null, "chain": null, "chord": null});
     // Growing the buffer would take up to three times as much, and an ESDL may have a hundred
     // megabytes. Reserved memory that is not written costs nothing.
-    let reference_size = submission.reference.as_ref().map_or(0, String::len);
-    let mut body = Vec::with_capacity(2 * (submission.esdl.len() + reference_size) + 4096);
+    let reference_size = reference.as_ref().map_or(0, |reference| reference.len());
+    let mut body = Vec::with_capacity(2 * (esdl.len() + reference_size) + 4096);
     serde_json::to_writer(&mut body, &(args, Map::new(), embed))
         .expect("JSON values and texts always serialize");
     let task_id = task_id.to_string();
     let headers = json!({
         "lang": "py",
-        "task": submission.workflow_type,
+        "task": task,
         "id": task_id,
         "shadow": null,
         "eta": null,
@@ -55,7 +63,7 @@ pub fn task(sender: &Sender, job_id: Uuid, task_id: Uuid, submission: &Submissio
         "root_id": task_id,
         "parent_id": null,
         // For logs only, and part of a header that has to fit into one frame.
-        "argsrepr": format!("(UUID('{job_id}'), ..., <ESDL of {} bytes>, ...)", submission.esdl.len()),
+        "argsrepr": format!("(UUID('{job_id}'), ..., <ESDL of {} bytes>, ...)", esdl.len()),
         "kwargsrepr": "{}",
         "origin": sender.origin,
         "ignore_result": false,
@@ -65,12 +73,12 @@ pub fn task(sender: &Sender, job_id: Uuid, task_id: Uuid, submission: &Submissio
     });
     Outgoing {
         exchange: "",
-        routing_key: submission.workflow_type.clone(),
+        routing_key: task.clone().into_owned(),
         mandatory: true,
         with_message_id: false,
         content_type: Some("application/json"),
         content_encoding: Some("utf-8"),
-        priority: match submission.priority {
+        priority: match priority {
             Priority::Low => 2,
             Priority::Medium => 4,
             Priority::High => 6,
@@ -167,6 +175,7 @@ fn object(value: Value) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::job::Submission;
     use crate::wire;
     use prost::Message as _;
     use rstest::rstest;
@@ -214,6 +223,11 @@ mod tests {
     }
 
     /// An outgoing message's properties as the captures write them.
+    fn task_of(job_id: Uuid, task_id: Uuid, submission: &Submission) -> Outgoing {
+        let assignment = submission.assignment(&submission.workflow_type);
+        task(&sender(), job_id, task_id, &assignment, &submission.esdl)
+    }
+
     fn properties(message: &Outgoing) -> Value {
         let mut properties = json!({"delivery_mode": 2, "priority": message.priority});
         for (name, value) in [
@@ -253,7 +267,7 @@ mod tests {
         let recorded = &capture["task"][0];
         let task_id = Uuid::from_u128(5);
         let job_id = capture["job_id"].as_str().unwrap().parse().unwrap();
-        let ours = task(&sender(), job_id, task_id, &submission(capture));
+        let ours = task_of(job_id, task_id, &submission(capture));
 
         assert_eq!(ours.exchange, recorded["exchange"]);
         assert_eq!(ours.routing_key, recorded["routing_key"].as_str().unwrap());
@@ -281,7 +295,7 @@ mod tests {
     #[test]
     fn a_whole_number_stays_a_double() {
         let capture = &captures()["params"];
-        let ours = task(&sender(), Uuid::nil(), Uuid::nil(), &submission(capture));
+        let ours = task_of(Uuid::nil(), Uuid::nil(), &submission(capture));
         let body = String::from_utf8(ours.body).unwrap();
         assert!(body.contains(r#""i":3.0"#), "{body}");
     }
@@ -291,7 +305,7 @@ mod tests {
         let mut submission = submission(&captures()["minimal"]);
         submission.esdl = "x".repeat(200_000);
         submission.reference = Some("y".repeat(200_000));
-        let ours = task(&sender(), Uuid::nil(), Uuid::nil(), &submission);
+        let ours = task_of(Uuid::nil(), Uuid::nil(), &submission);
         assert!(serde_json::to_vec(&ours.headers).unwrap().len() < 1000);
     }
 

@@ -29,6 +29,7 @@ mod python;
 mod requests;
 mod servers;
 mod stalled;
+mod steps;
 mod stopping;
 mod time_series;
 mod tls;

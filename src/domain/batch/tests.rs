@@ -71,6 +71,7 @@ fn submitted(second: i64) -> State {
         priority: None,
         starts: Vec::new(),
         progress: None,
+        course: None,
     })
 }
 
@@ -154,6 +155,7 @@ fn written(plan: &Plan<'_>) -> String {
         keep,
         retire_late,
         retire,
+        retire_these: _,
     } = &plan.series;
     for (what, rows) in [("keep", keep), ("retire late", retire_late)] {
         for row in rows {

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde_json::{Map, Value};
 
 use super::{MAX_REFERENCE, MAX_WORKFLOW_TYPE, Priority, kept};
-use crate::domain::parameters;
+use crate::domain::{esdl, parameters};
 use crate::proto::EsdlMessage;
 
 /// What somebody asks or reports about one job.
@@ -38,6 +38,8 @@ pub enum Command {
     Expire,
     /// Somebody has seen that the job waits for a worker and that there is none.
     NoWorker,
+    /// Somebody has seen that the job's step may be tried again.
+    TakeTurn,
     /// The workers have been asked who runs the task, because of its start at this time: a
     /// [`super::Suspicion`].
     Judge {
@@ -76,6 +78,16 @@ pub struct Completion {
     pub esdl_messages: Vec<EsdlMessage>,
 }
 
+impl Completion {
+    /// Which time series its output refers to.
+    pub(super) fn esdl_id(&self) -> Option<String> {
+        let output_esdl = self.output_esdl.as_deref();
+        output_esdl
+            .filter(|_| self.succeeded)
+            .and_then(esdl::energy_system_id)
+    }
+}
+
 impl Command {
     /// What it is, for messages.
     pub fn name(&self) -> &'static str {
@@ -88,6 +100,7 @@ impl Command {
             Command::TimeOut => "a timeout",
             Command::Expire => "the end of its retention",
             Command::NoWorker => "the lack of a worker",
+            Command::TakeTurn => "the turn of its next attempt",
             Command::Judge { .. } => "what the workers say of a start",
         }
     }
@@ -104,6 +117,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TakeTurn
             | Command::Judge { .. }
             | Command::Fail { .. } => "",
         }
@@ -121,6 +135,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TakeTurn
             | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }
@@ -139,7 +154,8 @@ impl Command {
             | Command::Cancel
             | Command::TimeOut
             | Command::Expire
-            | Command::NoWorker => None,
+            | Command::NoWorker
+            | Command::TakeTurn => None,
         }
     }
 
@@ -155,8 +171,27 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TakeTurn
             | Command::Judge { .. }
             | Command::Fail { .. } => 0,
+        }
+    }
+
+    /// Whether it may end a task, and so needs all that is known of its job's steps.
+    pub fn may_end_a_task(&self) -> bool {
+        match self {
+            Command::Start { .. }
+            | Command::Judge { .. }
+            | Command::Result(_)
+            | Command::Fail { .. }
+            | Command::TimeOut
+            | Command::Expire
+            | Command::TakeTurn => true,
+            Command::Submit(_)
+            | Command::Refuse { .. }
+            | Command::Cancel
+            | Command::Progress { .. }
+            | Command::NoWorker => false,
         }
     }
 
@@ -183,6 +218,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TakeTurn
             | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }

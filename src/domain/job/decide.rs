@@ -6,17 +6,17 @@ use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
 use super::decision::{cancellation, error_result, revoke};
-use super::starts;
 use super::{
-    ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job, JobStatus,
-    LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Progress, Publication, ResultType, State, Submission,
-    TimeSeries, TimeoutResult,
+    Attempt, ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job,
+    JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Publication, State, Submission, TimeSeries,
 };
-use crate::domain::esdl;
+use super::{hand_over, starts};
 use crate::domain::parameters;
 use crate::domain::text::excerpt;
-use crate::domain::workflow::Limits;
+use crate::domain::workflow::Definition;
 
+/// Why an event of a task that is no longer the job's is not heeded.
+const EARLIER_STEP: &str = "it is of an attempt that has ended";
 const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
 
 /// What to do about `command` for the job `job_id`, which is in `state`. Every pair has an answer;
@@ -54,7 +54,7 @@ fn decide_again<'a>(
         return Decision {
             // Nothing new, unless the Python service has registered it meanwhile.
             next: again.next.filter(|_| ended.registered_at.is_none()),
-            time_series: None,
+            time_series: Vec::new(),
             ..again
         };
     }
@@ -71,17 +71,19 @@ fn decide_again<'a>(
         Event::Ended(outcome) if outcome == ended.outcome => Decision {
             next: None,
             // Committed with the outcome; the client may have given them up since.
-            time_series: None,
+            time_series: Vec::new(),
             ..again
         },
         Event::Ended(_) if ending.may_still_end_by(command) => again,
         // The workflow definitions have changed since it was refused.
         Event::Submitted { .. } if ended.outcome == Outcome::Rejected => {
             let reason = "The orchestrator refused this job when it was submitted.";
-            job.rejected(job_id, Cow::Borrowed(reason), context)
+            job.rejected(job_id, reason, context)
         }
         Event::Submitted { .. }
         | Event::Started { .. }
+        | Event::HandedOver { .. }
+        | Event::Postponed { .. }
         | Event::Excused { .. }
         | Event::Suspected { .. }
         | Event::Progressed
@@ -109,6 +111,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TakeTurn
             | Command::Judge { .. } => false,
         }
     }
@@ -124,6 +127,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TakeTurn
             | Command::Judge { .. }
             | Command::Fail { .. } => false,
         };
@@ -184,14 +188,15 @@ fn decide_for<'a>(
             reason,
             workflow_type,
             reference,
-        } => {
-            let reason = Cow::Borrowed(reason.as_str());
-            refuse(job_id, standing, reason, workflow_type, reference, context)
-        }
+        } => refuse(job_id, standing, reason, workflow_type, reference, context),
         Command::Cancel => cancel(job_id, standing, context),
         Command::TimeOut => time_out(job_id, standing, context),
         Command::Expire => expire(job_id, standing, context),
         Command::NoWorker => no_worker(job_id, standing, context),
+        Command::TakeTurn => match standing {
+            Standing::Live(job) => hand_over::take_turn(job_id, job, context),
+            Standing::Unknown | Standing::Ended(_) => Decision::ignored("the job has ended"),
+        },
         Command::Start {
             task_id,
             message_id,
@@ -201,6 +206,7 @@ fn decide_for<'a>(
             Own::Done(ended) => {
                 starts::start_after_result(ended, task_id, message_id, *redelivered)
             }
+            Own::Earlier(_) => revoke(task_id, EARLIER_STEP),
             Own::Stray(why) => revoke(task_id, why),
         },
         Command::Judge {
@@ -211,6 +217,7 @@ fn decide_for<'a>(
         } => match own_task(standing, task_id) {
             Own::Current(job) => starts::judge(job_id, job, *at, *alive, *last, context),
             Own::Done(_) => Decision::ignored("the job has ended"),
+            Own::Earlier(_) => Decision::ignored(EARLIER_STEP),
             Own::Stray(why) => Decision::ignored(why),
         },
         Command::Progress {
@@ -220,11 +227,19 @@ fn decide_for<'a>(
         } => match own_task(standing, task_id) {
             Own::Current(job) => progress(job_id, job, *fraction, message, context),
             Own::Done(_) => Decision::ignored("the job has ended with this task's result"),
+            // The last progress trails the result.
+            Own::Earlier(attempt) if attempt.by_its_result() => Decision::ignored(EARLIER_STEP),
+            Own::Earlier(_) => revoke(task_id, EARLIER_STEP),
             Own::Stray(why) => revoke(task_id, why),
         },
         Command::Result(completion) => match own_task(standing, &completion.task_id) {
-            Own::Current(job) => end_with_result(job_id, job, completion, context),
+            Own::Current(job) => hand_over::complete(job_id, job, completion, context),
             Own::Done(_) => Decision::ignored("the job has ended"),
+            Own::Earlier(attempt) if attempt.by_its_result() => Decision::ignored(EARLIER_STEP),
+            Own::Earlier(_) => Decision {
+                time_series: late_series(standing, completion),
+                ..Decision::ignored(EARLIER_STEP)
+            },
             Own::Stray(why) => Decision {
                 time_series: late_series(standing, completion),
                 ..Decision::ignored(why)
@@ -232,7 +247,7 @@ fn decide_for<'a>(
         },
         Command::Fail { reason, task_id } => match standing {
             Standing::Live(job) if task_id.is_none() || *task_id == job.task_id => {
-                job.rejected(job_id, Cow::Borrowed(reason), context)
+                job.rejected(job_id, reason, context)
             }
             Standing::Live(_) => Decision::ignored("it is not from the job's current task"),
             Standing::Unknown => Decision::ignored("the job is unknown"),
@@ -251,52 +266,12 @@ fn progress<'a>(
     if !fraction.is_finite() {
         return Decision::ignored("its progress is not a finite number");
     }
+    let mut job = job.clone();
+    let told = job.tells_progress(job_id, fraction, message, context.now);
     Decision {
-        next: Some(State::Live(Job {
-            progress: Some(Progress::new(fraction, message, context.now)),
-            ..job.clone()
-        })),
-        publications: vec![Publication::Progress {
-            job_id,
-            fraction,
-            message,
-        }],
+        next: Some(State::Live(job)),
+        publications: vec![told],
         ..Decision::nothing(Event::Progressed)
-    }
-}
-
-fn end_with_result<'a>(
-    job_id: Uuid,
-    job: &Job,
-    completion: &'a Completion,
-    context: &Context<'_>,
-) -> Decision<'a> {
-    let Completion {
-        task_id: _,
-        succeeded,
-        output_esdl,
-        logs,
-        esdl_messages,
-    } = completion;
-    let (result_type, outcome) = match succeeded {
-        true => (ResultType::Succeeded, Outcome::Succeeded),
-        false => (ResultType::Error, Outcome::Failed),
-    };
-    let output_esdl = output_esdl.as_deref();
-    let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
-    let told = Publication::Result {
-        job_id,
-        result_type,
-        output_esdl,
-        logs: Cow::Borrowed(logs),
-        esdl_messages,
-    };
-    Decision {
-        time_series: esdl_id(completion).map(|esdl_id| TimeSeries::Keep {
-            esdl_id,
-            reference: Cow::Owned(job.reference.clone()),
-        }),
-        ..job.ends(outcome, result_bytes, [told], context)
     }
 }
 
@@ -306,11 +281,11 @@ fn submit<'a>(
     submission: &'a Submission,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    let refused = |reason| {
+    let refused = |reason: String| {
         refuse(
             job_id,
             standing,
-            Cow::Owned(reason),
+            &reason,
             &submission.workflow_type,
             &submission.reference,
             context,
@@ -333,8 +308,14 @@ fn submit<'a>(
     match submission_expected(standing) {
         Expected::Yes { registered_at } => {
             let registered_at = registered_at.unwrap_or(context.now);
-            let limits = &definition.limits;
-            accept(job_id, submission, registered_at, limits, faults, context)
+            accept(
+                job_id,
+                submission,
+                registered_at,
+                definition,
+                faults,
+                context,
+            )
         }
         Expected::Cancelled => cancelled_before_submission(
             job_id,
@@ -351,18 +332,22 @@ fn accept<'a>(
     job_id: Uuid,
     submission: &'a Submission,
     registered_at: Timestamp,
-    limits: &Limits,
+    definition: &Definition,
     faults: Vec<String>,
     context: &Context<'_>,
 ) -> Decision<'a> {
     let task_id = context.new_task_id;
-    let timeout_ms = submission.timeout_ms.or(limits.default_timeout_ms);
+    let timeout_ms = submission
+        .timeout_ms
+        .or(definition.limits.default_timeout_ms);
+    let (assignment, course) = hand_over::submit(submission, &definition.steps, context);
     let job = Job {
         status: JobStatus::Submitted,
         task_id: Some(task_id.to_string()),
         submitted_at: Some(context.now),
         timeout_ms: timeout_ms.map(i64::from),
         priority: Some(submission.priority),
+        course,
         ..Job::without_task(
             &submission.workflow_type,
             &submission.reference,
@@ -372,7 +357,7 @@ fn accept<'a>(
     let task = Publication::Task {
         job_id,
         task_id,
-        submission,
+        assignment,
     };
     let enqueued = Publication::Status {
         job_id,
@@ -388,7 +373,7 @@ fn accept<'a>(
 fn refuse<'a>(
     job_id: Uuid,
     standing: Standing<'_>,
-    reason: Cow<'a, str>,
+    reason: &str,
     workflow_type: &str,
     reference: &Option<String>,
     context: &Context<'_>,
@@ -464,60 +449,87 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
                 start_ids: Vec::new(),
                 result_bytes: 0,
             })),
-            time_series: Some(TimeSeries::Retire),
+            time_series: vec![TimeSeries::Retire],
             ..Decision::nothing(Event::CancelNoted)
         },
         Standing::Live(job) => Decision {
-            time_series: Some(TimeSeries::Retire),
+            time_series: vec![TimeSeries::Retire],
             ..job.ends(Outcome::Cancelled, 0, cancellation(job_id), context)
         },
         // Deleting a finished job is how a client gives up the series that it left.
         Standing::Ended(_) => Decision {
-            time_series: Some(TimeSeries::Retire),
+            time_series: vec![TimeSeries::Retire],
             ..Decision::ignored("the job has ended already")
         },
     }
 }
 
-/// Ends a job that runs for longer than its timeout. Whoever found it may have looked before it
-/// ended or was started again, so this looks once more.
+/// Ends a job, or its step, that runs for longer than its timeout. Whoever found it may have looked
+/// before it ended or was started again, so this looks once more.
 fn time_out<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
-    let due = |job: &Job| {
-        let timeout = SignedDuration::from_millis(job.timeout_ms.filter(|timeout| *timeout > 0)?);
-        let running_at = job
-            .running_at
-            .filter(|_| job.status == JobStatus::Running)?;
-        (running_at.checked_add(timeout).ok()? <= context.now).then_some(timeout)
-    };
-    let (job, timeout) = match standing {
-        Standing::Live(job) => match due(job) {
-            Some(timeout) => (job, timeout),
-            None => return Decision::ignored("it is within its timeout"),
-        },
+    let job = match standing {
+        Standing::Live(job) => job,
         Standing::Unknown | Standing::Ended(_) => return Decision::ignored("the job has ended"),
     };
-    let logs =
-        format!("The job was ended because it ran for longer than its timeout of {timeout:#}.");
-    let result_bytes = logs.len();
-    let (status, result_type) = match context.rules.timeout_result {
-        TimeoutResult::Cancelled => (
-            Some(Publication::Status {
-                job_id,
-                status: ClientStatus::Cancelled,
-            }),
-            ResultType::Cancelled,
-        ),
-        TimeoutResult::TimedOut => (None, ResultType::TimedOut),
-    };
-    let result = Publication::Result {
-        job_id,
-        result_type,
-        output_esdl: None,
-        logs: Cow::Owned(logs),
-        esdl_messages: &[],
-    };
-    let told = status.into_iter().chain([result]);
-    job.ends(Outcome::TimedOut, result_bytes, told, context)
+    if let Some(timeout) = job.overdue(context.now) {
+        let logs =
+            format!("The job was ended because it ran for longer than its timeout of {timeout:#}.");
+        return job.fails(job_id, Outcome::TimedOut, &logs, &[], context);
+    }
+    match job.step_overdue(context.now) {
+        Some((step, timeout)) => {
+            let logs = format!(
+                "The step {step} was ended because it ran for longer than its timeout of \
+                 {timeout:#}."
+            );
+            hand_over::fail(job_id, job, Outcome::TimedOut, &logs, context)
+        }
+        None => Decision::ignored("it is within its timeout"),
+    }
+}
+
+impl Job {
+    /// Its timeout, if it has passed. What later steps wait in their queues is not counted.
+    fn overdue(&self, now: Timestamp) -> Option<SignedDuration> {
+        let timeout = SignedDuration::from_millis(self.timeout_ms.filter(|timeout| *timeout > 0)?);
+        let running_at = self
+            .running_at
+            .filter(|_| self.status == JobStatus::Running)?;
+        let idle = match &self.course {
+            Some(course) => course.idle(running_at, now),
+            None => SignedDuration::ZERO,
+        };
+        let end = running_at.checked_add(timeout.saturating_add(idle)).ok()?;
+        (end <= now).then_some(timeout)
+    }
+
+    /// The title and the timeout of its current step, if that has passed.
+    fn step_overdue(&self, now: Timestamp) -> Option<(&str, SignedDuration)> {
+        let course = self.course.as_ref()?;
+        let timeout = SignedDuration::from_millis(course.step().timeout_ms?.into());
+        let end = course.current.started_at?.checked_add(timeout).ok()?;
+        (end <= now).then_some((course.step().title.as_str(), timeout))
+    }
+
+    /// Since when nothing has happened to it, and what it has been doing.
+    fn unchanged_since(&self) -> (Timestamp, &'static str) {
+        let (since, what) = match self.status {
+            JobStatus::Registered => (None, "registered"),
+            JobStatus::Submitted => (self.submitted_at, "waiting for a worker"),
+            JobStatus::Running => (self.running_at, "running"),
+        };
+        let (since, what) = match &self.course {
+            Some(course) => {
+                let what = match course.waits() {
+                    true => "waiting for a worker",
+                    false => what,
+                };
+                (course.current.since().or(since), what)
+            }
+            None => (since, what),
+        };
+        (since.unwrap_or(self.registered_at), what)
+    }
 }
 
 /// Ends a job that nothing has been heard of for so long that nobody can be waiting for it.
@@ -526,14 +538,9 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
         Standing::Live(job) => job,
         Standing::Unknown | Standing::Ended(_) => return Decision::ignored("the job has ended"),
     };
-    let (since, what) = match job.status {
-        JobStatus::Registered => (None, "registered"),
-        JobStatus::Submitted => (job.submitted_at, "waiting for a worker"),
-        JobStatus::Running => (job.running_at, "running"),
-    };
+    let (since, what) = job.unchanged_since();
     let retention = context.rules.retention;
     let expired = since
-        .unwrap_or(job.registered_at)
         .checked_add(retention)
         .is_ok_and(|end| end <= context.now);
     if !expired {
@@ -544,25 +551,18 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
         "The job was given up because it had been {what} for longer than the {retention:#} that \
          unfinished jobs are kept."
     );
-    let result_bytes = logs.len();
-    let told = [error_result(job_id, Cow::Owned(logs))];
-    job.ends(Outcome::Expired, result_bytes, told, context)
+    job.fails(job_id, Outcome::Expired, &logs, &[], context)
 }
 
 /// Tells the client why nothing happens, once while the job waits.
 fn no_worker<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
     match standing {
-        Standing::Live(job) if job.status == JobStatus::Submitted && job.progress.is_none() => {
+        Standing::Live(job) if job.waits_untold() => {
+            let mut job = job.clone();
+            let told = job.tells_progress(job_id, 0.0, NO_WORKER, context.now);
             Decision {
-                next: Some(State::Live(Job {
-                    progress: Some(Progress::new(0.0, NO_WORKER, context.now)),
-                    ..job.clone()
-                })),
-                publications: vec![Publication::Progress {
-                    job_id,
-                    fraction: 0.0,
-                    message: NO_WORKER,
-                }],
+                next: Some(State::Live(job)),
+                publications: vec![told],
                 ..Decision::nothing(Event::Progressed)
             }
         }
@@ -577,6 +577,8 @@ enum Own<'s> {
     Current(&'s Job),
     /// It is the task whose result ended the job.
     Done(&'s Ended),
+    /// It was the task of an attempt that has ended.
+    Earlier(&'s Attempt),
     /// Nobody waits for it.
     Stray(&'static str),
 }
@@ -585,7 +587,13 @@ fn own_task<'s>(standing: Standing<'s>, task_id: &str) -> Own<'s> {
     match standing {
         Standing::Unknown => Own::Stray("the job is unknown"),
         Standing::Live(job) if job.task_id.as_deref() == Some(task_id) => Own::Current(job),
-        Standing::Live(_) => Own::Stray("it is not the job's current task"),
+        Standing::Live(job) => {
+            let course = job.course.as_ref();
+            match course.and_then(|course| course.earlier_task(task_id)) {
+                Some(attempt) => Own::Earlier(attempt),
+                None => Own::Stray("it is not the job's current task"),
+            }
+        }
         Standing::Ended(ended)
             if ended.outcome.by_its_task() && ended.task_id.as_deref() == Some(task_id) =>
         {
@@ -595,22 +603,22 @@ fn own_task<'s>(standing: Standing<'s>, task_id: &str) -> Own<'s> {
     }
 }
 
-/// The series of a task that delivered although its job had been deleted.
-fn late_series<'a>(standing: Standing<'_>, completion: &Completion) -> Option<TimeSeries<'a>> {
-    match standing {
+/// The series of a task that delivered although its job had been deleted, or gone on without it.
+fn late_series<'a>(standing: Standing<'_>, completion: &Completion) -> Vec<TimeSeries<'a>> {
+    let reference = match standing {
         Standing::Ended(ended) if ended.task_id.as_ref() == Some(&completion.task_id) => {
-            esdl_id(completion).map(|esdl_id| TimeSeries::RetireLate {
-                esdl_id,
-                reference: Cow::Owned(ended.reference.clone().unwrap_or_default()),
-            })
+            ended.reference.clone().unwrap_or_default()
         }
-        Standing::Unknown | Standing::Live(_) | Standing::Ended(_) => None,
-    }
-}
-
-fn esdl_id(completion: &Completion) -> Option<String> {
-    let output_esdl = completion.output_esdl.as_deref();
-    output_esdl
-        .filter(|_| completion.succeeded)
-        .and_then(esdl::energy_system_id)
+        Standing::Live(Job {
+            reference,
+            course: Some(course),
+            ..
+        }) if course.earlier_task(&completion.task_id).is_some() => reference.clone(),
+        Standing::Unknown | Standing::Live(_) | Standing::Ended(_) => return Vec::new(),
+    };
+    let late = completion.esdl_id().map(|esdl_id| TimeSeries::RetireLate {
+        esdl_id,
+        reference: Cow::Owned(reference),
+    });
+    late.into_iter().collect()
 }

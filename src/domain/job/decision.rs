@@ -1,12 +1,15 @@
 //! What is decided about a command, and what has to be known for that.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{Ending, Job, Outcome, State, Submission};
+use super::course::Report;
+use super::{Ending, Job, Outcome, Priority, State, Submission};
 use crate::domain::workflow::Catalogue;
 use crate::proto::EsdlMessage;
 
@@ -66,7 +69,7 @@ pub struct Decision<'a> {
     /// How long from now those of them that tell the outcome have to wait
     /// ([`Publication::tells_outcome`]), and with them the end of [`State::Ending`].
     pub wait: Duration,
-    pub time_series: Option<TimeSeries<'a>>,
+    pub time_series: Vec<TimeSeries<'a>>,
     pub event: Event,
 }
 
@@ -77,7 +80,7 @@ impl Decision<'_> {
             publications: Vec::new(),
             announcements: Vec::new(),
             wait: Duration::ZERO,
-            time_series: None,
+            time_series: Vec::new(),
             event,
         }
     }
@@ -90,11 +93,11 @@ impl Decision<'_> {
 /// A message to send.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Publication<'a> {
-    /// To the queue of the job's workflow.
+    /// To the queue of its Celery task.
     Task {
         job_id: Uuid,
         task_id: Uuid,
-        submission: &'a Submission,
+        assignment: Assignment<'a>,
     },
     /// To all Celery workers: end this task.
     Revoke {
@@ -107,15 +110,61 @@ pub enum Publication<'a> {
     Progress {
         job_id: Uuid,
         fraction: f64,
-        message: &'a str,
+        message: Cow<'a, str>,
     },
     Result {
         job_id: Uuid,
         result_type: ResultType,
         output_esdl: Option<&'a str>,
         logs: Cow<'a, str>,
-        esdl_messages: &'a [EsdlMessage],
+        esdl_messages: Cow<'a, [EsdlMessage]>,
     },
+}
+
+/// What a worker is to compute.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Assignment<'a> {
+    /// The Celery task, and its queue.
+    pub task: Cow<'a, str>,
+    pub reference: Option<Cow<'a, str>>,
+    pub parameters: Cow<'a, Map<String, Value>>,
+    pub priority: Priority,
+    pub input: TaskInput<'a>,
+}
+
+impl Submission {
+    /// What the worker of this task is given of it: everything.
+    pub fn assignment(&self, task: &str) -> Assignment<'_> {
+        let Submission {
+            workflow_type: _,
+            esdl,
+            params,
+            reference,
+            priority,
+            timeout_ms: _,
+        } = self;
+        Assignment {
+            // As a rule it is the workflow's name, and need not be copied.
+            task: match task == self.workflow_type {
+                true => Cow::Borrowed(&self.workflow_type),
+                false => Cow::Owned(task.to_owned()),
+            },
+            reference: reference.as_deref().map(Cow::Borrowed),
+            parameters: Cow::Borrowed(params),
+            priority: *priority,
+            input: TaskInput::Given(esdl),
+        }
+    }
+}
+
+/// An input ESDL.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TaskInput<'a> {
+    Given(&'a str),
+    /// Given earlier in the same batch.
+    Held(Arc<str>),
+    /// In the database, before anything of the batch is written.
+    Kept,
 }
 
 impl Publication<'_> {
@@ -160,8 +209,10 @@ pub enum TimeSeries<'a> {
         esdl_id: String,
         reference: Cow<'a, str>,
     },
-    /// The job was deleted: its series are retired.
+    /// The job was deleted, or failed after some of its steps: its series are retired.
     Retire,
+    /// Those of its steps' outputs that nobody needs after its success.
+    RetireThese(Vec<String>),
 }
 
 /// What became of a command, for the log.
@@ -174,6 +225,18 @@ pub enum Event {
     },
     Started {
         starts: usize,
+    },
+    /// The job's next task, or the same once more, was put on its queue.
+    HandedOver {
+        task_id: Uuid,
+        /// Which step it is.
+        to: String,
+        task: String,
+    },
+    /// The job's step is tried again later.
+    Postponed {
+        what: String,
+        until: Timestamp,
     },
     /// Started once more, which does not count.
     Excused {
@@ -209,7 +272,7 @@ pub(super) fn error_result(job_id: Uuid, logs: Cow<'_, str>) -> Publication<'_> 
         result_type: ResultType::Error,
         output_esdl: None,
         logs,
-        esdl_messages: &[],
+        esdl_messages: Cow::Borrowed(&[]),
     }
 }
 
@@ -225,7 +288,7 @@ pub(super) fn cancellation<'a>(job_id: Uuid) -> [Publication<'a>; 2] {
             result_type: ResultType::Cancelled,
             output_esdl: None,
             logs: Cow::Borrowed(""),
-            esdl_messages: &[],
+            esdl_messages: Cow::Borrowed(&[]),
         },
     ]
 }
@@ -240,34 +303,79 @@ impl Job {
         told: impl IntoIterator<Item = Publication<'a>>,
         context: &Context<'_>,
     ) -> Decision<'a> {
-        let runs = !outcome.by_its_task() || self.starts.len() > 1;
-        let task = self.task_id.clone().filter(|_| runs);
-        let revocation = task.map(|task_id| Publication::Revoke {
-            task_id: Cow::Owned(task_id),
-        });
+        let ended = self.ended(outcome, result_bytes, context.now);
+        let mut job = self.clone();
+        let mut time_series = Vec::new();
+        if let Some(course) = &mut job.course {
+            let report = Report::new(outcome, self.starts.len(), context.now);
+            course.current.report.get_or_insert(report);
+            if outcome != Outcome::Succeeded && course.has_time_series() {
+                time_series.push(TimeSeries::Retire);
+            }
+        }
         Decision {
-            next: Some(State::Ending(Ending {
-                job: self.clone(),
-                ended: self.ended(outcome, result_bytes, context.now),
-            })),
-            announcements: revocation.into_iter().chain(told).collect(),
+            next: Some(State::Ending(Ending { job, ended })),
+            announcements: self.revocation(outcome).into_iter().chain(told).collect(),
             // Negative once the time has come.
             wait: context
                 .now
                 .duration_until(self.outcome_from(context))
                 .try_into()
                 .unwrap_or_default(),
+            time_series,
             ..Decision::nothing(Event::Ended(outcome))
         }
+    }
+
+    /// Revokes its task, which has come to this end, where it or a copy of it may run on.
+    pub(super) fn revocation<'a>(&self, outcome: Outcome) -> Option<Publication<'a>> {
+        let runs = !outcome.by_its_task() || self.starts.len() > 1;
+        let task = self.task_id.clone().filter(|_| runs);
+        task.map(|task_id| Publication::Revoke {
+            task_id: Cow::Owned(task_id),
+        })
+    }
+
+    /// Ends it as failed in its current step, with these logs and messages of that.
+    pub(super) fn fails<'a>(
+        &self,
+        job_id: Uuid,
+        outcome: Outcome,
+        logs: &str,
+        esdl_messages: &'a [EsdlMessage],
+        context: &Context<'_>,
+    ) -> Decision<'a> {
+        let (logs, esdl_messages) = match &self.course {
+            None => (Cow::Borrowed(logs), Cow::Borrowed(esdl_messages)),
+            Some(course) => (
+                course.logs(outcome, logs),
+                course.esdl_messages(esdl_messages),
+            ),
+        };
+        let (status, result_type) = match context.rules.timeout_result {
+            _ if outcome != Outcome::TimedOut => (None, ResultType::Error),
+            TimeoutResult::Cancelled => (Some(ClientStatus::Cancelled), ResultType::Cancelled),
+            TimeoutResult::TimedOut => (None, ResultType::TimedOut),
+        };
+        let status = status.map(|status| Publication::Status { job_id, status });
+        let result_bytes = logs.len();
+        let result = Publication::Result {
+            job_id,
+            result_type,
+            output_esdl: None,
+            logs: Cow::Owned(logs.into_owned()),
+            esdl_messages,
+        };
+        let told = status.into_iter().chain([result]);
+        self.ends(outcome, result_bytes, told, context)
     }
 
     pub(super) fn rejected<'a>(
         &self,
         job_id: Uuid,
-        reason: Cow<'a, str>,
+        reason: &str,
         context: &Context<'_>,
     ) -> Decision<'a> {
-        let told = [error_result(job_id, reason.clone())];
-        self.ends(Outcome::Rejected, reason.len(), told, context)
+        self.fails(job_id, Outcome::Rejected, reason, &[], context)
     }
 }

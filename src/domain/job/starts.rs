@@ -8,12 +8,11 @@
 //! RabbitMQ is excused, and before any other ends its job the workers are asked who is running the
 //! task.
 
-use std::borrow::Cow;
-
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
-use super::decision::{error_result, revoke};
+use super::decision::revoke;
+use super::hand_over;
 use super::{
     CRASH_LOOP_LOGS, ClientStatus, Command, Context, Decision, Ended, Event, Job, JobStatus,
     Outcome, Publication, State,
@@ -113,7 +112,11 @@ pub(super) fn start<'a>(
         return crash_loop(job_id, job, context);
     };
     let mut job = job.clone();
+    let was_running = job.status == JobStatus::Running;
     job.status = JobStatus::Running;
+    if let Some(course) = &mut job.course {
+        course.current.started_at.get_or_insert(context.now);
+    }
     job.running_at = job.running_at.or(Some(context.now));
     // The rows' key is their time, and a batch has one time for all its messages.
     let at = job.starts.last().map_or(context.now, |last| {
@@ -127,14 +130,18 @@ pub(super) fn start<'a>(
     let starts = job.starts.len();
     let event = match verdict {
         Verdict::Counts => {
-            job.progress = None;
-            let running = Publication::Status {
+            // A job of several steps is one run to its client, whatever is started for it.
+            let is_whole = job.course.is_none();
+            if is_whole {
+                job.progress = None;
+            }
+            let running = (is_whole || !was_running).then_some(Publication::Status {
                 job_id,
                 status: ClientStatus::Running,
-            };
+            });
             return Decision {
                 next: Some(State::Live(job)),
-                publications: vec![running],
+                publications: running.into_iter().collect(),
                 ..Decision::nothing(Event::Started { starts })
             };
         }
@@ -166,10 +173,14 @@ fn verdict(job: &Job, context: &Context<'_>) -> Option<Verdict> {
     if excusable && job.starts.last().is_some_and(interrupted) {
         return Some(Verdict::Interrupted);
     }
-    let limit = context
-        .catalogue
-        .definition(&job.workflow_type)
-        .and_then(|definition| definition.limits.delivery_limit)
+    let definition = context.catalogue.definition(&job.workflow_type);
+    let step = match &job.course {
+        Some(course) => Some(course.step()),
+        None => definition.and_then(|definition| definition.steps.plain()),
+    };
+    let limit = step
+        .and_then(|step| step.delivery_limit)
+        .or(definition.and_then(|definition| definition.limits.delivery_limit))
         .unwrap_or(context.rules.delivery_limit);
     if job.counted() < limit {
         return Some(Verdict::Counts);
@@ -233,13 +244,13 @@ pub(super) fn may_end(job: &Job, command: &Command) -> bool {
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker
+        | Command::TakeTurn
         | Command::Fail { .. } => false,
     }
 }
 
 pub(super) fn crash_loop<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> Decision<'a> {
-    let told = [error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))];
-    job.ends(Outcome::CrashLoop, CRASH_LOOP_LOGS.len(), told, context)
+    hand_over::fail(job_id, job, Outcome::CrashLoop, CRASH_LOOP_LOGS, context)
 }
 
 /// A START of the task whose result ended the job: one that was counted and comes again, or trails

@@ -79,6 +79,7 @@ fn job(status: JobStatus) -> Job {
             .into_iter()
             .collect(),
         progress: None,
+        course: None,
     }
 }
 
@@ -340,11 +341,13 @@ fn summary(decision: &Decision<'_>) -> String {
         };
         write!(text, "; {when}{one}").unwrap();
     }
-    match &decision.time_series {
-        None => {}
-        Some(TimeSeries::Keep { esdl_id, .. }) => write!(text, "; keep {esdl_id}").unwrap(),
-        Some(TimeSeries::RetireLate { esdl_id, .. }) => write!(text, "; retire {esdl_id}").unwrap(),
-        Some(TimeSeries::Retire) => text.push_str("; retire the job's"),
+    for change in &decision.time_series {
+        match change {
+            TimeSeries::Keep { esdl_id, .. } => write!(text, "; keep {esdl_id}").unwrap(),
+            TimeSeries::RetireLate { esdl_id, .. } => write!(text, "; retire {esdl_id}").unwrap(),
+            TimeSeries::Retire => text.push_str("; retire the job's"),
+            TimeSeries::RetireThese(ids) => write!(text, "; retire {ids:?}").unwrap(),
+        }
     }
     match &decision.next {
         None => {}
@@ -401,6 +404,7 @@ fn a_submission_becomes_its_row_and_its_task() {
         priority: Some(Priority::Medium),
         starts: Vec::new(),
         progress: None,
+        course: None,
     };
     assert_eq!(decision.next, Some(State::Live(expected)));
 }
@@ -554,8 +558,8 @@ fn of_long_names_the_beginning_is_kept_and_the_task_has_it_all(#[case] workflow:
         let decision = decide(job_id(), state, command, &context());
         for publication in decision.publications.iter().chain(&decision.announcements) {
             match publication {
-                Publication::Task { submission, .. } => {
-                    assert_eq!(submission.reference.as_ref(), Some(&long));
+                Publication::Task { assignment, .. } => {
+                    assert_eq!(assignment.reference.as_deref(), Some(long.as_str()));
                 }
                 Publication::Result { logs, .. } => assert!(logs.len() < 1000, "{logs}"),
                 Publication::Revoke { .. }

@@ -1,20 +1,17 @@
 //! Reads a definition file: a JSON list of workflows, with every fault by its path in the file.
 
 use std::collections::{HashMap, HashSet};
-use std::time::Duration;
 
 use serde_json::Value;
 
+use super::node::{Node, check_queue_name, delivery_limit, timeout_ms, whole_number};
+use super::steps::Steps;
 use super::{Definition, Limits};
-use crate::domain::text::excerpt;
 use crate::proto::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
     IntegerParameter, StringEnum, StringParameter, Workflow, WorkflowParameter,
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };
-
-/// A workflow's name is also the name of its task queue, which AMQP limits to this many bytes.
-const MAX_TYPE_NAME: usize = 255;
 
 /// What a definition file says, as far as it can be read, and all that is wrong with it.
 pub(super) fn read(
@@ -36,6 +33,7 @@ pub(super) fn read(
         };
         let definition = Definition {
             limits: limits_of(&node, faults),
+            steps: steps_of(&node, &workflow, faults),
             parameters: workflow.parameters.clone(),
         };
         if definitions
@@ -52,119 +50,13 @@ pub(super) fn read(
     (AvailableWorkflows { workflows }, definitions)
 }
 
-/// A value in the file, with the path that leads to it.
-struct Node<'a> {
-    path: String,
-    value: &'a Value,
-}
-
-impl<'a> Node<'a> {
-    fn root(value: &'a Value) -> Self {
-        Node {
-            path: "$".to_owned(),
-            value,
-        }
-    }
-
-    /// The value under `key`; null counts as absent.
-    fn get(&self, key: &str) -> Option<Node<'a>> {
-        let value = self.value.get(key).filter(|value| !value.is_null())?;
-        Some(Node {
-            path: format!("{}.{key}", self.path),
-            value,
-        })
-    }
-
-    fn items(&self, faults: &mut Vec<String>) -> Vec<Node<'a>> {
-        match self.value.as_array() {
-            Some(items) => items
-                .iter()
-                .enumerate()
-                .map(|(index, value)| Node {
-                    path: format!("{}[{index}]", self.path),
-                    value,
-                })
-                .collect(),
-            None => {
-                faults.push(self.expected("a list"));
-                Vec::new()
-            }
-        }
-    }
-
-    fn expected(&self, what: &str) -> String {
-        format!(
-            "{}: found {}, expected {what}",
-            self.path,
-            found(self.value)
-        )
-    }
-
-    /// The optional value under `key`, read by `read`; a value that it rejects is a fault.
-    fn optional<T>(
-        &self,
-        key: &str,
-        what: &str,
-        faults: &mut Vec<String>,
-        read: impl Fn(&'a Value) -> Option<T>,
-    ) -> Option<T> {
-        let node = self.get(key)?;
-        let value = read(node.value);
-        if value.is_none() {
-            faults.push(node.expected(what));
-        }
-        value
-    }
-
-    fn text(&self, key: &str, faults: &mut Vec<String>) -> Option<String> {
-        self.optional(key, "a text", faults, |value| {
-            value.as_str().map(str::to_owned)
-        })
-    }
-
-    fn required_text(&self, key: &str, faults: &mut Vec<String>) -> Option<String> {
-        if !self.value.is_object() {
-            faults.push(self.expected("an object"));
-            return None;
-        }
-        match self.get(key) {
-            Some(_) => self.text(key, faults),
-            None => {
-                faults.push(format!("{}: {key} is missing, expected a text", self.path));
-                None
-            }
-        }
-    }
-}
-
-/// A value as a message shows it: short.
-pub(crate) fn found(value: &Value) -> String {
-    match value {
-        Value::Array(items) => format!("a list of {}", items.len()),
-        Value::Object(_) => "an object".to_owned(),
-        Value::Null | Value::Bool(_) | Value::Number(_) => value.to_string(),
-        Value::String(text) => format!("{:?}", excerpt(text, 60)),
-    }
-}
-
 fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
     let type_name = node.required_text("workflow_type_name", faults)?;
-    if type_name.starts_with("amq.") {
-        faults.push(format!(
-            "{}.workflow_type_name: found {:?}, expected something else than amq.…, for it \
-             names a queue, and RabbitMQ keeps such names to itself",
-            node.path,
-            excerpt(&type_name, 60)
-        ));
-    }
-    if type_name.is_empty() || type_name.len() > MAX_TYPE_NAME || type_name.contains('\0') {
-        faults.push(format!(
-            "{}.workflow_type_name: found {} bytes, expected 1 to {MAX_TYPE_NAME} without NUL, for \
-             it names a queue",
-            node.path,
-            type_name.len()
-        ));
-    }
+    check_queue_name(
+        &type_name,
+        &format!("{}.workflow_type_name", node.path),
+        faults,
+    );
     let type_description = node.required_text("workflow_type_description_name", faults)?;
     let parameters = node
         .get("workflow_parameters")
@@ -194,26 +86,20 @@ fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
 /// What the definition says of the workflow's jobs; clients are not told.
 fn limits_of(node: &Node<'_>, faults: &mut Vec<String>) -> Limits {
     Limits {
-        delivery_limit: node.optional(
-            "delivery_limit",
-            "a whole number of starts, at least 1",
-            faults,
-            |value| {
-                let limit = usize::try_from(whole_number(value)?).ok()?;
-                (limit > 0).then_some(limit)
-            },
-        ),
-        default_timeout_ms: node.optional(
-            "default_timeout_sec",
-            "a number of seconds above 0, up to 49 days",
-            faults,
-            |value| {
-                let timeout = Duration::try_from_secs_f64(value.as_f64()?).ok()?;
-                let millis = u32::try_from(timeout.as_millis()).ok()?;
-                (millis > 0).then_some(millis)
-            },
-        ),
+        delivery_limit: delivery_limit(node, faults),
+        default_timeout_ms: timeout_ms(node, "default_timeout_sec", faults),
     }
+}
+
+/// The steps of a workflow: as defined, or the one of its own name.
+fn steps_of(node: &Node<'_>, workflow: &Workflow, faults: &mut Vec<String>) -> Steps {
+    let parameters = workflow.parameters.iter();
+    let declared = parameters
+        .map(|parameter| parameter.key_name.as_str())
+        .collect();
+    node.get("steps")
+        .and_then(|steps| Steps::read(&steps, &declared, faults))
+        .unwrap_or_else(|| Steps::of_workflow(&workflow.type_name))
 }
 
 fn parameter(node: &Node<'_>, faults: &mut Vec<String>) -> Option<WorkflowParameter> {
@@ -328,16 +214,6 @@ fn float(node: &Node<'_>, key: &str, faults: &mut Vec<String>) -> Option<f32> {
             .as_f64()
             .map(|number| number as f32)
             .filter(|number| number.is_finite())
-    })
-}
-
-fn whole_number(value: &Value) -> Option<i64> {
-    value.as_i64().or_else(|| {
-        // 3.0 is a whole number too; beyond 2^53 a double no longer says which one it means.
-        let number = value.as_f64()?;
-        let exact = number.fract() == 0.0 && number.abs() <= 9_007_199_254_740_992.0;
-        #[expect(clippy::cast_possible_truncation, reason = "checked just above")]
-        exact.then_some(number as i64)
     })
 }
 

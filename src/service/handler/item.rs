@@ -257,7 +257,11 @@ fn size(command: &Command) -> usize {
         } => task_id.len() + message.len(),
         Command::Judge { task_id, .. } => task_id.len(),
         Command::Fail { reason, task_id } => reason.len() + task_id.as_ref().map_or(0, String::len),
-        Command::Cancel | Command::TimeOut | Command::Expire | Command::NoWorker => 0,
+        Command::Cancel
+        | Command::TimeOut
+        | Command::Expire
+        | Command::NoWorker
+        | Command::TakeTurn => 0,
     }
 }
 

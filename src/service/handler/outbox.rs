@@ -1,17 +1,18 @@
 //! What a batch publishes, and what becomes of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use jiff::Timestamp;
 use log::{info, warn};
+use uuid::Uuid;
 
 use super::closed::Destination;
 use super::failure::{Refuser, Trouble};
 use super::{Handler, Publishers};
 use crate::broker::{Delivered, PublishError, Publisher};
-use crate::domain::job::Publication;
+use crate::domain::job::{Publication, TaskInput};
 use crate::wire::{self, Outgoing, celery};
 
 /// What a batch publishes, by connection.
@@ -49,25 +50,49 @@ fn undelivered<'m>(
 }
 
 impl Handler<'_> {
-    /// Turns these publications into messages, in their order.
-    pub(super) fn write_out(&self, publications: Vec<Publication<'_>>, outbox: &mut Outbox) {
-        for publication in publications {
-            self.write_one(publication, outbox);
-        }
+    /// Turns these publications into messages, in their order. `inputs` are the input ESDLs of
+    /// tasks that are in the database.
+    pub(super) fn write_out(
+        &self,
+        publications: Vec<Publication<'_>>,
+        mut inputs: HashMap<Uuid, String>,
+        outbox: &mut Outbox,
+    ) -> Result<(), Trouble> {
+        publications
+            .into_iter()
+            .try_for_each(|publication| self.write_one(publication, &mut inputs, outbox))
     }
 
-    fn write_one(&self, publication: Publication<'_>, outbox: &mut Outbox) {
+    fn write_one(
+        &self,
+        publication: Publication<'_>,
+        inputs: &mut HashMap<Uuid, String>,
+        outbox: &mut Outbox,
+    ) -> Result<(), Trouble> {
         match publication {
             Publication::Task {
                 job_id,
                 task_id,
-                submission,
+                assignment,
             } => {
+                let kept;
+                let esdl = match &assignment.input {
+                    TaskInput::Given(esdl) => esdl,
+                    TaskInput::Held(esdl) => &**esdl,
+                    TaskInput::Kept => {
+                        kept = inputs.remove(&job_id).ok_or_else(|| Trouble::Refused {
+                            reason: format!("the input of job {job_id} is not in job_input"),
+                            by: Refuser::Database,
+                        })?;
+                        &kept
+                    }
+                };
                 let sender = &self.common.service.celery_sender;
-                outbox.tasks_for.insert(submission.workflow_type.clone());
                 outbox
-                    .celery
-                    .push(celery::task(sender, job_id, task_id, submission));
+                    .tasks_for
+                    .insert(assignment.task.clone().into_owned());
+                let task = celery::task(sender, job_id, task_id, &assignment, esdl);
+                outbox.celery.push(task);
             }
             Publication::Revoke { task_id } => {
                 let clock = self
@@ -89,7 +114,7 @@ impl Handler<'_> {
                 message,
             } => outbox
                 .sdk
-                .push(wire::progress_update(job_id, fraction, message)),
+                .push(wire::progress_update(job_id, fraction, &message)),
             Publication::Result {
                 job_id,
                 result_type,
@@ -101,9 +126,10 @@ impl Handler<'_> {
                 result_type,
                 output_esdl,
                 &logs,
-                esdl_messages,
+                &esdl_messages,
             )),
         }
+        Ok(())
     }
 
     pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<Untold, Trouble> {

@@ -1,9 +1,10 @@
 //! One attempt at a batch: lock, load, decide, write, publish, commit, tell, settle.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::mem;
 use std::time::Instant;
 
+use anyhow::anyhow;
 use jiff::Timestamp;
 use log::debug;
 use uuid::Uuid;
@@ -18,7 +19,7 @@ use crate::domain::job::{Context, Event};
 use crate::domain::vhost::Vhost;
 use crate::domain::workflow::Catalogue;
 use crate::fault_point;
-use crate::store::{Connection, Loaded};
+use crate::store::{Connection, Loaded, Transaction};
 use crate::telemetry::metrics::Stage;
 use crate::telemetry::report;
 use crate::wire::{self, Inbox};
@@ -52,6 +53,7 @@ impl Handler<'_> {
         };
         let Committed {
             ending,
+            with_course,
             waits,
             stalled,
         } = self.transact(batch, told, &mut connection)?;
@@ -67,7 +69,7 @@ impl Handler<'_> {
             .into_iter()
             .partition(|job_id| !untold.contains_key(&wire::result_queue(*job_id)));
         if !ending.is_empty() {
-            connection.settle(&ending)?;
+            connection.settle(&ending, with_course)?;
             stopwatch.lap(Stage::Settle);
             fault_point::reached("after settling");
         }
@@ -177,32 +179,37 @@ impl Handler<'_> {
         let mut transaction = connection.transaction()?;
         transaction.lock(&ids)?;
         stopwatch.lap(Stage::Lock);
-        let loaded = transaction.load(&ids)?;
+        let ending = asked(batch).filter(|asked| asked.command.may_end_a_task());
+        let whole: Vec<_> = ending.map(|asked| asked.job_id).collect();
+        let loaded = transaction.load(&ids, &whole)?;
         stopwatch.lap(Stage::Load);
 
         let catalogue = self.common.service.catalogue.get();
         let mut plan = self.decide(batch, &loaded, &catalogue);
         stopwatch.lap(Stage::Decide);
 
+        let inputs = kept_inputs(&plan, &mut transaction)?;
         transaction.write(&plan.transitions, &plan.series, loaded.now)?;
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
-        if batch.iter().map(|item| item.work.size()).sum::<usize>() > MAX_BATCH_BYTES {
+        let taken = batch.iter().map(|item| item.work.size()).sum::<usize>();
+        if taken + inputs.values().map(String::len).sum::<usize>() > MAX_BATCH_BYTES {
             // Publishing may take longer than the minute for which a transaction may be idle.
             transaction.take_time()?;
         }
         // Only now, since what Postgres refuses must not have been asked of anybody. And before the
         // commit, since a committed task must have been published.
         let mut outbox = Outbox::default();
-        self.write_out(mem::take(&mut plan.publications), &mut outbox);
+        self.write_out(mem::take(&mut plan.publications), inputs, &mut outbox)?;
         self.publish(&outbox)?;
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
         transaction.commit()?;
         stopwatch.lap(Stage::Commit);
         self.report(batch, &plan, &catalogue);
-        self.write_out(plan.announcements, told);
+        self.write_out(plan.announcements, HashMap::new(), told)?;
         Ok(Committed {
+            with_course: !plan.with_course.is_disjoint(&plan.ending),
             ending: plan.ending.into_iter().collect(),
             waits: plan.waits,
             stalled: plan.stalled,
@@ -262,8 +269,29 @@ impl Handler<'_> {
 /// What follows from a committed batch; each field as in [`Plan`].
 struct Committed {
     ending: Vec<Uuid>,
+    /// Whether some of them have a course.
+    with_course: bool,
     waits: Vec<Wait>,
     stalled: Vec<Stalled>,
+}
+
+/// The input ESDLs that the batch's tasks need and that are in the database. So many that they
+/// should not be in memory at once are too much for one batch.
+fn kept_inputs(
+    plan: &Plan<'_>,
+    transaction: &mut Transaction<'_>,
+) -> Result<HashMap<Uuid, String>, Trouble> {
+    let jobs: Vec<_> = plan.jobs_that_need_their_input().collect();
+    if jobs.is_empty() {
+        return Ok(HashMap::new());
+    }
+    if jobs.len() > 1 && transaction.size_of_inputs(&jobs)? > MAX_BATCH_BYTES {
+        let many = jobs.len();
+        return Err(Trouble::TooMuch(anyhow!(
+            "{many} steps are tried again whose ESDLs are large"
+        )));
+    }
+    Ok(transaction.inputs(&jobs)?)
 }
 
 /// What a batch asks for.

@@ -1,0 +1,2 @@
+DROP TABLE job_input;
+DROP TABLE job_step;

@@ -1,0 +1,427 @@
+//! From one step of a job to the next: what a task's end leads to.
+//!
+//! A hand-over is a decision like any other: the new task is published and confirmed before the new
+//! state is committed. Whatever is killed in between, the message that led to it comes again, and
+//! publishes a task with an id of its own; the one of the interrupted attempt is not current, and
+//! is revoked at its START.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::course::{Attempt, Course, Input, Next, Position, Report};
+use super::decision::{Assignment, TaskInput};
+use super::{
+    Completion, Context, Decision, Event, Job, JobStatus, Outcome, Priority, Progress, Publication,
+    ResultType, State, Submission, TimeSeries,
+};
+use crate::domain::workflow::{StepParameters, Steps};
+
+/// What the client is told of a step that is put on its queue.
+const WAITS: &str = "waiting for a worker";
+/// The same of one that has to wait before that.
+const TRIED_AGAIN: &str = "it failed, and is tried again";
+/// Of a worker's success that is none.
+const NO_OUTPUT: &str = "Its worker reported success, but sent no ESDL.";
+
+/// What the first task of a job is given, and the course that begins with it.
+pub(super) fn submit<'a>(
+    submission: &'a Submission,
+    steps: &Steps,
+    context: &Context<'_>,
+) -> (Assignment<'a>, Option<Box<Course>>) {
+    let Submission {
+        esdl,
+        params,
+        reference,
+        ..
+    } = submission;
+    let step = &steps.all()[0];
+    let mut assignment = submission.assignment(&step.task);
+    if step.parameters != StepParameters::All {
+        assignment.parameters = Cow::Owned(step.arguments(params));
+    }
+    let course = steps.plain().is_none().then(|| {
+        let task_id = context.new_task_id.to_string();
+        let mut course = Course {
+            steps: Arc::new(steps.clone()),
+            parameters: Arc::new(params.clone()),
+            reference: reference.clone(),
+            input: Input::NotKept,
+            earlier: Vec::new(),
+            current: Attempt::submitted(Position::FIRST, task_id, context.now),
+        };
+        if course.may_need_its_input_again() {
+            course.input = Input::New(Arc::from(esdl.as_str()));
+        }
+        Box::new(course)
+    });
+    (assignment, course)
+}
+
+/// A worker has ended the current task of `job`.
+pub(super) fn complete<'a>(
+    job_id: Uuid,
+    job: &Job,
+    completion: &'a Completion,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let outcome = match completion.succeeded {
+        true => Outcome::Succeeded,
+        false => Outcome::Failed,
+    };
+    let output = completion.output_esdl.as_deref();
+    let Some(course) = &job.course else {
+        return end(job_id, job, completion, outcome, context);
+    };
+    let report = |outcome| Report::of(completion, outcome, job.starts.len(), context.now);
+    let is_missing = output.is_none_or(str::is_empty) && course.steps.len() > 1;
+    let next = match outcome {
+        Outcome::Succeeded if is_missing => {
+            return without_output(job_id, job, completion, context);
+        }
+        Outcome::Succeeded => course.after_success(),
+        failed => course.after_failure(failed),
+    };
+    match next {
+        Next::OnItsOutput(position) => {
+            let input = TaskInput::Given(output.unwrap_or_default());
+            go_on(job_id, job, report(outcome), position, input, context)
+        }
+        Next::OnItsInput(position, wait) => {
+            again(job_id, job, report(outcome), (position, wait), context)
+        }
+        Next::Success | Next::Failure => {
+            let job = job.with_report(report(outcome));
+            end(job_id, &job, completion, outcome, context)
+        }
+    }
+}
+
+/// Ends the job with its task's result.
+fn end<'a>(
+    job_id: Uuid,
+    job: &Job,
+    completion: &'a Completion,
+    outcome: Outcome,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let Completion {
+        task_id: _,
+        succeeded,
+        output_esdl,
+        logs,
+        esdl_messages,
+    } = completion;
+    let output_esdl = output_esdl.as_deref();
+    let (logs, esdl_messages) = match &job.course {
+        None => (Cow::from(logs), Cow::from(esdl_messages)),
+        Some(course) => (
+            course.logs(outcome, logs),
+            course.esdl_messages(esdl_messages),
+        ),
+    };
+    let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
+    let told = Publication::Result {
+        job_id,
+        result_type: match succeeded {
+            true => ResultType::Succeeded,
+            false => ResultType::Error,
+        },
+        output_esdl,
+        logs,
+        esdl_messages,
+    };
+    let ends = job.ends(outcome, result_bytes, [told], context);
+    match succeeded {
+        true => Decision {
+            time_series: series_of_success(job, completion),
+            ..ends
+        },
+        false => ends,
+    }
+}
+
+fn series_of_success<'a>(job: &Job, completion: &Completion) -> Vec<TimeSeries<'a>> {
+    let esdl_id = completion.esdl_id();
+    let passing = match &job.course {
+        Some(course) => course.passing_series(esdl_id.as_deref()),
+        None => Vec::new(),
+    };
+    let passing = (!passing.is_empty()).then_some(TimeSeries::RetireThese(passing));
+    let kept = esdl_id.map(|esdl_id| job.keeps(esdl_id));
+    passing.into_iter().chain(kept).collect()
+}
+
+/// A step has ended without what the next one needs.
+fn without_output<'a>(
+    job_id: Uuid,
+    job: &Job,
+    completion: &'a Completion,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let logs = match completion.logs.as_str() {
+        "" => NO_OUTPUT.to_owned(),
+        logs => format!("{NO_OUTPUT}\n{logs}"),
+    };
+    let mut report = Report::of(completion, Outcome::Failed, job.starts.len(), context.now);
+    report.logs.clone_from(&logs);
+    let job = job.with_report(report);
+    let messages = &completion.esdl_messages;
+    job.fails(job_id, Outcome::Failed, &logs, messages, context)
+}
+
+/// The current task of `job` has ended without a result of its own: as a crash loop, or past its
+/// step's timeout. `logs` say so.
+pub(super) fn fail<'a>(
+    job_id: Uuid,
+    job: &Job,
+    outcome: Outcome,
+    logs: &str,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let Some(course) = &job.course else {
+        return job.fails(job_id, outcome, logs, &[], context);
+    };
+    let report = Report {
+        logs: logs.to_owned(),
+        ..Report::new(outcome, job.starts.len(), context.now)
+    };
+    match course.after_failure(outcome) {
+        Next::OnItsInput(position, wait) => again(job_id, job, report, (position, wait), context),
+        Next::Failure | Next::Success | Next::OnItsOutput(_) => {
+            let job = job.with_report(report);
+            job.fails(job_id, outcome, logs, &[], context)
+        }
+    }
+}
+
+/// Another attempt with the current one's input, at once or after a while.
+fn again<'a>(
+    job_id: Uuid,
+    job: &Job,
+    report: Report,
+    (position, wait): (Position, Duration),
+    context: &Context<'_>,
+) -> Decision<'a> {
+    if !wait.is_zero() {
+        return postpone(job_id, job, report, (position, wait), context);
+    }
+    let input = match job.course.as_ref().map(|course| &course.input) {
+        Some(Input::New(esdl)) => TaskInput::Held(Arc::clone(esdl)),
+        Some(Input::Kept | Input::NotKept) | None => TaskInput::Kept,
+    };
+    go_on(job_id, job, report, position, input, context)
+}
+
+/// Hands the job over to the task at `position`.
+fn go_on<'a>(
+    job_id: Uuid,
+    job: &Job,
+    report: Report,
+    position: Position,
+    input: TaskInput<'a>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let task_id = context.new_task_id;
+    let held = report.esdl_id.clone();
+    let revocation = job.revocation(report.outcome);
+    let mut job = job.clone();
+    let Some(course) = &mut job.course else {
+        return Decision::ignored("its workflow has one step");
+    };
+    let attempt = Attempt::submitted(position, task_id.to_string(), context.now);
+    course.comes_to(attempt, report);
+    course.input = match (course.may_need_its_input_again(), &input) {
+        (false, _) => Input::NotKept,
+        (true, TaskInput::Given(esdl)) => Input::New(Arc::from(*esdl)),
+        (true, TaskInput::Held(esdl)) => Input::New(Arc::clone(esdl)),
+        (true, TaskInput::Kept) => Input::Kept,
+    };
+    let task = Publication::Task {
+        job_id,
+        task_id,
+        assignment: course.assignment(input, job.priority.unwrap_or_default()),
+    };
+    let event = Event::HandedOver {
+        task_id,
+        to: course.name(position),
+        task: course.step().task.clone(),
+    };
+    job.task_id = Some(task_id.to_string());
+    job.starts.clear();
+    let progress = job.tells_progress(job_id, 0.0, WAITS, context.now);
+    let time_series = held.map(|esdl_id| job.keeps(esdl_id)).into_iter().collect();
+    Decision {
+        next: Some(State::Live(job)),
+        publications: [task]
+            .into_iter()
+            .chain(revocation)
+            .chain([progress])
+            .collect(),
+        time_series,
+        ..Decision::nothing(event)
+    }
+}
+
+/// Lets some time pass before the attempt at `position`: until then the job has no task.
+fn postpone<'a>(
+    job_id: Uuid,
+    job: &Job,
+    report: Report,
+    (position, wait): (Position, Duration),
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let until = context.now.checked_add(wait).unwrap_or(Timestamp::MAX);
+    let revocation = job.revocation(report.outcome);
+    let mut job = job.clone();
+    let Some(course) = &mut job.course else {
+        return Decision::ignored("its workflow has one step");
+    };
+    let attempt = Attempt {
+        position,
+        task_id: None,
+        due_at: Some(until),
+        submitted_at: None,
+        started_at: None,
+        report: None,
+    };
+    course.comes_to(attempt, report);
+    let event = Event::Postponed {
+        what: course.name(position),
+        until,
+    };
+    job.task_id = None;
+    job.starts.clear();
+    let progress = job.tells_progress(job_id, 0.0, TRIED_AGAIN, context.now);
+    Decision {
+        next: Some(State::Live(job)),
+        publications: revocation.into_iter().chain([progress]).collect(),
+        ..Decision::nothing(event)
+    }
+}
+
+/// Puts the task of a postponed attempt on its queue when its time has come.
+pub(super) fn take_turn<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> Decision<'a> {
+    let is_due = |course: &Course| {
+        let Attempt {
+            due_at,
+            submitted_at,
+            ..
+        } = course.current;
+        submitted_at.is_none() && due_at.is_some_and(|due| due <= context.now)
+    };
+    let mut job = job.clone();
+    let Some(course) = job.course.as_mut().filter(|course| is_due(course)) else {
+        return Decision::ignored("no step's turn has come");
+    };
+    let task_id = context.new_task_id;
+    course.current.task_id = Some(task_id.to_string());
+    course.current.submitted_at = Some(context.now);
+    let input = match &course.input {
+        Input::New(esdl) => TaskInput::Held(Arc::clone(esdl)),
+        Input::Kept | Input::NotKept => TaskInput::Kept,
+    };
+    if !course.may_need_its_input_again() {
+        course.input = Input::NotKept;
+    }
+    let task = Publication::Task {
+        job_id,
+        task_id,
+        assignment: course.assignment(input, job.priority.unwrap_or_default()),
+    };
+    let event = Event::HandedOver {
+        task_id,
+        to: course.name(course.current.position),
+        task: course.step().task.clone(),
+    };
+    job.task_id = Some(task_id.to_string());
+    let progress = job.tells_progress(job_id, 0.0, WAITS, context.now);
+    Decision {
+        next: Some(State::Live(job)),
+        publications: vec![task, progress],
+        ..Decision::nothing(event)
+    }
+}
+
+impl Course {
+    /// The current attempt has ended, and this one is next.
+    fn comes_to(&mut self, next: Attempt, report: Report) {
+        self.current.report = Some(report);
+        let ended = std::mem::replace(&mut self.current, next);
+        self.earlier.push(ended);
+    }
+
+    /// What the current attempt's task is given.
+    fn assignment<'a>(&self, input: TaskInput<'a>, priority: Priority) -> Assignment<'a> {
+        let step = self.step();
+        Assignment {
+            task: Cow::Owned(step.task.clone()),
+            reference: self.reference.clone().map(Cow::Owned),
+            parameters: Cow::Owned(step.arguments(&self.parameters)),
+            priority,
+            input,
+        }
+    }
+}
+
+impl Job {
+    /// The same with its current attempt ended.
+    fn with_report(&self, report: Report) -> Job {
+        let mut job = self.clone();
+        if let Some(course) = &mut job.course {
+            course.current.report = Some(report);
+        }
+        job
+    }
+
+    fn keeps<'a>(&self, esdl_id: String) -> TimeSeries<'a> {
+        TimeSeries::Keep {
+            esdl_id,
+            reference: Cow::Owned(self.reference.clone()),
+        }
+    }
+
+    /// Notes the progress of the current step and tells the client that of the whole, which never
+    /// falls.
+    pub(super) fn tells_progress<'a>(
+        &mut self,
+        job_id: Uuid,
+        fraction: f64,
+        message: &'a str,
+        now: Timestamp,
+    ) -> Publication<'a> {
+        let (fraction, message) = match &self.course {
+            None => (fraction, Cow::Borrowed(message)),
+            Some(course) => {
+                let before = self.progress.as_ref().map_or(0.0, |one| one.fraction);
+                (
+                    course.progress_of(fraction).max(before),
+                    course.led(message),
+                )
+            }
+        };
+        self.progress = Some(Progress::new(fraction, &message, now));
+        Publication::Progress {
+            job_id,
+            fraction,
+            message,
+        }
+    }
+
+    /// Whether its current task is in a queue and its client has not been told since that nobody
+    /// takes it.
+    pub(super) fn waits_untold(&self) -> bool {
+        let told_at = self.progress.as_ref().map(|progress| progress.at);
+        match &self.course {
+            None => self.status == JobStatus::Submitted && told_at.is_none(),
+            Some(course) => course.waits() && told_at <= course.current.submitted_at,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

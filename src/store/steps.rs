@@ -1,0 +1,437 @@
+//! The steps of jobs: `job_step` has a row for each task that a job of several steps has had, and
+//! `job_input` what such a job still needs.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use jiff::Timestamp;
+use postgres::Row;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::rows::named;
+use super::{Connection, StoreError, Transaction};
+use crate::domain::job::{Attempt, Course, Input, Job, Outcome, Position, Report};
+use crate::domain::workflow::Steps;
+use crate::proto::EsdlMessage;
+
+/// What changes of jobs' courses.
+#[derive(Default)]
+pub(super) struct CourseChanges<'a> {
+    begun: Vec<(Uuid, &'a Course)>,
+    /// Inputs that are kept instead of others, or no longer.
+    inputs: Vec<(Uuid, Option<&'a str>)>,
+    /// New ones, and those to which something has happened.
+    attempts: Vec<(Uuid, &'a Course, &'a Attempt)>,
+}
+
+impl<'a> CourseChanges<'a> {
+    pub(super) fn is_empty(&self) -> bool {
+        self.begun.is_empty() && self.inputs.is_empty() && self.attempts.is_empty()
+    }
+
+    /// A job that has no row yet.
+    pub(super) fn add_new(&mut self, job_id: Uuid, after: &'a Job) {
+        if let Some(course) = &after.course {
+            self.begun.push((job_id, course));
+            let attempts = course.attempts();
+            self.attempts
+                .extend(attempts.map(|attempt| (job_id, &**course, attempt)));
+        }
+    }
+
+    pub(super) fn add(&mut self, job_id: Uuid, before: &'a Job, after: &'a Job) {
+        let (before, course) = match (&before.course, &after.course) {
+            (_, None) => return,
+            (None, Some(_)) => return self.add_new(job_id, after),
+            (Some(before), Some(after)) => (before, after),
+        };
+        match (&before.input, &course.input) {
+            (_, Input::New(esdl)) => self.inputs.push((job_id, Some(esdl))),
+            (Input::Kept | Input::New(_), Input::NotKept) => self.inputs.push((job_id, None)),
+            (_, Input::Kept) | (Input::NotKept, Input::NotKept) => {}
+        }
+        let known = before.earlier.len();
+        let changed = course.attempts().enumerate().skip(known);
+        let changed = changed.filter(|(place, now)| *place > known || before.current != **now);
+        self.attempts
+            .extend(changed.map(|(_, attempt)| (job_id, &**course, attempt)));
+    }
+}
+
+impl Transaction<'_> {
+    /// The courses of these jobs: of those in `whole` with parameters, logs and messages.
+    pub(super) fn load_courses(
+        &mut self,
+        job_ids: &[Uuid],
+        whole: &[Uuid],
+    ) -> Result<Vec<(Uuid, Course)>, StoreError> {
+        if job_ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut attempts = self.load_attempts(job_ids, whole)?;
+        let rows = self.query(
+            "SELECT job_id, steps, esdl IS NOT NULL AS has_input,
+                    CASE WHEN job_id = ANY($2) THEN parameters END AS parameters,
+                    CASE WHEN job_id = ANY($2) THEN reference END AS reference
+             FROM job_input WHERE job_id = ANY($1)",
+            &[&job_ids, &whole],
+        )?;
+        rows.iter()
+            .map(|row| {
+                let job_id: Uuid = row.try_get("job_id")?;
+                let attempts = attempts.remove(&job_id).unwrap_or_default();
+                let course = course(row, attempts).map_err(|error| {
+                    StoreError::Refused(format!("the steps of job {job_id}: {error:#}"))
+                })?;
+                Ok((job_id, course))
+            })
+            .collect()
+    }
+
+    fn load_attempts(
+        &mut self,
+        job_ids: &[Uuid],
+        whole: &[Uuid],
+    ) -> Result<HashMap<Uuid, Vec<Attempt>>, StoreError> {
+        let rows = self.query(
+            "SELECT job_id, number, attempt, fallback, celery_id, due_at, submitted_at, started_at,
+                    finished_at, outcome, starts, output_bytes, esdl_id,
+                    CASE WHEN job_id = ANY($2) THEN logs END AS logs,
+                    CASE WHEN job_id = ANY($2) THEN esdl_messages END AS esdl_messages
+             FROM job_step WHERE job_id = ANY($1) ORDER BY job_id, number, attempt",
+            &[&job_ids, &whole],
+        )?;
+        let mut attempts: HashMap<Uuid, Vec<Attempt>> = HashMap::new();
+        for row in &rows {
+            let job_id: Uuid = row.try_get("job_id")?;
+            let attempt = attempt(row).map_err(|error| {
+                StoreError::Refused(format!("a step of job {job_id}: {error:#}"))
+            })?;
+            attempts.entry(job_id).or_default().push(attempt);
+        }
+        Ok(attempts)
+    }
+
+    /// How many bytes the kept input ESDLs of these jobs have, taken together.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn size_of_inputs(&mut self, job_ids: &[Uuid]) -> Result<usize, StoreError> {
+        let rows = self.query(
+            "SELECT coalesce(sum(octet_length(esdl)), 0)::bigint FROM job_input
+             WHERE job_id = ANY($1)",
+            &[&job_ids],
+        )?;
+        let size: i64 = rows.first().map_or(Ok(0), |row| row.try_get(0))?;
+        Ok(usize::try_from(size).unwrap_or_default())
+    }
+
+    /// The kept input ESDLs of these jobs.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn inputs(&mut self, job_ids: &[Uuid]) -> Result<HashMap<Uuid, String>, StoreError> {
+        let rows = self.query(
+            "SELECT job_id, esdl FROM job_input WHERE job_id = ANY($1) AND esdl IS NOT NULL",
+            &[&job_ids],
+        )?;
+        rows.iter()
+            .map(|row| Ok((row.try_get("job_id")?, row.try_get("esdl")?)))
+            .collect()
+    }
+
+    pub(super) fn write_courses(&mut self, changes: &CourseChanges<'_>) -> Result<(), StoreError> {
+        self.insert_inputs(&changes.begun)?;
+        self.update_inputs(&changes.inputs)?;
+        self.write_attempts(&changes.attempts)
+    }
+
+    fn insert_inputs(&mut self, begun: &[(Uuid, &Course)]) -> Result<(), StoreError> {
+        if begun.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = begun.iter().map(|(id, _)| id).collect();
+        let steps: Vec<_> = begun
+            .iter()
+            .map(|(_, course)| course.steps.source())
+            .collect();
+        let parameters: Vec<_> = begun
+            .iter()
+            .map(|(_, course)| json!(*course.parameters).to_string())
+            .collect();
+        let references: Vec<_> = begun
+            .iter()
+            .map(|(_, course)| json!(course.reference).to_string())
+            .collect();
+        let inputs: Vec<_> = begun
+            .iter()
+            .map(|(_, course)| match &course.input {
+                Input::New(esdl) => Some(&**esdl),
+                Input::Kept | Input::NotKept => None,
+            })
+            .collect();
+        // What a job of the same id has left that another service has ended.
+        self.execute(
+            "INSERT INTO job_input (job_id, steps, parameters, reference, esdl)
+             SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[])
+             ON CONFLICT (job_id) DO UPDATE
+             SET steps = excluded.steps, parameters = excluded.parameters,
+                 reference = excluded.reference, esdl = excluded.esdl",
+            &[&ids, &steps, &parameters, &references, &inputs],
+        )?;
+        self.execute("DELETE FROM job_step WHERE job_id = ANY($1)", &[&ids])?;
+        Ok(())
+    }
+
+    fn update_inputs(&mut self, inputs: &[(Uuid, Option<&str>)]) -> Result<(), StoreError> {
+        if inputs.is_empty() {
+            return Ok(());
+        }
+        let (ids, texts): (Vec<_>, Vec<_>) = inputs.iter().copied().unzip();
+        self.execute(
+            "UPDATE job_input SET esdl = new.esdl
+             FROM unnest($1::uuid[], $2::text[]) AS new (job_id, esdl)
+             WHERE job_input.job_id = new.job_id",
+            &[&ids, &texts],
+        )?;
+        Ok(())
+    }
+
+    fn write_attempts(&mut self, attempts: &[(Uuid, &Course, &Attempt)]) -> Result<(), StoreError> {
+        if attempts.is_empty() {
+            return Ok(());
+        }
+        let columns = AttemptColumns::of(attempts);
+        self.execute(
+            "INSERT INTO job_step (job_id, number, attempt, fallback, title, task, timeout_ms,
+                                   celery_id, due_at, submitted_at, started_at, finished_at,
+                                   outcome, starts, output_bytes, esdl_id, logs, esdl_messages)
+             SELECT * FROM unnest($1::uuid[], $2::smallint[], $3::smallint[], $4::smallint[],
+                                  $5::varchar[], $6::varchar[], $7::bigint[], $8::varchar[],
+                                  $9::timestamptz[], $10::timestamptz[], $11::timestamptz[],
+                                  $12::timestamptz[], $13::varchar[], $14::integer[],
+                                  $15::bigint[], $16::varchar[], $17::text[], $18::text[])
+             ON CONFLICT (job_id, number, attempt) DO UPDATE
+             SET fallback = excluded.fallback, title = excluded.title, task = excluded.task,
+                 timeout_ms = excluded.timeout_ms, celery_id = excluded.celery_id,
+                 due_at = excluded.due_at, submitted_at = excluded.submitted_at,
+                 started_at = excluded.started_at, finished_at = excluded.finished_at,
+                 outcome = excluded.outcome, starts = excluded.starts,
+                 output_bytes = excluded.output_bytes, esdl_id = excluded.esdl_id,
+                 logs = excluded.logs, esdl_messages = excluded.esdl_messages",
+            &[
+                &columns.ids,
+                &columns.numbers,
+                &columns.attempts,
+                &columns.fallbacks,
+                &columns.titles,
+                &columns.tasks,
+                &columns.timeouts,
+                &columns.task_ids,
+                &columns.due,
+                &columns.submitted,
+                &columns.started,
+                &columns.finished,
+                &columns.outcomes,
+                &columns.starts,
+                &columns.sizes,
+                &columns.esdl_ids,
+                &columns.logs,
+                &columns.messages,
+            ],
+        )?;
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Jobs whose next attempt's time has come, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn due_attempts(&mut self, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job_id FROM job_step JOIN job USING (job_id)
+             WHERE due_at <= clock_timestamp() AND job_step.submitted_at IS NULL
+               AND finished_at IS NULL
+             ORDER BY due_at LIMIT $1",
+            &[&limit],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Deletes what is left of jobs with steps that another service, such as the Python service,
+    /// has ended. What a running transaction adds is left alone.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn sweep_courses(&mut self) -> Result<u64, StoreError> {
+        Ok(self.client.execute(
+            "WITH inputs AS (
+                 DELETE FROM job_input
+                 WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_input.job_id)
+                 RETURNING job_id
+             )
+             DELETE FROM job_step USING inputs
+             WHERE job_step.job_id = inputs.job_id
+               AND NOT EXISTS (
+                   SELECT FROM job_history WHERE job_history.job_id = job_step.job_id
+               )",
+            &[],
+        )?)
+    }
+}
+
+fn course(row: &Row, mut attempts: Vec<Attempt>) -> anyhow::Result<Course> {
+    let parameters: Option<&str> = row.try_get("parameters")?;
+    let parameters = parameters.map(serde_json::from_str).transpose();
+    let reference: Option<&str> = row.try_get("reference")?;
+    let reference = reference.map(serde_json::from_str::<Option<String>>);
+    let current = attempts.pop().context("none is left in job_step")?;
+    Ok(Course {
+        steps: Arc::new(Steps::from_source(row.try_get("steps")?)?),
+        parameters: Arc::new(parameters.context("parameters")?.unwrap_or_default()),
+        reference: reference.transpose().context("reference")?.flatten(),
+        input: match row.try_get("has_input")? {
+            true => Input::Kept,
+            false => Input::NotKept,
+        },
+        earlier: attempts,
+        current,
+    })
+}
+
+fn attempt(row: &Row) -> anyhow::Result<Attempt> {
+    let number = |column| {
+        let number: i16 = row.try_get(column)?;
+        usize::try_from(number).map_err(|_| anyhow!("{column} is {number}"))
+    };
+    Ok(Attempt {
+        position: Position {
+            step: number("number")?.checked_sub(1).context("number is 0")?,
+            fallback: number("fallback")?,
+            attempt: number("attempt")?,
+        },
+        task_id: row.try_get("celery_id")?,
+        due_at: row.try_get("due_at")?,
+        submitted_at: row.try_get("submitted_at")?,
+        started_at: row.try_get("started_at")?,
+        report: report(row)?,
+    })
+}
+
+fn report(row: &Row) -> anyhow::Result<Option<Report>> {
+    let Some(outcome) = row.try_get::<_, Option<&str>>("outcome")? else {
+        return Ok(None);
+    };
+    let messages: Option<&str> = row.try_get("esdl_messages")?;
+    Ok(Some(Report {
+        outcome: named(Outcome::ALL, Outcome::name, outcome)?,
+        finished_at: row.try_get("finished_at")?,
+        starts: row.try_get("starts")?,
+        output_bytes: row.try_get("output_bytes")?,
+        esdl_id: row.try_get("esdl_id")?,
+        logs: row.try_get::<_, Option<_>>("logs")?.unwrap_or_default(),
+        esdl_messages: messages.map(messages_from_text).unwrap_or_default(),
+    }))
+}
+
+fn messages_to_text(messages: &[EsdlMessage]) -> String {
+    let messages = messages.iter().map(|message| {
+        let EsdlMessage {
+            technical_message,
+            severity,
+            esdl_object_id,
+        } = message;
+        json!({
+            "technical_message": technical_message,
+            "severity": severity,
+            "esdl_object_id": esdl_object_id,
+        })
+    });
+    Value::Array(messages.collect()).to_string()
+}
+
+/// What is none is left out.
+fn messages_from_text(text: &str) -> Vec<EsdlMessage> {
+    let list: Vec<Value> = serde_json::from_str(text).unwrap_or_default();
+    let text = |value: &Value, key| value.get(key).and_then(Value::as_str).map(str::to_owned);
+    list.iter()
+        .filter_map(|message| {
+            let severity = message.get("severity").and_then(Value::as_i64);
+            Some(EsdlMessage {
+                technical_message: text(message, "technical_message")?,
+                severity: i32::try_from(severity?).ok()?,
+                esdl_object_id: text(message, "esdl_object_id"),
+            })
+        })
+        .collect()
+}
+
+/// Attempts by column, for `unnest`.
+#[derive(Default)]
+struct AttemptColumns<'a> {
+    ids: Vec<Uuid>,
+    numbers: Vec<i16>,
+    attempts: Vec<i16>,
+    fallbacks: Vec<i16>,
+    titles: Vec<&'a str>,
+    tasks: Vec<&'a str>,
+    timeouts: Vec<Option<i64>>,
+    task_ids: Vec<Option<&'a str>>,
+    due: Vec<Option<Timestamp>>,
+    submitted: Vec<Option<Timestamp>>,
+    started: Vec<Option<Timestamp>>,
+    finished: Vec<Option<Timestamp>>,
+    outcomes: Vec<Option<&'static str>>,
+    starts: Vec<Option<i32>>,
+    sizes: Vec<Option<i64>>,
+    esdl_ids: Vec<Option<&'a str>>,
+    logs: Vec<Option<&'a str>>,
+    messages: Vec<Option<String>>,
+}
+
+impl<'a> AttemptColumns<'a> {
+    fn of(attempts: &[(Uuid, &'a Course, &'a Attempt)]) -> AttemptColumns<'a> {
+        let number = |number: usize| i16::try_from(number).unwrap_or(i16::MAX);
+        let mut columns = AttemptColumns::default();
+        for (job_id, course, attempt) in attempts {
+            let Attempt {
+                position,
+                task_id,
+                due_at,
+                submitted_at,
+                started_at,
+                report,
+            } = attempt;
+            let step = course.step_at(*position);
+            columns.ids.push(*job_id);
+            columns.numbers.push(number(position.step + 1));
+            columns.attempts.push(number(position.attempt));
+            columns.fallbacks.push(number(position.fallback));
+            columns.titles.push(&step.title);
+            columns.tasks.push(&step.task);
+            columns.timeouts.push(step.timeout_ms.map(i64::from));
+            columns.task_ids.push(task_id.as_deref());
+            columns.due.push(*due_at);
+            columns.submitted.push(*submitted_at);
+            columns.started.push(*started_at);
+            columns.add_report(report.as_ref());
+        }
+        columns
+    }
+
+    fn add_report(&mut self, report: Option<&'a Report>) {
+        self.finished.push(report.map(|one| one.finished_at));
+        self.outcomes.push(report.map(|one| one.outcome.name()));
+        self.starts.push(report.map(|one| one.starts));
+        self.sizes.push(report.map(|one| one.output_bytes));
+        self.esdl_ids
+            .push(report.and_then(|one| one.esdl_id.as_deref()));
+        self.logs.push(report.map(|one| one.logs.as_str()));
+        self.messages
+            .push(report.map(|one| messages_to_text(&one.esdl_messages)));
+    }
+}

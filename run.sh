@@ -536,7 +536,7 @@ end_demo() {
 }
 
 demo() {
-  local log=target/demo/orchestrator.log status=0
+  local log=target/demo/orchestrator.log status=0 task
   say "building"
   with_make cargo build --bins --examples
   mkdir -p target/demo
@@ -547,20 +547,24 @@ demo() {
   private_stack target/demo ''
   use_private
   export INFLUXDB_HOST=127.0.0.1 INFLUXDB_PORT=$INFLUXDB INFLUXDB_USERNAME=omotes INFLUXDB_PASSWORD=secret
-  export WORKFLOW_CONFIG_PATH=config/workflow_config.json
+  export WORKFLOW_CONFIG_PATH=examples/optimise_and_simulate.json
   HTTP_BIND=127.0.0.1:$(free_port)
   export HTTP_BIND
   target/debug/omotes-orchestrator run 2>"$log" & demo_children+=($!)
   wait_until 60 "the orchestrator is ready" target/debug/omotes-orchestrator healthcheck \
     || { tail -n 30 "$log" >&2; exit 1; }
   say "the orchestrator is ready; its page: http://$HTTP_BIND/"
-  target/debug/examples/worker --workflow workflow_1 --seconds 5 2>target/demo/worker.log & demo_children+=($!)
-  say "submitting examples/district.esdl"
+  for task in optimiser simulator; do
+    target/debug/examples/worker --workflow "$task" --seconds 3 2>"target/demo/$task.log" & demo_children+=($!)
+  done
+  say "submitting examples/district.esdl: to be optimised, then simulated"
   # In the foreground, so that Ctrl-C reaches it and cancels the job.
-  target/debug/omotes-orchestrator submit examples/district.esdl --workflow workflow_1 \
+  target/debug/omotes-orchestrator submit examples/district.esdl --workflow optimise_and_simulate \
     --reference demo --output target/demo/result.esdl || status=$?
   say "what the orchestrator said of it ($log):"
   grep ' job ' "$log" >&2 || true
+  say "what is kept of its steps:"
+  target/debug/omotes-orchestrator jobs show "$(sed -n 's/.* job \([0-9a-f-]*\) .*/\1/p' "$log" | head -n 1)" >&2 || true
   return "$status"
 }
 

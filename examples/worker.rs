@@ -30,7 +30,7 @@ use uuid::Uuid;
 
 #[derive(Parser)]
 struct Options {
-    /// The workflow whose tasks to take.
+    /// The Celery task to take: a workflow, or one of its steps.
     #[arg(long)]
     workflow: String,
     /// How long a task computes.
@@ -38,7 +38,7 @@ struct Options {
     seconds: f64,
 }
 
-const STEPS: u32 = 10;
+const PARTS: u32 = 10;
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
@@ -186,16 +186,16 @@ impl Task {
         };
         let start = ProgressType::Status(ProgressStatus::Start.into());
         progress(start, "Started job at worker.")?;
-        for step in 1..STEPS {
-            let pause = Duration::from_secs_f64(options.seconds / f64::from(STEPS));
+        for part in 1..PARTS {
+            let pause = Duration::from_secs_f64(options.seconds / f64::from(PARTS));
             if stopped.comes_within(pause) {
                 return Ok(Ending::Stopped);
             }
             if revoked.has(&self.id) {
                 return Ok(Ending::Done);
             }
-            let fraction = f64::from(step) / f64::from(STEPS);
-            let text = format!("Step {step} of {STEPS}.");
+            let fraction = f64::from(part) / f64::from(PARTS);
+            let text = format!("Part {part} of {PARTS}.");
             progress(ProgressType::Progress(fraction), &text)?;
         }
         progress(ProgressType::Progress(1.0), "Calculation finished.")?;

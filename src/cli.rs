@@ -166,14 +166,18 @@ pub(crate) fn overview(
     connection: &mut Connection,
     watch: Option<&Watch>,
 ) -> anyhow::Result<Overview> {
-    let defined = workflows::defined(config);
+    let (defined, tasks) = workflows::defined(config);
     let rows = connection.workflows(&defined)?;
-    let names: Vec<_> = rows.keys().cloned().collect();
+    let mut names: Vec<_> = rows.keys().cloned().collect();
+    names.extend(tasks.values().flatten().cloned());
+    names.sort_unstable();
+    names.dedup();
     let queues = watch.and_then(|watch| watch.look(config, &names).ok());
     Ok(Overview {
         has_rows: true,
         rows,
         defined,
+        tasks,
         queues: queues.map(|queues| Queues {
             at: jiff::Timestamp::now(),
             queues,

@@ -89,9 +89,13 @@ pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str
     if let (Some(catalogue), Some(inspection)) = (&catalogue, &inspection) {
         undefined_workflows(catalogue, inspection, &mut findings);
     }
-    let mut names = catalogue.as_ref().map_or_else(Vec::new, Catalogue::names);
+    // In which queues the jobs of several steps wait, RabbitMQ tells.
+    let steps = catalogue.as_ref().map(Catalogue::tasks_by_workflow);
     let of_jobs = inspection.iter().flat_map(|one| one.waiting.keys());
-    names.extend(of_jobs.cloned());
+    let of_jobs = of_jobs.filter(|name| !steps.iter().any(|steps| steps.contains_key(*name)));
+    let mut names: Vec<String> = of_jobs.cloned().collect();
+    let tasks = catalogue.iter().flat_map(Catalogue::tasks);
+    names.extend(tasks.map(str::to_owned));
     names.sort_unstable();
     names.dedup();
     let size = inspection
@@ -115,6 +119,13 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
         Ok(catalogue) => {
             let path = config.workflow_config_path.display();
             findings.ok(PART, format!("{path} defines {}", catalogue.names().len()));
+            let steps = catalogue.tasks_by_workflow();
+            let steps: Vec<_> = steps.keys().map(|name| one_line(name)).collect();
+            if !steps.is_empty() {
+                let names = steps.join(", ");
+                let text = format!("{names}: of steps that the Python service cannot run");
+                findings.ok(PART, text);
+            }
             Some(catalogue)
         }
         Err(error) => {

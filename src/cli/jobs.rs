@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::broker::{Delivered, Link, Publisher};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{
-    Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken,
+    AttemptView, Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken,
 };
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::Connection;
@@ -168,10 +168,10 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
                 one_line(&progress.message)
             )
         });
-        let state = match job.position {
-            Some(position) => format!("{}, no. {position}", job.state.text()),
-            None => job.state.text().to_owned(),
-        };
+        let mut state = one_line(&job.state_text());
+        if let Some(position) = job.position {
+            let _ = write!(state, ", no. {position}");
+        }
         table.add_row([
             Cell::new(job.id),
             Cell::new(one_line(&job.reference)),
@@ -236,8 +236,34 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
             let _ = writeln!(text, "{name:<19}{value}");
         }
     }
+    if !story.attempts.is_empty() {
+        let _ = write!(text, "\n{}\n", attempts(&story.attempts, now).trim_fmt());
+    }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A line for each task that a job of several steps has had.
+fn attempts(attempts: &[AttemptView], now: Timestamp) -> Table {
+    let mut table = table(&["step", "title", "task", "state", "waited", "ran", "logs"]);
+    let time = |time: Option<SignedDuration>| time.map_or_else(String::new, spoken);
+    for attempt in attempts {
+        let number = match attempt.attempt {
+            1 => attempt.step.to_string(),
+            again => format!("{}, attempt {again}", attempt.step),
+        };
+        let logs = attempt.logs.as_deref().unwrap_or_default();
+        table.add_row([
+            Cell::new(number),
+            Cell::new(one_line(&attempt.title)),
+            Cell::new(one_line(&attempt.task)),
+            Cell::new(attempt.state()),
+            Cell::new(time(attempt.waited(now))),
+            Cell::new(time(attempt.ran(now))),
+            Cell::new(one_line(logs.lines().next().unwrap_or_default())),
+        ]);
+    }
+    table
 }
 
 /// What is known of a job, by name.
@@ -248,7 +274,11 @@ fn facts(job: &JobView, now: Timestamp) -> Vec<(&'static str, Option<String>)> {
         ("workflow", job.workflow.as_deref().map(one_line)),
         (
             "state",
-            Some(colour(job.state).apply_to(job.state.text()).to_string()),
+            Some(
+                colour(job.state)
+                    .apply_to(one_line(&job.state_text()))
+                    .to_string(),
+            ),
         ),
         (
             "priority",

@@ -34,10 +34,14 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
     // Jobs may have workflows that the definitions here do not.
     let of_jobs =
         connect(config).and_then(|mut connection| overview(config, &mut connection, None));
-    let workflows: Vec<String> = match of_jobs {
-        Ok(overview) => overview.rows.into_keys().collect(),
+    let (workflows, tasks) = match of_jobs {
+        Ok(overview) => (overview.rows.into_keys().collect(), overview.tasks),
         Err(_) => defined(config),
     };
+    let mut workflows: Vec<String> = workflows;
+    workflows.extend(tasks.into_values().flatten());
+    workflows.sort_unstable();
+    workflows.dedup();
     let before = watch.look(config, &workflows)?;
     let _ = after(Duration::from_secs(queues.interval)).recv();
     let now = watch.look(config, &workflows)?;

@@ -1,12 +1,18 @@
 //! `workflows`: the definitions.
 
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Subcommand;
+use jiff::SignedDuration;
 use omotes_orchestrator::config::{self, Config};
-use omotes_orchestrator::domain::workflow::Catalogue;
-use omotes_orchestrator::telemetry::report::harmless;
+use omotes_orchestrator::domain::overview::{shares, spoken};
+use omotes_orchestrator::domain::workflow::{
+    Argument, Catalogue, OnError, Step, StepParameters, Steps,
+};
+use omotes_orchestrator::telemetry::report::{harmless, percent};
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
 
 use super::say;
@@ -26,10 +32,12 @@ pub(super) fn run(action: &Action) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The workflows that the definitions have, none where those cannot be read.
-pub(super) fn defined(config: &Config) -> Vec<String> {
+/// The workflows that the definitions have, and the tasks of those that do not have just the one of
+/// their own name. None where the definitions cannot be read.
+pub(super) fn defined(config: &Config) -> (Vec<String>, BTreeMap<String, Vec<String>>) {
     let catalogue = config::read_catalogue(&config.workflow_config_path).ok();
-    catalogue.map_or_else(Vec::new, |catalogue| catalogue.names())
+    let known = catalogue.map(|catalogue| (catalogue.names(), catalogue.tasks_by_workflow()));
+    known.unwrap_or_default()
 }
 
 fn show(catalogue: &Catalogue) -> anyhow::Result<()> {
@@ -63,6 +71,79 @@ fn show(catalogue: &Catalogue) -> anyhow::Result<()> {
                 ))?;
             }
         }
+        if let Some(definition) = catalogue.definition(name) {
+            draw(&definition.steps, name)?;
+        }
     }
     Ok(())
+}
+
+/// Draws the way of a job through its steps.
+fn draw(steps: &Steps, workflow: &str) -> anyhow::Result<()> {
+    if steps.tasks().eq([workflow]) && steps.plain().is_some() {
+        return Ok(());
+    }
+    for (place, (step, share)) in steps.all().iter().zip(shares(steps)).enumerate() {
+        let number = place + 1;
+        let share = percent(share);
+        say(format_args!(
+            "  {number}. {}: task {}, {share} of the progress{}",
+            harmless(&step.title),
+            harmless(&step.task),
+            details(step)
+        ))?;
+        for fallback in step.alternatives().skip(1) {
+            say(format_args!(
+                "     or, if that fails, {}: task {}{}",
+                harmless(&fallback.title),
+                harmless(&fallback.task),
+                details(fallback)
+            ))?;
+        }
+        let last = step.alternatives().last().map(|step| &step.on_error);
+        match last {
+            Some(OnError::Continue) => {
+                say(format_args!("     or, if that fails, on with its input"))?
+            }
+            Some(OnError::Fail | OnError::Fallback(_)) | None => {}
+        }
+        if number < steps.len() {
+            say(format_args!("     ↓ its output ESDL"))?;
+        }
+    }
+    say(format_args!("  The Python service cannot run these steps."))
+}
+
+/// What is special about a step.
+fn details(step: &Step) -> String {
+    let mut text = String::new();
+    if let StepParameters::These(parameters) = &step.parameters {
+        let names = parameters.iter().map(|(name, argument)| match argument {
+            Argument::OfJob(of_job) if of_job == name => harmless(name),
+            Argument::OfJob(of_job) => format!("{} = {}", harmless(name), harmless(of_job)),
+            Argument::Constant(value) => {
+                format!("{} = {}", harmless(name), harmless(&value.to_string()))
+            }
+        });
+        let names: Vec<_> = names.collect();
+        let _ = match names.is_empty() {
+            true => write!(text, ", no parameters"),
+            false => write!(text, ", parameters {}", names.join(", ")),
+        };
+    }
+    if let Some(timeout) = step.timeout_ms {
+        let timeout = spoken(SignedDuration::from_millis(timeout.into()));
+        let _ = write!(text, ", at most {timeout}");
+    }
+    if let Some(limit) = step.delivery_limit {
+        let _ = write!(text, ", started at most {limit} times");
+    }
+    if step.attempts > 1 {
+        let wait = SignedDuration::try_from(step.retry_wait).unwrap_or_default();
+        let _ = write!(text, ", {} attempts, {} apart", step.attempts, spoken(wait));
+    }
+    if !step.keep_time_series {
+        text.push_str(", its time series are given up");
+    }
+    text
 }

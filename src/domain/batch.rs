@@ -8,8 +8,8 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::domain::job::{
-    self, Command, Context, Decision, Ended, Ending, Event, Publication, State, TaskInput,
-    TimeSeries,
+    self, Attempt, Command, Context, Decision, Ended, Ending, Event, Job, Publication, State,
+    TaskInput, TimeSeries,
 };
 
 /// A message of a batch and what it asks for.
@@ -247,6 +247,31 @@ impl<'a> Plan<'a> {
             }
         })
     }
+}
+
+impl Plan<'_> {
+    /// The attempts at jobs' steps that end with this batch, each with its workflow.
+    pub fn ended_attempts(&self) -> impl Iterator<Item = (&str, &Attempt)> {
+        self.transitions.iter().flat_map(|transition| {
+            let ended_before = transition.before.job().map_or(0, ended_attempts);
+            let job = transition.after.job();
+            let course = job.and_then(|job| Some((job, job.course.as_ref()?)));
+            let attempts = course.into_iter().flat_map(|(job, course)| {
+                let attempts = course.attempts();
+                attempts.map(move |attempt| (job.workflow_type.as_str(), attempt))
+            });
+            attempts
+                .filter(|(_, attempt)| attempt.report.is_some())
+                .skip(ended_before)
+        })
+    }
+}
+
+fn ended_attempts(job: &Job) -> usize {
+    job.course.as_ref().map_or(0, |course| {
+        let attempts = course.attempts();
+        attempts.filter(|attempt| attempt.report.is_some()).count()
+    })
 }
 
 impl SeriesChanges {

@@ -13,6 +13,10 @@ use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 
+pub use self::steps::{AttemptView, StepView, shares};
+
+mod steps;
+
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Filter {
@@ -213,9 +217,12 @@ pub struct JobView {
     pub progress: Option<Progress>,
     /// Size of the output ESDL and the logs together.
     pub result_bytes: Option<i64>,
-    /// The jobs of its workflow that will be taken before it, and itself.
+    /// The jobs of its task queue that will be taken before it, and itself.
     pub position: Option<i64>,
     pub estimate: Option<Estimate>,
+    /// Where it is, if its workflow has more than one plain step and it has not ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<StepView>,
 }
 
 fn priority<S: serde::Serializer>(
@@ -242,9 +249,20 @@ pub struct Story {
     pub job: JobView,
     /// When workers began it, oldest first; not kept once it has ended.
     pub started_at: Vec<Timestamp>,
+    /// The tasks that it has had, oldest first, if its workflow has more than one plain step.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<AttemptView>,
 }
 
 impl JobView {
+    /// Its state, with its step where there are several.
+    pub fn state_text(&self) -> String {
+        match &self.step {
+            Some(step) => format!("{}, {}", step.activity(), step.name()),
+            None => self.state.text().to_owned(),
+        }
+    }
+
     /// How long it waited for a worker, so far or until it was taken.
     pub fn waited(&self, now: Timestamp) -> Option<SignedDuration> {
         let until = self.running_at.or(self.finished_at).unwrap_or(now);
@@ -262,6 +280,12 @@ impl JobView {
     /// The estimate in words.
     pub fn expectation(&self) -> Option<String> {
         let Estimate { wait, run } = self.estimate?;
+        // Of a later step only what is left to compute is known, not how long it waits.
+        if let Some(step) = &self.step {
+            let left = run.map(|left| format!("takes {left} more"));
+            let longer = || "runs longer than those before it".to_owned();
+            return left.or_else(|| step.started_at.map(|_| longer()));
+        }
         match self.state {
             JobState::Live(JobStatus::Running) => Some(match run {
                 Some(left) => format!("ends in {left}"),
@@ -358,6 +382,8 @@ pub struct WorkflowRows {
     /// For how long the running jobs have been running.
     pub elapsed: Vec<Duration>,
     pub runs: Option<Runs>,
+    /// Those of its steps, by their number from 1.
+    pub step_runs: BTreeMap<usize, Runs>,
 }
 
 /// A workflow with its jobs and its workers.
@@ -369,7 +395,8 @@ pub struct WorkflowView {
     pub waiting: i64,
     pub running: i64,
     pub oldest_waiting: Option<Timestamp>,
-    /// Consumers of its task queue; None when that is not known.
+    /// Consumers of its task queue, or of that of its queues which has the fewest; None when that
+    /// is not known.
     pub workers: Option<u32>,
     /// Since when jobs have been waiting without a worker.
     pub without_worker_since: Option<Timestamp>,
@@ -385,6 +412,8 @@ pub struct Overview {
     pub rows: BTreeMap<String, WorkflowRows>,
     /// Names that the definitions have.
     pub defined: Vec<String>,
+    /// The tasks of those that do not have just the one of their own name.
+    pub tasks: BTreeMap<String, Vec<String>>,
     /// None before RabbitMQ has been looked at.
     pub queues: Option<Queues>,
     /// When each maintenance task was last begun.
@@ -403,14 +432,24 @@ impl Overview {
         let view = |name: String| {
             let rows = self.rows.get(&name).unwrap_or(&none);
             let queues = self.queues.as_ref();
+            let own = std::slice::from_ref(&name);
+            let tasks = self.tasks.get(&name).map_or(own, Vec::as_slice);
             WorkflowView {
                 defined: self.defined.contains(&name),
                 waiting: rows.registered + rows.submitted,
                 running: rows.running,
                 oldest_waiting: rows.oldest_waiting,
-                workers: queues.and_then(|queues| queues.workers(&name)),
-                without_worker_since: queues
-                    .and_then(|queues| queues.without_worker.get(&name).copied()),
+                workers: queues.and_then(|queues| {
+                    tasks
+                        .iter()
+                        .map(|task| queues.workers(task))
+                        .min()
+                        .flatten()
+                }),
+                without_worker_since: queues.and_then(|queues| {
+                    let since = |task: &String| queues.without_worker.get(task).copied();
+                    tasks.iter().filter_map(since).min()
+                }),
                 run: rows.runs.as_ref().map(Runs::span),
                 name,
             }
@@ -446,6 +485,14 @@ impl Overview {
             waits.insert(workflow, runs.waits(workers, &rows.elapsed, last));
         }
         for job in jobs {
+            if let Some(step) = &job.step {
+                let rows = job.workflow.as_ref().and_then(|name| self.rows.get(name));
+                job.estimate = rows.map(|rows| Estimate {
+                    wait: None,
+                    run: step.left(&rows.step_runs, now),
+                });
+                continue;
+            }
             let Some((rows, waits)) = job
                 .workflow
                 .as_deref()
@@ -574,6 +621,7 @@ mod tests {
             result_bytes: None,
             position: Some(position),
             estimate: None,
+            step: None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! The workflow definitions: from the configuration file to what clients are told.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -90,6 +90,18 @@ impl Catalogue {
         let definitions = self.definitions.values();
         definitions
             .flat_map(|definition| definition.steps.tasks())
+            .collect()
+    }
+
+    /// The tasks of the workflows that do not have just the one of their own name.
+    pub fn tasks_by_workflow(&self) -> BTreeMap<String, Vec<String>> {
+        let definitions = self.definitions.iter();
+        definitions
+            .map(|(name, definition)| {
+                let tasks = definition.steps.tasks().map(str::to_owned);
+                (name.clone(), tasks.collect::<Vec<_>>())
+            })
+            .filter(|(name, tasks)| tasks.as_slice() != std::slice::from_ref(name))
             .collect()
     }
 

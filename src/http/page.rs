@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use crate::domain::job::Priority;
 use crate::domain::overview::{
-    Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone, WorkflowView, spoken,
+    AttemptView, Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone,
+    WorkflowView, spoken,
 };
 use crate::telemetry::health::PartView;
 use crate::telemetry::report::{harmless, one_line, percent, readable};
@@ -137,7 +138,7 @@ pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
             div.card { dl {
                 dt { "Reference" } dd { (or_dash(&job.reference)) }
                 dt { "Workflow" } dd { (job.workflow.as_deref().map_or(or_dash(""), or_dash)) }
-                dt { "State" } dd { (state(job.state)) }
+                dt { "State" } dd { (live_state(job)) }
                 @if let Some(priority) = job.priority { dt { "Priority" } dd { (priority_text(priority)) } }
                 @if let Some(position) = job.position { dt { "Place in its queue" } dd { (position) } }
                 dt { "Registered" } dd { (when(job.registered_at)) }
@@ -148,7 +149,7 @@ pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
                 @if let Some(ran) = job.ran(now) { dt { "Ran" } dd { (spoken(ran)) (timeout(job)) } }
                 @if let Some(progress) = &job.progress {
                     dt { "Progress" }
-                    dd { (bar(progress.fraction)) div.message { (readable(&progress.message)) } div.dim { (ago(progress.at, now)) " ago" } }
+                    dd { (steps_bar(job, progress.fraction)) div.message { (readable(&progress.message)) } div.dim { (ago(progress.at, now)) " ago" } }
                 }
                 @if let Some(estimate) = job.expectation() { dt title=(ESTIMATE) { "Estimate" } dd { (estimate) } }
                 dt { "Starts" } dd {
@@ -158,8 +159,59 @@ pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
                 @if let Some(bytes) = job.result_bytes { dt { "Size of the result" } dd { (bytes) " bytes" } }
                 dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (harmless(id)) }, None => span.dim { "–" } } }
             } }
+            @if !story.attempts.is_empty() { (time_line(&story.attempts, now)) }
         },
     )
+}
+
+/// The steps of a job and their attempts, with how long each waited and ran.
+fn time_line(attempts: &[AttemptView], now: Timestamp) -> Markup {
+    let length =
+        |time: Option<SignedDuration>| time.map_or(0.0, |time| time.as_secs_f64().max(0.0));
+    let whole: f64 = attempts
+        .iter()
+        .map(|one| length(one.waited(now)) + length(one.ran(now)))
+        .sum();
+    let part = |time: f64| format!("flex-grow: {:.4}", time / whole.max(0.001));
+    html! {
+        h2 { "Steps" }
+        div.timeline aria-hidden="true" {
+            @for one in attempts {
+                span.waits style=(part(length(one.waited(now)))) title={ (harmless(&one.title)) ": waits" } {}
+                span class={ "runs " (tone(one)) } style=(part(length(one.ran(now)))) title={ (harmless(&one.title)) ": " (one.state()) } {}
+            }
+        }
+        div.card { table {
+            thead { tr {
+                th { "Step" } th { "Task" } th { "State" } th { "Waited" } th { "Ran" } th.number { "Starts" } th { "Logs" }
+            } }
+            tbody {
+                @for one in attempts { tr id={ "step-" (one.step) "-" (one.attempt) } {
+                    td { (one.step) ". " (harmless(&one.title))
+                        @if one.attempt > 1 { span.dim { ", attempt " (one.attempt) } } }
+                    td { (harmless(&one.task)) @if let Some(id) = &one.task_id { div.dim { code { (harmless(id)) } } } }
+                    td { span class=(tone(one)) { (one.state()) }
+                        @if let (Some(due), None) = (one.due_at, one.submitted_at) { div.dim { "at " (exactly(due)) } } }
+                    td.nowrap { @if let Some(time) = one.waited(now) { (spoken(time)) } }
+                    td.nowrap { @if let Some(time) = one.ran(now) { (spoken(time)) } }
+                    td.number { @if let Some(starts) = one.starts { (starts) } }
+                    td { @if let Some(logs) = &one.logs { details { summary { "logs" } pre { (readable(logs)) } } } }
+                } }
+            }
+        } }
+    }
+}
+
+fn tone(attempt: &AttemptView) -> &'static str {
+    match attempt
+        .outcome
+        .map(|outcome| JobState::Ended(outcome).tone())
+    {
+        None | Some(Tone::Plain) => "",
+        Some(Tone::Good) => "good",
+        Some(Tone::Dim) => "dim",
+        Some(Tone::Bad) => "bad",
+    }
 }
 
 fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
@@ -276,14 +328,14 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
                     td data-label="Job" { (name(job)) }
                     td data-label="Workflow" { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
                     td.nowrap data-label="State" {
-                        span { (state(job.state))
+                        span { (live_state(job))
                             @if let Some(position) = job.position { span.dim { " no. " (position) } }
                             @if let Some(priority @ (Priority::High | Priority::Low)) = job.priority {
                                 span.dim { ", " (priority_text(priority)) } } }
                     }
                     td data-label="Progress" { span {
                         @if let Some(progress) = &job.progress {
-                            (bar(progress.fraction)) div.message.dim { (readable(&progress.message)) }
+                            (steps_bar(job, progress.fraction)) div.message.dim { (readable(&progress.message)) }
                         } } }
                     td.nowrap data-label="Since" { span {
                         @match (job.ran(now), job.waited(now)) {
@@ -384,6 +436,31 @@ fn priority_text(priority: Priority) -> &'static str {
 
 fn bar(fraction: f64) -> Markup {
     html! { div.nowrap { progress max="1" value=(fraction.clamp(0.0, 1.0)) {} " " (percent(fraction)) } }
+}
+
+/// A job's progress, cut into its steps where it has several.
+fn steps_bar(job: &JobView, fraction: f64) -> Markup {
+    let Some(step) = job.step.as_ref().filter(|step| step.shares.len() > 1) else {
+        return bar(fraction);
+    };
+    html! { div.nowrap {
+        span.steps title=(step.name()) {
+            @for (share, done) in step.parts(fraction) {
+                progress max="1" value=(done) style=(format!("flex-grow: {share:.4}")) {}
+            }
+        }
+        " " (percent(fraction))
+    } }
+}
+
+/// The state of a job, with its step.
+fn live_state(job: &JobView) -> Markup {
+    html! {
+        @match &job.step {
+            Some(_) => (harmless(&job.state_text())),
+            None => (state(job.state)),
+        }
+    }
 }
 
 fn timeout(job: &JobView) -> Markup {

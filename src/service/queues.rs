@@ -170,7 +170,7 @@ impl Watch {
     }
 }
 
-/// Workflows whose jobs wait although they have no worker.
+/// Task queues in which jobs wait although they have no worker.
 #[derive(Default)]
 struct WithoutWorker {
     since: BTreeMap<String, Timestamp>,
@@ -197,10 +197,10 @@ impl WithoutWorker {
         let mut long = self.since.clone();
         long.retain(|_, since| now.duration_since(*since) >= PATIENCE);
         for name in long.keys().filter(|name| !self.told.contains(*name)) {
-            warn!("workflow {name}: jobs wait, and there is no worker");
+            warn!("task queue {name}: jobs wait, and there is no worker");
         }
         for name in self.told.iter().filter(|name| !long.contains_key(*name)) {
-            info!("workflow {name}: no job waits without a worker any more");
+            info!("task queue {name}: no job waits without a worker any more");
         }
         self.told = long.keys().cloned().collect();
         long

@@ -111,8 +111,10 @@ impl Service {
     /// The same, as far as it is known without Postgres.
     pub fn overview_without_database(&self) -> Overview {
         let (connections, idle_connections) = self.store.connections();
+        let catalogue = self.catalogue.get();
         Overview {
-            defined: self.catalogue.get().names(),
+            defined: catalogue.names(),
+            tasks: catalogue.tasks_by_workflow(),
             queues: self
                 .queues
                 .lock()

@@ -1,5 +1,7 @@
 //! Rows, and the states of jobs that they stand for.
 
+use std::time::Duration;
+
 use anyhow::anyhow;
 use postgres::Row;
 
@@ -107,6 +109,11 @@ pub(super) fn named<T: Copy>(
     let mut all = all.iter().copied();
     all.find(|one| name_of(*one) == name)
         .ok_or_else(|| anyhow!("{name:?} is none of what may be here"))
+}
+
+pub(super) fn seconds(times: Vec<f64>) -> Vec<Duration> {
+    let time = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    times.into_iter().map(time).collect()
 }
 
 #[cfg(test)]

@@ -10,9 +10,11 @@ use postgres::Row;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::rows::named;
+use super::rows::{named, seconds};
 use super::{Connection, StoreError, Transaction};
+use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{Attempt, Course, Input, Job, Outcome, Position, Report};
+use crate::domain::overview::{AttemptView, StepView, shares};
 use crate::domain::workflow::Steps;
 use crate::proto::EsdlMessage;
 
@@ -246,7 +248,65 @@ impl Transaction<'_> {
     }
 }
 
+/// Characters of an attempt's logs that operators are shown.
+const SHOWN_LOGS: i32 = 20_000;
+
 impl Connection {
+    /// The tasks that a job of several steps has had, oldest first.
+    ///
+    /// # Errors
+    /// The connection is lost, or a row is none that this program writes.
+    pub(super) fn attempts(&mut self, job_id: Uuid) -> Result<Vec<AttemptView>, StoreError> {
+        let rows = self.client.query(
+            "SELECT number, attempt, fallback, title, task, celery_id, due_at, submitted_at,
+                    started_at, finished_at, outcome, starts, output_bytes, esdl_id,
+                    left(logs, $2) AS logs, NULL AS esdl_messages
+             FROM job_step WHERE job_id = $1 ORDER BY number, attempt",
+            &[&job_id, &SHOWN_LOGS],
+        )?;
+        let views = rows.iter().map(|row| {
+            let (title, task) = (row.try_get("title")?, row.try_get("task")?);
+            Ok(AttemptView::new(attempt(row)?, title, task))
+        });
+        let views: anyhow::Result<_> = views.collect();
+        views.map_err(StoreError::Transient)
+    }
+
+    /// How long the last successful runs of these workflows' steps took, by the workflow and the
+    /// step's number.
+    pub(super) fn runs_of_steps(
+        &mut self,
+        workflows: &[String],
+    ) -> Result<Vec<(String, usize, Option<Runs>)>, StoreError> {
+        let rows = self.client.query(
+            "SELECT workflow_type, number, array_agg(seconds) AS seconds
+             FROM unnest($1::varchar[]) AS wanted (workflow_type)
+             JOIN LATERAL (
+                 SELECT job_id FROM job_history AS ended
+                 WHERE ended.workflow_type = wanted.workflow_type AND outcome = 'SUCCEEDED'
+                   -- As a rule there are none at all.
+                   AND EXISTS (SELECT FROM job_step)
+                 ORDER BY finished_at DESC LIMIT $2
+             ) AS ended ON true
+             JOIN LATERAL (
+                 SELECT number, extract(epoch FROM finished_at - started_at)::float8 AS seconds
+                 FROM job_step
+                 WHERE job_step.job_id = ended.job_id AND outcome = 'SUCCEEDED'
+                   AND started_at IS NOT NULL
+             ) AS runs ON true
+             GROUP BY workflow_type, number",
+            &[&workflows, &estimate::MAX_RUNS],
+        )?;
+        rows.iter()
+            .map(|row| {
+                let number: i16 = row.try_get("number")?;
+                let runs = Runs::new(seconds(row.try_get("seconds")?));
+                let number = usize::try_from(number).unwrap_or_default();
+                Ok((row.try_get("workflow_type")?, number, runs))
+            })
+            .collect()
+    }
+
     /// Jobs whose next attempt's time has come, at most `limit`.
     ///
     /// # Errors
@@ -282,6 +342,24 @@ impl Connection {
             &[],
         )?)
     }
+}
+
+/// Where a job is, in a row of jobs that have not ended.
+pub(super) fn view(row: &Row) -> anyhow::Result<Option<StepView>> {
+    let Some(source) = row.try_get::<_, Option<&str>>("steps")? else {
+        return Ok(None);
+    };
+    let Some(number) = row.try_get::<_, Option<i16>>("step_number")? else {
+        return Ok(None);
+    };
+    Ok(Some(StepView {
+        number: usize::try_from(number)?,
+        title: row.try_get("step_title")?,
+        task: row.try_get("step_task")?,
+        submitted_at: row.try_get("step_submitted_at")?,
+        started_at: row.try_get("step_started_at")?,
+        shares: shares(&Steps::from_source(source)?),
+    }))
 }
 
 fn course(row: &Row, mut attempts: Vec<Attempt>) -> anyhow::Result<Course> {

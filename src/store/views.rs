@@ -1,14 +1,13 @@
 //! Queries for operators. Nothing here is in the path of a message.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use jiff::Timestamp;
 use postgres::Row;
 use uuid::Uuid;
 
-use super::rows::{named, progress};
-use super::{Connection, StoreError};
+use super::rows::{named, progress, seconds};
+use super::{Connection, StoreError, steps};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
@@ -17,16 +16,27 @@ use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story,
 /// started, then the others in the order in which workers take them.
 const LIVE: &str = "
     WITH live AS (
-        SELECT job_id, workflow_type, left(job_reference, 300) AS job_reference,
-               status::text AS status, priority, celery_id, registered_at,
-               submitted_at, running_at, timeout_after_ms, progress, progress_message, progress_at,
-               CASE WHEN status = 'SUBMITTED' THEN
+        SELECT job.job_id, workflow_type, left(job_reference, 300) AS job_reference,
+               status::text AS status, priority, job.celery_id, registered_at,
+               job.submitted_at, running_at, timeout_after_ms, progress, progress_message,
+               progress_at, step.number AS step_number, step.title AS step_title,
+               step.task AS step_task, step.submitted_at AS step_submitted_at,
+               step.started_at AS step_started_at,
+               CASE WHEN CASE WHEN step.number IS NULL THEN status = 'SUBMITTED'
+                              ELSE step.submitted_at IS NOT NULL AND step.started_at IS NULL END
+               THEN
                    row_number() OVER (
-                       PARTITION BY workflow_type, status
+                       PARTITION BY coalesce(step.task, workflow_type),
+                                    CASE WHEN step.number IS NULL THEN status = 'SUBMITTED'
+                                         ELSE step.submitted_at IS NOT NULL
+                                              AND step.started_at IS NULL END
                        ORDER BY CASE priority WHEN 'HIGH' THEN 0 WHEN 'LOW' THEN 2 ELSE 1 END,
-                                submitted_at, job_id)
+                                coalesce(step.submitted_at, job.submitted_at), job.job_id)
                END AS position
-        FROM job
+        FROM job LEFT JOIN LATERAL (
+            SELECT number, title, task, job_step.submitted_at, started_at FROM job_step
+            WHERE job_step.job_id = job.job_id ORDER BY number DESC, attempt DESC LIMIT 1
+        ) AS step ON true
     ), wanted AS (
         SELECT * FROM live
         WHERE ($1::text IS NULL OR status = $1)
@@ -41,6 +51,7 @@ const LIVE: &str = "
     )
     SELECT page.*, (SELECT count(*) FROM wanted) AS total,
            (SELECT count(*) FROM job_starts WHERE job_starts.job_id = page.job_id) AS starts,
+           (SELECT steps FROM job_input WHERE job_input.job_id = page.job_id) AS steps,
            ended.outcome, ended.finished_at, ended.result_bytes
     FROM page LEFT JOIN job_history AS ended USING (job_id)
     ORDER BY place";
@@ -57,7 +68,7 @@ const FINISHED: &str = "
            left(job_reference, 300) AS job_reference, NULL AS status, NULL AS priority, celery_id,
            registered_at, submitted_at, running_at, NULL::bigint AS timeout_after_ms,
            NULL::float8 AS progress, NULL AS progress_message, NULL::timestamptz AS progress_at,
-           NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
+           NULL AS steps, NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
            starts::bigint AS starts, outcome, finished_at, result_bytes
     FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5";
 
@@ -135,6 +146,7 @@ impl Connection {
         Ok(Some(Story {
             job,
             started_at: starts.iter().map(|row| row.get(0)).collect(),
+            attempts: self.attempts(job_id)?,
         }))
     }
 
@@ -168,6 +180,7 @@ impl Connection {
                 oldest_waiting: row.try_get("oldest_waiting")?,
                 elapsed: seconds(row.try_get("elapsed")?),
                 runs: None,
+                step_runs: BTreeMap::new(),
             };
             workflows.insert(row.try_get::<_, String>("workflow_type")?, counts);
         }
@@ -191,6 +204,10 @@ impl Connection {
         for row in &rows {
             let name: String = row.try_get("workflow_type")?;
             workflows.entry(name).or_default().runs = Runs::new(seconds(row.try_get("seconds")?));
+        }
+        for (name, number, runs) in self.runs_of_steps(&names)? {
+            let rows = workflows.entry(name).or_default();
+            rows.step_runs.extend(runs.map(|runs| (number, runs)));
         }
         Ok(workflows)
     }
@@ -260,11 +277,6 @@ fn like(text: &str) -> String {
     format!("%{}%", escaped.replace('\0', ""))
 }
 
-fn seconds(times: Vec<f64>) -> Vec<Duration> {
-    let time = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default();
-    times.into_iter().map(time).collect()
-}
-
 fn view(row: &Row) -> anyhow::Result<JobView> {
     let outcome: Option<&str> = row.try_get("outcome")?;
     let state = match outcome {
@@ -295,5 +307,6 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
         result_bytes: row.try_get("result_bytes")?,
         position: row.try_get("position")?,
         estimate: None,
+        step: steps::view(row)?,
     })
 }

@@ -13,7 +13,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::domain::job::{Ended, Event};
+use crate::domain::job::{Attempt, Ended, Event};
 use crate::domain::overview::Overview;
 use crate::telemetry::health::Health;
 use crate::telemetry::{OTHER_WORKFLOW, PREFIX, gauges};
@@ -57,6 +57,20 @@ struct WorkflowLabels {
     workflow: String,
 }
 
+/// A step by its number: titles may change.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StepLabels {
+    workflow: String,
+    step: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StepEndLabels {
+    workflow: String,
+    step: u64,
+    outcome: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ResultLabels {
     result: &'static str,
@@ -88,6 +102,8 @@ pub struct Metrics {
     jobs_ended: Family<EndLabels, Counter>,
     waiting: Family<WorkflowLabels, Histogram>,
     running: Family<WorkflowLabels, Histogram>,
+    steps_ended: Family<StepEndLabels, Counter>,
+    steps_running: Family<StepLabels, Histogram>,
     batches: Histogram,
     stages: Family<StageLabels, Histogram>,
     publishes: Family<ResultLabels, Counter>,
@@ -102,6 +118,8 @@ impl Default for Metrics {
             jobs_ended: Family::default(),
             waiting: Family::new_with_constructor(minutes_and_hours),
             running: Family::new_with_constructor(minutes_and_hours),
+            steps_ended: Family::default(),
+            steps_running: Family::new_with_constructor(minutes_and_hours),
             batches: Histogram::new(exponential_buckets(1.0, 2.0, 9)),
             // From a tenth of a millisecond to half a minute.
             stages: Family::new_with_constructor(|| {
@@ -147,6 +165,17 @@ impl Metrics {
             "Time from a job's first start to its end",
             Unit::Seconds,
             self.running.clone(),
+        );
+        registry.register(
+            "steps_ended",
+            "Attempts at a step of jobs with several that have ended, by the step's number",
+            self.steps_ended.clone(),
+        );
+        registry.register_with_unit(
+            "step_running",
+            "Time from the first start of an attempt at a step to its end",
+            Unit::Seconds,
+            self.steps_running.clone(),
         );
         registry.register(
             "batch_messages",
@@ -230,9 +259,6 @@ impl Metrics {
         let workflow = ended.workflow_type.as_deref();
         let workflow = workflow.filter(|workflow| known(workflow));
         let workflow = workflow.unwrap_or(OTHER_WORKFLOW).to_owned();
-        let seconds = |from: Option<Timestamp>, to: Timestamp| {
-            from.map(|from| to.duration_since(from).as_secs_f64().max(0.0))
-        };
         let labels = WorkflowLabels {
             workflow: workflow.clone(),
         };
@@ -249,6 +275,31 @@ impl Metrics {
             outcome: ended.outcome.name(),
         };
         self.jobs_ended.get_or_create(&labels).inc();
+    }
+
+    /// Counts an attempt at a step of this workflow that has ended; `known` as above.
+    pub fn step_ended(&self, workflow: &str, attempt: &Attempt, known: impl Fn(&str) -> bool) {
+        let Some(report) = &attempt.report else {
+            return;
+        };
+        let workflow = match known(workflow) {
+            true => workflow.to_owned(),
+            false => OTHER_WORKFLOW.to_owned(),
+        };
+        let step = attempt.position.step as u64 + 1;
+        if let Some(running) = seconds(attempt.started_at, report.finished_at) {
+            let labels = StepLabels {
+                workflow: workflow.clone(),
+                step,
+            };
+            self.steps_running.get_or_create(&labels).observe(running);
+        }
+        let labels = StepEndLabels {
+            workflow,
+            step,
+            outcome: report.outcome.name(),
+        };
+        self.steps_ended.get_or_create(&labels).inc();
     }
 
     pub fn published(&self, result: &'static str, messages: usize) {
@@ -268,6 +319,10 @@ impl Metrics {
         let _ = encode_registry(&mut text, &gauges);
         prometheus_text(&text)
     }
+}
+
+fn seconds(from: Option<Timestamp>, to: Timestamp) -> Option<f64> {
+    from.map(|from| to.duration_since(from).as_secs_f64().max(0.0))
 }
 
 /// OpenMetrics names a counter without the `_total` of its samples, and has a line for its unit;

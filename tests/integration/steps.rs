@@ -472,3 +472,73 @@ fn what_another_service_has_ended_leaves_nothing() {
     scene.first.progress(&task, 0.5);
     assert_eq!(scene.first.revoked(), task.id);
 }
+
+#[test]
+fn operators_see_where_a_job_is_and_what_its_steps_did() {
+    let scene = Scene::new(&two_steps());
+    let service = scene.start();
+    let task = scene.first_step_runs();
+    scene.first.succeed(&task, "<e id='one'/>");
+    let second = scene.second_task("<e id='one'/>");
+    let json = |path: &str| -> Value {
+        let (_, body) = service.get(path).unwrap();
+        serde_json::from_str(&body).unwrap()
+    };
+    let story = json(&format!("/api/jobs/{}", task.job));
+    assert_eq!(story["step"]["number"], 2);
+    assert_eq!(story["step"]["title"], "Simulate");
+    assert_eq!(story["step"]["shares"], json!([0.75, 0.25]));
+    assert_eq!(story["position"], 1);
+    let attempts = &story["attempts"];
+    assert_eq!(attempts[0]["outcome"], "SUCCEEDED");
+    assert_eq!(attempts[0]["logs"], "the worker's logs");
+    assert_eq!(attempts[1]["task"], "simulator");
+    assert_eq!(attempts[1]["started_at"], Value::Null);
+    let (_, page) = service.get("/").unwrap();
+    assert!(page.contains("waiting, step 2 of 2, Simulate"), "{page}");
+    let (_, page) = service.get(&format!("/jobs/{}", task.job)).unwrap();
+    assert!(page.contains(r#"id="step-1-1""#), "{page}");
+    assert!(page.contains("<pre>the worker's logs</pre>"), "{page}");
+    let command = |arguments: &[&str]| {
+        let mut command = scene.deployment.command(arguments);
+        let output = command.envs(scene.variables()).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let id = task.job.to_string();
+    let list = command(&["jobs", "list"]);
+    assert!(
+        list.contains("waiting, step 2 of 2, Simulate, no. 1"),
+        "{list}"
+    );
+
+    scene.second.start(&second);
+    scene.second.fail(&second);
+    assert_eq!(scene.client.outcome(task.job).0, ResultType::Error);
+    scene.nothing_is_left();
+    let shown = command(&["jobs", "show", &id]);
+    let line = |step: &str| {
+        shown
+            .lines()
+            .find(|line| line.trim_start().starts_with(step))
+            .unwrap()
+    };
+    assert!(line("1 ").contains("succeeded"), "{shown}");
+    assert!(line("2 ").contains("failed"), "{shown}");
+    let (_, metrics) = service.get("/metrics").unwrap();
+    for line in [
+        r#"omotes_orchestrator_steps_ended_total{workflow="chain",step="1",outcome="SUCCEEDED"} 1"#,
+        r#"omotes_orchestrator_steps_ended_total{workflow="chain",step="2",outcome="FAILED"} 1"#,
+        r#"omotes_orchestrator_step_running_seconds_count{workflow="chain",step="1"} 1"#,
+        r#"omotes_orchestrator_jobs_ended_total{workflow="chain",outcome="FAILED"} 1"#,
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+    let drawn = command(&["workflows", "check", scene.file.to_str().unwrap()]);
+    assert!(
+        drawn.contains(
+            "  1. Optimise: task optimiser, 75 % of the progress\n     ↓ its output ESDL\n  \
+             2. Simulate: task simulator, 25 % of the progress, parameters cost = price\n"
+        ),
+        "{drawn}"
+    );
+}

@@ -263,6 +263,10 @@ impl Handler<'_> {
         let known = |workflow: &str| catalogue.definition(workflow).is_some();
         plan.ended()
             .for_each(|ended| common.service.metrics.job_ended(ended, known));
+        plan.ended_attempts().for_each(|(workflow, attempt)| {
+            let metrics = &common.service.metrics;
+            metrics.step_ended(workflow, attempt, known);
+        });
     }
 }
 

@@ -820,7 +820,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig {
         failure_persistence: None,
-        cases: 2000,
+        cases: 500,
         ..ProptestConfig::default()
     })]
 

@@ -665,8 +665,16 @@ drive() {
   use_private
   export INFLUXDB_HOST='' HTTP_BIND=127.0.0.1:0
   export WORKFLOW_CONFIG_PATH=$folder/workflows.json
-  printf '[{"workflow_type_name": "%s", "workflow_type_description_name": "%s"}]\n' "$name" "$name" \
-    >"$WORKFLOW_CONFIG_PATH"
+  cat >"$WORKFLOW_CONFIG_PATH" <<JSON
+[
+  {"workflow_type_name": "$name", "workflow_type_description_name": "$name"},
+  {"workflow_type_name": "${name}_steps", "workflow_type_description_name": "The same task twice",
+   "workflow_parameters": [{"key_name": "first", "parameter_type": "string"},
+                           {"key_name": "second", "parameter_type": "string"}],
+   "steps": [{"task": "$name", "parameters": {"behaviour": "first", "step": {"value": 1}}},
+             {"task": "$name", "parameters": {"behaviour": "second", "step": {"value": 2}}}]}
+]
+JSON
 }
 
 # The orchestrator among failures of everything around it; see examples/chaos.

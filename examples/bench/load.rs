@@ -21,6 +21,8 @@ use uuid::Uuid;
 use crate::site::{Site, pause};
 
 pub const WORKFLOW: &str = "bench";
+/// Two steps, both of which are tasks of that one.
+const STEPS: &str = "bench_steps";
 /// What all clients together hear.
 pub const CLIENTS: &str = "bench.clients";
 /// How long a backlog may take.
@@ -34,11 +36,17 @@ pub enum Kind {
     Start,
     Progress,
     Result,
+    /// A submission of a job of two steps.
+    Steps,
+    /// The result of the first of them.
+    HandOver,
 }
 
 impl Kind {
     /// What happens to a job.
     pub const ALL: [Kind; 4] = [Kind::Submission, Kind::Start, Kind::Progress, Kind::Result];
+    /// What happens to a job of two steps.
+    pub const OF_STEPS: [Kind; 3] = [Kind::Steps, Kind::HandOver, Kind::Result];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -47,6 +55,16 @@ impl Kind {
             Kind::Start => "starts",
             Kind::Progress => "progress messages",
             Kind::Result => "results",
+            Kind::Steps => "submissions of two steps",
+            Kind::HandOver => "hand-overs",
+        }
+    }
+
+    /// Whether it causes a task.
+    pub fn has_task(self) -> bool {
+        match self {
+            Kind::Submission | Kind::Steps | Kind::HandOver => true,
+            Kind::Refused | Kind::Start | Kind::Progress | Kind::Result => false,
         }
     }
 }
@@ -106,13 +124,16 @@ impl Load {
     ) -> Box<dyn Iterator<Item = Outgoing> + 'a> {
         match kind {
             Kind::Submission => Box::new(jobs.iter().map(move |job| submission(*job, esdl))),
+            Kind::Steps => Box::new(jobs.iter().map(move |job| submission_to(STEPS, *job, esdl))),
             Kind::Refused => Box::new(
                 jobs.iter()
                     .map(move |job| submission_to("none", *job, esdl)),
             ),
             Kind::Start => Box::new(tasks.iter().map(|task| self.start(task))),
             Kind::Progress => Box::new(tasks.iter().map(|task| self.progress(task))),
-            Kind::Result => Box::new(tasks.iter().map(move |task| self.result(task, esdl))),
+            Kind::Result | Kind::HandOver => {
+                Box::new(tasks.iter().map(move |task| self.result(task, esdl)))
+            }
         }
     }
 
@@ -156,8 +177,8 @@ impl Load {
     ) -> anyhow::Result<()> {
         self.listen(jobs, kind)?;
         let config = match kind {
-            Kind::Submission | Kind::Refused => &self.sdk,
-            Kind::Start | Kind::Progress | Kind::Result => &self.task,
+            Kind::Submission | Kind::Steps | Kind::Refused => &self.sdk,
+            Kind::Start | Kind::Progress | Kind::Result | Kind::HandOver => &self.task,
         };
         let link = Link::open(config, "bench")?;
         let calls = Calls::default();
@@ -185,8 +206,8 @@ impl Load {
         };
         channel.queue_declare(CLIENTS, options)?;
         let what = match kind {
-            Kind::Submission | Kind::Start => "status",
-            Kind::Progress => "progress",
+            Kind::Submission | Kind::Steps | Kind::Start => "status",
+            Kind::Progress | Kind::HandOver => "progress",
             Kind::Refused | Kind::Result => "result",
         };
         for job in jobs {
@@ -200,9 +221,9 @@ impl Load {
     /// How fast the service, which has just begun, works off so many messages: from the tenth part
     /// on, since the first ones meet prepared statements and the like for the first time.
     pub fn measure(&self, kind: Kind, messages: usize, site: &Site) -> anyhow::Result<Measured> {
-        let (config, queue) = match kind {
-            Kind::Submission => (&self.celery, WORKFLOW),
-            Kind::Refused | Kind::Start | Kind::Progress | Kind::Result => (&self.sdk, CLIENTS),
+        let (config, queue) = match kind.has_task() {
+            true => (&self.celery, WORKFLOW),
+            false => (&self.sdk, CLIENTS),
         };
         let mut connection = open(config)?;
         let channel = connection.open_channel(None)?;
@@ -238,9 +259,9 @@ impl Load {
     pub fn samples(&self, kind: Kind) -> anyhow::Result<Samples> {
         Ok(Samples {
             incoming: self.incoming.load(Ordering::Relaxed),
-            task: match kind {
-                Kind::Submission => Some(first(&self.celery, WORKFLOW)?),
-                Kind::Refused | Kind::Start | Kind::Progress | Kind::Result => None,
+            task: match kind.has_task() {
+                true => Some(first(&self.celery, WORKFLOW)?),
+                false => None,
             },
             client: first(&self.sdk, CLIENTS)?,
         })

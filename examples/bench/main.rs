@@ -45,7 +45,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, refusals, replicas, history, backlog, latency, page.
+    /// Only these parts: sizes, one size as it is named, steps, refusals, replicas, history, backlog, latency, page.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -91,6 +91,9 @@ fn main() -> anyhow::Result<()> {
     for (name, bytes, fewer) in SIZES {
         if wanted("sizes") || wanted(name) {
             bench.throughput(name, bytes, (messages / fewer).max(20), 1)?;
+        }
+        if wanted("steps") || wanted(&format!("{name} steps")) {
+            bench.steps(name, bytes, (messages / fewer).max(20))?;
         }
         if wanted("refusals") || wanted(&format!("{name} refusals")) {
             bench.refusals(name, bytes, (messages / fewer).max(20))?;
@@ -160,6 +163,24 @@ impl Bench {
         Ok(())
     }
 
+    /// Jobs of two steps: their submissions, the results of their first steps, which are handed over,
+    /// and those of their second ones.
+    fn steps(&mut self, name: &str, esdl: usize, jobs: usize) -> anyhow::Result<()> {
+        let ids: Vec<Uuid> = (0..jobs).map(|_| Uuid::new_v4()).collect();
+        let mut tasks = Vec::new();
+        for kind in Kind::OF_STEPS {
+            let prepared = self.load.prepare(kind, &ids, &tasks, esdl);
+            self.load.publish(kind, &ids, prepared)?;
+            let what = format!("{name}, two steps: {}", kind.name());
+            let new_tasks = self.backlog(&what, kind, jobs, 1)?;
+            tasks = new_tasks.unwrap_or(tasks);
+        }
+        let peak = self.site.peak_memory();
+        let what = format!("{name}, two steps: peak RSS, MiB");
+        self.report.cost(&what, peak);
+        Ok(())
+    }
+
     /// Submissions that are refused, whose clients are told so after a while, and at once.
     fn refusals(&mut self, name: &str, esdl: usize, jobs: usize) -> anyhow::Result<()> {
         for delay in ["1000", "0"] {
@@ -177,7 +198,7 @@ impl Bench {
     }
 
     /// Has a backlog that is waiting worked off by the service, and by the floor. Returns the tasks
-    /// of submissions.
+    /// that it has led to.
     fn backlog(
         &mut self,
         what: &str,
@@ -189,7 +210,7 @@ impl Bench {
         let measured = self.load.measure(kind, jobs, &self.site)?;
         self.site.stop()?;
         let samples = self.load.samples(kind)?;
-        let tasks = (kind == Kind::Submission).then(|| self.load.take_tasks(jobs));
+        let tasks = kind.has_task().then(|| self.load.take_tasks(jobs));
         self.load.purge()?;
         let floor = floor::run(&self.config, jobs, &samples)?;
         self.report

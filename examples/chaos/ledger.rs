@@ -21,6 +21,29 @@ pub enum Plan {
     /// Its worker dies over it.
     Crashes,
     UnknownWorkflow,
+    /// Two steps, of which both succeed.
+    Steps,
+    /// The same, and its client changes its mind.
+    StepsCancelled,
+    /// Two steps, of which the first fails.
+    FirstStepFails,
+    SecondStepFails,
+}
+
+impl Plan {
+    pub fn has_steps(self) -> bool {
+        match self {
+            Plan::Steps | Plan::StepsCancelled | Plan::FirstStepFails | Plan::SecondStepFails => {
+                true
+            }
+            Plan::Plain
+            | Plan::Fails
+            | Plan::Cancelled
+            | Plan::TooSlow
+            | Plan::Crashes
+            | Plan::UnknownWorkflow => false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -35,6 +58,10 @@ pub struct Record {
     pub starts: BTreeMap<String, u32>,
     /// Workers have delivered these, and the broker has confirmed them.
     pub delivered: Vec<ResultType>,
+    /// What the workers of its first step have put out.
+    pub outputs: BTreeSet<String>,
+    /// What its second step has been given.
+    pub inputs: BTreeSet<String>,
     /// RabbitMQ has forgotten the queue that the client had declared.
     pub queue_lost: bool,
 }
@@ -58,6 +85,8 @@ impl Record {
             results: Vec::new(),
             starts: BTreeMap::new(),
             delivered: Vec::new(),
+            outputs: BTreeSet::new(),
+            inputs: BTreeSet::new(),
             queue_lost: false,
         }
     }
@@ -107,6 +136,11 @@ impl Record {
     /// # Errors
     /// What does not go together.
     pub fn check(&self, plan: Plan, kills: &[Range<Instant>]) -> Result<(), Violation> {
+        // Byte for byte, and no step after one that has failed.
+        if let Some(input) = self.inputs.difference(&self.outputs).next() {
+            let what = format!("the second step was given {input}: {self:?}");
+            return Err(Violation::Impossible(what));
+        }
         let broker_died = self.lived_through(kills);
         let Some((result_type, logs)) = self.results.first() else {
             if self.queue_lost && broker_died {
@@ -121,17 +155,29 @@ impl Record {
             return Ok(());
         }
         let may_crash = plan == Plan::Crashes || broker_died;
-        let crash_loop = logs == CRASH_LOOP_LOGS && self.crashed() && may_crash;
+        let says_so = match plan.has_steps() {
+            true => logs.contains(CRASH_LOOP_LOGS),
+            false => logs == CRASH_LOOP_LOGS,
+        };
+        let crash_loop = says_so && self.crashed() && may_crash;
         let delivered = self.delivered.contains(result_type);
         let possible = match (plan, result_type) {
             (Plan::UnknownWorkflow, ResultType::Error) => logs.contains("is unknown by"),
             (Plan::UnknownWorkflow, _) => false,
-            (Plan::Cancelled | Plan::TooSlow, ResultType::Cancelled) => true,
+            (Plan::Cancelled | Plan::StepsCancelled | Plan::TooSlow, ResultType::Cancelled) => true,
             (
-                Plan::Plain | Plan::Cancelled | Plan::TooSlow | Plan::Crashes,
+                Plan::Plain
+                | Plan::Cancelled
+                | Plan::TooSlow
+                | Plan::Crashes
+                | Plan::Steps
+                | Plan::StepsCancelled,
                 ResultType::Succeeded,
             ) => delivered,
-            (Plan::Fails, ResultType::Error) => delivered || crash_loop,
+            (Plan::FirstStepFails, ResultType::Error) if !self.inputs.is_empty() => false,
+            (Plan::Fails | Plan::FirstStepFails | Plan::SecondStepFails, ResultType::Error) => {
+                delivered || crash_loop
+            }
             (_, ResultType::Error) => crash_loop,
             (_, ResultType::Succeeded | ResultType::Cancelled | ResultType::Timeout) => false,
         };
@@ -243,6 +289,24 @@ mod tests {
         result.delivered.clear();
         let killed = [kill(&result, 3, 4)];
         assert!(result.check(Plan::Plain, &killed).is_err());
+    }
+
+    #[test]
+    fn a_second_step_has_the_output_of_the_first() {
+        let stepped = |plan, outputs: &[&str], inputs: &[&str], result| {
+            let mut record = record(&[result], &[result]);
+            record.outputs = outputs.iter().map(|one| (*one).to_owned()).collect();
+            record.inputs = inputs.iter().map(|one| (*one).to_owned()).collect();
+            record.check(plan, &[]).is_ok()
+        };
+        let (done, failed) = (ResultType::Succeeded, ResultType::Error);
+        assert!(stepped(Plan::Steps, &["a", "b"], &["a"], done));
+        assert!(!stepped(Plan::Steps, &["a"], &["a", "c"], done));
+        assert!(!stepped(Plan::Steps, &["a"], &["a"], failed));
+        assert!(stepped(Plan::FirstStepFails, &[], &[], failed));
+        assert!(!stepped(Plan::FirstStepFails, &[], &["a"], failed));
+        assert!(!stepped(Plan::FirstStepFails, &["a"], &["a"], failed));
+        assert!(stepped(Plan::SecondStepFails, &["a"], &["a"], failed));
     }
 
     #[test]

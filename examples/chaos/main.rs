@@ -142,15 +142,19 @@ fn plan(random: &mut Rng, jobs: usize, length: Duration) -> Vec<(Duration, Actio
         let job = Uuid::from_u128(random.u128(..));
         let time = length.mul_f64(random.f64());
         let plan = match random.u32(..100) {
-            0..50 => Plan::Plain,
+            0..30 => Plan::Plain,
+            30..44 => Plan::Steps,
+            44..47 => Plan::FirstStepFails,
+            47..50 => Plan::SecondStepFails,
             50..60 => Plan::Fails,
-            60..80 => Plan::Cancelled,
+            60..66 => Plan::StepsCancelled,
+            66..80 => Plan::Cancelled,
             80..86 => Plan::TooSlow,
             86..94 => Plan::Crashes,
             _ => Plan::UnknownWorkflow,
         };
         actions.push((time, Action::Submit(job, plan)));
-        if plan == Plan::Cancelled {
+        if matches!(plan, Plan::Cancelled | Plan::StepsCancelled) {
             // Around the time that a task takes, so that it meets everything else.
             let later = Duration::from_millis(random.u64(..400));
             actions.push((time + later, Action::Cancel(job)));
@@ -213,12 +217,13 @@ fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
         .context("connecting to Postgres")?;
     let rows: i64 = client
         .query_one(
-            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)",
+            "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)
+                    + (SELECT count(*) FROM job_input)",
             &[],
         )?
         .get(0);
     if rows > 0 {
-        left.push(format!("{rows} rows in job and job_starts"));
+        left.push(format!("{rows} rows in job, job_starts and job_input"));
     }
     Ok(left)
 }

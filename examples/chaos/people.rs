@@ -26,6 +26,8 @@ use uuid::Uuid;
 use crate::ledger::{Plan, Record};
 
 pub const WORKFLOW: &str = "chaos";
+/// The workflow of two steps, both of which are tasks of that one.
+const STEPS: &str = "chaos_steps";
 pub const RESULTS: &str = "omotes_task_result_events";
 pub const PROGRESS: &str = "omotes_task_progress_events";
 const ESDL: &str =
@@ -387,8 +389,13 @@ impl World {
             celery_task_type: WORKFLOW.to_owned(),
             progress_type: Some(progress_type),
         };
+        let step = body[0][3]["step"].as_u64();
         self.note(job, |record| {
             *record.starts.entry(task.clone()).or_default() += 1;
+            if step == Some(2) {
+                let input = body[0][2].as_str().unwrap_or_default();
+                record.inputs.insert(input.to_owned());
+            }
         });
         let start = event(ProgressType::Status(ProgressStatus::Start.into()));
         publisher.publish(&[wire::worker_event(PROGRESS, &start)])?;
@@ -415,17 +422,26 @@ impl World {
                 job_result::ResultType::Succeeded,
             ),
         };
+        // Of steps each attempt has another one.
+        let output = match step {
+            None => format!("<e id='{job}'/>"),
+            Some(_) => format!("<e id='{task} {}'/>", Uuid::new_v4()),
+        };
+        let goes_on = step == Some(1) && told == job_result::ResultType::Succeeded;
         let result = TaskResult {
             job_id: job.to_string(),
             celery_task_id: task.clone(),
             result_type: result_type.into(),
-            output_esdl: Some(format!("<e id='{job}'/>")),
+            output_esdl: Some(output.clone()),
             logs: "done".to_owned(),
             celery_task_type: WORKFLOW.to_owned(),
             esdl_messages: Vec::new(),
         };
         // Before it is confirmed, for it may arrive without that being heard.
-        self.note(job, |record| record.delivered.push(told));
+        self.note(job, |record| match goes_on {
+            true => drop(record.outputs.insert(output)),
+            false => record.delivered.push(told),
+        });
         publisher.publish(&[wire::worker_event(RESULTS, &result)])?;
         Ok(true)
     }
@@ -449,16 +465,30 @@ fn open(config: &RabbitMq) -> anyhow::Result<Connection> {
 
 fn submission(job: Uuid, plan: Plan) -> JobSubmission {
     let behaviour = match plan {
-        Plan::Plain | Plan::Cancelled | Plan::UnknownWorkflow => "succeed",
         Plan::Fails => "fail",
         Plan::TooSlow => "slow",
         Plan::Crashes => "crash",
+        Plan::Plain
+        | Plan::Cancelled
+        | Plan::UnknownWorkflow
+        | Plan::Steps
+        | Plan::StepsCancelled
+        | Plan::FirstStepFails
+        | Plan::SecondStepFails => "succeed",
     };
     let workflow = match plan {
         Plan::UnknownWorkflow => "no such workflow",
-        Plan::Plain | Plan::Fails | Plan::Cancelled | Plan::TooSlow | Plan::Crashes => WORKFLOW,
+        _ if plan.has_steps() => STEPS,
+        _ => WORKFLOW,
     };
-    let params = Map::from_iter([("behaviour".to_owned(), behaviour.into())]);
+    let of_step = |fails| if plan == fails { "fail" } else { "succeed" };
+    let params = Map::from_iter(match plan.has_steps() {
+        false => vec![("behaviour".to_owned(), behaviour.into())],
+        true => vec![
+            ("first".to_owned(), of_step(Plan::FirstStepFails).into()),
+            ("second".to_owned(), of_step(Plan::SecondStepFails).into()),
+        ],
+    });
     JobSubmission {
         uuid: job.to_string(),
         timeout_ms: (plan == Plan::TooSlow).then_some(SHORT_TIMEOUT_MS),

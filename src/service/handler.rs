@@ -312,6 +312,10 @@ impl<'s> Handler<'s> {
     /// closed queue takes it.
     fn finish(&mut self, mut item: Item) {
         if let Some(queue) = item.waits_for.take() {
+            // A finding is made again.
+            if matches!(item.work, Work::Finding { .. }) {
+                return;
+            }
             self.stalled.entry(queue).or_default().push(item);
             return;
         }

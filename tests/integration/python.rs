@@ -55,7 +55,7 @@ impl CeleryWorker {
     }
 
     /// One with more variables than those of its connection.
-    fn with(deployment: &Deployment, sdk: &str, variables: &[(&str, &str)]) -> CeleryWorker {
+    pub fn with(deployment: &Deployment, sdk: &str, variables: &[(&str, &str)]) -> CeleryWorker {
         let host = format!("host-{}", Uuid::new_v4().simple());
         let log = deployment.folder.join(format!("{host}.log"));
         // The worker reads the variables of its own connection.
@@ -93,7 +93,7 @@ impl CeleryWorker {
     }
 
     /// Ends it with all its children as the kernel does with a container: at once.
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         let group = format!("-{}", self.child.id());
         let killed = Command::new("kill").args(["-KILL", "--", &group]).status();
         assert!(killed.unwrap().success());
@@ -130,13 +130,13 @@ impl Drop for CeleryWorker {
     }
 }
 
-struct SdkClient {
+pub struct SdkClient {
     child: Child,
     stories: PathBuf,
 }
 
 impl SdkClient {
-    fn new(deployment: &Deployment, sdk: &str, jobs: &[Value]) -> SdkClient {
+    pub fn new(deployment: &Deployment, sdk: &str, jobs: &[Value]) -> SdkClient {
         let name = format!("client-{}", Uuid::new_v4());
         let stories = deployment.folder.join(format!("{name}.json"));
         let file =
@@ -152,7 +152,7 @@ impl SdkClient {
     }
 
     /// What it has heard of each job.
-    fn stories(mut self) -> Vec<Value> {
+    pub fn stories(mut self) -> Vec<Value> {
         assert!(self.child.wait().unwrap().success(), "the client failed");
         serde_json::from_slice(&fs::read(self.stories).unwrap()).unwrap()
     }

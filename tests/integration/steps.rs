@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, ESDL, Task, Worker};
+use crate::python::{CeleryWorker, SdkClient};
 
 /// Rows that say of steps what no job needs any more.
 const LEFT: &str = "SELECT (SELECT count(*) FROM job_input) + (SELECT count(*) FROM job_step \
@@ -541,4 +542,105 @@ fn operators_see_where_a_job_is_and_what_its_steps_did() {
         ),
         "{drawn}"
     );
+}
+
+/// A deployment whose workflow `steered` has two steps that real Celery workers do; each does what
+/// the job's parameter of its own says.
+fn with_celery_workers() -> (Deployment, Service) {
+    let deployment = Deployment::new();
+    let file = deployment.folder.join("workflows.json");
+    let steered = json!([{
+        "workflow_type_name": "steered", "workflow_type_description_name": "Two steps",
+        "workflow_parameters": [{"parameter_type": "string", "key_name": "first"},
+                                {"parameter_type": "string", "key_name": "second"}],
+        "steps": [
+            {"task": "optimiser", "title": "Optimise", "parameters": {"behaviour": "first"}},
+            {"task": "simulator", "title": "Simulate", "parameters": {"behaviour": "second"}},
+        ],
+    }]);
+    fs::write(&file, steered.to_string()).unwrap();
+    let service = deployment.start_with(&[("WORKFLOW_CONFIG_PATH", file.to_str().unwrap())]);
+    (deployment, service)
+}
+
+fn celery_worker(deployment: &Deployment, task: &str) -> CeleryWorker {
+    CeleryWorker::with(deployment, "4.3", &[("WORKER_TASK", task)])
+}
+
+fn steered(first: &str, second: &str) -> Value {
+    let params = json!({"first": first, "second": second});
+    json!({"workflow": "steered", "params": params, "reference": "steered"})
+}
+
+#[test]
+fn four_clients_and_celery_workers_of_two_types_finish_two_hundred_jobs() {
+    let (deployment, _service) = with_celery_workers();
+    let _workers = ["optimiser", "simulator", "optimiser", "simulator"]
+        .map(|task| celery_worker(&deployment, task));
+    let jobs = vec![steered("succeed", "succeed"); 50];
+    let clients: Vec<_> = (0..4)
+        .map(|_| SdkClient::new(&deployment, "4.3", &jobs))
+        .collect();
+    for story in clients.into_iter().flat_map(SdkClient::stories) {
+        assert_eq!(story["result"], "SUCCEEDED", "{story}");
+        assert_eq!(story["statuses"], json!(["ENQUEUED", "RUNNING"]), "{story}");
+        let output = story["output_esdl"].as_str().unwrap();
+        assert!(
+            output.contains(r#"description="optimiser simulator""#),
+            "{output}"
+        );
+        let said = &story["messages"];
+        assert_eq!(said[0][0], "Optimise: a remark");
+        assert_eq!(said[1][0], "Simulate: a remark");
+        let fractions = story["progress"].as_array().unwrap();
+        assert!(
+            fractions.is_sorted_by_key(|one| one[0].as_f64().unwrap()),
+            "{story}"
+        );
+    }
+    deployment.no_jobs_left();
+    deployment.comes_to(0, LEFT);
+    let steps = "SELECT count(*) FROM job_step WHERE outcome = 'SUCCEEDED' AND starts = 1";
+    assert_eq!(deployment.count(steps), 400);
+}
+
+#[test]
+fn a_celery_worker_may_fail_be_cancelled_or_be_killed_in_any_step() {
+    let (deployment, _service) = with_celery_workers();
+    let _first = celery_worker(&deployment, "optimiser");
+    let mut second = celery_worker(&deployment, "simulator");
+    let mut cancelled = steered("sleep", "succeed");
+    cancelled["cancel_on"] = "RUNNING".into();
+    let jobs = [
+        steered("fail", "succeed"),
+        cancelled,
+        steered("succeed", "raise"),
+    ];
+    let stories = SdkClient::new(&deployment, "4.3", &jobs).stories();
+    let results: Vec<_> = stories.iter().map(|story| &story["result"]).collect();
+    assert_eq!(results, ["ERROR", "CANCELLED", "ERROR"], "{stories:?}");
+    for (story, step) in [
+        (&stories[0], "step 1 of 2, Optimise"),
+        (&stories[2], "step 2 of 2, Simulate"),
+    ] {
+        let logs = story["logs"].as_str().unwrap();
+        assert!(
+            logs.starts_with(&format!("The job ended in {step}.")),
+            "{logs}"
+        );
+    }
+
+    let file = deployment.folder.join("go on");
+    let wait = format!("wait for {}", file.display());
+    let client = SdkClient::new(&deployment, "4.3", &[steered("succeed", &wait)]);
+    let running = "SELECT count(*) FROM job_step WHERE number = 2 AND started_at IS NOT NULL
+                       AND finished_at IS NULL";
+    deployment.comes_to(1, running);
+    second.kill();
+    let _other = celery_worker(&deployment, "simulator");
+    deployment.comes_to(2, "SELECT count(*) FROM job_starts");
+    fs::write(&file, "").unwrap();
+    assert_eq!(client.stories()[0]["result"], "SUCCEEDED");
+    deployment.no_jobs_left();
+    deployment.comes_to(0, LEFT);
 }

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import signal
 import socket
 import time
@@ -14,6 +15,10 @@ from omotes_sdk.internal.orchestrator_worker_events.esdl_messages import (  # no
     MessageSeverity,
 )
 from omotes_sdk.internal.worker.worker import initialize_worker  # noqa: E402
+
+
+# The Celery task that it takes, which leaves its mark in what it puts out.
+TASK = os.environ.get("WORKER_TASK", "steerable")
 
 
 def steerable(input_esdl, params, update_progress, *_task_name):
@@ -32,10 +37,17 @@ def steerable(input_esdl, params, update_progress, *_task_name):
         time.sleep(0.05)
     message = EsdlMessage("a remark", MessageSeverity.WARNING, "an-asset")
     output = input_esdl.replace('id="input"', f'id="output-{time.time_ns()}"')
+    if TASK != "steerable":
+        # The name is the SDK's.
+        before = re.search('description="(.*?)"', output)
+        marks = [before[1]] if before else []
+        output = re.sub(' description=".*?"', "", output)
+        marks = " ".join(marks + [TASK])
+        output = output.replace(' id="', f' description="{marks}" id="', 1)
     return (output if waits or behaviour == "succeed" else None), [message]
 
 
 if __name__ == "__main__":
     # Until SDK 4.2 a worker has one type of task, from 4.3 on a list of them.
     several = "task_types" in inspect.signature(initialize_worker).parameters
-    initialize_worker(["steerable"] if several else "steerable", steerable)
+    initialize_worker([TASK] if several else TASK, steerable)

@@ -211,6 +211,11 @@ impl Command {
                 reason,
                 task_id: Some(completion.task_id.clone()),
             }),
+            // It would be found again and again.
+            Command::TakeTurn => Some(Command::Fail {
+                reason,
+                task_id: None,
+            }),
             Command::Refuse { .. }
             | Command::Cancel
             | Command::Start { .. }
@@ -218,7 +223,6 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn
             | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }

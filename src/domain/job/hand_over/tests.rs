@@ -357,6 +357,22 @@ fn a_step_is_tried_again_at_once_or_after_a_while() {
     );
 }
 
+/// Its queue may be full, say, which does not change by itself.
+#[test]
+fn an_attempt_that_cannot_be_made_ends_the_job() {
+    let mut story = Story::new(r#"[{"task": "a", "retry": {"attempts": 2, "wait_sec": 10}}]"#);
+    story.submit();
+    story.start();
+    story.result(None);
+    let instead = Command::TakeTurn.instead("it is refused".to_owned());
+    let told = story.tell(&instead.unwrap());
+    assert!(told[0].contains("it is refused"), "{told:?}");
+    let State::Ending(ending) = &story.state else {
+        panic!("{:?}", story.state);
+    };
+    assert_eq!(ending.ended.outcome, Outcome::Rejected);
+}
+
 #[rstest]
 #[case::another_task(r#"{"fallback": {"task": "b", "title": "B"}}"#, "b", "B, attempt 2")]
 #[case::the_next_step(r#""continue""#, "c", "c")]

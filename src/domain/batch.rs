@@ -91,6 +91,8 @@ pub struct Report<'a> {
     pub subject: Subject,
     pub command: &'a Command,
     pub event: Event,
+    /// The logs of the refusal, if it is a refused submission.
+    pub refusal: Option<String>,
 }
 
 /// The job that a report is about.
@@ -175,12 +177,12 @@ impl<'a> Plan<'a> {
             time_series,
             event,
         } = decision;
+        let refusal = refusal(command, &announcements);
         if !time.is_zero() {
-            let refusal = refusal(command, &announcements);
             self.waits.push(Wait {
                 place,
                 time,
-                refusal,
+                refusal: refusal.clone(),
             });
         } else if !announcements.is_empty() {
             self.ending.insert(job_id);
@@ -204,6 +206,7 @@ impl<'a> Plan<'a> {
                 subject,
                 command,
                 event,
+                refusal,
             }),
         }
         next

@@ -247,7 +247,7 @@ impl Handler<'_> {
                 .service
                 .metrics
                 .message(batch[report.place].inbox(), &report.event);
-            report::log(&report.subject, &report.event, report.command);
+            report::log(report);
             if let Event::Suspected { .. } = report.event {
                 // Full when it has been woken already.
                 let _ = common.inquiry.try_send(());

@@ -159,8 +159,8 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     };
     let logs = format!("The job {what} {LOST_LOGS}");
     let result_bytes = logs.len();
-    let told = [error_result(job_id, Cow::Owned(logs))];
-    job.ends(Outcome::Lost, result_bytes, told, context)
+    let to_client = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Lost, result_bytes, to_client, context)
 }
 
 /// The state that a decision sees: a job that is ending looks live to the message that led to its
@@ -284,7 +284,7 @@ fn end_with_result<'a>(
     };
     let output_esdl = output_esdl.as_deref();
     let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
-    let told = Publication::Result {
+    let to_client = Publication::Result {
         job_id,
         result_type,
         output_esdl,
@@ -296,7 +296,7 @@ fn end_with_result<'a>(
             esdl_id,
             reference: Cow::Owned(job.reference.clone()),
         }),
-        ..job.ends(outcome, result_bytes, [told], context)
+        ..job.ends(outcome, result_bytes, [to_client], context)
     }
 }
 
@@ -516,8 +516,8 @@ fn time_out<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> 
         logs: Cow::Owned(logs),
         esdl_messages: &[],
     };
-    let told = status.into_iter().chain([result]);
-    job.ends(Outcome::TimedOut, result_bytes, told, context)
+    let to_client = status.into_iter().chain([result]);
+    job.ends(Outcome::TimedOut, result_bytes, to_client, context)
 }
 
 /// Ends a job that nothing has been heard of for so long that nobody can be waiting for it.
@@ -545,8 +545,8 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
          unfinished jobs are kept."
     );
     let result_bytes = logs.len();
-    let told = [error_result(job_id, Cow::Owned(logs))];
-    job.ends(Outcome::Expired, result_bytes, told, context)
+    let to_client = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Expired, result_bytes, to_client, context)
 }
 
 /// Tells the client why nothing happens, once while the job waits.

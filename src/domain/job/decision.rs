@@ -237,7 +237,7 @@ impl Job {
         &self,
         outcome: Outcome,
         result_bytes: usize,
-        told: impl IntoIterator<Item = Publication<'a>>,
+        to_client: impl IntoIterator<Item = Publication<'a>>,
         context: &Context<'_>,
     ) -> Decision<'a> {
         let runs = !outcome.by_its_task() || self.starts.len() > 1;
@@ -250,7 +250,7 @@ impl Job {
                 job: self.clone(),
                 ended: self.ended(outcome, result_bytes, context.now),
             })),
-            announcements: revocation.into_iter().chain(told).collect(),
+            announcements: revocation.into_iter().chain(to_client).collect(),
             // Negative once the time has come.
             wait: context
                 .now
@@ -267,7 +267,7 @@ impl Job {
         reason: Cow<'a, str>,
         context: &Context<'_>,
     ) -> Decision<'a> {
-        let told = [error_result(job_id, reason.clone())];
-        self.ends(Outcome::Rejected, reason.len(), told, context)
+        let to_client = [error_result(job_id, reason.clone())];
+        self.ends(Outcome::Rejected, reason.len(), to_client, context)
     }
 }

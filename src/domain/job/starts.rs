@@ -238,8 +238,13 @@ pub(super) fn may_end(job: &Job, command: &Command) -> bool {
 }
 
 pub(super) fn crash_loop<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> Decision<'a> {
-    let told = [error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))];
-    job.ends(Outcome::CrashLoop, CRASH_LOOP_LOGS.len(), told, context)
+    let to_client = [error_result(job_id, Cow::Borrowed(CRASH_LOOP_LOGS))];
+    job.ends(
+        Outcome::CrashLoop,
+        CRASH_LOOP_LOGS.len(),
+        to_client,
+        context,
+    )
 }
 
 /// A START of the task whose result ended the job: one that was counted and comes again, or trails

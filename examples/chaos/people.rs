@@ -405,7 +405,7 @@ impl World {
         }
         let progress = event(ProgressType::Progress(1.0));
         publisher.publish(&[wire::worker_event(PROGRESS, &progress)])?;
-        let (result_type, told) = match behaviour {
+        let (result_type, expected) = match behaviour {
             "fail" => (
                 task_result::ResultType::Error,
                 job_result::ResultType::Error,
@@ -425,7 +425,7 @@ impl World {
             esdl_messages: Vec::new(),
         };
         // Before it is confirmed, for it may arrive without that being heard.
-        self.note(job, |record| record.delivered.push(told));
+        self.note(job, |record| record.delivered.push(expected));
         publisher.publish(&[wire::worker_event(RESULTS, &result)])?;
         Ok(true)
     }

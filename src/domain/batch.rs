@@ -125,12 +125,12 @@ pub fn decide<'a, 'c>(
             ..
         } = asked;
         let state = after.get(&job_id).unwrap_or_else(|| before(job_id));
-        let told;
+        let settled;
         let state = match state {
             // It will be told and settled with this batch.
             State::Ending(job) if plan.ending.contains(&job_id) => {
-                told = State::Ended(job.ended.clone());
-                &told
+                settled = State::Ended(job.ended.clone());
+                &settled
             }
             state => state,
         };

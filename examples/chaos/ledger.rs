@@ -118,9 +118,9 @@ impl Record {
     /// Whether the result got lost in RabbitMQ, and its client was told so.
     pub fn result_lost(&self) -> bool {
         let worked = !self.delivered.is_empty() || self.crashed();
-        let told = self.results.first();
+        let first = self.results.first();
         worked
-            && told
+            && first
                 .is_some_and(|(kind, logs)| *kind == ResultType::Error && logs.ends_with(LOST_LOGS))
     }
 

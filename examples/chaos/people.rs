@@ -412,7 +412,7 @@ impl World {
         }
         let progress = event(ProgressType::Progress(1.0));
         publisher.publish(&[wire::worker_event(PROGRESS, &progress)])?;
-        let (result_type, told) = match behaviour {
+        let (result_type, expected) = match behaviour {
             "fail" => (
                 task_result::ResultType::Error,
                 job_result::ResultType::Error,
@@ -427,7 +427,7 @@ impl World {
             None => format!("<e id='{job}'/>"),
             Some(_) => format!("<e id='{task} {}'/>", Uuid::new_v4()),
         };
-        let goes_on = step == Some(1) && told == job_result::ResultType::Succeeded;
+        let goes_on = step == Some(1) && expected == job_result::ResultType::Succeeded;
         let result = TaskResult {
             job_id: job.to_string(),
             celery_task_id: task.clone(),
@@ -440,7 +440,7 @@ impl World {
         // Before it is confirmed, for it may arrive without that being heard.
         self.note(job, |record| match goes_on {
             true => drop(record.outputs.insert(output)),
-            false => record.delivered.push(told),
+            false => record.delivered.push(expected),
         });
         publisher.publish(&[wire::worker_event(RESULTS, &result)])?;
         Ok(true)

@@ -181,7 +181,7 @@ mod tests {
     #[case::a_little_before(-4, false)]
     #[case::far_before(-6, true)]
     #[case::far_after(8, true)]
-    fn a_clock_that_differs_is_told(#[case] second: i64, #[case] told: bool) {
+    fn a_clock_that_differs_is_told(#[case] second: i64, #[case] is_found: bool) {
         let at = |second| Timestamp::from_second(second).unwrap();
         let inspection = Inspection {
             clock: Some(at(second)),
@@ -190,6 +190,6 @@ mod tests {
         let mut findings = Findings::default();
         judge_database(&inspection, at(0), at(2), &mut findings);
         let skew = |finding: &Finding| finding.found.contains("clock");
-        assert_eq!(findings.0.iter().any(skew), told);
+        assert_eq!(findings.0.iter().any(skew), is_found);
     }
 }

@@ -96,6 +96,8 @@ pub struct Report<'a> {
     pub subject: Subject,
     pub command: &'a Command,
     pub event: Event,
+    /// The logs of the refusal, if it is a refused submission.
+    pub refusal: Option<String>,
 }
 
 /// The job that a report is about.
@@ -128,12 +130,12 @@ pub fn decide<'a, 'c>(
             ..
         } = asked;
         let state = after.get(&job_id).unwrap_or_else(|| before(job_id));
-        let told;
+        let settled;
         let state = match state {
             // It will be told and settled with this batch.
             State::Ending(job) if plan.ending.contains(&job_id) => {
-                told = State::Ended(job.ended.clone());
-                &told
+                settled = State::Ended(job.ended.clone());
+                &settled
             }
             state => state,
         };
@@ -184,12 +186,12 @@ impl<'a> Plan<'a> {
             time_series,
             event,
         } = decision;
+        let refusal = refusal(command, &announcements);
         if !time.is_zero() {
-            let refusal = refusal(command, &announcements);
             self.waits.push(Wait {
                 place,
                 time,
-                refusal,
+                refusal: refusal.clone(),
             });
         } else if !announcements.is_empty() {
             self.ending.insert(job_id);
@@ -213,6 +215,7 @@ impl<'a> Plan<'a> {
                 subject,
                 command,
                 event,
+                refusal,
             }),
         }
         next

@@ -311,7 +311,7 @@ impl<'s> Handler<'s> {
     /// Acknowledges an item that is done, or keeps it until its client may be told, or until a
     /// closed queue takes it.
     fn finish(&mut self, mut item: Item) {
-        if let Some(queue) = item.waits_for.take() {
+        if let Some(queue) = item.stalled_on.take() {
             // A finding is made again.
             if matches!(item.work, Work::Finding { .. }) {
                 return;

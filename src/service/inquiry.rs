@@ -27,13 +27,13 @@ use crate::wire::celery::{self, Execution};
 
 /// How long the workers have to answer a question.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
-/// How often the workers are asked before one is taken for dead. A worker that RabbitMQ lost sight
-/// of may take this many seconds to reconnect; Celery needs up to four. It is a count, not a time,
-/// since time also passes while this process stands still.
-const PATIENCE: u32 = 10;
+/// In how many rounds the workers are asked before one is taken for dead. A worker that RabbitMQ lost
+/// sight of may take this many seconds to reconnect; Celery needs up to four. It is a count, not a
+/// time, since time also passes while this process stands still.
+const ROUNDS: u32 = 10;
 /// The same when asking fails: when the connection is lost, until the session ends, and always
 /// without the rights to ask.
-const PATIENCE_UNASKED: u32 = 60;
+const FAILED_ROUNDS: u32 = 60;
 
 /// The thread's calls, for the watchdog.
 #[derive(Debug, Default)]
@@ -45,9 +45,10 @@ pub struct Watched {
 /// A suspicion that the workers are being asked about.
 struct Open {
     suspicion: Suspicion,
-    asked: u32,
-    /// How often that failed.
-    failed: u32,
+    /// In how many rounds they have been asked.
+    rounds: u32,
+    /// In how many that failed.
+    failed_rounds: u32,
 }
 
 /// What the workers have said to one question.
@@ -107,8 +108,8 @@ impl Inquiry<'_> {
             if !open.iter().any(|known| known.suspicion == suspicion) {
                 open.push(Open {
                     suspicion,
-                    asked: 0,
-                    failed: 0,
+                    rounds: 0,
+                    failed_rounds: 0,
                 });
             }
         }
@@ -121,10 +122,10 @@ impl Inquiry<'_> {
             match asked {
                 // The service is stopping, and some workers may not have answered.
                 Ok(false) => return Ok(()),
-                Ok(true) => one.asked += 1,
-                Err(_) => one.failed += 1,
+                Ok(true) => one.rounds += 1,
+                Err(_) => one.failed_rounds += 1,
             }
-            let last = one.asked >= PATIENCE || one.failed >= PATIENCE_UNASKED;
+            let last = one.rounds >= ROUNDS || one.failed_rounds >= FAILED_ROUNDS;
             self.pass_on(&one.suspicion, &said, last);
         }
         asked.map(drop)

@@ -46,7 +46,7 @@ pub struct Backlog<'b> {
     /// Whether this replica has messages in flight that it does not get to handle.
     pub held_up: &'b dyn Fn() -> bool,
     /// Whether it has outcomes that wait for their clients' queues.
-    pub untold: &'b dyn Fn() -> bool,
+    pub stalled_outcomes: &'b dyn Fn() -> bool,
     /// Whether there is something in RabbitMQ's queues.
     pub in_queues: &'b dyn Fn() -> bool,
 }
@@ -70,7 +70,7 @@ pub fn run(
         connection: None,
         shown: Vec::new(),
         other_replicas: 0,
-        untold_by_others: false,
+        others_have_stalled_outcomes: false,
         database_time: None,
         quiet: Quiet::new(Instant::now(), service.config.timeout_start_buffer),
         limits: Chore::default(),
@@ -132,7 +132,7 @@ struct Maintenance<'s> {
     /// How many others there were at the last beat that saw them.
     other_replicas: i64,
     /// Whether some of them had outcomes then that wait for their clients' queues.
-    untold_by_others: bool,
+    others_have_stalled_outcomes: bool,
     /// As of the last beat.
     database_time: Option<Timestamp>,
     quiet: Quiet,
@@ -176,9 +176,14 @@ impl Maintenance<'_> {
     /// Shows the others what has changed since the last time.
     fn show(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
         let Backlog {
-            held_up, untold, ..
+            held_up,
+            stalled_outcomes,
+            ..
         } = self.backlog;
-        for (sign, holds) in [(Sign::HeldUp, held_up()), (Sign::Untold, untold())] {
+        for (sign, holds) in [
+            (Sign::HeldUp, held_up()),
+            (Sign::StalledOutcomes, stalled_outcomes()),
+        ] {
             if holds != self.shown.contains(&sign) {
                 connection.show(sign, holds)?;
                 match holds {
@@ -243,7 +248,7 @@ impl Maintenance<'_> {
             self.quiet.begin(Instant::now(), least.max(GONE));
         }
         self.other_replicas = around.replicas;
-        self.untold_by_others = around.untold > 0;
+        self.others_have_stalled_outcomes = around.stalled_outcomes > 0;
         Ok(())
     }
 
@@ -292,7 +297,7 @@ impl Maintenance<'_> {
         let config = &self.service.config;
         let Backlog {
             held_up,
-            untold,
+            stalled_outcomes,
             in_queues,
         } = self.backlog;
         let behind = || held_up() || in_queues();
@@ -312,7 +317,9 @@ impl Maintenance<'_> {
             (Overdue::OutcomeLost(config.outcome_lost), Command::Expire),
         ] {
             // Which jobs' outcomes they are is known to the handlers alone that have them.
-            if matches!(overdue, Overdue::OutcomeLost(_)) && (untold() || self.untold_by_others) {
+            if matches!(overdue, Overdue::OutcomeLost(_))
+                && (stalled_outcomes() || self.others_have_stalled_outcomes)
+            {
                 continue;
             }
             let mut last = None;

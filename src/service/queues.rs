@@ -175,7 +175,7 @@ impl Watch {
 struct WithoutWorker {
     since: BTreeMap<String, Timestamp>,
     /// Those already logged.
-    told: BTreeSet<String>,
+    warned_of: BTreeSet<String>,
 }
 
 impl WithoutWorker {
@@ -196,13 +196,17 @@ impl WithoutWorker {
         }
         let mut long = self.since.clone();
         long.retain(|_, since| now.duration_since(*since) >= PATIENCE);
-        for name in long.keys().filter(|name| !self.told.contains(*name)) {
+        for name in long.keys().filter(|name| !self.warned_of.contains(*name)) {
             warn!("task queue {name}: jobs wait, and there is no worker");
         }
-        for name in self.told.iter().filter(|name| !long.contains_key(*name)) {
+        for name in self
+            .warned_of
+            .iter()
+            .filter(|name| !long.contains_key(*name))
+        {
             info!("task queue {name}: no job waits without a worker any more");
         }
-        self.told = long.keys().cloned().collect();
+        self.warned_of = long.keys().cloned().collect();
         long
     }
 }

@@ -49,7 +49,7 @@ impl Answering<'_> {
         mut hand_over: impl FnMut(usize, Received),
     ) -> anyhow::Result<()> {
         let queue = WORKFLOW_REQUESTS_KEY;
-        let mut told = None;
+        let mut last_warning = None;
         loop {
             let why = match claimed {
                 Claim::Refused(why) => why,
@@ -72,9 +72,9 @@ impl Answering<'_> {
                     }
                 }
             };
-            if told.as_ref() != Some(&why) {
+            if last_warning.as_ref() != Some(&why) {
                 warn!("{queue}: not ours for now, it is tried again: {why}");
-                told = Some(why);
+                last_warning = Some(why);
             }
             select! {
                 recv(stop.receiver()) -> _ => return Ok(()),

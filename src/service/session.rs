@@ -309,7 +309,7 @@ fn start_consumers<'scope>(
 /// Gives a message to its handler: one job's messages all go to one, which keeps their order.
 fn hand_over(handlers: &[Sender<Work>], inbox: Inbox, received: Received) {
     let job = catch_unwind(|| wire::job_id(&received.body));
-    // Whatever panics here panics in the handler too, which puts the message aside.
+    // Whatever panics here panics in the handler too, which makes a dead letter of it.
     let handler = job
         .ok()
         .flatten()
@@ -354,7 +354,7 @@ fn start_maintenance<'scope>(
                 let unread = unread.iter().any(|input| input.len() > MAX_BATCH_MESSAGES);
                 unread || shared.is_held_up()
             },
-            untold: &|| shared.common.closed.has_untold_outcomes(),
+            stalled_outcomes: &|| shared.common.closed.has_stalled_outcomes(),
             in_queues: &|| shared.has_events_to_come(),
         };
         maintenance::run(service, &store, &handlers, &backlog, &stop);

@@ -54,8 +54,8 @@ pub struct Around {
     pub silent: i64,
     /// How many of them show [`Sign::HeldUp`].
     pub held_up: i64,
-    /// How many of them show [`Sign::Untold`].
-    pub untold: i64,
+    /// How many of them show [`Sign::StalledOutcomes`].
+    pub stalled_outcomes: i64,
 }
 
 /// What a replica shows the others of itself, until its connection is dropped.
@@ -66,7 +66,7 @@ pub enum Sign {
     /// It has messages that it does not get to handle.
     HeldUp,
     /// It has outcomes that wait for their clients' queues.
-    Untold,
+    StalledOutcomes,
 }
 
 impl Sign {
@@ -76,7 +76,7 @@ impl Sign {
         let number = match self {
             Sign::Presence => 1,
             Sign::HeldUp => 2,
-            Sign::Untold => 3,
+            Sign::StalledOutcomes => 3,
         };
         (0x6f6d_6f74, number)
     }
@@ -167,7 +167,7 @@ impl Connection {
                 &Sign::HeldUp.lock().1,
                 &silent.as_secs_f64(),
                 &gone.as_secs_f64(),
-                &Sign::Untold.lock().1,
+                &Sign::StalledOutcomes.lock().1,
             ],
         )?;
         Ok(Around {
@@ -175,7 +175,7 @@ impl Connection {
             replicas: row.try_get(1)?,
             silent: row.try_get(2)?,
             held_up: row.try_get(3)?,
-            untold: row.try_get(4)?,
+            stalled_outcomes: row.try_get(4)?,
         })
     }
 

@@ -245,7 +245,7 @@ impl Metrics {
         self.count(inbox.name(), "dead_letter");
     }
 
-    pub fn workflows_told(&self) {
+    pub fn workflows_announced(&self) {
         self.count(Inbox::WorkflowRequests.name(), "answered");
     }
 

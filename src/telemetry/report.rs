@@ -4,7 +4,7 @@
 use log::{Level, log, log_enabled};
 use uuid::Uuid;
 
-use crate::domain::batch::Subject;
+use crate::domain::batch::Report;
 use crate::domain::job::{Command, Event, Outcome};
 use crate::domain::text::beginning;
 
@@ -90,7 +90,13 @@ pub fn job(id: Uuid, reference: &str) -> String {
 }
 
 /// Logs what became of a command.
-pub fn log(subject: &Subject, event: &Event, command: &Command) {
+pub fn log(report: &Report<'_>) {
+    let Report {
+        subject,
+        event,
+        command,
+        ..
+    } = report;
     let new_task;
     let (task, faults) = match event {
         Event::Submitted { task_id, faults } => {
@@ -124,7 +130,7 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
     };
     let level = level(event, command);
     if log_enabled!(level) {
-        say(level, &line(event, command));
+        say(level, &line(report));
     }
     if !faults.is_empty() {
         let workflow = one_line(&subject.workflow);
@@ -135,7 +141,8 @@ pub fn log(subject: &Subject, event: &Event, command: &Command) {
 }
 
 /// What is said of an event.
-fn line(event: &Event, command: &Command) -> String {
+fn line(report: &Report<'_>) -> String {
+    let Report { event, command, .. } = report;
     match event {
         Event::Submitted { task_id, .. } => {
             let workflow = command.workflow_type().map(one_line).unwrap_or_default();
@@ -158,7 +165,7 @@ fn line(event: &Event, command: &Command) -> String {
         }
         Event::Progressed => progress(command),
         Event::Ended(outcome) => {
-            let why = reason(command)
+            let why = reason(report)
                 .map(|why| format!(": {why}"))
                 .unwrap_or_default();
             format!("{}{why}", outcome_text(*outcome))
@@ -222,12 +229,14 @@ fn progress(command: &Command) -> String {
 }
 
 /// Why a job ended, where its outcome does not say it all.
-fn reason(command: &Command) -> Option<String> {
-    match command {
+fn reason(report: &Report<'_>) -> Option<String> {
+    match report.command {
         Command::Refuse { reason, .. } | Command::Fail { reason, .. } => Some(one_line(reason)),
-        Command::Submit(submission) => {
-            Some(format!("workflow {}", one_line(&submission.workflow_type)))
-        }
+        Command::Submit(submission) => Some(match report.refusal.as_deref() {
+            // Cancelled before it came.
+            None | Some("") => format!("workflow {}", one_line(&submission.workflow_type)),
+            Some(refusal) => one_line(refusal),
+        }),
         Command::Cancel
         | Command::Start { .. }
         | Command::Progress { .. }

@@ -1,4 +1,4 @@
-//! Dead letters: messages that are put aside, with the reason.
+//! Dead letters: copies of messages that could not be handled, with the reason.
 
 use jiff::Timestamp;
 use serde_json::{Map, Value};

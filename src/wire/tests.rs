@@ -379,8 +379,8 @@ fn a_submission_that_holds_too_much_is_refused(
                 },
         }) => {
             assert_eq!((id, Some(reason.as_str())), (job(), expected));
-            let told = (workflow_type.as_str(), reference.as_deref());
-            assert_eq!(told, ("simulator", Some("ref")));
+            let named = (workflow_type.as_str(), reference.as_deref());
+            assert_eq!(named, ("simulator", Some("ref")));
         }
         other => panic!("{other:?}"),
     }

@@ -31,9 +31,10 @@ def main():
         print(f"{'images':60} {time.monotonic() - begin:6.1f} s", flush=True)
         for check in checks.ALL:
             if re.search(options.only, check.__doc__) or check in checks.ALWAYS:
-                failed += [] if passes(check, site) else [check.__doc__]
-                if failed and check in checks.ALWAYS:
-                    break
+                if not passes(check, site):
+                    failed.append(check.__doc__)
+                    if check in checks.ALWAYS:
+                        break
     except LeftOut as reason:
         print(f"left out: {reason}")
     finally:

@@ -1,11 +1,13 @@
 """The checks, in their order: each goes on with what the one before has left, a deployment with one orchestrator."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 
 from docker import ROOT, LeftOut, run
-from deployment import PASSWORD, PYTHON, RABBITMQ_PASSWORD, Site, eventually, free_port
+from deployment import PASSWORD, PYTHON, RABBITMQ_PASSWORD, Site, eventually, free_port, outside
 
 MEGABYTE = 1_000_000
 PASSWORDS = {
@@ -174,7 +176,7 @@ def reloads_definitions(site):
 
 
 def runs_in_a_narrow_container(site):
-    """read-only, no capabilities, 256 MiB, passwords as secrets, one file mounted"""
+    """read-only, no capabilities, 256 MiB, secrets, one file mounted"""
     (site.folder / "one.json").write_text(more_workflows("from_one_file"))
     environment, secrets = {}, {}
     for name, password in PASSWORDS.items():
@@ -200,6 +202,10 @@ def runs_in_a_narrow_container(site):
     assert not any(password in environment for password in PASSWORDS.values())
     site.job_succeeds()
     assert "from_one_file" in site.page()
+    # In place, for the mount is of this very file.
+    (site.folder / "one.json").write_text(more_workflows("changed_in_the_file"))
+    site.compose("kill", "-s", "HUP", "orchestrator")
+    eventually("the changed workflow is shown", lambda: "changed_in_the_file" in site.page())
     assert not inspect(container, "State.OOMKilled") and inspect(container, "RestartCount") == 0
     site.restart_rest()
 
@@ -264,6 +270,33 @@ def replaces_the_python_service(site):
         omotes.remove()
 
 
+def falls_back_to_programs(site):
+    """./run.sh with a daemon that can pull nothing starts installed programs"""
+    if not all(map(shutil.which, ["influxd", "psql"])) and os.getuid() != 0:
+        raise LeftOut("this is not root, who could install the programs")
+    folder = site.folder.with_name("without-images")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in ["run.sh", ".env-template"]:
+        shutil.copy(ROOT / name, folder)
+    compose = (ROOT / "docker-compose.yml").read_text()
+    # From a registry that does not answer.
+    (folder / "docker-compose.yml").write_text(compose.replace(" image: ", f" image: 127.0.0.1:{free_port()}/"))
+    ports = {name: free_port() for name in ["SDK_RABBITMQ_PORT", "POSTGRESQL_PORT", "INFLUXDB_PORT"]}
+    environment = {**outside(), **{name: str(port) for name, port in ports.items()}, "COMPOSE_PROJECT_NAME": f"{site.project}-none"}
+    try:
+        said = run("./run.sh", "services", "up", cwd=folder, env=environment)
+        assert said.count("docker has no image for it and pulls none, so an installed program is used") == 3, said
+        said = run("./run.sh", "services", "status", cwd=folder, env=environment)
+        assert said.count("started by this script") == 3, said
+        left = run("docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={site.project}-none")
+        left += run("docker", "network", "ls", "-q", "--filter", f"label=com.docker.compose.project={site.project}-none")
+        assert left == "", left
+    finally:
+        run("./run.sh", "services", "down", cwd=folder, env=environment)
+        shutil.rmtree(folder)
+
+
 ALWAYS = [builds, comes_up]
 ALL = [
     builds,
@@ -282,4 +315,5 @@ ALL = [
     tells_a_broken_service,
     upgrades,
     replaces_the_python_service,
+    falls_back_to_programs,
 ]

@@ -49,6 +49,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def outside():
+    """The environment without what would go before an .env."""
+    ours = ("SDK_", "TASK_", "CELERY_", "POSTGRES", "INFLUXDB_", "RABBITMQ_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
 class Site:
     def __init__(self, folder):
         self.folder = folder
@@ -119,10 +125,8 @@ class Site:
 
     def compose(self, *arguments, quiet=True):
         files = [part for name in self.files for part in ["-f", name]]
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(("SDK_", "TASK_", "CELERY_", "POSTGRES", "INFLUXDB_", "RABBITMQ_"))}
         return run("docker", "compose", "-p", self.project, *files, *arguments, quiet=quiet,
-                   cwd=self.folder, env=environment)
+                   cwd=self.folder, env=outside())
 
     def up(self, *arguments):
         return self.compose("up", "-d", "--wait", "--no-build", *arguments)

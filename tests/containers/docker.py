@@ -17,7 +17,9 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROGRAMS = ["dockerd", "debootstrap", "iptables"]
+PROGRAMS = ["dockerd", "debootstrap", "iptables", "ip"]
+BRIDGE = pathlib.Path("/sys/class/net/docker0")
+FORWARDING = pathlib.Path("/proc/sys/net/ipv4/ip_forward")
 # What this machine's cargo is told about its registries goes into the stand-in of the Rust image.
 CARGO_VARIABLES = ("CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_SOURCE_")
 
@@ -61,6 +63,8 @@ class Daemon:
         self.folder = folder
         self.process = None
         self.private = False
+        # What the network was like before, unless another daemon has it in its hands.
+        self.network = None
 
     def find(self, images):
         os.environ["DOCKER_BUILDKIT"] = "1"
@@ -84,14 +88,19 @@ class Daemon:
         self.private = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if not all(map(shutil.which, PROGRAMS)):
-            print("installing Debian's docker.io, debootstrap, iptables")
-            self.apt("install", "-y", "--no-install-recommends", "docker.io", "debootstrap", "iptables")
+            print("installing Debian's docker.io, debootstrap, iptables, iproute2")
+            self.apt("install", "-y", "--no-install-recommends", "docker.io", "debootstrap", "iptables", "iproute2")
         os.environ["DOCKER_HOST"] = f"unix://{self.folder}/docker.sock"
         os.environ["DOCKER_CONFIG"] = f"{self.folder}/config"
         if not succeeds("docker", "compose", "version") or not succeeds("docker", "buildx", "version"):
             self.add_plugins()
         if succeeds("docker", "info"):
             return
+        if not BRIDGE.exists():
+            try:
+                self.network = run("iptables-save"), FORWARDING.read_text()
+            except RuntimeError as error:
+                raise LeftOut("this root may not change the network, which a docker daemon does") from error
         for driver in ["overlay2", "vfs"]:
             if self.serves(driver):
                 print(f"started a docker daemon of its own ({driver})")
@@ -152,8 +161,24 @@ class Daemon:
 
     def remove(self, keep):
         self.stop()
+        self.restore_network()
         if self.private and not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def restore_network(self):
+        """A daemon leaves its bridge and its rules behind."""
+        if not self.network:
+            return
+        rules, forwarding = self.network
+        if BRIDGE.exists():
+            run("ip", "link", "delete", "docker0")
+        # A table that was not there before is emptied: no rules, and each chain of its own accepts.
+        for table, chains in re.findall(r"^\*(\w+)\n((?::.*\n)*)", run("iptables-save"), re.MULTILINE):
+            if f"*{table}\n" not in rules:
+                accept = [f":{chain} ACCEPT\n" for chain in re.findall(r"^:(\S+) [A-Z]", chains, re.MULTILINE)]
+                rules += f"*{table}\n{''.join(accept)}COMMIT\n"
+        run("iptables-restore", input=rules)
+        FORWARDING.write_text(forwarding)
 
     def files_allowed(self):
         """How many files a container may open at most: a daemon without CAP_SYS_RESOURCE cannot give more

@@ -603,7 +603,7 @@ fn a_lock_that_somebody_else_holds_is_told_and_survived() {
 }
 
 #[test]
-fn a_message_that_brings_a_fault_to_light_is_put_aside() {
+fn a_message_that_brings_a_fault_to_light_becomes_a_dead_letter() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");

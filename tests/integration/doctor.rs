@@ -310,13 +310,13 @@ fn rights_and_limits_of_the_broker_are_told() {
         .command(&["doctor", "--json", "--rabbitmqctl", &rabbitmqctl])
         .output()
         .unwrap();
-    let told: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
-    let files = told.iter().find_map(|finding| {
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let files = findings.iter().find_map(|finding| {
         let found = finding["found"].as_str().unwrap();
         found.contains("queues, and may open").then_some(found)
     });
     // As many as this machine lets it have.
-    let files = files.unwrap_or_else(|| panic!("{told:#?}"));
+    let files = files.unwrap_or_else(|| panic!("{findings:#?}"));
     let numbers: Vec<u64> = files
         .split(' ')
         .filter_map(|word| word.parse().ok())

@@ -26,7 +26,7 @@ fn text(value: AmqpValue) -> String {
 }
 
 #[test]
-fn what_cannot_be_decoded_is_put_aside_with_its_reason() {
+fn what_cannot_be_decoded_becomes_a_dead_letter_with_its_reason() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
@@ -102,7 +102,7 @@ fn parameters_that_json_cannot_express_get_an_error_result() {
 }
 
 #[test]
-fn what_postgres_refuses_is_put_aside_and_holds_up_nobody_else() {
+fn what_postgres_refuses_becomes_a_dead_letter_and_holds_up_nobody_else() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");

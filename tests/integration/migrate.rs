@@ -274,7 +274,7 @@ fn nothing_is_downgraded_unasked() {
         assert!(said.contains("connected as omotes_orchestrator"), "{said}");
     }
     assert!(service.stop().success());
-    let told = eventually("nobody is connected", || {
+    let said = eventually("nobody is connected", || {
         let (code, said) = downgrade(&["base"]);
         assert_eq!(code, Some(1), "{said}");
         (!said.contains("connected as")).then_some(said)
@@ -286,10 +286,10 @@ fn nothing_is_downgraded_unasked() {
         "table esdl_time_series_info: 0 rows",
         "nothing was done: --yes does it",
     ] {
-        assert!(told.contains(line), "{line}: {told}");
+        assert!(said.contains(line), "{line}: {said}");
     }
-    let (code, told) = downgrade(&[ALEMBIC_HEAD]);
-    assert_eq!(code, Some(1), "{told}");
+    let (code, said) = downgrade(&[ALEMBIC_HEAD]);
+    assert_eq!(code, Some(1), "{said}");
     for line in [
         "table job_history: 1 row",
         "column job.priority: 2 values",
@@ -297,9 +297,9 @@ fn nothing_is_downgraded_unasked() {
         "column job_starts.message_id: 1 value",
         "column job.timeout_after_ms: bigint becomes integer",
     ] {
-        assert!(told.contains(line), "{line}: {told}");
+        assert!(said.contains(line), "{line}: {said}");
     }
-    assert!(!told.contains("table job:"), "{told}");
+    assert!(!said.contains("table job:"), "{said}");
     assert_eq!(schema(&deployment), before);
     assert_eq!(deployment.count(rows), 211);
 
@@ -439,7 +439,7 @@ fn tables_of_another_role_are_told_with_what_helps(#[case] revision: &str) {
         command.env("POSTGRESQL_PASSWORD", "secret");
         command.output().unwrap()
     };
-    let mut told = Vec::new();
+    let mut lacking = Vec::new();
     loop {
         let output = run(&["run"]);
         let text = String::from_utf8(output.stderr).unwrap();
@@ -450,7 +450,7 @@ fn tables_of_another_role_are_told_with_what_helps(#[case] revision: &str) {
             what.contains(&format!("the user \"{role}\" lacks ")),
             "{text}"
         );
-        told.push(what.to_owned());
+        lacking.push(what.to_owned());
         let doctor = run(&["doctor", "--json"]);
         let found: Vec<Value> = serde_json::from_slice(&doctor.stdout).unwrap();
         let error = found.iter().find(|one| one["severity"] == "error").unwrap();
@@ -464,15 +464,15 @@ fn tables_of_another_role_are_told_with_what_helps(#[case] revision: &str) {
         if run(&["db", "upgrade"]).status.success() {
             break;
         }
-        assert!(told.len() < 3, "{told:#?}");
+        assert!(lacking.len() < 3, "{lacking:#?}");
     }
     assert!(
-        told[0].contains("SELECT on alembic_version, which is omotes's"),
-        "{told:#?}"
+        lacking[0].contains("SELECT on alembic_version, which is omotes's"),
+        "{lacking:#?}"
     );
     if revision == ALEMBIC_HEAD {
         let owner = "the ownership of job, which is omotes's";
-        assert!(told[1].contains(owner), "{told:#?}");
+        assert!(lacking[1].contains(owner), "{lacking:#?}");
     }
     let variables = [
         ("POSTGRESQL_USERNAME", role.as_str()),

@@ -20,8 +20,8 @@ fn start_single_file(deployment: &Deployment, delay: (&str, &str)) -> Service {
     deployment.start_with(&[("HANDLER_THREADS", "1"), delay])
 }
 
-/// Waits until these jobs' outcomes are committed, of which none is told and settled.
-fn untold(deployment: &Deployment, jobs: &[Uuid]) {
+/// Waits until these jobs' outcomes are committed, and their clients are yet to hear them.
+fn are_ending(deployment: &Deployment, jobs: &[Uuid]) {
     let sql = "SELECT count(*) FROM job JOIN job_history USING (job_id) WHERE job_id = ANY($1)";
     eventually("the outcomes are committed", || {
         let row = deployment.sql().query_one(sql, &[&jobs]).unwrap();
@@ -66,7 +66,7 @@ fn an_outcome_waits_and_nothing_waits_for_it() {
     worker.progress(&failed, 0.5);
     assert_eq!(client.progress(failed.job).0, 0.5);
     worker.fail(&failed);
-    untold(&deployment, &[failed.job]);
+    are_ending(&deployment, &[failed.job]);
     let cancelled = running_job(&client, &worker, None);
     client.cancel(cancelled.job);
     // Its worker hears it at once.
@@ -79,7 +79,7 @@ fn an_outcome_waits_and_nothing_waits_for_it() {
     deployment.comes_to(1, noted);
     client.send(&submission);
     let jobs = [failed.job, cancelled.job, refused, cancelled_first];
-    untold(&deployment, &jobs);
+    are_ending(&deployment, &jobs);
 
     // The result is certain, as ever.
     client.cancel(failed.job);
@@ -154,9 +154,7 @@ fn an_outcome_is_told_once_when_its_time_has_come() {
     "job_submissions",
     [b"\x0a\x24".as_slice(), job.to_string().as_bytes(), b"\xff"].concat(),
 ))]
-fn a_message_that_is_put_aside_has_one_letter(
-    #[case] message: fn(Uuid) -> (&'static str, Vec<u8>),
-) {
+fn a_message_that_waits_has_one_dead_letter(#[case] message: fn(Uuid) -> (&'static str, Vec<u8>)) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let _service = start_single_file(&deployment, ("OUTCOME_DELAY_MS", "1000"));
@@ -227,7 +225,7 @@ fn killed(
     let service = start_single_file(deployment, LONG);
     let task = running_job(client, worker, None);
     worker.fail(&task);
-    untold(deployment, &[task.job]);
+    are_ending(deployment, &[task.job]);
     service.kill();
     task
 })]
@@ -256,7 +254,7 @@ fn an_outcome_that_has_waited_survives_a_kill(#[case] point: &str, #[case] resul
     let service = start_single_file(&deployment, LONG);
     let task = running_job(&client, &worker, None);
     worker.fail(&task);
-    untold(&deployment, &[task.job]);
+    are_ending(&deployment, &[task.job]);
     assert!(service.stop().success());
     age(&deployment, task.job);
     Held::at(point, &deployment, &[LONG]).kill();
@@ -277,7 +275,7 @@ fn a_replica_takes_over_what_waited_in_another() {
     let first = start_single_file(&deployment, LONG);
     let task = running_job(&client, &worker, None);
     worker.fail(&task);
-    untold(&deployment, &[task.job]);
+    are_ending(&deployment, &[task.job]);
     let second = start_single_file(&deployment, LONG);
     // RabbitMQ chooses who gets which.
     eventually("each of them has had a cancel", || {
@@ -308,7 +306,7 @@ fn a_timeout_waits_too() {
     ];
     let service = deployment.start_with(&[&soon[..], &[LONG]].concat());
     let task = running_job(&client, &worker, Some(1));
-    untold(&deployment, &[task.job]);
+    are_ending(&deployment, &[task.job]);
     assert_eq!(worker.revoked(), task.id);
     // Found twice more.
     eventually("it is found again", || {

@@ -196,7 +196,7 @@ fn clients_are_told_the_workflows_at_the_start_and_on_request() {
             FieldTable::new(),
         )
         .unwrap();
-    let told = || {
+    let announced = || {
         let body = client.peer.next("available_workflows.test").body;
         AvailableWorkflows::decode(body.as_slice())
             .unwrap()
@@ -204,10 +204,10 @@ fn clients_are_told_the_workflows_at_the_start_and_on_request() {
             .len()
     };
     let _service = deployment.start();
-    assert_eq!(told(), 15);
+    assert_eq!(announced(), 15);
     // A second replica tells them at its start, and from then on either may answer.
     let _replica = deployment.start();
-    assert_eq!(told(), 15);
+    assert_eq!(announced(), 15);
 
     let request = RequestAvailableWorkflows {}.encode_to_vec();
     let exchange = channel
@@ -224,7 +224,7 @@ fn clients_are_told_the_workflows_at_the_start_and_on_request() {
         ))
         .unwrap();
     // Both have a private queue, so both answer.
-    assert_eq!((told(), told()), (15, 15));
+    assert_eq!((announced(), announced()), (15, 15));
 }
 
 #[test]

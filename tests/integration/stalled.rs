@@ -197,7 +197,7 @@ fn a_flood_whose_dead_letters_are_not_taken_lets_others_through(
 
 /// As after an upgrade of RabbitMQ to one that takes less.
 #[test]
-fn a_message_above_a_lowered_limit_is_put_aside_in_part() {
+fn a_message_above_a_lowered_limit_has_a_dead_letter_of_its_beginning() {
     let deployment = Deployment::with_own_servers();
     let client = Client::new(&deployment);
     let body = vec![b'\xff'; 1024 * 1024];
@@ -251,8 +251,8 @@ fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
     let service = deployment.start_single_file();
     let waiting = client.submit("workflow_1");
     let line = "the task queue \"workflow_1\": it is not available: ";
-    let told = service.logged(line);
-    assert!(told.contains("is down or inaccessible"), "{told}");
+    let warning = service.logged(line);
+    assert!(warning.contains("is down or inaccessible"), "{warning}");
     why_not_ready(&service, "workflow_1");
     let job = client.submit("workflow_2");
     assert_eq!(two.take().job, job);
@@ -316,8 +316,8 @@ fn a_result_waits_for_its_clients_queue_whose_node_is_down(
     worker.succeed(&gone, OUTPUT);
     worker.succeed(&other, OUTPUT);
     assert_eq!(client.outcome(other.job).0, ResultType::Succeeded);
-    let told = service.logged("queues of clients: jobs.");
-    assert!(told.contains("is down or inaccessible"), "{told}");
+    let warning = service.logged("queues of clients: jobs.");
+    assert!(warning.contains("is down or inaccessible"), "{warning}");
     why_not_ready(&service, "queues of clients: jobs.");
     // Nobody waits for that of the last but one, which says nothing about the first.
     deployment.comes_to(3, "SELECT count(*) FROM job");

@@ -130,7 +130,7 @@ fn a_handler_that_comes_back_is_well_again() {
 }
 
 #[test]
-fn a_message_that_makes_its_reader_panic_is_put_aside() {
+fn a_message_that_makes_its_reader_panic_becomes_a_dead_letter() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");

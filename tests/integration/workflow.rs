@@ -79,10 +79,12 @@ fn parameters_that_do_not_fit_are_refused_where_asked_for() {
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let reject = [("REJECT_INVALID_PARAMS", "true")];
-    let _service = start(&deployment, workflow_with_parameters(), &reject);
+    let service = start(&deployment, workflow_with_parameters(), &reject);
     let (job, mut submission) = faulty(&client);
     client.send(&submission);
     let logs = format!("The parameters do not fit the workflow workflow_1: {FAULTS}.");
+    let line = service.logged(&format!("refused: {logs}"));
+    assert!(line.contains(&job.to_string()), "{line}");
     assert_eq!(client.outcome(job), (ResultType::Error, logs));
 
     let (job, fit) = client.submission("workflow_1");

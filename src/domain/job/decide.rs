@@ -163,8 +163,8 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     };
     let logs = format!("The job {what} {LOST_LOGS}");
     let result_bytes = logs.len();
-    let told = [error_result(job_id, Cow::Owned(logs))];
-    job.ends(Outcome::Lost, result_bytes, told, context)
+    let to_client = [error_result(job_id, Cow::Owned(logs))];
+    job.ends(Outcome::Lost, result_bytes, to_client, context)
 }
 
 /// The state that a decision sees: a job that is ending looks live to the message that led to its

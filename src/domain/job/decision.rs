@@ -300,7 +300,7 @@ impl Job {
         &self,
         outcome: Outcome,
         result_bytes: usize,
-        told: impl IntoIterator<Item = Publication<'a>>,
+        to_client: impl IntoIterator<Item = Publication<'a>>,
         context: &Context<'_>,
     ) -> Decision<'a> {
         let ended = self.ended(outcome, result_bytes, context.now);
@@ -315,7 +315,11 @@ impl Job {
         }
         Decision {
             next: Some(State::Ending(Ending { job, ended })),
-            announcements: self.revocation(outcome).into_iter().chain(told).collect(),
+            announcements: self
+                .revocation(outcome)
+                .into_iter()
+                .chain(to_client)
+                .collect(),
             // Negative once the time has come.
             wait: context
                 .now

@@ -766,8 +766,11 @@ fn an_outcome_waits_from_its_submission_on(
         (&live, &fail_of(None)),
     ] {
         let decision = decide(job_id(), state, command, &context);
-        let told = decision.announcements.iter();
-        assert!(told.clone().any(Publication::tells_outcome), "{decision:?}");
+        let announcements = decision.announcements.iter();
+        assert!(
+            announcements.clone().any(Publication::tells_outcome),
+            "{decision:?}"
+        );
         assert_eq!(decision.wait, Duration::from_millis(wait), "{decision:?}");
     }
     // All else is told at once.

@@ -183,7 +183,7 @@ impl ClosedQueues {
     }
 
     /// Whether outcomes wait for their clients' queues.
-    pub fn has_untold_outcomes(&self) -> bool {
+    pub fn has_stalled_outcomes(&self) -> bool {
         let state = (!self.is_empty()).then(|| self.lock());
         state.is_some_and(|state| state.closed.contains_key(&Destination::ClientQueues))
     }

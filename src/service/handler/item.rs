@@ -28,8 +28,8 @@ pub(super) struct Item {
     pub(super) list_workflows: bool,
     /// Why the message becomes a dead letter.
     pub(super) dead_letter: Option<String>,
-    /// The closed queue that it waits for; it has not been handled.
-    pub(super) waits_for: Option<Destination>,
+    /// The closed queue that it waits for; it is not done.
+    pub(super) stalled_on: Option<Destination>,
     /// How long its committed outcome must wait before the client is told.
     pub(super) wait: Option<Duration>,
     /// It has been handled once and has waited since.
@@ -41,13 +41,14 @@ pub(super) struct Item {
 }
 
 impl Item {
-    /// Decodes what the message asks for. A message that makes the decoder panic is put aside.
+    /// Decodes what the message asks for. One that makes the decoder panic becomes a
+    /// dead letter.
     pub(super) fn new(work: Work, watched: &Watched) -> Item {
         let mut item = Item {
             job: None,
             list_workflows: false,
             dead_letter: None,
-            waits_for: None,
+            stalled_on: None,
             wait: None,
             has_waited: false,
             altered: false,
@@ -132,7 +133,7 @@ impl Item {
     }
 
     /// Turns its submission, which was refused with these logs, into a refusal.
-    pub(super) fn is_refused(&mut self, logs: String) {
+    pub(super) fn turn_into_refusal(&mut self, logs: String) {
         if let Some((_, command)) = &mut self.job
             && let Command::Submit(submission) = command
         {
@@ -161,7 +162,7 @@ impl Item {
         self.altered = true;
     }
 
-    /// Leaves the job alone and puts the message aside.
+    /// Leaves the job alone; the message becomes a dead letter.
     pub(super) fn give_up_job(&mut self, reason: String, _: Refuser) {
         error!("{}: {}", self.label(), one_line(&reason));
         self.job = None;
@@ -198,7 +199,7 @@ impl Item {
         self
     }
 
-    /// The message to put aside, and why; None when there is nothing to put aside.
+    /// The message whose dead letter is to be written, and its reason.
     pub(super) fn letter(&self) -> Option<(Inbox, &crate::broker::Received, &str)> {
         let reason = self.dead_letter.as_deref()?;
         match &self.work {
@@ -213,8 +214,8 @@ impl Item {
         }
     }
 
-    /// It has become a dead letter.
-    pub(super) fn is_put_aside(&mut self, metrics: &Metrics) {
+    /// Its dead letter is written.
+    pub(super) fn note_dead_letter(&mut self, metrics: &Metrics) {
         if let (Some(inbox), Some(reason)) = (self.inbox(), self.dead_letter.take()) {
             metrics.dead_letter(inbox);
             let (label, letters) = (self.label(), wire::DEAD_LETTERS_QUEUE);

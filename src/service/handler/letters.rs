@@ -1,4 +1,4 @@
-//! Puts messages that cannot be handled into the dead letters of the vhost they came from.
+//! Publishes the dead letters of messages that cannot be handled, in the vhost they came from.
 
 use log::error;
 
@@ -10,11 +10,11 @@ use crate::wire::{self, Outgoing};
 ///
 /// # Errors
 /// [`PublishError::Lost`] alone.
-pub(super) fn put_aside(
+pub(super) fn publish(
     publisher: &mut Publisher<'_>,
     letters: &[Outgoing],
 ) -> Result<Vec<Option<String>>, PublishError> {
-    let mut outcome = publish(publisher, letters)?;
+    let mut outcome = publish_once(publisher, letters)?;
     let gone: Vec<usize> = places(&outcome, Delivered::Unroutable);
     if !gone.is_empty() {
         // Somebody has deleted the queue since it was declared.
@@ -22,7 +22,7 @@ pub(super) fn put_aside(
             return Ok(reasons(&outcome, &why));
         }
         let again: Vec<_> = gone.iter().map(|place| letters[*place].clone()).collect();
-        for (place, delivered) in gone.into_iter().zip(publish(publisher, &again)?) {
+        for (place, delivered) in gone.into_iter().zip(publish_once(publisher, &again)?) {
             outcome[place] = delivered;
         }
     }
@@ -60,7 +60,7 @@ fn declare(publisher: &Publisher<'_>) -> Result<Option<String>, PublishError> {
 }
 
 /// Publishes the letters, each as whole as the broker takes it.
-fn publish(
+fn publish_once(
     publisher: &mut Publisher<'_>,
     letters: &[Outgoing],
 ) -> Result<Vec<Result<Delivered, String>>, PublishError> {
@@ -79,7 +79,7 @@ fn publish(
             if let Err(PublishError::Refused(reason)) = &outcome
                 && let Some(cut) = wire::cut_letter(letter, reason)
             {
-                error!("of a message only the beginning can be put aside: {reason}");
+                error!("a dead letter has only the beginning of its message: {reason}");
                 outcome = publisher.publish(&[cut]);
             }
             match outcome {

@@ -24,8 +24,8 @@ pub(super) struct Outbox {
     tasks_for: BTreeSet<String>,
 }
 
-/// The queues of results that could not be told, because they are unavailable for now, and why.
-pub(super) type Untold = BTreeMap<String, String>;
+/// The clients' queues that did not take their results because they are unavailable for now, and why.
+pub(super) type Unavailable = BTreeMap<String, String>;
 
 /// The messages of a batch that did not arrive.
 #[derive(Default)]
@@ -132,7 +132,7 @@ impl Handler<'_> {
         Ok(())
     }
 
-    pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<Untold, Trouble> {
+    pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<Unavailable, Trouble> {
         let published = self.publish_all(outbox);
         if let Err(Trouble::Refused { .. } | Trouble::Closed) = published {
             let Publishers { sdk, celery, .. } = &mut self.publishers;
@@ -157,7 +157,7 @@ impl Handler<'_> {
     }
 
     /// Publishes everything and waits for the confirms of all connections together.
-    fn publish_all(&mut self, outbox: &Outbox) -> Result<Untold, Trouble> {
+    fn publish_all(&mut self, outbox: &Outbox) -> Result<Unavailable, Trouble> {
         for queue in &outbox.tasks_for {
             self.declare(queue)?;
         }
@@ -194,7 +194,7 @@ impl Handler<'_> {
             }
         }
         match results.is_empty() {
-            true => Ok(Untold::new()),
+            true => Ok(Unavailable::new()),
             false => self.publish_by_queue_name(&results),
         }
     }
@@ -246,20 +246,20 @@ impl Handler<'_> {
     /// A broker restart removes the bindings of clients that are offline while their queues stay:
     /// these can still be reached through the default exchange. A queue whose node is down is not
     /// reached, like one that does not exist, but will be there again.
-    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<Untold, Trouble> {
+    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<Unavailable, Trouble> {
         let outcome = self.publishers.sdk.publish_to_queues(results)?;
         let left = undelivered(results.iter().copied(), &outcome);
-        let mut untold = Untold::new();
+        let mut unavailable = Unavailable::new();
         for result in left.unroutable {
             let queue = &result.routing_key;
             match self.publishers.sdk.why_unavailable(queue)? {
                 None => info!("nobody is waiting any more in {queue}"),
-                Some(why) => drop(untold.insert(queue.clone(), why)),
+                Some(why) => drop(unavailable.insert(queue.clone(), why)),
             }
         }
         for result in left.rejected {
             warn!("{} takes no result", result.routing_key);
         }
-        Ok(untold)
+        Ok(unavailable)
     }
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::closed::Destination;
 use super::failure::Trouble;
 use super::item::Item;
-use super::outbox::{Outbox, Untold};
+use super::outbox::{Outbox, Unavailable};
 use super::{Common, Handler, MAX_BATCH_BYTES, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
 use crate::domain::job::{Context, Event};
@@ -26,26 +26,30 @@ use crate::wire::{self, Inbox};
 
 impl Handler<'_> {
     pub(super) fn attempt(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
-        let mut told = Outbox::default();
+        let mut announcements = Outbox::default();
         for item in &mut *batch {
-            item.waits_for = None;
+            item.stalled_on = None;
             if item.list_workflows {
-                self.common.service.metrics.workflows_told();
+                self.common.service.metrics.workflows_announced();
                 debug!("telling clients the workflows");
                 let catalogue = self.common.service.catalogue.get();
                 let announcement = wire::available_workflows(catalogue.announcement());
-                told.sdk.push(announcement);
+                announcements.sdk.push(announcement);
             }
         }
         if batch.iter().all(|item| item.job.is_none()) {
-            self.publish(&told)?;
+            self.publish(&announcements)?;
         } else {
-            self.attempt_jobs(batch, &mut told)?;
+            self.attempt_jobs(batch, &mut announcements)?;
         }
-        self.put_aside(batch)
+        self.write_dead_letters(batch)
     }
 
-    fn attempt_jobs(&mut self, batch: &mut [Item], told: &mut Outbox) -> Result<(), Trouble> {
+    fn attempt_jobs(
+        &mut self,
+        batch: &mut [Item],
+        announcements: &mut Outbox,
+    ) -> Result<(), Trouble> {
         // Dropped on any error, and closed if the error was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -56,20 +60,20 @@ impl Handler<'_> {
             with_course,
             waits,
             stalled,
-        } = self.transact(batch, told, &mut connection)?;
+        } = self.transact(batch, announcements, &mut connection)?;
         for Stalled { place, queue } in stalled {
-            batch[place].waits_for = Some(Destination::TaskQueue(queue));
+            batch[place].stalled_on = Some(Destination::TaskQueue(queue));
         }
         fault_point::reached("after commit");
         let mut stopwatch = self.common.service.metrics.stopwatch();
-        let untold = self.publish(told)?;
+        let unavailable = self.publish(announcements)?;
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
-        let (ending, waiting): (Vec<_>, Vec<_>) = ending
+        let (announced, stalled): (Vec<_>, Vec<_>) = ending
             .into_iter()
-            .partition(|job_id| !untold.contains_key(&wire::result_queue(*job_id)));
-        if !ending.is_empty() {
-            connection.settle(&ending, with_course)?;
+            .partition(|job_id| !unavailable.contains_key(&wire::result_queue(*job_id)));
+        if !announced.is_empty() {
+            connection.settle(&announced, with_course)?;
             stopwatch.lap(Stage::Settle);
             fault_point::reached("after settling");
         }
@@ -78,36 +82,36 @@ impl Handler<'_> {
             let item = &mut batch[wait.place];
             item.wait = Some(wait.time);
             if let Some(logs) = wait.refusal {
-                item.is_refused(logs);
+                item.turn_into_refusal(logs);
             }
         }
-        self.wait_for_clients(batch, &waiting, &untold);
+        self.stall_on_clients(batch, &stalled, &unavailable);
         Ok(())
     }
 
     /// Keeps the messages that led to the outcomes of these jobs until their clients' queues are
     /// available again. A finding is made again.
-    fn wait_for_clients(&self, batch: &mut [Item], jobs: &[Uuid], untold: &Untold) {
+    fn stall_on_clients(&self, batch: &mut [Item], jobs: &[Uuid], unavailable: &Unavailable) {
         let of_these = |item: &&mut Item| {
             let job = item.job.as_ref().map(|(job_id, _)| job_id);
             item.inbox().is_some() && job.is_some_and(|job_id| jobs.contains(job_id))
         };
         let mut some = false;
         for item in batch.iter_mut().filter(of_these) {
-            item.waits_for = Some(Destination::ClientQueues);
+            item.stalled_on = Some(Destination::ClientQueues);
             // What else there is to do about it has been done.
             item.has_waited = true;
             some = true;
         }
-        if let Some((queue, why)) = untold.first_key_value().filter(|_| some) {
+        if let Some((queue, why)) = unavailable.first_key_value().filter(|_| some) {
             let why = format!("{queue}: {why}");
             let (closed, now) = (&self.common.closed, Instant::now());
             closed.close(self.number, &Destination::ClientQueues, &why, now);
         }
     }
 
-    /// Puts aside the messages of a batch that are to be; those that cannot be for now wait.
-    fn put_aside(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
+    /// Publishes the dead letters of a batch. A message whose letter is not taken for now is stalled.
+    fn write_dead_letters(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
         let Common {
             service,
             queue_names,
@@ -118,7 +122,7 @@ impl Handler<'_> {
         for vhost in [Vhost::Sdk, Vhost::Task] {
             let (mut items, letters): (Vec<_>, Vec<_>) = batch
                 .iter_mut()
-                .filter(|item| item.waits_for.is_none())
+                .filter(|item| item.stalled_on.is_none())
                 .filter(|item| item.inbox().map(Inbox::vhost) == Some(vhost))
                 .filter_map(|item| {
                     let (inbox, received, reason) = item.letter()?;
@@ -138,7 +142,7 @@ impl Handler<'_> {
             let queue = Destination::DeadLetters(vhost);
             let mut outcome = vec![Some(String::new()); items.len()];
             if !closed.is_closed(&queue, Instant::now()) {
-                outcome = letters::put_aside(self.publishers.towards(vhost), &letters)?;
+                outcome = letters::publish(self.publishers.towards(vhost), &letters)?;
                 let refused = outcome.iter().flatten().count();
                 metrics.published("confirmed", outcome.len() - refused);
                 metrics.published("rejected", refused);
@@ -152,25 +156,25 @@ impl Handler<'_> {
             }
             for (item, why) in items.iter_mut().zip(outcome) {
                 if why.is_none() {
-                    item.is_put_aside(metrics);
+                    item.note_dead_letter(metrics);
                 }
                 // If its client is to be told later, the message is handled once more anyway.
                 if item.wait.is_none() {
                     item.job = None;
                     item.list_workflows = false;
-                    item.waits_for = why.map(|_| queue.clone());
+                    item.stalled_on = why.map(|_| queue.clone());
                 }
             }
         }
         Ok(())
     }
 
-    /// Decides about a batch and commits the result. Adds to `told` what clients are to hear of it
-    /// now.
+    /// Decides about a batch and commits the result. Adds to `announcements` what clients are to
+    /// hear of it now.
     fn transact(
         &mut self,
         batch: &[Item],
-        told: &mut Outbox,
+        announcements: &mut Outbox,
         connection: &mut Connection,
     ) -> Result<Committed, Trouble> {
         let ids: BTreeSet<Uuid> = asked(batch).map(|asked| asked.job_id).collect();
@@ -207,7 +211,7 @@ impl Handler<'_> {
         transaction.commit()?;
         stopwatch.lap(Stage::Commit);
         self.report(batch, &plan, &catalogue);
-        self.write_out(plan.announcements, HashMap::new(), told)?;
+        self.write_out(plan.announcements, HashMap::new(), announcements)?;
         Ok(Committed {
             with_course: !plan.with_course.is_disjoint(&plan.ending),
             ending: plan.ending.into_iter().collect(),
@@ -254,7 +258,7 @@ impl Handler<'_> {
                 .service
                 .metrics
                 .message(batch[report.place].inbox(), &report.event);
-            report::log(&report.subject, &report.event, report.command);
+            report::log(report);
             if let Event::Suspected { .. } = report.event {
                 // Full when it has been woken already.
                 let _ = common.inquiry.try_send(());

@@ -24,15 +24,18 @@ const PUT_BACK_BYTES_PER_SECOND: usize = 8 * 1024 * 1024;
 const PUT_BACK_RETRY: Duration = Duration::from_secs(5);
 
 impl Handler<'_> {
-    /// What cannot even be put aside is not acknowledged.
+    /// A message that cannot even become a dead letter is not acknowledged.
     pub(super) fn hold(&self, item: &mut Item, reason: &str) {
         let reason = one_line(reason);
-        error!("{}: cannot even be put aside: {reason}", item.label());
+        error!(
+            "{}: cannot even become a dead letter: {reason}",
+            item.label()
+        );
         if let Some(inbox) = item.inbox() {
             let queue = Destination::DeadLetters(inbox.vhost());
             let now = Instant::now();
             self.common.closed.close(self.number, &queue, &reason, now);
-            item.waits_for = Some(queue);
+            item.stalled_on = Some(queue);
         }
     }
 

@@ -40,7 +40,7 @@ pub(super) struct Watchdog<'s> {
     /// To a handler, which tells clients the workflows.
     announcer: Sender<Work>,
     /// It had no room for that.
-    untold_workflows: bool,
+    announcement_is_due: bool,
     /// Why RabbitMQ blocks connections, by their names.
     blocked: HashMap<String, String>,
     /// Receives something when the threads should have ended long ago.
@@ -55,7 +55,7 @@ impl<'s> Watchdog<'s> {
             shared,
             crew,
             announcer,
-            untold_workflows: false,
+            announcement_is_due: false,
             blocked: HashMap::new(),
             too_late: never(),
             cause: None,
@@ -98,11 +98,11 @@ impl Watchdog<'_> {
     /// Has clients told of the new workflows, as soon as the handler has room for that. If the session
     /// ends before, the next one begins with it.
     fn announce(&mut self) {
-        let told = self.announcer.try_send(Work::WorkflowsChanged).is_ok();
-        if !told && !self.untold_workflows {
+        let taken = self.announcer.try_send(Work::WorkflowsChanged).is_ok();
+        if !taken && !self.announcement_is_due {
             warn!("clients are told of the new workflows later: a handler has too much to do");
         }
-        self.untold_workflows = !told;
+        self.announcement_is_due = !taken;
     }
 
     fn is_stopping(&self) -> bool {
@@ -157,7 +157,7 @@ impl Watchdog<'_> {
 
     /// Checks what the threads are waiting for.
     fn look(&mut self) {
-        if self.untold_workflows {
+        if self.announcement_is_due {
             self.announce();
         }
         self.shared.intake.wake();

@@ -115,14 +115,15 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
     };
-    let context = Context {
-        now: Timestamp::UNIX_EPOCH,
-        session_begun: None,
-        new_task_id: Uuid::nil(),
-        catalogue: &catalogue,
-        rules: &rules,
-    };
     bencher.bench(|| {
+        let context = Context {
+            now: Timestamp::UNIX_EPOCH,
+            session_begun: None,
+            new_task_id: Uuid::nil(),
+            catalogue: &catalogue,
+            is_closed: &|_| false,
+            rules: &rules,
+        };
         let decision = decide(Uuid::nil(), &State::Unknown, black_box(&command), &context);
         decision.publications.len()
     });

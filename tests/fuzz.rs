@@ -198,6 +198,7 @@ fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
         // The one that the events come from.
         new_task_id: Uuid::nil(),
         catalogue: &CATALOGUE,
+        is_closed: &|_| false,
         rules: &RULES,
     };
     let decision = decide(id, state, command, &context);
@@ -267,7 +268,7 @@ proptest! {
             // All for one job: else there would hardly ever be two about the same.
             let _ = id;
             state = take(Uuid::nil(), &state, &command, second);
-            for command in [command.instead("a reason".to_owned()), Some(Command::TimeOut), Some(Command::Expire)].into_iter().flatten() {
+            for command in [command.instead("a reason".to_owned(), true), Some(Command::TimeOut), Some(Command::Expire)].into_iter().flatten() {
                 take(Uuid::nil(), &state, &command, second);
             }
         }
@@ -614,7 +615,7 @@ fn cost(inbox: Inbox, body: &[u8]) -> AllocationInfo {
                     .is_none_or(|name| name.chars().count() <= job::MAX_WORKFLOW_TYPE)
             );
         }
-        if let Some(instead) = command.instead("a reason".to_owned()) {
+        if let Some(instead) = command.instead("a reason".to_owned(), true) {
             take(Uuid::nil(), &State::Unknown, &instead, 9);
         }
     })

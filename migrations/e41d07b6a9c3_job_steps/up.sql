@@ -23,7 +23,7 @@ CREATE TABLE job_step (
     esdl_messages text,
     PRIMARY KEY (job_id, number, attempt)
 );
-CREATE INDEX ON job_step (due_at) WHERE due_at IS NOT NULL AND submitted_at IS NULL;
+CREATE INDEX ON job_step (due_at) WHERE due_at IS NOT NULL AND submitted_at IS NULL AND finished_at IS NULL;
 CREATE INDEX ON job_step (started_at) WHERE timeout_ms IS NOT NULL AND finished_at IS NULL;
 -- What a job of several steps still needs while it has a row in job.
 CREATE TABLE job_input (

@@ -62,6 +62,8 @@ pub struct Series {
 pub struct SeriesChanges {
     /// In use from now on.
     pub keep: Vec<Series>,
+    /// In use from now on, unless they are another job's.
+    pub hold: Vec<Series>,
     /// Retired from now on, and perhaps not known before.
     pub retire_late: Vec<Series>,
     /// Jobs whose series are retired from now on.
@@ -111,13 +113,11 @@ pub struct Subject {
 }
 
 /// Decides about a batch. `before` has the states of its jobs in the database, `context` returns
-/// the context of each decision, with a fresh task id, and `is_closed` tells whether a task queue
-/// takes nothing for now.
+/// the context of each decision, with a fresh task id.
 pub fn decide<'a, 'c>(
     batch: impl IntoIterator<Item = Asked<'a>>,
     before: &'a HashMap<Uuid, State>,
     mut context: impl FnMut() -> Context<'c>,
-    is_closed: impl Fn(&str) -> bool,
 ) -> Plan<'a> {
     let before = |job_id: Uuid| before.get(&job_id).unwrap_or(&State::Unknown);
     let mut after: HashMap<Uuid, State> = HashMap::new();
@@ -139,9 +139,10 @@ pub fn decide<'a, 'c>(
             }
             state => state,
         };
-        let decision = job::decide(job_id, state, command, &context());
+        let context = context();
+        let decision = job::decide(job_id, state, command, &context);
         let mut queues = decision.publications.iter().filter_map(task_queue);
-        if let Some(queue) = queues.find(|queue| is_closed(queue)) {
+        if let Some(queue) = queues.find(|queue| (context.is_closed)(queue)) {
             let queue = queue.to_owned();
             plan.stalled.push(Stalled { place, queue });
             continue;
@@ -193,7 +194,7 @@ impl<'a> Plan<'a> {
                 time,
                 refusal: refusal.clone(),
             });
-        } else if !announcements.is_empty() {
+        } else if announcements.iter().any(Publication::tells_outcome) {
             self.ending.insert(job_id);
         }
         self.publications.extend(publications);
@@ -281,6 +282,7 @@ impl SeriesChanges {
     fn note(&mut self, job_id: Uuid, change: TimeSeries<'_>) {
         let (esdl_id, reference, rows) = match change {
             TimeSeries::Keep { esdl_id, reference } => (esdl_id, reference, &mut self.keep),
+            TimeSeries::Hold { esdl_id, reference } => (esdl_id, reference, &mut self.hold),
             TimeSeries::RetireLate { esdl_id, reference } => {
                 (esdl_id, reference, &mut self.retire_late)
             }

@@ -75,6 +75,7 @@ pub fn run(
         quiet: Quiet::new(Instant::now(), service.config.timeout_start_buffer),
         limits: Chore::default(),
         history: Chore::default(),
+        last_turn: None,
         is_failing: false,
     };
     let period = service.config.timeout_check_period;
@@ -138,6 +139,8 @@ struct Maintenance<'s> {
     quiet: Quiet,
     limits: Chore,
     history: Chore,
+    /// The last one of the attempts found at the last beat, if there are more.
+    last_turn: Option<(Timestamp, Uuid)>,
     /// Whether the last beat has failed.
     is_failing: bool,
 }
@@ -156,11 +159,12 @@ impl Maintenance<'_> {
         };
         self.show(&mut connection)?;
         self.notice_standstills(&mut connection, beat)?;
-        let turns = connection.due_attempts(MAX_FINDINGS.into())?;
-        let mut findings: Vec<_> = turns
-            .into_iter()
-            .map(|id| (id, Command::TakeTurn))
-            .collect();
+        // Those whose queues take nothing for now must not hide the others.
+        let turns = connection.due_attempts(self.last_turn, MAX_FINDINGS.into())?;
+        let is_page = turns.len() == usize::from(MAX_FINDINGS);
+        self.last_turn = turns.last().copied().filter(|_| is_page);
+        let turns = turns.into_iter().map(|(_, id)| (id, Command::TakeTurn));
+        let mut findings: Vec<_> = turns.collect();
         if is_round {
             self.limits = Chore::Due;
             self.history = Chore::Due;

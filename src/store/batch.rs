@@ -394,6 +394,20 @@ impl Transaction<'_> {
                  job_reference = excluded.job_reference",
             now,
         )?;
+        // Not another job's: of the two only one may give them up.
+        self.upsert_series(
+            &changes.hold,
+            "INSERT INTO esdl_time_series_info AS guard
+                 (row_id, esdl_id, job_id, job_reference, registered_at)
+             SELECT gen_random_uuid(), esdl_id, job_id, job_reference, $4
+             FROM unnest($1::varchar[], $2::uuid[], $3::varchar[])
+                  AS new (esdl_id, job_id, job_reference)
+             ON CONFLICT (esdl_id) DO UPDATE
+             SET deactivated_at = NULL, job_id = excluded.job_id,
+                 job_reference = excluded.job_reference
+             WHERE guard.job_id IS NULL OR guard.job_id = excluded.job_id",
+            now,
+        )?;
         // A row that exists belongs to a job that succeeded with the same id, and stays as it is.
         self.upsert_series(
             &changes.retire_late,

@@ -307,19 +307,26 @@ impl Connection {
             .collect()
     }
 
-    /// Jobs whose next attempt's time has come, at most `limit`.
+    /// Jobs whose next attempt's time has come, with that time, in its order after `after`, at most
+    /// `limit`.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn due_attempts(&mut self, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+    pub fn due_attempts(
+        &mut self,
+        after: Option<(Timestamp, Uuid)>,
+        limit: i64,
+    ) -> Result<Vec<(Timestamp, Uuid)>, StoreError> {
+        let (time, id) = after.unzip();
         let rows = self.client.query(
-            "SELECT job_id FROM job_step JOIN job USING (job_id)
+            "SELECT due_at, job_id FROM job_step JOIN job USING (job_id)
              WHERE due_at <= clock_timestamp() AND job_step.submitted_at IS NULL
                AND finished_at IS NULL
-             ORDER BY due_at LIMIT $1",
-            &[&limit],
+               AND ($1::timestamptz IS NULL OR (due_at, job_id) > ($1, $2::uuid))
+             ORDER BY due_at, job_id LIMIT $3",
+            &[&time, &id, &limit],
         )?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
     /// Deletes what is left of jobs with steps that another service, such as the Python service,
@@ -332,10 +339,9 @@ impl Connection {
             "WITH inputs AS (
                  DELETE FROM job_input
                  WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_input.job_id)
-                 RETURNING job_id
              )
-             DELETE FROM job_step USING inputs
-             WHERE job_step.job_id = inputs.job_id
+             DELETE FROM job_step
+             WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_step.job_id)
                AND NOT EXISTS (
                    SELECT FROM job_history WHERE job_history.job_id = job_step.job_id
                )",

@@ -207,14 +207,19 @@ impl Connection {
                 grace,
             ),
             Overdue::StepTimeout { grace } => (
-                "SELECT job_id FROM job_step JOIN job USING (job_id)
-                 WHERE job_step.celery_id = job.celery_id AND timeout_ms IS NOT NULL
-                   AND started_at <= now() - timeout_ms * interval '1 millisecond'
+                "SELECT job_id FROM (
+                     SELECT job_id, celery_id, started_at, timeout_ms FROM job_step
+                     WHERE timeout_ms IS NOT NULL AND finished_at IS NULL
+                     UNION ALL
+                     -- Its end has not been told.
+                     SELECT job_id, job_step.celery_id, started_at, timeout_ms
+                     FROM job JOIN job_history AS ended USING (job_id)
+                              JOIN job_step USING (job_id)
+                     WHERE ended.outcome = 'TIMED_OUT' AND timeout_ms IS NOT NULL
+                       AND job_step.finished_at IS NOT NULL
+                 ) AS step JOIN job USING (job_id, celery_id)
+                 WHERE started_at <= now() - timeout_ms * interval '1 millisecond'
                                            - $1 * interval '1 second'
-                   AND (finished_at IS NULL OR EXISTS (
-                       SELECT FROM job_history AS ended
-                       WHERE ended.job_id = job.job_id AND ended.outcome = 'TIMED_OUT'
-                   ))
                    AND ($2::uuid IS NULL OR job_id > $2)
                  ORDER BY job_id LIMIT $3",
                 grace,

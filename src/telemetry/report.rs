@@ -152,8 +152,8 @@ fn line(report: &Report<'_>) -> String {
             let (to, task) = (one_line(to), one_line(task));
             format!("goes on with {to}: submitted to {task} as task {task_id}")
         }
-        Event::Postponed { what, until } => {
-            format!("failed for now; {} begins at {until:.0}", one_line(what))
+        Event::Postponed { what, why, until } => {
+            format!("{}, begins at {until:.0}: {why}", one_line(what))
         }
         Event::Started { starts: 1 } => "running".to_owned(),
         Event::Started { starts } => format!("running, started {starts} times"),

@@ -1,6 +1,7 @@
 //! Jobs of several steps: from one worker's result to the next one's task, whatever is killed in
 //! between, and what is kept of them.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
 
@@ -472,6 +473,67 @@ fn what_another_service_has_ended_leaves_nothing() {
     // Its worker goes on with the first step, for nobody.
     scene.first.progress(&task, 0.5);
     assert_eq!(scene.first.revoked(), task.id);
+}
+
+/// Each step is a backlog that waits when the service starts, of which every other task fails once.
+#[test]
+fn large_esdls_pass_through_three_steps_in_bounded_memory() {
+    const JOBS: usize = 24;
+    const BYTES: usize = 5_000_000;
+    let steps = json!([
+        {"task": "optimiser"},
+        {"task": "simulator", "retry": {"attempts": 2}},
+        {"task": "costs"},
+    ]);
+    let scene = Scene::new(&steps);
+    let third = Worker::new(&scene.deployment, "costs");
+    let large = |id: &str| format!("<e id='{id}'>{}</e>", "x".repeat(BYTES));
+    let peaks = Cell::new(0);
+    let with_service = |work: &dyn Fn()| {
+        let service = scene.start();
+        work();
+        peaks.set(peaks.get().max(service.peak_memory()));
+        assert!(service.stop().success());
+    };
+    let waiting = |worker: &Worker, count: usize| {
+        eventually("tasks", || {
+            (worker.waiting() as usize == count).then_some(())
+        });
+    };
+    let jobs: Vec<_> = (0..JOBS).map(|_| scene.client.submit("chain")).collect();
+    with_service(&|| waiting(&scene.first, JOBS));
+    for _ in 0..JOBS {
+        scene.first.succeed(&scene.first.take(), &large("one"));
+    }
+    with_service(&|| waiting(&scene.second, JOBS));
+    for number in 0..JOBS {
+        let message = scene.second.take_message();
+        assert_eq!(message.json()[0][2], large("one"));
+        match number % 2 {
+            0 => scene.second.fail(&Task::of(&message)),
+            _ => scene.second.succeed(&Task::of(&message), &large("two")),
+        }
+    }
+    with_service(&|| waiting(&scene.second, JOBS / 2));
+    for _ in 0..JOBS / 2 {
+        let message = scene.second.take_message();
+        assert_eq!(message.json()[0][2], large("one"));
+        scene.second.succeed(&Task::of(&message), &large("two"));
+    }
+    with_service(&|| {
+        waiting(&third, JOBS);
+        for _ in 0..JOBS {
+            third.succeed(&third.take(), &large("three"));
+        }
+        for job in &jobs {
+            let output = scene.client.result(*job).output_esdl;
+            assert_eq!(output, Some(large("three")));
+        }
+    });
+    let peak = peaks.get();
+    eprintln!("peak memory with large ESDLs in three steps: {peak} MiB");
+    assert!(peak < 300, "{peak} MiB");
+    scene.nothing_is_left();
 }
 
 #[test]

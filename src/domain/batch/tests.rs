@@ -107,10 +107,11 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
             session_begun: None,
             new_task_id: Uuid::from_u128(tasks),
             catalogue: &catalogue,
+            is_closed: &|queue| queue == CLOSED,
             rules: &rules,
         }
     };
-    written(&decide(batch, &before, context, |queue| queue == CLOSED))
+    written(&decide(batch, &before, context))
 }
 
 /// A plan in short: what is sent, what is told, how the jobs are left, and the rest where there is any.
@@ -155,6 +156,7 @@ fn written(plan: &Plan<'_>) -> String {
         keep,
         retire_late,
         retire,
+        hold: _,
         retire_these: _,
     } = &plan.series;
     for (what, rows) in [("keep", keep), ("retire late", retire_late)] {

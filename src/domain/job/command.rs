@@ -195,9 +195,9 @@ impl Command {
         }
     }
 
-    /// What to do instead when the broker or the database refuses what this command causes.
-    /// None where the job can go on without it.
-    pub fn instead(&self, reason: String) -> Option<Command> {
+    /// What to do instead when the broker or the database refuses what this command causes; of a
+    /// task it is the broker. None where the job can go on without it.
+    pub fn instead(&self, reason: String, by_broker: bool) -> Option<Command> {
         match self {
             Command::Submit(submission) => Some(Command::Refuse {
                 reason,
@@ -211,19 +211,26 @@ impl Command {
                 reason,
                 task_id: Some(completion.task_id.clone()),
             }),
-            // It would be found again and again.
-            Command::TakeTurn => Some(Command::Fail {
+            // They would be found again and again.
+            Command::TakeTurn | Command::TimeOut => Some(Command::Fail {
                 reason,
                 task_id: None,
+            }),
+            Command::Judge { task_id, .. } => Some(Command::Fail {
+                reason,
+                task_id: Some(task_id.clone()),
+            }),
+            // It was one too many, and the step's fallback cannot be had.
+            Command::Start { task_id, .. } if by_broker => Some(Command::Fail {
+                reason,
+                task_id: Some(task_id.clone()),
             }),
             Command::Refuse { .. }
             | Command::Cancel
             | Command::Start { .. }
             | Command::Progress { .. }
-            | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }
     }

@@ -93,6 +93,30 @@ pub(super) enum Next {
     Failure,
 }
 
+/// The last bytes of an attempt's logs that are kept, and the first ones of its ESDL messages: the
+/// result of a job has those of all its attempts, and must fit into a message.
+const KEPT_BYTES: usize = 64 * 1024;
+
+/// The end of an attempt's logs, without NUL, which Postgres cannot store.
+pub(super) fn kept_logs(logs: &str) -> String {
+    let from = logs.ceil_char_boundary(logs.len().saturating_sub(KEPT_BYTES));
+    let end = logs[from..].replace('\0', "");
+    match from {
+        0 => end,
+        left_out => format!("[{left_out} bytes are left out]\n{end}"),
+    }
+}
+
+fn kept_messages(messages: &[EsdlMessage]) -> Vec<EsdlMessage> {
+    let mut bytes = 0;
+    let fits = |message: &&EsdlMessage| {
+        let object = message.esdl_object_id.as_ref().map_or(0, String::len);
+        bytes += size_of::<EsdlMessage>() + message.technical_message.len() + object;
+        bytes <= KEPT_BYTES
+    };
+    messages.iter().take_while(fits).cloned().collect()
+}
+
 impl Position {
     pub(super) const FIRST: Position = Position {
         step: 0,
@@ -131,8 +155,8 @@ impl Report {
         Report {
             output_bytes: to_i64(output_esdl.len()),
             esdl_id: completion.esdl_id(),
-            logs: completion.logs.replace('\0', ""),
-            esdl_messages: completion.esdl_messages.clone(),
+            logs: kept_logs(&completion.logs),
+            esdl_messages: kept_messages(&completion.esdl_messages),
             ..Report::new(outcome, starts, now)
         }
     }
@@ -304,7 +328,10 @@ impl Course {
             let name = self.name(self.current.position);
             let _ = writeln!(whole, "The job ended in {name}.");
         }
-        let earlier = self.earlier.iter().filter_map(|attempt| {
+        // What was refused may have been refused for its size.
+        let worth_telling = |_: &&Attempt| outcome != Outcome::Rejected;
+        let earlier = self.earlier.iter().filter(worth_telling);
+        let earlier = earlier.filter_map(|attempt| {
             let report = attempt.report.as_ref()?;
             Some((attempt.position, report.outcome, report.logs.as_str()))
         });
@@ -354,8 +381,9 @@ impl Course {
     /// The time series that the job's success leaves to nobody, if its last output has those of
     /// `kept`.
     pub(super) fn passing_series(&self, kept: Option<&str>) -> Vec<String> {
+        let also_kept: Vec<_> = self.earlier_series(|step| step.keep_time_series).collect();
         self.earlier_series(|step| !step.keep_time_series)
-            .filter(|id| Some(*id) != kept)
+            .filter(|id| Some(*id) != kept && !also_kept.contains(id))
             .map(str::to_owned)
             .collect()
     }

@@ -80,6 +80,17 @@ fn decide_again<'a>(
             let reason = "The orchestrator refused this job when it was submitted.";
             job.rejected(job_id, reason, context)
         }
+        // So was its next task.
+        Event::HandedOver { .. } | Event::Postponed { .. }
+            if ended.outcome == Outcome::Rejected =>
+        {
+            let reason = "The orchestrator could not go on with this job.";
+            Decision {
+                next: None,
+                time_series: Vec::new(),
+                ..job.rejected(job_id, reason, context)
+            }
+        }
         Event::Submitted { .. }
         | Event::Started { .. }
         | Event::HandedOver { .. }

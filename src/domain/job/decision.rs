@@ -22,6 +22,8 @@ pub struct Context<'a> {
     /// would look like a crash loop.
     pub new_task_id: Uuid,
     pub catalogue: &'a Catalogue,
+    /// Whether a task queue takes nothing for now.
+    pub is_closed: &'a dyn Fn(&str) -> bool,
     /// What holds for every job.
     pub rules: &'a Rules,
 }
@@ -63,8 +65,9 @@ pub struct Decision<'a> {
     /// To be sent before the new state is committed, in this order: what is committed has been
     /// asked of the workers.
     pub publications: Vec<Publication<'a>>,
-    /// To be sent after the commit, in this order: what clients are told is certain. Then the job
-    /// is no longer [`State::Ending`].
+    /// To be sent after the commit, in this order: what clients are told is certain, and a task that
+    /// is revoked is no longer its job's. If they tell the outcome, the job is no longer
+    /// [`State::Ending`] then.
     pub announcements: Vec<Publication<'a>>,
     /// How long from now those of them that tell the outcome have to wait
     /// ([`Publication::tells_outcome`]), and with them the end of [`State::Ending`].
@@ -204,6 +207,11 @@ pub enum TimeSeries<'a> {
         esdl_id: String,
         reference: Cow<'a, str>,
     },
+    /// A step succeeded: guard its series while its job lives, unless they are another job's.
+    Hold {
+        esdl_id: String,
+        reference: Cow<'a, str>,
+    },
     /// The job was deleted, but its task still delivered: these series belong to nobody.
     RetireLate {
         esdl_id: String,
@@ -233,9 +241,10 @@ pub enum Event {
         to: String,
         task: String,
     },
-    /// The job's step is tried again later.
+    /// The job's step is put on its queue later.
     Postponed {
         what: String,
+        why: &'static str,
         until: Timestamp,
     },
     /// Started once more, which does not count.
@@ -308,8 +317,10 @@ impl Job {
         let mut time_series = Vec::new();
         if let Some(course) = &mut job.course {
             let report = Report::new(outcome, self.starts.len(), context.now);
-            course.current.report.get_or_insert(report);
-            if outcome != Outcome::Succeeded && course.has_time_series() {
+            let report = course.current.report.get_or_insert(report);
+            // Not of a success that RabbitMQ has lost: its client may have heard of it.
+            let succeeded = report.outcome == Outcome::Succeeded;
+            if !succeeded && course.has_time_series() {
                 time_series.push(TimeSeries::Retire);
             }
         }

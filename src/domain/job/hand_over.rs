@@ -12,7 +12,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::course::{Attempt, Course, Input, Next, Position, Report};
+use super::course::{Attempt, Course, Input, Next, Position, Report, kept_logs};
 use super::decision::{Assignment, TaskInput};
 use super::{
     Completion, Context, Decision, Event, Job, JobStatus, Outcome, Priority, Progress, Publication,
@@ -24,6 +24,8 @@ use crate::domain::workflow::{StepParameters, Steps};
 const WAITS: &str = "waiting for a worker";
 /// The same of one that has to wait before that.
 const TRIED_AGAIN: &str = "it failed, and is tried again";
+/// The same of one whose queue's node is down, say.
+const CLOSED: &str = "its queue takes nothing for now";
 /// Of a worker's success that is none.
 const NO_OUTPUT: &str = "Its worker reported success, but sent no ESDL.";
 
@@ -168,7 +170,7 @@ fn without_output<'a>(
         logs => format!("{NO_OUTPUT}\n{logs}"),
     };
     let mut report = Report::of(completion, Outcome::Failed, job.starts.len(), context.now);
-    report.logs.clone_from(&logs);
+    report.logs = kept_logs(&logs);
     let job = job.with_report(report);
     let messages = &completion.esdl_messages;
     job.fails(job_id, Outcome::Failed, &logs, messages, context)
@@ -187,7 +189,7 @@ pub(super) fn fail<'a>(
         return job.fails(job_id, outcome, logs, &[], context);
     };
     let report = Report {
-        logs: logs.to_owned(),
+        logs: kept_logs(logs),
         ..Report::new(outcome, job.starts.len(), context.now)
     };
     match course.after_failure(outcome) {
@@ -207,17 +209,21 @@ fn again<'a>(
     (position, wait): (Position, Duration),
     context: &Context<'_>,
 ) -> Decision<'a> {
-    if !wait.is_zero() {
-        return postpone(job_id, job, report, (position, wait), context);
-    }
     let input = match job.course.as_ref().map(|course| &course.input) {
         Some(Input::New(esdl)) => TaskInput::Held(Arc::clone(esdl)),
         Some(Input::Kept | Input::NotKept) | None => TaskInput::Kept,
     };
-    go_on(job_id, job, report, position, input, context)
+    match wait.is_zero() {
+        true => go_on(job_id, job, report, position, input, context),
+        false => {
+            let until = context.now.checked_add(wait).unwrap_or(Timestamp::MAX);
+            postpone(job_id, job, report, position, &input, (TRIED_AGAIN, until))
+        }
+    }
 }
 
-/// Hands the job over to the task at `position`.
+/// Hands the job over to the task at `position`, or later if its queue takes nothing for now: the
+/// end of the task before is certain, and no timeout must overtake it.
 fn go_on<'a>(
     job_id: Uuid,
     job: &Job,
@@ -229,17 +235,20 @@ fn go_on<'a>(
     let task_id = context.new_task_id;
     let held = report.esdl_id.clone();
     let revocation = job.revocation(report.outcome);
+    let before = job;
     let mut job = job.clone();
     let Some(course) = &mut job.course else {
         return Decision::ignored("its workflow has one step");
     };
+    if (context.is_closed)(&course.step_at(position).task) {
+        let later = (CLOSED, context.now);
+        return postpone(job_id, before, report, position, &input, later);
+    }
     let attempt = Attempt::submitted(position, task_id.to_string(), context.now);
     course.comes_to(attempt, report);
-    course.input = match (course.may_need_its_input_again(), &input) {
-        (false, _) => Input::NotKept,
-        (true, TaskInput::Given(esdl)) => Input::New(Arc::from(*esdl)),
-        (true, TaskInput::Held(esdl)) => Input::New(Arc::clone(esdl)),
-        (true, TaskInput::Kept) => Input::Kept,
+    course.input = match course.may_need_its_input_again() {
+        true => input.to_be_kept(),
+        false => Input::NotKept,
     };
     let task = Publication::Task {
         job_id,
@@ -254,14 +263,12 @@ fn go_on<'a>(
     job.task_id = Some(task_id.to_string());
     job.starts.clear();
     let progress = job.tells_progress(job_id, 0.0, WAITS, context.now);
-    let time_series = held.map(|esdl_id| job.keeps(esdl_id)).into_iter().collect();
+    let time_series = held.map(|esdl_id| job.holds(esdl_id)).into_iter().collect();
     Decision {
         next: Some(State::Live(job)),
-        publications: [task]
-            .into_iter()
-            .chain(revocation)
-            .chain([progress])
-            .collect(),
+        publications: vec![task, progress],
+        // Not before the commit: whoever decides again after a crash may leave it its task.
+        announcements: revocation.into_iter().collect(),
         time_series,
         ..Decision::nothing(event)
     }
@@ -272,10 +279,12 @@ fn postpone<'a>(
     job_id: Uuid,
     job: &Job,
     report: Report,
-    (position, wait): (Position, Duration),
-    context: &Context<'_>,
+    position: Position,
+    input: &TaskInput<'_>,
+    (why, until): (&'static str, Timestamp),
 ) -> Decision<'a> {
-    let until = context.now.checked_add(wait).unwrap_or(Timestamp::MAX);
+    let now = report.finished_at;
+    let held = report.esdl_id.clone();
     let revocation = job.revocation(report.outcome);
     let mut job = job.clone();
     let Some(course) = &mut job.course else {
@@ -290,17 +299,28 @@ fn postpone<'a>(
         report: None,
     };
     course.comes_to(attempt, report);
-    let event = Event::Postponed {
-        what: course.name(position),
-        until,
-    };
+    course.input = input.to_be_kept();
+    let what = course.name(position);
     job.task_id = None;
     job.starts.clear();
-    let progress = job.tells_progress(job_id, 0.0, TRIED_AGAIN, context.now);
+    let progress = job.tells_progress(job_id, 0.0, why, now);
+    let time_series = held.map(|esdl_id| job.holds(esdl_id)).into_iter().collect();
     Decision {
         next: Some(State::Live(job)),
-        publications: revocation.into_iter().chain([progress]).collect(),
-        ..Decision::nothing(event)
+        publications: vec![progress],
+        announcements: revocation.into_iter().collect(),
+        time_series,
+        ..Decision::nothing(Event::Postponed { what, why, until })
+    }
+}
+
+impl TaskInput<'_> {
+    fn to_be_kept(&self) -> Input {
+        match self {
+            TaskInput::Given(esdl) => Input::New(Arc::from(*esdl)),
+            TaskInput::Held(esdl) => Input::New(Arc::clone(esdl)),
+            TaskInput::Kept => Input::Kept,
+        }
     }
 }
 
@@ -318,6 +338,9 @@ pub(super) fn take_turn<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> D
     let Some(course) = job.course.as_mut().filter(|course| is_due(course)) else {
         return Decision::ignored("no step's turn has come");
     };
+    if (context.is_closed)(&course.step().task) {
+        return Decision::ignored(CLOSED);
+    }
     let task_id = context.new_task_id;
     course.current.task_id = Some(task_id.to_string());
     course.current.submitted_at = Some(context.now);
@@ -380,6 +403,13 @@ impl Job {
 
     fn keeps<'a>(&self, esdl_id: String) -> TimeSeries<'a> {
         TimeSeries::Keep {
+            esdl_id,
+            reference: Cow::Owned(self.reference.clone()),
+        }
+    }
+
+    fn holds<'a>(&self, esdl_id: String) -> TimeSeries<'a> {
+        TimeSeries::Hold {
             esdl_id,
             reference: Cow::Owned(self.reference.clone()),
         }

@@ -57,6 +57,7 @@ fn context() -> Context<'static> {
         session_begun: Some(at(2)),
         new_task_id: new_task(),
         catalogue: &CATALOGUE,
+        is_closed: &|_| false,
         rules: &RULES,
     }
 }
@@ -344,6 +345,7 @@ fn summary(decision: &Decision<'_>) -> String {
     for change in &decision.time_series {
         match change {
             TimeSeries::Keep { esdl_id, .. } => write!(text, "; keep {esdl_id}").unwrap(),
+            TimeSeries::Hold { esdl_id, .. } => write!(text, "; hold {esdl_id}").unwrap(),
             TimeSeries::RetireLate { esdl_id, .. } => write!(text, "; retire {esdl_id}").unwrap(),
             TimeSeries::Retire => text.push_str("; retire the job's"),
             TimeSeries::RetireThese(ids) => write!(text, "; retire {ids:?}").unwrap(),
@@ -547,7 +549,7 @@ fn of_long_names_the_beginning_is_kept_and_the_task_has_it_all(#[case] workflow:
         }),
         other => other,
     };
-    let instead = command.instead("why".to_owned()).unwrap();
+    let instead = command.instead("why".to_owned(), false).unwrap();
     let cancelled = decide(job_id(), &State::Unknown, &Command::Cancel, &context());
     let cancelled = cancelled.next.unwrap();
     for (state, command) in [
@@ -673,6 +675,7 @@ fn a_workflow_has_its_own_limits() {
     let own = catalogue(r#", "delivery_limit": 1, "default_timeout_sec": 0.007"#);
     let own = Context {
         catalogue: &own,
+        is_closed: &|_| false,
         ..context()
     };
     let running = State::Live(job(JobStatus::Running));
@@ -702,6 +705,7 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
     );
     let lenient = Context {
         catalogue: &strict,
+        is_closed: &|_| false,
         ..context()
     };
     let command = submission("simulator");
@@ -1089,6 +1093,7 @@ impl World {
             session_begun: self.session_begun,
             new_task_id: Uuid::from_u128(self.tasks),
             catalogue: &CATALOGUE,
+            is_closed: &|_| false,
             rules: &rules,
         };
         let state = self.state.clone().unwrap_or(State::Unknown);

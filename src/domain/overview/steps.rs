@@ -50,7 +50,9 @@ impl StepView {
         let mut before = 0.0;
         let mut parts = Vec::with_capacity(self.shares.len());
         for share in &self.shares {
-            let done = ((fraction - before) / share).clamp(0.0, 1.0);
+            let done = (fraction - before) / share;
+            // Of a share too small to be one it is not a number.
+            let done = if done > 0.0 { done.min(1.0) } else { 0.0 };
             parts.push((*share, done));
             before += share;
         }

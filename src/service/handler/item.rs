@@ -151,7 +151,7 @@ impl Item {
         error!("{}: {}", self.label(), one_line(&reason));
         let instead = self.job.take().and_then(|(id, command)| {
             let reason = format!("The orchestrator could not handle this job: {reason}.");
-            Some((id, command.instead(reason)?))
+            Some((id, command.instead(reason, by == Refuser::Broker)?))
         });
         self.list_workflows = false;
         // What the broker refuses is usually too big for any of its queues.

@@ -232,20 +232,21 @@ impl Handler<'_> {
             self.watched.decides(asked.job_id, asked.command.name());
             fault_point::reached(asked.command.reference());
         });
-        let context = || Context {
-            now: loaded.now,
-            session_begun: loaded.session_begun,
-            new_task_id: Uuid::new_v4(),
-            catalogue,
-            rules: &common.service.rules,
-        };
         let is_closed = |queue: &str| {
             !common.closed.is_empty() && {
                 let queue = Destination::TaskQueue(queue.to_owned());
                 common.closed.is_closed(&queue, Instant::now())
             }
         };
-        let plan = batch::decide(asked, &loaded.states, context, is_closed);
+        let context = || Context {
+            now: loaded.now,
+            session_begun: loaded.session_begun,
+            new_task_id: Uuid::new_v4(),
+            catalogue,
+            is_closed: &is_closed,
+            rules: &common.service.rules,
+        };
+        let plan = batch::decide(asked, &loaded.states, context);
         self.watched.goes_on();
         plan
     }

@@ -48,6 +48,8 @@ struct Story {
     catalogue: Catalogue,
     second: i64,
     state: State,
+    /// Task queues that take nothing for now.
+    closed: Vec<&'static str>,
 }
 
 impl Story {
@@ -56,6 +58,7 @@ impl Story {
             catalogue: catalogue(steps),
             second: 100,
             state: State::Unknown,
+            closed: Vec::new(),
         }
     }
 
@@ -67,9 +70,15 @@ impl Story {
             session_begun: None,
             new_task_id: Uuid::from_u128(self.second.unsigned_abs().into()),
             catalogue: &self.catalogue,
+            is_closed: &|task| self.closed.contains(&task),
             rules: &RULES,
         };
         let decision = decide(job_id(), &self.state, command, &context);
+        // After a crash it might be decided otherwise, and the job would have lost its task.
+        let revokes = |one: &&Publication<'_>| matches!(one, Publication::Revoke { .. });
+        if let Event::HandedOver { .. } | Event::Postponed { .. } = decision.event {
+            assert_eq!(decision.publications.iter().find(revokes), None);
+        }
         let publications = decision.publications.iter();
         let mut told: Vec<_> = publications
             .chain(&decision.announcements)
@@ -209,7 +218,7 @@ fn the_second_step_gets_the_output_of_the_first() {
         [
             r#"task 104 for simulator: {"x":"2"} ref High Given("<esdl id='one'/>")"#,
             "0.75 Simulate: waiting for a worker",
-            r#"Keep { esdl_id: "one", reference: "ref" }"#
+            r#"Hold { esdl_id: "one", reference: "ref" }"#
         ]
     );
     assert_eq!(story.course().input, Input::NotKept);
@@ -357,6 +366,64 @@ fn a_step_is_tried_again_at_once_or_after_a_while() {
     );
 }
 
+/// The end of the step before is certain: nothing may overtake it while the result waits.
+#[test]
+fn a_step_whose_queue_takes_nothing_for_now_waits_in_the_database() {
+    let mut story = Story::new(TWO);
+    story.submit();
+    story.start();
+    story.closed = vec!["simulator"];
+    assert_eq!(
+        story.result(Some("<esdl id='one'/>")),
+        [
+            "0.75 Simulate: its queue takes nothing for now",
+            r#"Hold { esdl_id: "one", reference: "ref" }"#
+        ]
+    );
+    assert_eq!(story.task(), "");
+    assert_eq!(
+        story.course().input,
+        Input::New(Arc::from("<esdl id='one'/>"))
+    );
+    let waits = ["its queue takes nothing for now"];
+    assert_eq!(story.tell(&Command::TakeTurn), waits);
+    story.closed.clear();
+    let told = story.tell(&Command::TakeTurn);
+    assert!(told[0].contains("for simulator"), "{told:?}");
+    assert!(told[0].ends_with(r#"Held("<esdl id='one'/>")"#), "{told:?}");
+    assert_eq!(story.course().input, Input::NotKept);
+}
+
+/// Its logs may be as long as a message, and there may be many attempts.
+#[test]
+fn of_earlier_attempts_the_end_of_the_logs_is_told() {
+    let mut story = Story::new(TWO);
+    story.submit();
+    let long = format!("{}é{}the end", "x".repeat(1000), "y".repeat(64 * 1024 - 8));
+    story.tell(&Command::Result(Completion {
+        task_id: story.task(),
+        succeeded: true,
+        output_esdl: Some("<esdl id='one'/>".to_owned()),
+        logs: long,
+        esdl_messages: vec![
+            EsdlMessage {
+                technical_message: "z".repeat(40_000),
+                severity: 1,
+                esdl_object_id: None,
+            };
+            3
+        ],
+    }));
+    let report = story.course().earlier[0].report.as_ref().unwrap();
+    assert!(
+        report.logs.starts_with("[1002 bytes are left out]\nyyy"),
+        "{:.50}",
+        report.logs
+    );
+    assert!(report.logs.ends_with("the end"));
+    assert_eq!(report.esdl_messages.len(), 1);
+}
+
 /// Its queue may be full, say, which does not change by itself.
 #[test]
 fn an_attempt_that_cannot_be_made_ends_the_job() {
@@ -364,9 +431,33 @@ fn an_attempt_that_cannot_be_made_ends_the_job() {
     story.submit();
     story.start();
     story.result(None);
-    let instead = Command::TakeTurn.instead("it is refused".to_owned());
+    let instead = Command::TakeTurn.instead("it is refused".to_owned(), true);
     let told = story.tell(&instead.unwrap());
     assert!(told[0].contains("it is refused"), "{told:?}");
+    let State::Ending(ending) = &story.state else {
+        panic!("{:?}", story.state);
+    };
+    assert_eq!(ending.ended.outcome, Outcome::Rejected);
+}
+
+/// Killed before its client is told, and what was refused comes again.
+#[test]
+fn a_refused_hand_over_is_told_when_it_comes_again() {
+    let mut story = Story::new(TWO);
+    story.submit();
+    let result = Command::Result(Completion {
+        task_id: story.task(),
+        succeeded: true,
+        output_esdl: Some("<esdl id='one'/>".to_owned()),
+        logs: String::new(),
+        esdl_messages: Vec::new(),
+    });
+    story.tell(&result.instead("it is too large".to_owned(), true).unwrap());
+    let told = story.tell(&result);
+    assert!(
+        told[1].starts_with("Error None\nThe job ended in step 1"),
+        "{told:?}"
+    );
     let State::Ending(ending) = &story.state else {
         panic!("{:?}", story.state);
     };
@@ -717,6 +808,7 @@ impl World {
             session_begun: None,
             new_task_id: Uuid::from_u128(self.count),
             catalogue: &catalogue,
+            is_closed: &|_| false,
             rules: &RULES,
         };
         self.deaths += usize::from(death != Death::Never);

@@ -547,8 +547,11 @@ fn operators_see_where_a_job_is_and_what_its_steps_did() {
         let (_, body) = service.get(path).unwrap();
         serde_json::from_str(&body).unwrap()
     };
-    let story = json(&format!("/api/jobs/{}", task.job));
-    assert_eq!(story["step"]["number"], 2);
+    // A task is published before it is committed.
+    let story = eventually("the second step", || {
+        let story = json(&format!("/api/jobs/{}", task.job));
+        (story["step"]["number"] == 2).then_some(story)
+    });
     assert_eq!(story["step"]["title"], "Simulate");
     assert_eq!(story["step"]["shares"], json!([0.75, 0.25]));
     assert_eq!(story["position"], 1);

@@ -27,9 +27,9 @@ use crate::wire::celery::{self, Execution};
 
 /// How long the workers have to answer a question.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
-/// In how many rounds the workers are asked before one is taken for dead. A worker that RabbitMQ lost
-/// sight of may take this many seconds to reconnect; Celery needs up to four. It is a count, not a
-/// time, since time also passes while this process stands still.
+/// In how many rounds the workers are asked before one is taken for dead. A worker that RabbitMQ
+/// lost sight of may take this many seconds to reconnect; Celery needs up to four. It is a count,
+/// not a time, since time also passes while this process stands still.
 const ROUNDS: u32 = 10;
 /// The same when asking fails: when the connection is lost, until the session ends, and always
 /// without the rights to ask.

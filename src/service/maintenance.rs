@@ -146,7 +146,7 @@ struct Maintenance<'s> {
 }
 
 impl Maintenance<'_> {
-    /// Does what is due now. Each round starts over.
+    /// Does what is due now. What a round has left goes on in the next one.
     fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -166,8 +166,8 @@ impl Maintenance<'_> {
         let turns = turns.into_iter().map(|(_, id)| (id, Command::TakeTurn));
         let mut findings: Vec<_> = turns.collect();
         if is_round {
-            self.limits = Chore::Due;
-            self.history = Chore::Due;
+            self.limits.fall_due();
+            self.history.fall_due();
             findings.extend(self.notices(&mut connection)?);
         }
         self.hand_over(findings);
@@ -384,6 +384,14 @@ enum Chore {
 }
 
 impl Chore {
+    /// A round begins. What is claimed goes on: it may have been claimed so late in the last round
+    /// that it could not be claimed again.
+    fn fall_due(&mut self) {
+        if *self == Chore::Done {
+            *self = Chore::Due;
+        }
+    }
+
     /// Whether it is for this replica to do; if not, it is done.
     fn go_on(
         &mut self,

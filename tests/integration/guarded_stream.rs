@@ -177,7 +177,7 @@ fn poisoned_properties_harm_nobody(#[case] poison: Poison) {
         assert_eq!(client.outcome(job).0, ResultType::Succeeded);
     }
 
-    // What cannot be decoded becomes a dead letter with its properties, as far as these can be told.
+    // What cannot be decoded becomes a dead letter with its properties, as far as they can be told.
     to_sdk.send(SUBMISSIONS, b"\xff");
     let letter = client.peer.next(DEAD_LETTERS_QUEUE);
     assert_eq!(letter.body, b"\xff");

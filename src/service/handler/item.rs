@@ -41,8 +41,7 @@ pub(super) struct Item {
 }
 
 impl Item {
-    /// Decodes what the message asks for. One that makes the decoder panic becomes a
-    /// dead letter.
+    /// Decodes what the message asks for. One that makes the decoder panic becomes a dead letter.
     pub(super) fn new(work: Work, watched: &Watched) -> Item {
         let mut item = Item {
             job: None,

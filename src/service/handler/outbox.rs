@@ -24,7 +24,7 @@ pub(super) struct Outbox {
     tasks_for: BTreeSet<String>,
 }
 
-/// The clients' queues that did not take their results because they are unavailable for now, and why.
+/// The clients' queues that took no result because they are unavailable for now, and why they are.
 pub(super) type Unavailable = BTreeMap<String, String>;
 
 /// The messages of a batch that did not arrive.

@@ -110,7 +110,7 @@ impl Handler<'_> {
         }
     }
 
-    /// Publishes the dead letters of a batch. A message whose letter is not taken for now is stalled.
+    /// Publishes the dead letters of a batch. A message whose letter is not taken for now stalls.
     fn write_dead_letters(&mut self, batch: &mut [Item]) -> Result<(), Trouble> {
         let Common {
             service,

@@ -65,7 +65,7 @@ impl Handler<'_> {
         fault_point::reached("after telling");
         let (ending, waiting): (Vec<_>, Vec<_>) = ending
             .into_iter()
-            .partition(|job_id| !untold.contains_key(&wire::result_queue(*job_id)));
+            .partition(|job_id| !untold.queues.contains(&wire::result_queue(*job_id)));
         if !ending.is_empty() {
             connection.settle(&ending)?;
             stopwatch.lap(Stage::Settle);
@@ -85,7 +85,7 @@ impl Handler<'_> {
 
     /// Keeps the messages that led to the outcomes of these jobs until their clients' queues are
     /// available again. A finding is made again.
-    fn wait_for_clients(&self, batch: &mut [Item], jobs: &[Uuid], untold: &Untold) {
+    fn wait_for_clients(&self, batch: &mut [Item], jobs: &[Uuid], untold: &Untold<'_>) {
         let of_these = |item: &&mut Item| {
             let job = item.job.as_ref().map(|(job_id, _)| job_id);
             item.inbox().is_some() && job.is_some_and(|job_id| jobs.contains(job_id))
@@ -97,10 +97,9 @@ impl Handler<'_> {
             item.has_waited = true;
             some = true;
         }
-        if let Some((queue, why)) = untold.first_key_value().filter(|_| some) {
-            let why = format!("{queue}: {why}");
+        if some {
             let (closed, now) = (&self.common.closed, Instant::now());
-            closed.close(self.number, &Destination::ClientQueues, &why, now);
+            closed.close(self.number, &Destination::ClientQueues, &untold.why, now);
         }
     }
 
@@ -136,7 +135,9 @@ impl Handler<'_> {
             let queue = Destination::DeadLetters(vhost);
             let mut outcome = vec![Some(String::new()); items.len()];
             if !closed.is_closed(&queue, Instant::now()) {
-                outcome = letters::put_aside(self.publishers.towards(vhost), &letters)?;
+                let is_there = self.letters_taken.contains(&vhost);
+                let publisher = self.publishers.towards(vhost);
+                outcome = letters::put_aside(publisher, &letters, is_there)?;
                 let refused = outcome.iter().flatten().count();
                 metrics.published("confirmed", outcome.len() - refused);
                 metrics.published("rejected", refused);
@@ -144,8 +145,12 @@ impl Handler<'_> {
                 if outcome.contains(&None) {
                     closed.took(&queue, now);
                 }
-                if let Some(why) = outcome.iter().flatten().next() {
-                    closed.close(self.number, &queue, why, now);
+                match outcome.iter().flatten().next() {
+                    None => drop(self.letters_taken.insert(vhost)),
+                    Some(why) => {
+                        self.letters_taken.remove(&vhost);
+                        closed.close(self.number, &queue, why, now);
+                    }
                 }
             }
             for (item, why) in items.iter_mut().zip(outcome) {

@@ -2,6 +2,7 @@
 
 pub mod authority;
 pub mod browser;
+pub mod cluster;
 pub mod deployment;
 pub mod peers;
 #[path = "../../examples/chaos/proxy.rs"]

@@ -11,6 +11,7 @@ mod harness;
 
 mod cancelling;
 mod cli;
+mod cluster;
 mod connect;
 mod crashes;
 mod dead_letters;

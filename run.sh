@@ -83,6 +83,7 @@ has_program() {
     postgresql) postgres_program initdb >/dev/null ;;
     influxdb) command -v influxd >/dev/null ;;
     chromium-driver) command -v chromedriver >/dev/null ;;
+    pgbouncer) command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] ;;
     prometheus) command -v promtool >/dev/null ;;
     chromium | curl | make) command -v "$1" >/dev/null ;;
     python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
@@ -626,7 +627,8 @@ run_tests() {
     --stop) stop_test_services; return ;;
     --keep) kept=yes; shift ;;
   esac
-  need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver prometheus
+  need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver pgbouncer \
+    prometheus
   mkdir -p "$TESTS"
   trap '[ -n "$kept" ] || stop_test_services' EXIT
   trap 'exit 130' INT TERM

@@ -145,7 +145,7 @@ struct Maintenance<'s> {
 impl Maintenance<'_> {
     /// Does what is due now. Each round starts over.
     fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
-        let mut connection = match self.connection.take() {
+        let mut presence = match self.connection.take() {
             Some(connection) => connection,
             None => {
                 let mut connection = self.store.connection()?;
@@ -154,18 +154,23 @@ impl Maintenance<'_> {
                 connection
             }
         };
-        self.show(&mut connection)?;
-        self.notice_standstills(&mut connection, beat)?;
+        self.show(&mut presence)?;
+        self.notice_standstills(&mut presence, beat)?;
+        let mut apart = match presence.shows_nothing_but_presence() {
+            true => Some(self.store.connection()?),
+            false => None,
+        };
+        let connection = apart.as_mut().unwrap_or(&mut presence);
         let mut findings = Vec::new();
         if is_round {
             self.limits = Chore::Due;
             self.history = Chore::Due;
-            findings = self.notices(&mut connection)?;
+            findings = self.notices(connection)?;
         }
         self.hand_over(findings);
-        self.look_for_overdue(&mut connection)?;
-        self.forget(&mut connection)?;
-        self.connection = Some(connection);
+        self.look_for_overdue(connection)?;
+        self.forget(connection)?;
+        self.connection = Some(presence);
         Ok(())
     }
 

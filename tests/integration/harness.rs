@@ -5,6 +5,7 @@ pub mod browser;
 pub mod cluster;
 pub mod deployment;
 pub mod peers;
+pub mod pooler;
 #[path = "../../examples/chaos/proxy.rs"]
 pub mod proxy;
 pub mod raw;

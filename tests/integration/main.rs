@@ -26,6 +26,7 @@ mod memory;
 mod migrate;
 mod outcome_delay;
 mod pipeline;
+mod pooler;
 mod python;
 mod requests;
 mod servers;

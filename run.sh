@@ -83,6 +83,7 @@ has_program() {
     postgresql) postgres_program initdb >/dev/null ;;
     influxdb) command -v influxd >/dev/null ;;
     chromium-driver) command -v chromedriver >/dev/null ;;
+    pgbouncer) command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] ;;
     prometheus) command -v promtool >/dev/null ;;
     chromium | curl | make) command -v "$1" >/dev/null ;;
     python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
@@ -149,7 +150,7 @@ remove_folder() {
 }
 
 # What is in FOLDER.extra goes into a service's folder, for the service's user alone; the lines of
-# `conf` there are added to its configuration.
+# `conf` there are added to its configuration, those of `exports` to RabbitMQ's environment.
 extra_files() {
   local from=$1.extra folder=$2 user=$3
   [ -d "$from" ] || return 0
@@ -191,6 +192,7 @@ export RABBITMQ_MNESIA_BASE=$folder/mnesia RABBITMQ_LOG_BASE=$folder/log
 export RABBITMQ_CONFIG_FILE=$folder/rabbitmq.conf RABBITMQ_PID_FILE=$folder/pid
 export RABBITMQ_ENABLED_PLUGINS_FILE=$folder/enabled_plugins RABBITMQ_CONF_ENV_FILE=/dev/null
 EOF
+  if [ -f "$folder/exports" ]; then cat "$folder/exports" >>"$folder/environment"; fi
   if is_root; then chown -R rabbitmq "$folder"; fi
   (
     # shellcheck source=/dev/null
@@ -295,6 +297,7 @@ private() {
     kill-postgres) kill -KILL "$(head -n 1 "$folder/data/postmaster.pid")" ;;
     stop-*) stop_private "$folder" ;;
     remove-*) stop_private "$folder" fast; remove_folder "$folder" ;;
+    signal-rabbitmq) kill "$1" "$(cat "$folder/pid")" ;;
     # No file grows beyond so many bytes: writing fails as on a full disk. As the server's own user,
     # for root may lack the right in a container.
     limit-postgres)
@@ -628,7 +631,8 @@ run_tests() {
     --stop) stop_test_services; return ;;
     --keep) kept=yes; shift ;;
   esac
-  need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver prometheus
+  need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver pgbouncer \
+    prometheus
   mkdir -p "$TESTS"
   trap '[ -n "$kept" ] || stop_test_services' EXIT
   trap 'exit 130' INT TERM

@@ -12,6 +12,7 @@ mod guarded_stream;
 pub mod inspection;
 pub mod intake;
 mod link;
+mod presence;
 mod publisher;
 mod questions;
 mod readable;
@@ -23,6 +24,7 @@ mod values;
 
 pub use self::consumer::{Handled, Received, consume};
 pub use self::link::Link;
+pub use self::presence::Found;
 pub use self::publisher::{Delivered, Publisher};
 pub use self::questions::Question;
 pub use self::refusals::PublishError;

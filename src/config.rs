@@ -134,6 +134,8 @@ pub struct Postgres {
     pub password: Option<Secret>,
     /// Of connections by TCP; see [`Postgres::encryption_to`].
     pub encryption: Encryption,
+    /// A pooler stands before it, which may give each transaction another session.
+    pub is_pooled: bool,
 }
 
 impl Postgres {

@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::anyhow;
 use postgres::error::SqlState;
 use postgres::types::ToSql;
-use postgres::{Client, Row, Statement};
+use postgres::{Row, Statement};
 use thiserror::Error;
 use uuid::Uuid;
 
 pub use self::batch::Loaded;
+pub use self::connect::Session;
 use self::connect::{Access, ConnectError, Connector, noted};
 pub use self::upkeep::{Around, Overdue, Sign, Upkeep};
 use crate::config;
@@ -180,7 +181,7 @@ impl Connection {
     /// Those of `work`.
     pub fn revisions<T>(
         &mut self,
-        work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
+        work: impl FnOnce(&mut Session) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
         self.client.work(work)
     }
@@ -212,6 +213,10 @@ impl Connection {
                  DELETE FROM job WHERE job_id = ANY($1)"
             }
         };
+        if self.client.is_pooled() {
+            self.client.execute(sql, &[&job_ids])?;
+            return Ok(());
+        }
         let statement = match self.statements.get(sql) {
             Some(statement) => statement.clone(),
             None => self.client.prepare(sql)?,
@@ -226,11 +231,13 @@ impl Connection {
     /// # Errors
     /// The connection is lost.
     pub fn transaction(&mut self) -> Result<Transaction<'_>, StoreError> {
+        let keeps_statements = !self.client.is_pooled();
         let (inner, failed, calls) = self.client.transaction()?;
         Ok(Transaction {
             inner,
             calls,
             statements: &mut self.statements,
+            keeps_statements,
             failed,
         })
     }
@@ -240,6 +247,8 @@ pub struct Transaction<'a> {
     inner: postgres::Transaction<'a>,
     calls: &'a Calls,
     statements: &'a mut HashMap<&'static str, Statement>,
+    /// Whether the next transaction is in the same session.
+    keeps_statements: bool,
     /// Of the connection.
     failed: &'a mut bool,
 }
@@ -282,7 +291,9 @@ impl Transaction<'_> {
         }
         let _call = self.calls.begin();
         let statement = noted(self.failed, self.inner.prepare(sql))?;
-        self.statements.insert(sql, statement.clone());
+        if self.keeps_statements {
+            self.statements.insert(sql, statement.clone());
+        }
         Ok(statement)
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 
 /// A signal that is given once, to any number of threads, and stays given: by dropping the
@@ -176,7 +177,7 @@ impl Backoff {
 /// Runs `body`, and `kill` when it takes too long, which is to free every call that it waits in.
 ///
 /// # Errors
-/// Those of `body`.
+/// Those of `body`, with the time that it has taken when that is too long.
 pub fn within_deadline<T>(
     time: Duration,
     kill: impl FnOnce() + Send,
@@ -184,15 +185,20 @@ pub fn within_deadline<T>(
 ) -> anyhow::Result<T> {
     let (running, done) = Signal::pending();
     thread::scope(|scope| {
-        thread::Builder::new()
+        let deadline = thread::Builder::new()
             .name("deadline".to_owned())
             .spawn_scoped(scope, move || {
-                if !done.comes_within(time) {
+                let is_over = !done.comes_within(time);
+                if is_over {
                     kill();
                 }
+                is_over
             })?;
         let outcome = body();
         drop(running);
-        outcome
+        match deadline.join() {
+            Ok(true) => outcome.with_context(|| format!("not done within {time:?}")),
+            Ok(false) | Err(_) => outcome,
+        }
     })
 }

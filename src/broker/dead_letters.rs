@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde_json::Value;
 
 use super::publisher::OpenChannel;
@@ -68,6 +68,7 @@ pub fn go_through(
                     &letter,
                     &original_properties(&got.delivery.properties),
                     open,
+                    link,
                 )? {
                     None => got.ack(&channel)?,
                     Some(why) => {
@@ -92,6 +93,7 @@ fn requeue(
     letter: &DeadLetter,
     properties: &AmqpProperties,
     open: &OpenChannel,
+    link: &Link,
 ) -> anyhow::Result<Option<String>> {
     if letter.queue.is_empty() {
         return Ok(Some("it does not say which queue it came from".to_owned()));
@@ -107,17 +109,17 @@ fn requeue(
         properties: properties.clone(),
     };
     open.channel.basic_publish("", publish)?;
-    match open.confirms.recv_timeout(DEADLINE).context("no confirm")? {
-        Confirm::Ack(_) => {}
-        Confirm::Nack(_) => bail!("the broker answered with basic.nack"),
-    }
+    let confirm = open.confirms.recv_timeout(DEADLINE).context("no confirm")?;
     // A returned message arrives before its confirm.
-    Ok(open.returns.try_iter().next().map(|_| {
-        format!(
-            "there is no queue {:?} on this vhost any more",
-            letter.queue
-        )
-    }))
+    let queue = &letter.queue;
+    let otherwise = match (confirm, open.returns.try_iter().next()) {
+        (Confirm::Ack(_), None) => return Ok(None),
+        (Confirm::Ack(_), Some(_)) => format!("there is no queue {queue:?} on this vhost any more"),
+        (Confirm::Nack(_), _) => format!("the queue {queue:?} takes nothing more"),
+    };
+    let unavailable = link.look_for(&[queue])?[0].why_unavailable();
+    let unavailable = unavailable.map(|why| format!("the queue {queue:?}: {why}"));
+    Ok(Some(unavailable.unwrap_or(otherwise)))
 }
 
 impl DeadLetter {

@@ -1,6 +1,7 @@
 //! A connection to a vhost.
 
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub struct Link {
     blocked: Receiver<ConnectionBlockedNotification>,
     /// Counts what is consumed here.
     pub(super) intake: Option<Arc<Intake>>,
+    /// How many questions about queues have no answer yet.
+    pub(super) unanswered: Arc<AtomicUsize>,
 }
 
 impl Link {
@@ -77,6 +80,7 @@ impl Link {
             kill_switch,
             blocked,
             intake: intake.cloned(),
+            unanswered: Arc::default(),
         })
     }
 
@@ -99,11 +103,15 @@ impl Link {
         })
     }
 
-    /// Closes the connection with a handshake.
+    /// Closes the connection, with a handshake unless RabbitMQ owes answers about queues, for which
+    /// it would wait.
     ///
     /// # Errors
     /// What ended the connection, if it was ended before.
     pub fn close(self) -> anyhow::Result<()> {
+        if self.unanswered.load(Ordering::Relaxed) > 0 {
+            self.kill();
+        }
         let connection = self
             .connection
             .into_inner()

@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use super::DEADLINE;
 use super::consumer::Received;
 use super::link::Link;
+use super::presence::Found;
 use super::refusals::{PublishError, refusal};
 use super::values::{properties, republished};
 use crate::threads::Calls;
@@ -24,7 +25,8 @@ pub enum Delivered {
     Yes,
     /// It was mandatory, and no queue is bound to its key.
     Unroutable,
-    /// A queue does not take it, because it is full or failed.
+    /// A queue does not take it: it is full, its node in a cluster is down, or its process has
+    /// failed. Of the last two it may turn up in the queue all the same.
     Rejected,
 }
 
@@ -65,11 +67,22 @@ impl<'l> Publisher<'l> {
     /// Declares a task queue as the workers do.
     ///
     /// # Errors
-    /// [`PublishError::Refused`] when somebody declared it with other arguments,
-    /// [`PublishError::Unavailable`] while its node in a cluster is down.
+    /// As [`Publisher::declare_task_queues`].
     pub fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
+        self.declare_task_queues(&[queue])?.into_iter().collect()
+    }
+
+    /// Declares several; returns what came of each.
+    ///
+    /// # Errors
+    /// [`PublishError::Lost`] alone; for each queue [`PublishError::Refused`] when somebody declared
+    /// it with other arguments, [`PublishError::Unavailable`] while its node in a cluster is down.
+    pub fn declare_task_queues(
+        &self,
+        queues: &[&str],
+    ) -> Result<Vec<Result<(), PublishError>>, PublishError> {
         let _call = self.calls.begin();
-        self.link.declare_task_queue(queue)
+        self.link.declare_task_queues(queues)
     }
 
     /// As [`Link::declare_dead_letters`].
@@ -81,14 +94,13 @@ impl<'l> Publisher<'l> {
         self.link.declare_dead_letters()
     }
 
-    /// Why a queue that a message was not routed to may take it later; None if there is none of this
-    /// name.
+    /// What RabbitMQ says of queues that have not taken a message.
     ///
     /// # Errors
     /// [`PublishError::Lost`] alone.
-    pub fn why_unavailable(&self, queue: &str) -> Result<Option<String>, PublishError> {
+    pub fn look_for(&self, queues: &[&str]) -> Result<Vec<Found>, PublishError> {
         let _call = self.calls.begin();
-        self.link.why_unavailable(queue)
+        self.link.look_for(queues)
     }
 
     /// Republishes messages at the end of the queue that they came from, unchanged; returns what

@@ -42,6 +42,11 @@ pub(super) fn closed(error: &amiquip::Error) -> Option<(u16, &str)> {
     }
 }
 
+/// Why a queue takes nothing for now, in the broker's words.
+pub(super) fn unavailable(message: &str) -> String {
+    format!("it is not available: {message}")
+}
+
 /// Whether a queue does not exist, according to the broker's answer to a question about it. What it
 /// says of one whose node is down, or whose process has crashed, has the same code.
 pub(super) fn is_missing(code: u16, message: &str) -> bool {
@@ -77,7 +82,7 @@ pub(super) fn explained(error: amiquip::Error) -> anyhow::Error {
 pub(super) fn task_queue_refusal(queue: &str, code: u16, message: &str) -> PublishError {
     match code {
         // It exists on a node of the cluster that is down.
-        NOT_FOUND => PublishError::Unavailable(format!("it is not available: {message}")),
+        NOT_FOUND => PublishError::Unavailable(unavailable(message)),
         PRECONDITION_FAILED if is_default_queue_type(message) => PublishError::Refused(format!(
             "the task queue {queue:?} cannot be declared with x-max-priority = \
                  {TASK_QUEUE_MAX_PRIORITY}, as its workers do: {DEFAULT_QUEUE_TYPE} ({message})"

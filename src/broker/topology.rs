@@ -6,9 +6,10 @@ use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, Queue
 use anyhow::{Context, anyhow};
 
 use super::link::Link;
+use super::presence::{Asked, Unanswered, silence};
 use super::refusals::{
     NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, PublishError, RESOURCE_LOCKED, closed, explained,
-    is_missing, task_queue_refusal,
+    task_queue_refusal, unavailable,
 };
 use crate::domain::overview::Depth;
 use crate::wire::{
@@ -24,11 +25,13 @@ impl Link {
     pub fn declare_for_clients(&self) -> anyhow::Result<()> {
         let channel = self.channel()?;
         let options = ExchangeDeclareOptions::default();
-        channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options)?;
+        let declared = channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options);
+        self.named(declared, "exchange", OMOTES_EXCHANGE)?;
         for queue in [SUBMISSIONS_QUEUE, CANCELS_QUEUE] {
             let options = durable(FieldTable::new());
-            channel.queue_declare(queue, options).map_err(explained)?;
-            channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new())?;
+            self.named(channel.queue_declare(queue, options), "queue", queue)?;
+            let bound = channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new());
+            self.named(bound, "binding of the queue", queue)?;
         }
         channel.close().context("declaring the queues of clients")
     }
@@ -41,7 +44,7 @@ impl Link {
         let channel = self.channel()?;
         for queue in queues {
             let options = durable(FieldTable::new());
-            channel.queue_declare(*queue, options).map_err(explained)?;
+            self.named(channel.queue_declare(*queue, options), "queue", queue)?;
         }
         channel.close().context("declaring the queues of workers")
     }
@@ -53,22 +56,48 @@ impl Link {
     pub fn declare_pidbox(&self) -> anyhow::Result<()> {
         let channel = self.channel()?;
         let options = ExchangeDeclareOptions::default();
-        channel.exchange_declare(ExchangeType::Fanout, PIDBOX_EXCHANGE, options)?;
+        let declared = channel.exchange_declare(ExchangeType::Fanout, PIDBOX_EXCHANGE, options);
+        self.named(declared, "exchange", PIDBOX_EXCHANGE)?;
         channel
             .close()
             .context("declaring Celery's exchange for remote control")
     }
 
-    pub(super) fn declare_task_queue(&self, queue: &str) -> Result<(), PublishError> {
-        let priority = AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY);
-        let arguments = FieldTable::from([("x-max-priority".to_owned(), priority)]);
-        match self.declare(queue, durable(arguments)) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(match closed(&error) {
+    /// The outcome of a declaration, whose error names what was declared: when RabbitMQ does not
+    /// answer, the error itself says nothing.
+    fn named<T>(
+        &self,
+        declared: Result<T, amiquip::Error>,
+        kind: &str,
+        name: &str,
+    ) -> anyhow::Result<T> {
+        declared
+            .map_err(explained)
+            .with_context(|| format!("{}: declaring the {kind} {name:?}", self.name))
+    }
+
+    /// Declares task queues as the workers do, all at once.
+    pub(super) fn declare_task_queues(
+        &self,
+        queues: &[&str],
+    ) -> Result<Vec<Result<(), PublishError>>, PublishError> {
+        let ask = |queue: &&str| {
+            let queue = (*queue).to_owned();
+            let priority = AmqpValue::LongInt(TASK_QUEUE_MAX_PRIORITY);
+            let arguments = FieldTable::from([("x-max-priority".to_owned(), priority)]);
+            let options = durable(arguments);
+            self.ask_apart(move |channel| channel.queue_declare(queue, options).map(drop))
+        };
+        let asked: Vec<_> = queues.iter().map(ask).collect::<Result<_, _>>()?;
+        let answer = |(asked, queue): (Asked<()>, &&str)| match asked.answer() {
+            Ok(()) => Ok(()),
+            Err(Unanswered::Silent) => Err(PublishError::Unavailable(silence())),
+            Err(Unanswered::Error(error)) => Err(match closed(&error) {
                 Some((code, message)) => task_queue_refusal(queue, code, message),
-                None => self.lost(error, "declaring a task queue"),
+                None => self.lost(error, &format!("declaring the task queue {queue:?}")),
             }),
-        }
+        };
+        Ok(asked.into_iter().zip(queues).map(answer).collect())
     }
 
     /// Declares the dead-letter queue of this vhost. One that somebody declared with other
@@ -77,10 +106,16 @@ impl Link {
     /// # Errors
     /// [`PublishError::Unavailable`] with what the broker says where that is not possible.
     pub fn declare_dead_letters(&self) -> Result<(), PublishError> {
-        match self.declare(DEAD_LETTERS_QUEUE, durable(FieldTable::new())) {
-            Ok(_) => Ok(()),
-            Err(error) => match closed(&error) {
+        let asked = self.ask_apart(|channel| {
+            let options = durable(FieldTable::new());
+            channel.queue_declare(DEAD_LETTERS_QUEUE, options).map(drop)
+        })?;
+        match asked.answer() {
+            Ok(()) => Ok(()),
+            Err(Unanswered::Silent) => Err(PublishError::Unavailable(silence())),
+            Err(Unanswered::Error(error)) => match closed(&error) {
                 Some((PRECONDITION_FAILED, _)) => Ok(()),
+                Some((NOT_FOUND, message)) => Err(PublishError::Unavailable(unavailable(message))),
                 Some((_, message)) => Err(PublishError::Unavailable(message.to_owned())),
                 None => Err(self.lost(error, "declaring the queue of dead letters")),
             },
@@ -118,8 +153,11 @@ impl Link {
     pub fn declare_private_queue(&self, exchange: &str, key: &str) -> anyhow::Result<String> {
         let channel = self.channel()?;
         let options = exclusive(FieldTable::new());
-        let queue = channel.queue_declare("", options)?.name().to_owned();
-        channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new())?;
+        let declared = channel.queue_declare("", options);
+        let declared = self.named(declared, "private queue for", key)?;
+        let queue = declared.name().to_owned();
+        let bound = channel.queue_bind(queue.as_str(), exchange, key, FieldTable::new());
+        self.named(bound, "binding of the private queue for", key)?;
         channel.close().context("declaring a private queue")?;
         Ok(queue)
     }
@@ -190,24 +228,6 @@ impl Link {
         }
         channel.close().context("looking at queues")?;
         Ok(depths)
-    }
-
-    /// Why a queue that took no message may take it later; None if there is none of this name.
-    pub(super) fn why_unavailable(&self, queue: &str) -> Result<Option<String>, PublishError> {
-        let asked = self.channel().and_then(|channel| {
-            channel.queue_declare_passive(queue)?;
-            channel.close()
-        });
-        match asked {
-            Ok(()) => Ok(Some("it was not there a moment ago".to_owned())),
-            Err(error) => match closed(&error) {
-                Some((NOT_FOUND, message)) if !is_missing(NOT_FOUND, message) => {
-                    Ok(Some(format!("it is not available: {message}")))
-                }
-                Some(_) => Ok(None),
-                None => Err(self.lost(error, "looking for a queue")),
-            },
-        }
     }
 
     /// Deletes a queue that this program declared.

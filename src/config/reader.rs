@@ -423,6 +423,16 @@ impl<'a> Reader<'a> {
             database: self.text("POSTGRESQL_DATABASE", "public"),
             username: self.given("POSTGRESQL_USERNAME", ""),
             password: self.password("POSTGRESQL_PASSWORD", ""),
+            is_pooled: self.parsed(
+                "POSTGRESQL_POOLER",
+                "none",
+                "none or transaction",
+                |value| match value {
+                    "none" => Some(false),
+                    "transaction" => Some(true),
+                    _ => None,
+                },
+            ),
         }
     }
 

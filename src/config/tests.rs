@@ -309,6 +309,10 @@ fn a_password_may_be_in_a_file(#[case] content: &str, #[case] password: &str) {
     "SDK_RABBITMQ_TLS: found \"yes\", expected true or false"
 )]
 #[case::no_mode(
+    &[("POSTGRESQL_POOLER", "session")],
+    "POSTGRESQL_POOLER: found \"session\", expected none or transaction"
+)]
+#[case(
     &[("POSTGRESQL_SSLMODE", "on")],
     "POSTGRESQL_SSLMODE: found \"on\", expected disable, allow, prefer, require, verify-ca or \
      verify-full"

@@ -95,6 +95,12 @@ pub struct Handler<'s> {
     connection: Option<Connection>,
     /// Task queues known to exist.
     declared: HashSet<String>,
+    /// Task queues that have rejected a task since they took one.
+    rejecting: HashSet<String>,
+    /// The vhosts whose queue of dead letters has taken one and refused none since.
+    letters_taken: HashSet<Vhost>,
+    /// Until when RabbitMQ is asked about no clients' queues.
+    unanswered_until: Instant,
     /// Messages that stay unacknowledged until a queue takes something again.
     stalled: BTreeMap<Destination, Vec<Item>>,
     /// When some of them may next be returned to the end of their queue.
@@ -119,6 +125,9 @@ impl<'s> Handler<'s> {
             waiting: Waiting::default(),
             connection: None,
             declared: HashSet::new(),
+            rejecting: HashSet::new(),
+            letters_taken: HashSet::new(),
+            unanswered_until: Instant::now(),
             stalled: BTreeMap::new(),
             put_back_at: Instant::now(),
         }
@@ -254,7 +263,8 @@ impl<'s> Handler<'s> {
                     debug!("a batch is divided: {error:#}");
                     return self.handle_in_halves(batch, stop);
                 }
-                // The closed queue is known now, and what is meant for it is left out.
+                // The closed queue is known now, and what is meant for it is left out; or it
+                // may take the tasks of another attempt.
                 Ok(Err(Trouble::Closed)) => continue,
                 Ok(Err(Trouble::Locked(error))) => {
                     trouble_since = None;

@@ -148,7 +148,7 @@ struct Maintenance<'s> {
 impl Maintenance<'_> {
     /// Does what is due now. What a round has left goes on in the next one.
     fn beat(&mut self, beat: &Beat, is_round: bool) -> Result<(), StoreError> {
-        let mut connection = match self.connection.take() {
+        let mut presence = match self.connection.take() {
             Some(connection) => connection,
             None => {
                 let mut connection = self.store.connection()?;
@@ -157,8 +157,13 @@ impl Maintenance<'_> {
                 connection
             }
         };
-        self.show(&mut connection)?;
-        self.notice_standstills(&mut connection, beat)?;
+        self.show(&mut presence)?;
+        self.notice_standstills(&mut presence, beat)?;
+        let mut apart = match presence.shows_nothing_but_presence() {
+            true => Some(self.store.connection()?),
+            false => None,
+        };
+        let connection = apart.as_mut().unwrap_or(&mut presence);
         // Those whose queues take nothing for now must not hide the others.
         let turns = connection.due_attempts(self.last_turn, MAX_FINDINGS.into())?;
         let is_page = turns.len() == usize::from(MAX_FINDINGS);
@@ -168,12 +173,12 @@ impl Maintenance<'_> {
         if is_round {
             self.limits.fall_due();
             self.history.fall_due();
-            findings.extend(self.notices(&mut connection)?);
+            findings.extend(self.notices(connection)?);
         }
         self.hand_over(findings);
-        self.look_for_overdue(&mut connection)?;
-        self.forget(&mut connection)?;
-        self.connection = Some(connection);
+        self.look_for_overdue(connection)?;
+        self.forget(connection)?;
+        self.connection = Some(presence);
         Ok(())
     }
 

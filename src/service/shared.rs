@@ -48,6 +48,8 @@ impl Service {
     pub fn new(config: Config, catalogue: Catalogue) -> anyhow::Result<(Service, Sender<()>)> {
         // One for each handler; one each for the probe, maintenance, time series and the inquiry.
         let connections = u32::try_from(config.handler_threads)? + 4;
+        // Behind a pooler the maintenance has two.
+        let connections = connections + u32::from(config.postgres.is_pooled);
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         let (catalogue_changed, catalogue_news) = bounded(1);
         let service = Service {

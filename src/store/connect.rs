@@ -62,10 +62,11 @@ impl Connector {
         }
     }
 
-    fn check(&self, client: &mut Client, server: usize) -> anyhow::Result<()> {
+    fn check(&self, session: &mut Session) -> anyhow::Result<()> {
+        let server = session.server;
         match self.access {
-            Access::Read => Ok(client.simple_query("").map(drop)?),
-            Access::Write => match unwritable(client)? {
+            Access::Read => Ok(session.client.simple_query("").map(drop)?),
+            Access::Write => match session.ask(unwritable)? {
                 None => Ok(()),
                 // Such a server is useless to a replica, which would keep messages from replicas
                 // whose server does.
@@ -82,15 +83,20 @@ impl Connector {
     /// Connects to the server of this number.
     fn open(&self, server: usize) -> anyhow::Result<Session> {
         let address = &self.config.servers[server];
-        let mut client = connect(&self.config, address, self.statement_timeout)?;
-        self.check(&mut client, server)?;
-        neutralise(&mut client)?;
-        Ok(Session {
-            client,
+        let is_pooled = self.config.is_pooled;
+        let mut session = Session {
+            client: connect(&self.config, address, self.statement_timeout)?,
             server,
+            preamble: is_pooled.then(|| preamble(self.statement_timeout)),
+            is_pooled,
             failed: false,
             calls: Arc::default(),
-        })
+        };
+        self.check(&mut session)?;
+        if !is_pooled {
+            session.client.batch_execute(&neutralised("false"))?;
+        }
+        Ok(session)
     }
 }
 
@@ -128,8 +134,7 @@ impl ManageConnection for Connector {
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), ConnectError> {
-        let Session { client, server, .. } = session;
-        self.check(client, *server).map_err(ConnectError)
+        self.check(session).map_err(ConnectError)
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {
@@ -140,10 +145,14 @@ impl ManageConnection for Connector {
 /// A connection that records whether anything has failed on it. Then it counts as lost even if it
 /// still answers: it may lead to a server that has become a standby, or have been opened under a
 /// setting that has been corrected since.
-pub(super) struct Session {
+pub struct Session {
     client: Client,
     /// Its number in the configuration.
     server: usize,
+    /// What a transaction has to begin with where a pooler may give each of them another session:
+    /// then nothing is done outside of a transaction, and nothing is prepared for the next one.
+    preamble: Option<String>,
+    is_pooled: bool,
     failed: bool,
     /// Of whoever uses it.
     pub(super) calls: Arc<Calls>,
@@ -159,6 +168,38 @@ pub(super) fn noted<T>(
 }
 
 impl Session {
+    pub(super) fn is_pooled(&self) -> bool {
+        self.is_pooled
+    }
+
+    /// Keeps the pooler from giving this session to others, by a transaction without an end. It has
+    /// no snapshot between its statements, and so keeps Postgres from nothing.
+    pub(super) fn pin(&mut self) -> Result<(), postgres::Error> {
+        let Some(preamble) = self.preamble.take() else {
+            return Ok(());
+        };
+        let endless = "SET LOCAL idle_in_transaction_session_timeout = 0";
+        self.batch_execute(&format!("BEGIN; {preamble}; {endless}"))
+    }
+
+    /// Asks something, in a transaction of its own where there is a pooler.
+    fn ask<T>(
+        &mut self,
+        ask: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
+    ) -> Result<T, postgres::Error> {
+        let Session {
+            client, preamble, ..
+        } = self;
+        let Some(preamble) = preamble else {
+            return ask(client);
+        };
+        client.batch_execute(&format!("BEGIN; {preamble}"))?;
+        let answer = ask(client);
+        // The first error says more.
+        let ended = client.batch_execute(if answer.is_ok() { "COMMIT" } else { "ROLLBACK" });
+        answer.and_then(|answer| ended.map(|()| answer))
+    }
+
     pub(super) fn execute<S: ?Sized + ToStatement>(
         &mut self,
         sql: &S,
@@ -198,13 +239,20 @@ impl Session {
         let Session {
             client,
             server: _,
+            preamble,
+            is_pooled: _,
             failed,
             calls,
         } = self;
         let call = calls.begin();
-        let transaction = noted(failed, client.transaction())?;
+        let transaction = noted(failed, begin(client, preamble.as_deref()))?;
         drop(call);
         Ok((transaction, failed, calls))
+    }
+
+    /// A transaction as part of [`Session::work`].
+    pub(super) fn begin(&mut self) -> Result<postgres::Transaction<'_>, postgres::Error> {
+        begin(&mut self.client, self.preamble.as_deref())
     }
 
     /// Closes the connection when it is dropped.
@@ -217,20 +265,34 @@ impl Session {
         &mut self,
         ask: impl FnOnce(&mut Client) -> Result<T, postgres::Error>,
     ) -> Result<T, postgres::Error> {
-        let _call = self.calls.begin();
-        noted(&mut self.failed, ask(&mut self.client))
+        let calls = Arc::clone(&self.calls);
+        let _call = calls.begin();
+        let answer = self.ask(ask);
+        noted(&mut self.failed, answer)
     }
 
     /// The same for work with any kind of error.
     pub(super) fn work<T>(
         &mut self,
-        work: impl FnOnce(&mut Client) -> anyhow::Result<T>,
+        work: impl FnOnce(&mut Session) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let _call = self.calls.begin();
-        let outcome = work(&mut self.client);
+        let calls = Arc::clone(&self.calls);
+        let _call = calls.begin();
+        let outcome = work(self);
         self.failed |= outcome.is_err();
         outcome
     }
+}
+
+fn begin<'c>(
+    client: &'c mut Client,
+    preamble: Option<&str>,
+) -> Result<postgres::Transaction<'c>, postgres::Error> {
+    let mut transaction = client.transaction()?;
+    if let Some(preamble) = preamble {
+        transaction.batch_execute(preamble)?;
+    }
+    Ok(transaction)
 }
 
 /// Why this server, or this session with it, takes no writes, if it takes none.
@@ -259,14 +321,31 @@ pub(super) fn unwritable(client: &mut Client) -> Result<Option<String>, postgres
 /// A commit that does not wait for the disk can be lost in a crash, long after its message was
 /// acknowledged. All other values of synchronous_commit wait for this server's disk, and some for
 /// standbys too; that choice is left to whoever made it.
-fn neutralise(client: &mut Client) -> Result<(), postgres::Error> {
-    client.batch_execute(
-        "SELECT set_config(name, harmless, false)
+///
+/// The statement has them last for a transaction, or for a session if not `is_local`.
+fn neutralised(is_local: &str) -> String {
+    format!(
+        "SELECT set_config(name, harmless, {is_local})
          FROM (VALUES ('synchronous_commit', 'off', 'on'),
                       ('idle_session_timeout', NULL, '0'),
                       ('transaction_timeout', NULL, '0')) AS wanted (name, harmful, harmless)
-         JOIN pg_settings USING (name)
-         WHERE setting = harmful OR harmful IS NULL",
+         WHERE CASE WHEN harmful IS NULL THEN current_setting(name, true) IS NOT NULL
+                    ELSE current_setting(name, true) = harmful END"
+    )
+}
+
+/// What holds for every transaction: as statements, where settings of the session are others'. And
+/// what was prepared there goes, since each client's names are the same: a row that outlives its
+/// transaction has its statement closed wherever the next one happens to be.
+fn preamble(statement_timeout: &str) -> String {
+    format!(
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+         DEALLOCATE ALL;
+         SET LOCAL lock_timeout = '30s';
+         SET LOCAL statement_timeout = '{statement_timeout}';
+         SET LOCAL idle_in_transaction_session_timeout = '1min';
+         {}",
+        neutralised("true")
     )
 }
 
@@ -435,18 +514,21 @@ fn client_config(
         .port(server.port)
         .dbname(&config.database)
         .application_name("omotes_orchestrator")
-        // After waiting for a lock on a job, what its previous holder committed must be visible.
-        // The last setting releases the jobs that a hanging replica has locked.
-        .options(&format!(
-            "-c default_transaction_isolation=read\\ committed \
-             -c lock_timeout=30s -c statement_timeout={statement_timeout} \
-             -c idle_in_transaction_session_timeout=1min",
-        ))
         .connect_timeout(patience.connect)
         .keepalives_idle(patience.keepalives[0])
         .keepalives_interval(patience.keepalives[1])
         .keepalives_retries(3)
         .tcp_user_timeout(patience.sent);
+    // A pooler takes no options, and has a transaction begin with them; see `preamble`.
+    if !config.is_pooled {
+        // After waiting for a lock on a job, what its previous holder committed must be visible.
+        // The last setting releases the jobs that a hanging replica has locked.
+        client.options(&format!(
+            "-c default_transaction_isolation=read\\ committed \
+             -c lock_timeout=30s -c statement_timeout={statement_timeout} \
+             -c idle_in_transaction_session_timeout=1min",
+        ));
+    }
     if let Some(username) = &config.username {
         client.user(username);
     }

@@ -46,7 +46,9 @@ impl Connection {
     /// The connection is lost, or a query that everybody may do was refused.
     pub fn inspect(&mut self) -> Result<Inspection, StoreError> {
         let mut inspection = Inspection::default();
-        self.client.batch_execute("SET statement_timeout = '10s'")?;
+        if !self.client.is_pooled() {
+            self.client.batch_execute("SET statement_timeout = '10s'")?;
+        }
         let revision = self.revisions(migrate::current);
         let at_head = matches!(revision, Ok(applied) if applied == REVISIONS.len());
         inspection.revision = Some(revision.map_err(|error| format!("{error:#}")));

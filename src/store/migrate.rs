@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{Context, bail, ensure};
-use postgres::{Client, Transaction};
+use postgres::Transaction;
 
+use super::connect::Session;
 use super::rights;
 
 /// One step of the schema: a folder of `migrations/`.
@@ -61,7 +62,7 @@ impl Ledger {
 /// # Errors
 /// The target is unknown or behind the database, the database is not in a state of this chain, or the
 /// user lacks rights that this or the service's work needs; the text says what to do.
-pub fn upgrade(client: &mut Client, target: Option<&str>) -> anyhow::Result<&'static [Revision]> {
+pub fn upgrade(client: &mut Session, target: Option<&str>) -> anyhow::Result<&'static [Revision]> {
     let end = match target {
         Some(id) => position(id)? + 1,
         None => REVISIONS.len(),
@@ -103,7 +104,7 @@ fn user(transaction: &mut Transaction<'_>) -> Result<String, postgres::Error> {
 /// # Errors
 /// As [`upgrade`]; or somebody else is connected to the tables.
 pub fn downgrade(
-    client: &mut Client,
+    client: &mut Session,
     target: &str,
     agree: impl FnOnce(&[Loss]) -> bool,
 ) -> anyhow::Result<Option<&'static [Revision]>> {
@@ -264,8 +265,8 @@ fn count(transaction: &mut Transaction<'_>, table: &str, column: &str) -> anyhow
 ///
 /// # Errors
 /// As [`upgrade`].
-pub fn current(client: &mut Client) -> anyhow::Result<usize> {
-    applied(&mut client.transaction()?)
+pub fn current(client: &mut Session) -> anyhow::Result<usize> {
+    applied(&mut client.begin()?)
 }
 
 fn position(id: &str) -> anyhow::Result<usize> {
@@ -283,8 +284,8 @@ fn name(applied: usize) -> &'static str {
     }
 }
 
-fn locked(client: &mut Client) -> anyhow::Result<Transaction<'_>> {
-    let mut transaction = client.transaction()?;
+fn locked(client: &mut Session) -> anyhow::Result<Transaction<'_>> {
+    let mut transaction = client.begin()?;
     transaction
         .execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK_KEY])
         .context("waiting for another replica that applies revisions")?;

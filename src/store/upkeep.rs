@@ -122,7 +122,14 @@ impl Connection {
     pub fn show_presence(&mut self) -> Result<(), StoreError> {
         // It must not return to the pool, where it would be used rarely.
         self.client.give_up();
+        self.client.pin()?;
         self.show(Sign::Presence, true)
+    }
+
+    /// Whether a connection that shows a presence does nothing else: what it writes would not be
+    /// committed, and its time stands still.
+    pub fn shows_nothing_but_presence(&self) -> bool {
+        self.client.is_pooled()
     }
 
     /// Begins or ends to show something. Only for a change.
@@ -147,6 +154,11 @@ impl Connection {
     /// # Errors
     /// The connection is lost.
     pub fn look_around(&mut self, silent: Duration, gone: Duration) -> Result<Around, StoreError> {
+        if self.client.is_pooled() {
+            // What a transaction sees of other sessions is what it has seen first.
+            self.client
+                .batch_execute("SELECT pg_stat_clear_snapshot()")?;
+        }
         let (class, presence) = Sign::Presence.lock();
         let row = self.client.query_one(
             "SELECT clock_timestamp(),

@@ -2,8 +2,10 @@
 
 pub mod authority;
 pub mod browser;
+pub mod cluster;
 pub mod deployment;
 pub mod peers;
+pub mod pooler;
 #[path = "../../examples/chaos/proxy.rs"]
 pub mod proxy;
 pub mod raw;

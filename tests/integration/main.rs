@@ -11,6 +11,7 @@ mod harness;
 
 mod cancelling;
 mod cli;
+mod cluster;
 mod connect;
 mod crashes;
 mod dead_letters;
@@ -25,6 +26,7 @@ mod memory;
 mod migrate;
 mod outcome_delay;
 mod pipeline;
+mod pooler;
 mod python;
 mod requests;
 mod servers;

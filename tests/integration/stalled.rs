@@ -222,13 +222,38 @@ fn a_message_above_a_lowered_limit_has_a_dead_letter_of_its_beginning() {
     assert_eq!(client.peer.queue_length("job_submissions"), 0);
 }
 
-/// Makes RabbitMQ treat a durable queue as one whose node in a cluster is down: it is known, but
-/// not there.
-fn take_down(deployment: &Deployment, vhost: &str, queue: &str) {
+/// How RabbitMQ treats a durable queue whose node in a cluster is down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Down {
+    /// It knows that, so what is published is returned, and whoever asks is told at once.
+    Known,
+    /// It looks for its process, as it does right after the node's end, and as RabbitMQ 4 does: it
+    /// rejects what is published, and whoever asks waits for a minute.
+    Presumed,
+}
+
+fn take_down(deployment: &Deployment, vhost: &str, queue: &str, down: Down) {
+    let change = match down {
+        Down::Known => "mnesia:dirty_delete(rabbit_queue, N)",
+        Down::Presumed => {
+            "mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, spawn(fun() -> ok end)))"
+        }
+    };
     let code = format!(
         "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
-         [Q] = mnesia:dirty_read(rabbit_queue, N), persistent_term:put(N, Q), \
-         mnesia:dirty_delete(rabbit_queue, N)."
+         [Q] = mnesia:dirty_read(rabbit_queue, N), persistent_term:put(N, Q), {change}."
+    );
+    deployment.rabbitmqctl(&["eval", &code]);
+}
+
+/// Lets a queue's process die of the next message, and another one take its place at once.
+fn let_crash(deployment: &Deployment, vhost: &str, queue: &str) {
+    let code = format!(
+        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
+         [Q] = mnesia:dirty_read(rabbit_queue, N), \
+         Dies = fun() -> receive {{'$gen_cast', C}} when element(1, C) =:= deliver -> \
+            mnesia:dirty_write(rabbit_queue, Q), exit(crashed) end end, \
+         mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, spawn(Dies)))."
     );
     deployment.rabbitmqctl(&["eval", &code]);
 }
@@ -241,18 +266,19 @@ fn bring_up(deployment: &Deployment, vhost: &str, queue: &str) {
     deployment.rabbitmqctl(&["eval", &code]);
 }
 
-#[test]
-fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
+#[rstest]
+#[case(Down::Known)]
+#[case(Down::Presumed)]
+fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone(#[case] down: Down) {
     let deployment = Deployment::with_own_servers();
     let client = Client::new(&deployment);
     let one = Worker::new(&deployment, "workflow_1");
     let two = Worker::new(&deployment, "workflow_2");
-    take_down(&deployment, &deployment.celery_vhost(), "workflow_1");
+    take_down(&deployment, &deployment.celery_vhost(), "workflow_1", down);
     let service = deployment.start_single_file();
     let waiting = client.submit("workflow_1");
     let line = "the task queue \"workflow_1\": it is not available: ";
-    let warning = service.logged(line);
-    assert!(warning.contains("is down or inaccessible"), "{warning}");
+    assert_tells_why(&service.logged(line), down);
     why_not_ready(&service, "workflow_1");
     let job = client.submit("workflow_2");
     assert_eq!(two.take().job, job);
@@ -264,7 +290,7 @@ fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
     assert_eq!(service.log().matches(line).count(), 1);
 
     // It was there when the service declared it.
-    take_down(&deployment, &deployment.celery_vhost(), "workflow_1");
+    take_down(&deployment, &deployment.celery_vhost(), "workflow_1", down);
     let waiting = [client.submit("workflow_1"), client.submit("workflow_1")];
     why_not_ready(&service, "2 messages wait");
     client.cancel(waiting[0]);
@@ -280,14 +306,24 @@ fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone() {
     assert_eq!(client.peer.queue_length("job_submissions"), 0);
 }
 
+fn assert_tells_why(line: &str, down: Down) {
+    let why = match down {
+        Down::Known => "is down or inaccessible",
+        Down::Presumed => "RabbitMQ has not answered about it for 3s",
+    };
+    assert!(line.contains(why), "{line}");
+}
+
 #[rstest]
-#[case::told_at_once("0", false, 0)]
+#[case::told_at_once("0", false, 0, Down::Known)]
+#[case::rejected("0", false, 0, Down::Presumed)]
 // What is more than may wait goes back to its queue, but no message that waits without its body.
-#[case::after_a_wait("10000", true, 9 * 1024 * 1024)]
+#[case::after_a_wait("10000", true, 9 * 1024 * 1024, Down::Known)]
 fn a_result_waits_for_its_clients_queue_whose_node_is_down(
     #[case] outcome_delay: &str,
     #[case] another_looks_on: bool,
     #[case] size: usize,
+    #[case] state: Down,
 ) {
     let deployment = Deployment::with_own_servers();
     let client = Client::new(&deployment);
@@ -306,7 +342,7 @@ fn a_result_waits_for_its_clients_queue_whose_node_is_down(
     let vhost = deployment.sdk_vhost();
     let down = [&one, &two, &cancelled].map(result_queue);
     for queue in &down {
-        take_down(&deployment, &vhost, queue);
+        take_down(&deployment, &vhost, queue, state);
     }
     client.peer.delete_queue(&result_queue(&gone));
     let output = format!("<e>{}</e>", " ".repeat(size));
@@ -316,8 +352,7 @@ fn a_result_waits_for_its_clients_queue_whose_node_is_down(
     worker.succeed(&gone, OUTPUT);
     worker.succeed(&other, OUTPUT);
     assert_eq!(client.outcome(other.job).0, ResultType::Succeeded);
-    let warning = service.logged("queues of clients: jobs.");
-    assert!(warning.contains("is down or inaccessible"), "{warning}");
+    assert_tells_why(&service.logged("queues of clients: jobs."), state);
     why_not_ready(&service, "queues of clients: jobs.");
     // Nobody waits for that of the last but one, which says nothing about the first.
     deployment.comes_to(3, "SELECT count(*) FROM job");
@@ -371,4 +406,92 @@ fn dead_letters_declared_otherwise_are_used_as_they_are() {
     client.peer.send("job_submissions", b"\xff");
     assert_eq!(client.peer.next(DEAD_LETTERS_QUEUE).body, b"\xff");
     assert_one_session(&service);
+}
+
+#[rstest]
+#[case(Down::Known)]
+#[case(Down::Presumed)]
+fn dead_letters_whose_queues_node_is_down_hold_up_nobody(#[case] down: Down) {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let sides = [
+        (&client.peer, deployment.sdk_vhost(), "job_submissions"),
+        (
+            &worker.peer,
+            deployment.celery_vhost(),
+            "omotes_task_result_events",
+        ),
+    ];
+    for (peer, vhost, _) in &sides {
+        peer.declare(DEAD_LETTERS_QUEUE);
+        take_down(&deployment, vhost, DEAD_LETTERS_QUEUE, down);
+    }
+    // While it starts, and when it has found the queues.
+    let service = deployment.start_single_file();
+    let waiting = "omotes_dead_letters of the SDK vhost: it is not available: ";
+    for round in [&b"\xfffirst"[..], b"\xffthen"] {
+        for (peer, _, queue) in &sides {
+            peer.send(queue, round);
+        }
+        why_not_ready(&service, waiting);
+        one_job_goes_through(&client, &worker);
+        for (peer, vhost, _) in &sides {
+            bring_up(&deployment, vhost, DEAD_LETTERS_QUEUE);
+            assert_eq!(peer.next(DEAD_LETTERS_QUEUE).body, round);
+        }
+        service.wait_until_ready();
+        for (_, vhost, _) in &sides {
+            take_down(&deployment, vhost, DEAD_LETTERS_QUEUE, down);
+        }
+    }
+    assert_tells_why(&service.logged(waiting), down);
+    assert_one_session(&service);
+    assert!(service.stop().success());
+}
+
+#[test]
+fn a_task_that_its_queue_rejects_is_sent_again_unless_that_is_full() {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    // All tasks by the same handler, which knows the queue.
+    let service = deployment.start_single_file();
+    one_job_goes_through(&client, &worker);
+    let vhost = deployment.celery_vhost();
+    let_crash(&deployment, &vhost, "workflow_1");
+    let job = client.submit("workflow_1");
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    assert_eq!(worker.take().job, job);
+
+    let full = r#"{"max-length": 1, "overflow": "reject-publish"}"#;
+    deployment.rabbitmqctl(&["set_policy", "-p", &vhost, "full", "^workflow_1$", full]);
+    let taken = client.submit("workflow_1");
+    assert_eq!(client.status(taken), JobStatus::Enqueued);
+    let refused = client.submit("workflow_1");
+    let (result_type, logs) = client.outcome(refused);
+    assert_eq!(result_type, ResultType::Error);
+    let why = "the task queue \"workflow_1\" takes nothing more";
+    assert!(logs.contains(why), "{logs}");
+    assert_eq!(worker.take().job, taken);
+    assert_one_session(&service);
+}
+
+/// The queue that it must have is named.
+#[test]
+fn what_rabbitmq_does_not_say_a_word_about_is_told() {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let vhost = deployment.sdk_vhost();
+    take_down(&deployment, &vhost, "job_deletions", Down::Presumed);
+    let service = deployment.launch(&[]);
+    let line = service.logged("still no session with RabbitMQ");
+    assert!(line.contains("not done within 30s"), "{line}");
+    assert!(
+        line.contains("declaring the queue \"job_deletions\""),
+        "{line}"
+    );
+    bring_up(&deployment, &vhost, "job_deletions");
+    service.wait_until_ready();
+    drop(client);
 }

@@ -568,7 +568,7 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
 /// Tells the client why nothing happens, once while the job waits.
 fn no_worker<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {
     match standing {
-        Standing::Live(job) if job.waits_untold() => {
+        Standing::Live(job) if job.waits_without_notice() => {
             let mut job = job.clone();
             let told = job.tells_progress(job_id, 0.0, NO_WORKER, context.now);
             Decision {

@@ -444,7 +444,7 @@ impl Job {
 
     /// Whether its current task is in a queue and its client has not been told since that nobody
     /// takes it.
-    pub(super) fn waits_untold(&self) -> bool {
+    pub(super) fn waits_without_notice(&self) -> bool {
         let told_at = self.progress.as_ref().map(|progress| progress.at);
         match &self.course {
             None => self.status == JobStatus::Submitted && told_at.is_none(),

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,8 @@ pub struct ClosedQueues {
     max_bytes: usize,
     /// Whether `state` is empty, as it mostly is, without taking the lock.
     any: AtomicBool,
+    /// How many handlers are finding out whether outcomes have to wait.
+    doubts: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -79,6 +81,7 @@ impl ClosedQueues {
             limits,
             max_bytes,
             any: AtomicBool::new(false),
+            doubts: AtomicUsize::new(0),
             state: Mutex::default(),
         }
     }
@@ -182,8 +185,17 @@ impl ClosedQueues {
             .collect()
     }
 
+    /// Until this is dropped, outcomes may have to wait for their clients' queues.
+    pub(super) fn doubt(&self) -> Doubt<'_> {
+        self.doubts.fetch_add(1, Ordering::Relaxed);
+        Doubt(&self.doubts)
+    }
+
     /// Whether outcomes wait for their clients' queues.
     pub fn has_stalled_outcomes(&self) -> bool {
+        if self.doubts.load(Ordering::Relaxed) > 0 {
+            return true;
+        }
         let state = (!self.is_empty()).then(|| self.lock());
         state.is_some_and(|state| state.closed.contains_key(&Destination::ClientQueues))
     }
@@ -204,6 +216,17 @@ impl ClosedQueues {
             })
             .collect();
         (!all.is_empty()).then(|| all.join("; "))
+    }
+}
+
+/// A handler's doubt whether outcomes have to wait.
+#[must_use]
+#[derive(Debug)]
+pub(super) struct Doubt<'q>(&'q AtomicUsize);
+
+impl Drop for Doubt<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

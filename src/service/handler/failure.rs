@@ -16,7 +16,8 @@ pub(super) enum Trouble {
     Locked(anyhow::Error),
     /// A smaller batch may succeed.
     TooMuch(anyhow::Error),
-    /// A task queue takes nothing for now. The batch succeeds without its messages.
+    /// A task queue takes nothing for now. The batch succeeds without its messages, or with tasks
+    /// of new ids.
     Closed,
     /// Something in the batch is refused.
     Refused { reason: String, by: Refuser },

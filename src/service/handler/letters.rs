@@ -5,41 +5,53 @@ use log::error;
 use crate::broker::{Delivered, PublishError, Publisher, Received};
 use crate::wire::{self, Outgoing};
 
-/// Publishes dead letters. Returns for each why it was not taken; only the source of one that was
-/// taken may be acknowledged.
+/// Publishes dead letters, first declaring their queue unless that `is_there`. Returns for each why
+/// it was not taken; only the source of one that was taken may be acknowledged.
 ///
 /// # Errors
 /// [`PublishError::Lost`] alone.
 pub(super) fn publish(
     publisher: &mut Publisher<'_>,
     letters: &[Outgoing],
+    is_there: bool,
 ) -> Result<Vec<Option<String>>, PublishError> {
+    // A queue whose node hangs takes what is published and never confirms it.
+    if !is_there && let Some(why) = declare(publisher)? {
+        return Ok(vec![Some(why); letters.len()]);
+    }
     let mut outcome = publish_once(publisher, letters)?;
     let gone: Vec<usize> = places(&outcome, Delivered::Unroutable);
     if !gone.is_empty() {
         // Somebody has deleted the queue since it was declared.
         if let Some(why) = declare(publisher)? {
-            return Ok(reasons(&outcome, &why));
+            return reasons(publisher, &outcome, &why);
         }
         let again: Vec<_> = gone.iter().map(|place| letters[*place].clone()).collect();
         for (place, delivered) in gone.into_iter().zip(publish_once(publisher, &again)?) {
             outcome[place] = delivered;
         }
     }
-    Ok(reasons(
-        &outcome,
-        "it was deleted again right after it was declared",
-    ))
+    let unroutable = "it was deleted again right after it was declared";
+    reasons(publisher, &outcome, unroutable)
 }
 
-fn reasons(outcome: &[Result<Delivered, String>], unroutable: &str) -> Vec<Option<String>> {
+fn reasons(
+    publisher: &Publisher<'_>,
+    outcome: &[Result<Delivered, String>],
+    unroutable: &str,
+) -> Result<Vec<Option<String>>, PublishError> {
+    let unavailable = match places(outcome, Delivered::Rejected).is_empty() {
+        true => None,
+        false => publisher.look_for(&[wire::DEAD_LETTERS_QUEUE])?[0].why_unavailable(),
+    };
+    let rejected = unavailable.unwrap_or_else(|| "it takes nothing more".to_owned());
     let reason = |delivered: &Result<Delivered, String>| match delivered {
         Ok(Delivered::Yes) => None,
         Ok(Delivered::Unroutable) => Some(unroutable.to_owned()),
-        Ok(Delivered::Rejected) => Some("it takes nothing more".to_owned()),
+        Ok(Delivered::Rejected) => Some(rejected.clone()),
         Err(reason) => Some(reason.clone()),
     };
-    outcome.iter().map(reason).collect()
+    Ok(outcome.iter().map(reason).collect())
 }
 
 fn places(outcome: &[Result<Delivered, String>], wanted: Delivered) -> Vec<usize> {

@@ -1,17 +1,17 @@
 //! What a batch publishes, and what becomes of it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use log::{info, warn};
 use uuid::Uuid;
 
-use super::closed::Destination;
+use super::closed::{Destination, Doubt};
 use super::failure::{Refuser, Trouble};
 use super::{Handler, Publishers};
-use crate::broker::{Delivered, PublishError, Publisher};
+use crate::broker::{Delivered, Found, PublishError, Publisher};
 use crate::domain::job::{Publication, TaskInput};
 use crate::wire::{self, Outgoing, celery};
 
@@ -24,8 +24,20 @@ pub(super) struct Outbox {
     tasks_for: BTreeSet<String>,
 }
 
-/// The clients' queues that took no result because they are unavailable for now, and why they are.
-pub(super) type Unavailable = BTreeMap<String, String>;
+/// How many queues of clients RabbitMQ is asked about at once, and how long about none after it has
+/// not answered about one.
+const ASKED_AT_ONCE: usize = 16;
+const UNANSWERED: Duration = Duration::from_secs(10);
+
+/// The queues of results that could not be told, because they are unavailable for now, and why one
+/// of them is.
+#[derive(Default)]
+pub(super) struct Unavailable<'s> {
+    pub(super) queues: BTreeSet<String>,
+    pub(super) why: String,
+    /// No replica takes them for lost meanwhile.
+    _doubt: Option<Doubt<'s>>,
+}
 
 /// The messages of a batch that did not arrive.
 #[derive(Default)]
@@ -49,7 +61,7 @@ fn undelivered<'m>(
     left
 }
 
-impl Handler<'_> {
+impl<'s> Handler<'s> {
     /// Turns these publications into messages, in their order. `inputs` are the input ESDLs of
     /// tasks that are in the database.
     pub(super) fn write_out(
@@ -132,7 +144,7 @@ impl Handler<'_> {
         Ok(())
     }
 
-    pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<Unavailable, Trouble> {
+    pub(super) fn publish(&mut self, outbox: &Outbox) -> Result<Unavailable<'s>, Trouble> {
         let published = self.publish_all(outbox);
         if let Err(Trouble::Refused { .. } | Trouble::Closed) = published {
             let Publishers { sdk, celery, .. } = &mut self.publishers;
@@ -157,10 +169,8 @@ impl Handler<'_> {
     }
 
     /// Publishes everything and waits for the confirms of all connections together.
-    fn publish_all(&mut self, outbox: &Outbox) -> Result<Unavailable, Trouble> {
-        for queue in &outbox.tasks_for {
-            self.declare(queue)?;
-        }
+    fn publish_all(&mut self, outbox: &Outbox) -> Result<Unavailable<'s>, Trouble> {
+        self.declare(outbox.tasks_for.iter())?;
         let Publishers { sdk, celery, .. } = &mut self.publishers;
         celery.send(&outbox.celery)?;
         sdk.send(&outbox.sdk)?;
@@ -170,21 +180,19 @@ impl Handler<'_> {
         self.count_published(to_celery.iter().chain(&to_sdk));
         let to_celery = undelivered(&outbox.celery, &to_celery);
         let to_sdk = undelivered(&outbox.sdk, &to_sdk);
-        if let Some(task) = to_celery
-            .rejected
-            .iter()
-            .find(|task| task.exchange.is_empty())
-        {
-            return Err(Trouble::Refused {
-                reason: format!("the task queue {:?} takes nothing more", task.routing_key),
-                by: Refuser::Broker,
-            });
+        let is_task = |message: &&Outgoing| message.exchange.is_empty();
+        let (tasks, revokes): (Vec<_>, Vec<_>) = to_celery.rejected.into_iter().partition(is_task);
+        if !tasks.is_empty() {
+            return Err(self.rejected(&tasks)?);
         }
-        for revoke in to_celery.rejected {
+        for revoke in revokes {
             warn!("{}: a worker's queue takes no revoke", revoke.exchange);
         }
         if !to_celery.unroutable.is_empty() {
             self.publish_tasks_again(&to_celery.unroutable)?;
+        }
+        for queue in &outbox.tasks_for {
+            self.rejecting.remove(queue);
         }
         let mut results = to_sdk.unroutable;
         for message in to_sdk.rejected {
@@ -194,23 +202,53 @@ impl Handler<'_> {
             }
         }
         match results.is_empty() {
-            true => Ok(Unavailable::new()),
+            true => Ok(Unavailable::default()),
             false => self.publish_by_queue_name(&results),
         }
     }
 
-    fn declare(&mut self, queue: &str) -> Result<(), Trouble> {
-        if !self.declared.contains(queue) {
-            match self.publishers.celery.declare_task_queue(queue) {
-                Ok(()) => {}
-                Err(PublishError::Unavailable(why)) => return Err(self.close(queue, &why)),
-                Err(error @ (PublishError::Refused(_) | PublishError::Lost(_))) => {
-                    return Err(error.into());
-                }
+    /// Declares task queues that are not known to exist.
+    fn declare<'q>(&mut self, queues: impl Iterator<Item = &'q String>) -> Result<(), Trouble> {
+        let unknown = queues.filter(|queue| !self.declared.contains(*queue));
+        let unknown: Vec<_> = unknown.map(String::as_str).collect();
+        let outcomes = self.publishers.celery.declare_task_queues(&unknown)?;
+        let mut outcome = Ok(());
+        for (queue, declared) in unknown.into_iter().zip(outcomes) {
+            match declared {
+                Ok(()) => drop(self.declared.insert(queue.to_owned())),
+                Err(PublishError::Unavailable(why)) => outcome = Err(self.close(queue, &why)),
+                Err(error @ PublishError::Lost(_)) => return Err(error.into()),
+                // Found out again when what is for closed queues is left out.
+                Err(PublishError::Refused(_)) if outcome.is_err() => {}
+                Err(error @ PublishError::Refused(_)) => outcome = Err(error.into()),
             }
-            self.declared.insert(queue.to_owned());
         }
-        Ok(())
+        outcome
+    }
+
+    /// What it means that these tasks were rejected. If a queue is not full, but its node was down or
+    /// it was made anew meanwhile, a copy of its task may turn up there. So the batch is repeated,
+    /// which gives the task another id.
+    fn rejected(&mut self, tasks: &[&Outgoing]) -> Result<Trouble, PublishError> {
+        let queues: BTreeSet<_> = tasks.iter().map(|task| task.routing_key.as_str()).collect();
+        let queues = Vec::from_iter(queues);
+        let found = self.publishers.celery.look_for(&queues)?;
+        let mut trouble = None;
+        let mut full = "";
+        for (queue, found) in queues.into_iter().zip(found) {
+            if let Some(why) = found.why_unavailable() {
+                trouble = Some(self.close(queue, &why));
+            } else if self.rejecting.insert(queue.to_owned()) {
+                self.declared.remove(queue);
+                trouble = trouble.or(Some(Trouble::Closed));
+            } else {
+                full = queue;
+            }
+        }
+        Ok(trouble.unwrap_or_else(|| Trouble::Refused {
+            reason: format!("the task queue {full:?} takes nothing more"),
+            by: Refuser::Broker,
+        }))
     }
 
     /// A task queue takes nothing for now.
@@ -225,16 +263,17 @@ impl Handler<'_> {
     /// A task is returned when somebody has deleted its queue since it was declared.
     fn publish_tasks_again(&mut self, tasks: &[&Outgoing]) -> Result<(), Trouble> {
         let queues: BTreeSet<_> = tasks.iter().map(|task| &task.routing_key).collect();
-        for queue in queues {
+        for queue in &queues {
             warn!("the task queue {queue:?} was deleted, or is not there; it is declared again");
-            self.declared.remove(queue);
-            self.declare(queue)?;
+            self.declared.remove(*queue);
         }
+        self.declare(queues.into_iter())?;
         let outcome = self.publishers.celery.publish_to_queues(tasks)?;
-        match undelivered(tasks.iter().copied(), &outcome)
-            .unroutable
-            .first()
-        {
+        let left = undelivered(tasks.iter().copied(), &outcome);
+        if !left.rejected.is_empty() {
+            return Err(self.rejected(&left.rejected)?);
+        }
+        match left.unroutable.first() {
             None => Ok(()),
             Some(task) => {
                 let why = "it was deleted again right after it was declared";
@@ -245,21 +284,80 @@ impl Handler<'_> {
 
     /// A broker restart removes the bindings of clients that are offline while their queues stay:
     /// these can still be reached through the default exchange. A queue whose node is down is not
-    /// reached, like one that does not exist, but will be there again.
-    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<Unavailable, Trouble> {
-        let outcome = self.publishers.sdk.publish_to_queues(results)?;
-        let left = undelivered(results.iter().copied(), &outcome);
-        let mut unavailable = Unavailable::new();
-        for result in left.unroutable {
-            let queue = &result.routing_key;
-            match self.publishers.sdk.why_unavailable(queue)? {
-                None => info!("nobody is waiting any more in {queue}"),
-                Some(why) => drop(unavailable.insert(queue.clone(), why)),
-            }
-        }
-        for result in left.rejected {
+    /// reached, like one that does not exist or is full, but will be there again.
+    fn publish_by_queue_name(&mut self, results: &[&Outgoing]) -> Result<Unavailable<'s>, Trouble> {
+        let mut unavailable = Unavailable {
+            _doubt: Some(self.common.closed.doubt()),
+            ..Unavailable::default()
+        };
+        let full = self.publish_or_ask(results, &mut unavailable)?;
+        // The node may have been back by the time of the answer.
+        for result in self.publish_or_ask(&full, &mut unavailable)? {
             warn!("{} takes no result", result.routing_key);
         }
         Ok(unavailable)
+    }
+
+    /// Returns the results that were rejected by queues that are there; adds to `unavailable` the queues
+    /// that will be there again.
+    fn publish_or_ask<'m>(
+        &mut self,
+        results: &[&'m Outgoing],
+        unavailable: &mut Unavailable<'_>,
+    ) -> Result<Vec<&'m Outgoing>, Trouble> {
+        let outcome = self.publishers.sdk.publish_to_queues(results)?;
+        let left = undelivered(results.iter().copied(), &outcome);
+        let unroutable = left.unroutable.into_iter().map(|result| (result, false));
+        let rejected = left.rejected.into_iter().map(|result| (result, true));
+        let mut left: Vec<_> = unroutable.chain(rejected).collect();
+        // Each has its turn if not all can be asked about.
+        fastrand::shuffle(&mut left);
+        let mut full = Vec::new();
+        for some in left.chunks(ASKED_AT_ONCE) {
+            let queues: Vec<_> = some
+                .iter()
+                .map(|(result, _)| result.routing_key.as_str())
+                .collect();
+            if Instant::now() < self.unanswered_until {
+                unavailable.add_unasked(&queues);
+                continue;
+            }
+            let found = self.publishers.sdk.look_for(&queues)?;
+            if found.contains(&Found::Silent) {
+                self.unanswered_until = Instant::now() + UNANSWERED;
+            }
+            for ((result, is_rejected), found) in some.iter().zip(&found) {
+                let queue = &result.routing_key;
+                match (found, is_rejected) {
+                    (Found::There, false) => {
+                        unavailable.add(queue, "it was not there a moment ago")
+                    }
+                    (Found::There | Found::NotOurs, true) => full.push(*result),
+                    (Found::Missing, _) | (Found::NotOurs, false) => {
+                        info!("nobody is waiting any more in {queue}");
+                    }
+                    (Found::Unavailable(_) | Found::Silent, _) => {
+                        unavailable.add(queue, &found.why_unavailable().unwrap_or_default());
+                    }
+                }
+            }
+        }
+        Ok(full)
+    }
+}
+
+impl Unavailable<'_> {
+    fn add(&mut self, queue: &str, why: &str) {
+        self.why = format!("{queue}: {why}");
+        self.queues.insert(queue.to_owned());
+    }
+
+    fn add_unasked(&mut self, queues: &[&str]) {
+        if self.why.is_empty() {
+            let why = "it takes nothing, and RabbitMQ does not answer about others like it";
+            self.why = format!("{}: {why}", queues[0]);
+        }
+        let queues = queues.iter().map(|&queue| queue.to_owned());
+        self.queues.extend(queues);
     }
 }

@@ -71,7 +71,7 @@ impl Handler<'_> {
         fault_point::reached("after telling");
         let (announced, stalled): (Vec<_>, Vec<_>) = ending
             .into_iter()
-            .partition(|job_id| !unavailable.contains_key(&wire::result_queue(*job_id)));
+            .partition(|job_id| !unavailable.queues.contains(&wire::result_queue(*job_id)));
         if !announced.is_empty() {
             connection.settle(&announced, with_course)?;
             stopwatch.lap(Stage::Settle);
@@ -91,7 +91,7 @@ impl Handler<'_> {
 
     /// Keeps the messages that led to the outcomes of these jobs until their clients' queues are
     /// available again. A finding is made again.
-    fn stall_on_clients(&self, batch: &mut [Item], jobs: &[Uuid], unavailable: &Unavailable) {
+    fn stall_on_clients(&self, batch: &mut [Item], jobs: &[Uuid], unavailable: &Unavailable<'_>) {
         let of_these = |item: &&mut Item| {
             let job = item.job.as_ref().map(|(job_id, _)| job_id);
             item.inbox().is_some() && job.is_some_and(|job_id| jobs.contains(job_id))
@@ -103,10 +103,14 @@ impl Handler<'_> {
             item.has_waited = true;
             some = true;
         }
-        if let Some((queue, why)) = unavailable.first_key_value().filter(|_| some) {
-            let why = format!("{queue}: {why}");
+        if some {
             let (closed, now) = (&self.common.closed, Instant::now());
-            closed.close(self.number, &Destination::ClientQueues, &why, now);
+            closed.close(
+                self.number,
+                &Destination::ClientQueues,
+                &unavailable.why,
+                now,
+            );
         }
     }
 
@@ -142,7 +146,9 @@ impl Handler<'_> {
             let queue = Destination::DeadLetters(vhost);
             let mut outcome = vec![Some(String::new()); items.len()];
             if !closed.is_closed(&queue, Instant::now()) {
-                outcome = letters::publish(self.publishers.towards(vhost), &letters)?;
+                let is_there = self.letters_taken.contains(&vhost);
+                let publisher = self.publishers.towards(vhost);
+                outcome = letters::publish(publisher, &letters, is_there)?;
                 let refused = outcome.iter().flatten().count();
                 metrics.published("confirmed", outcome.len() - refused);
                 metrics.published("rejected", refused);
@@ -150,8 +156,12 @@ impl Handler<'_> {
                 if outcome.contains(&None) {
                     closed.took(&queue, now);
                 }
-                if let Some(why) = outcome.iter().flatten().next() {
-                    closed.close(self.number, &queue, why, now);
+                match outcome.iter().flatten().next() {
+                    None => drop(self.letters_taken.insert(vhost)),
+                    Some(why) => {
+                        self.letters_taken.remove(&vhost);
+                        closed.close(self.number, &queue, why, now);
+                    }
                 }
             }
             for (item, why) in items.iter_mut().zip(outcome) {

@@ -26,6 +26,12 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T 
     }
 }
 
+/// A port that nobody listens on.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
 /// A variable that `./run.sh test` sets.
 pub fn setting(name: &str) -> String {
     let name = format!("OMOTES_TEST_{name}");
@@ -55,7 +61,7 @@ pub enum Server {
 }
 
 impl Server {
-    const ALL: [Server; 2] = [Server::RabbitMq, Server::Postgres];
+    pub const ALL: [Server; 2] = [Server::RabbitMq, Server::Postgres];
 
     fn name(self) -> &'static str {
         match self {
@@ -81,10 +87,6 @@ impl Deployment {
     /// One with these servers of its own and none of the others, which find what `prepare` puts
     /// into [`Deployment::extra_folder`].
     pub fn with_own(servers: &[Server], prepare: impl FnOnce(&Deployment)) -> Deployment {
-        let free_port = || {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            listener.local_addr().unwrap().port()
-        };
         let deployment = Deployment::on(Some(OwnServers {
             rabbitmq: free_port(),
             postgres: free_port(),
@@ -117,8 +119,14 @@ impl Deployment {
         self.private("kill", server, &[]);
     }
 
-    pub fn rabbitmqctl(&self, arguments: &[&str]) {
-        self.private("ctl", Server::RabbitMq, arguments);
+    /// Returns what it prints.
+    pub fn rabbitmqctl(&self, arguments: &[&str]) -> String {
+        self.private("ctl", Server::RabbitMq, arguments)
+    }
+
+    /// Sends its RabbitMQ a signal.
+    pub fn signal_rabbitmq(&self, name: &str) {
+        self.private("signal", Server::RabbitMq, &[name]);
     }
 
     /// Lets no file of Postgres grow beyond so many bytes, or "unlimited": writing then fails as on
@@ -132,7 +140,7 @@ impl Deployment {
         self.folder.join(server.name())
     }
 
-    fn private(&self, command: &str, server: Server, arguments: &[&str]) {
+    fn private(&self, command: &str, server: Server, arguments: &[&str]) -> String {
         let folder = self.folder_of(server);
         let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
             .args(["private", command, folder.to_str().unwrap()])
@@ -142,6 +150,7 @@ impl Deployment {
             .unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{command} {server:?}: {text}");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     pub fn new() -> Deployment {

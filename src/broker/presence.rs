@@ -1,0 +1,176 @@
+//! Questions about one queue, with a short deadline: while its node in a cluster is down or hangs,
+//! RabbitMQ may take a minute or more to answer, and nothing else should wait for that.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use amiquip::Channel;
+use anyhow::Context;
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+
+use super::link::Link;
+use super::refusals::{NOT_FOUND, NOT_OURS, PublishError, closed, is_missing, unavailable};
+
+/// How long an answer is waited for: less than what a stop leaves a handler.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What RabbitMQ says of a queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    There,
+    Missing,
+    /// It is exclusive to somebody, or may not be looked at.
+    NotOurs,
+    /// For now; RabbitMQ's words.
+    Unavailable(String),
+    /// Nothing, for now.
+    Silent,
+}
+
+impl Found {
+    /// Why it may take later what it does not take now, if that is so.
+    pub fn why_unavailable(&self) -> Option<String> {
+        match self {
+            Found::There | Found::Missing | Found::NotOurs => None,
+            Found::Unavailable(message) => Some(unavailable(message)),
+            Found::Silent => Some(silence()),
+        }
+    }
+}
+
+pub(super) fn silence() -> String {
+    format!("it is not available: RabbitMQ has not answered about it for {PATIENCE:?}")
+}
+
+/// Why there is no answer to a question, or not the one that was hoped for.
+pub(super) enum Unanswered {
+    Silent,
+    Error(amiquip::Error),
+}
+
+/// A question that has been asked.
+pub(super) struct Asked<T> {
+    answer: Receiver<Result<T, amiquip::Error>>,
+    deadline: Instant,
+}
+
+impl<T> Asked<T> {
+    pub(super) fn answer(self) -> Result<T, Unanswered> {
+        match self.answer.recv_deadline(self.deadline) {
+            Ok(answer) => answer.map_err(Unanswered::Error),
+            Err(RecvTimeoutError::Timeout) => Err(Unanswered::Silent),
+            // Its thread has panicked.
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Unanswered::Error(amiquip::Error::EventLoopDropped))
+            }
+        }
+    }
+}
+
+impl Link {
+    /// Asks for something on a channel of its own, which a refusal closes, and on a thread of its
+    /// own: nothing but an answer or the connection's end frees a call. Several can be asked at once.
+    pub(super) fn ask_apart<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Channel) -> Result<T, amiquip::Error> + Send + 'static,
+    ) -> Result<Asked<T>, PublishError> {
+        let channel = self.channel();
+        let channel = channel.map_err(|error| self.lost(error, "opening a channel"))?;
+        let (sender, answer) = bounded(1);
+        let unanswered = Counted::new(&self.unanswered);
+        let ask = move || {
+            let answer = question(&channel);
+            let answer = answer.and_then(|answer| channel.close().map(|()| answer));
+            drop(unanswered);
+            // Nobody may be waiting for it any more.
+            let _ = sender.send(answer);
+        };
+        let deadline = Instant::now() + PATIENCE;
+        let thread = thread::Builder::new().name("question".to_owned());
+        let started = thread.spawn(ask).context("starting a thread");
+        started.map_err(PublishError::Lost)?;
+        Ok(Asked { answer, deadline })
+    }
+
+    /// What RabbitMQ says of these queues.
+    ///
+    /// # Errors
+    /// [`PublishError::Lost`] alone.
+    pub(super) fn look_for(&self, queues: &[&str]) -> Result<Vec<Found>, PublishError> {
+        let ask = |queue: &&str| {
+            let queue = (*queue).to_owned();
+            self.ask_apart(move |channel| channel.queue_declare_passive(queue).map(drop))
+        };
+        let asked: Vec<_> = queues.iter().map(ask).collect::<Result<_, _>>()?;
+        let answers = asked.into_iter().map(|asked| match asked.answer() {
+            Ok(()) => Ok(Found::There),
+            Err(Unanswered::Silent) => Ok(Found::Silent),
+            Err(Unanswered::Error(error)) => match closed(&error) {
+                Some((code, message)) => Ok(found(code, message)),
+                None => Err(self.lost(error, "looking for a queue")),
+            },
+        });
+        answers.collect()
+    }
+}
+
+/// What the broker means by closing the channel on which it was asked about a queue.
+fn found(code: u16, message: &str) -> Found {
+    match code {
+        NOT_FOUND if is_missing(code, message) => Found::Missing,
+        code if NOT_OURS.contains(&code) => Found::NotOurs,
+        _ => Found::Unavailable(message.to_owned()),
+    }
+}
+
+/// Counts a question until it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Counted {
+        count.fetch_add(1, Ordering::Relaxed);
+        Counted(Arc::clone(count))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case(404, "NOT_FOUND - no queue 'w' in vhost 'v'", Found::Missing)]
+    #[case(
+        405,
+        "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'w' in vhost 'v'",
+        Found::NotOurs
+    )]
+    #[case(403, "ACCESS_REFUSED - access to queue 'w' refused", Found::NotOurs)]
+    fn a_queue_that_will_not_come_back_is_not_waited_for(
+        #[case] code: u16,
+        #[case] message: &str,
+        #[case] expected: Found,
+    ) {
+        let found = found(code, message);
+        assert_eq!(found.why_unavailable(), None);
+        assert_eq!(found, expected);
+    }
+
+    #[rstest]
+    #[case("home node 'rabbit@b' of durable queue 'w' in vhost 'v' is down or inaccessible")]
+    #[case("failed to perform operation on queue 'w' in vhost 'v' due to timeout")]
+    fn a_queue_whose_node_is_down_is_waited_for(#[case] message: &str) {
+        let why = found(404, &format!("NOT_FOUND - {message}")).why_unavailable();
+        let why = why.unwrap();
+        assert!(why.contains(message), "{why}");
+    }
+}

@@ -1,0 +1,95 @@
+//! A cluster of two RabbitMQ nodes for one test, which may stop each of them.
+
+use std::fs;
+use std::path::Path;
+
+use super::deployment::{Deployment, Server, eventually, free_port};
+
+/// Two nodes. A classic queue is on the node that it was declared on.
+pub struct Cluster {
+    /// With the test's Postgres.
+    pub one: Deployment,
+    pub other: Deployment,
+}
+
+impl Cluster {
+    pub fn start() -> Cluster {
+        let names = free_port();
+        let prepare = |folder: &Path| {
+            // As they would be on one host, and in one deployment.
+            let exports = format!(
+                "export ERL_EPMD_PORT={names}\n\
+                 export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-setcookie omotes'\n\
+                 export RABBITMQ_CTL_ERL_ARGS='-setcookie omotes'\n"
+            );
+            fs::write(folder.join("exports"), exports).unwrap();
+        };
+        let one = Deployment::with_own(&Server::ALL, |one| {
+            prepare(&one.extra_folder(Server::RabbitMq));
+        });
+        let other = Deployment::with_own(&[Server::RabbitMq], |other| {
+            let folder = other.extra_folder(Server::RabbitMq);
+            prepare(&folder);
+            let nodes = format!(
+                "cluster_formation.peer_discovery_backend = classic_config\n\
+                 cluster_formation.classic_config.nodes.1 = {}\n\
+                 cluster_formation.classic_config.nodes.2 = {}\n",
+                node(&one),
+                node(other)
+            );
+            fs::write(folder.join("conf"), nodes).unwrap();
+        });
+        let cluster = Cluster { one, other };
+        assert_eq!(cluster.running(), "2");
+        cluster
+    }
+
+    fn running(&self) -> String {
+        self.eval("length(rabbit_nodes:all_running()).")
+    }
+
+    /// What Erlang code comes to on the first node.
+    pub fn eval(&self, code: &str) -> String {
+        let value = self.one.rabbitmqctl(&["eval", code]);
+        value.trim().to_owned()
+    }
+
+    /// Kills the other node while messages for its queues are on their way, at least so many.
+    pub fn kill_other_meanwhile(&self, unconfirmed: usize, send: impl FnOnce()) {
+        self.other.signal_rabbitmq("-STOP");
+        send();
+        // Nobody is asked who is on the other node.
+        let code = "lists:sum([element(2, hd(rabbit_channel:info(Channel, [messages_unconfirmed]))) \
+                    || Channel <- rabbit_channel:list_local()]).";
+        eventually("messages are on their way", || {
+            let on_their_way: usize = self.eval(code).parse().unwrap();
+            (on_their_way >= unconfirmed).then_some(())
+        });
+        self.other.kill_server(Server::RabbitMq);
+    }
+
+    /// Lets the first node look for the process of a queue whose node it knows to be down, as
+    /// RabbitMQ 4 does: it rejects what is published, and whoever asks about the queue waits for a
+    /// minute.
+    pub fn presume(&self, vhost: &str, queue: &str) {
+        let code = format!(
+            "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
+             [Q] = mnesia:dirty_read(rabbit_durable_queue, N), mnesia:dirty_write(rabbit_queue, Q)."
+        );
+        assert_eq!(self.eval(&code), "ok");
+    }
+
+    pub fn kill_other(&self) {
+        self.other.kill_server(Server::RabbitMq);
+        eventually("it is missed", || (self.running() == "1").then_some(()));
+    }
+
+    pub fn start_other(&self) {
+        self.other.start_server(Server::RabbitMq);
+    }
+}
+
+/// The name of a deployment's node.
+fn node(deployment: &Deployment) -> String {
+    format!("omotes{}@localhost", deployment.rabbitmq_port())
+}

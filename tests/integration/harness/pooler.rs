@@ -1,0 +1,79 @@
+//! A PgBouncer before a deployment's Postgres.
+
+use std::fs::{self, File};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+
+use super::deployment::{Deployment, eventually, free_port, setting};
+
+/// Pools transactions; ended when dropped.
+pub struct Pooler {
+    pub port: u16,
+    child: Child,
+}
+
+impl Pooler {
+    /// Gives each transaction another session, as far as there are several.
+    pub fn before(deployment: &Deployment, sessions: usize) -> Pooler {
+        let port = free_port();
+        let database = deployment.database();
+        let settings = format!(
+            "[databases]\n\
+             {database} = host=127.0.0.1 port={} user={} password={}\n\
+             [pgbouncer]\n\
+             listen_addr = 127.0.0.1\n\
+             listen_port = {port}\n\
+             unix_socket_dir =\n\
+             auth_type = any\n\
+             pool_mode = transaction\n\
+             default_pool_size = {sessions}\n\
+             server_round_robin = 1\n",
+            deployment.postgres_port(),
+            setting("POSTGRES_USER"),
+            setting("POSTGRES_PASSWORD"),
+        );
+        let file = deployment.folder.join("pgbouncer.ini");
+        fs::write(&file, settings).unwrap();
+        let log = File::create(deployment.folder.join("pgbouncer.log")).unwrap();
+        let mut command = Command::new("pgbouncer");
+        // Debian's is not where everybody looks.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{path}:/usr/sbin"));
+        if is_root() {
+            // It refuses to run as root.
+            command.args(["-u", "postgres"]);
+        }
+        let child = command
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let pooler = Pooler { port, child };
+        eventually("PgBouncer answers", || {
+            TcpStream::connect(("127.0.0.1", port)).ok().map(drop)
+        });
+        pooler
+    }
+
+    /// What points a service to it.
+    pub fn variables(&self) -> [(&'static str, String); 2] {
+        [
+            ("POSTGRESQL_PORT", self.port.to_string()),
+            ("POSTGRESQL_POOLER", "transaction".to_owned()),
+        ]
+    }
+}
+
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output().unwrap();
+    id.stdout == b"0\n"
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Output;
 
-use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish};
+use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish, QueueDeclareOptions};
 use omotes_orchestrator::wire::DEAD_LETTERS_QUEUE;
 
 use crate::harness::deployment::{Deployment, eventually};
@@ -138,12 +138,28 @@ fn dead_letters_go_back_as_they_were() {
 }
 
 #[test]
-fn a_letter_whose_queue_is_gone_stays() {
+fn a_letter_whose_queue_is_gone_or_full_stays() {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     client.peer.declare(DEAD_LETTERS_QUEUE);
-    let table = FieldTable::from([("queue".to_owned(), AmqpValue::LongString("gone".to_owned()))]);
-    for (id, headers) in [("letter-1", table), ("letter-2", FieldTable::new())] {
+    let overflow = AmqpValue::LongString("reject-publish".to_owned());
+    let options = QueueDeclareOptions {
+        arguments: FieldTable::from([
+            ("x-max-length".to_owned(), AmqpValue::LongInt(0)),
+            ("x-overflow".to_owned(), overflow),
+        ]),
+        ..QueueDeclareOptions::default()
+    };
+    client.peer.channel.queue_declare("full", options).unwrap();
+    let of_queue = |queue: &str| {
+        let queue = AmqpValue::LongString(queue.to_owned());
+        FieldTable::from([("queue".to_owned(), queue)])
+    };
+    for (id, headers) in [
+        ("letter-0", of_queue("full")),
+        ("letter-1", of_queue("gone")),
+        ("letter-2", FieldTable::new()),
+    ] {
         let properties = AmqpProperties::default()
             .with_delivery_mode(2)
             .with_message_id(id.to_owned())
@@ -153,8 +169,12 @@ fn a_letter_whose_queue_is_gone_stays() {
             .publish(publish)
             .unwrap();
     }
-    list(&deployment, 2);
+    list(&deployment, 3);
     let fault = fault(&deployment, &["requeue", "--all"]);
+    assert!(
+        fault.contains("letter-0: it stays, for the queue \"full\" takes nothing more"),
+        "{fault}"
+    );
     assert!(
         fault.contains("letter-1: it stays, for there is no queue \"gone\""),
         "{fault}"
@@ -163,5 +183,5 @@ fn a_letter_whose_queue_is_gone_stays() {
         fault.contains("letter-2: it stays, for it does not say which queue"),
         "{fault}"
     );
-    list(&deployment, 2);
+    list(&deployment, 3);
 }

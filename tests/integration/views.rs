@@ -357,7 +357,7 @@ fn a_client_that_waits_without_a_worker_is_told_once() {
         "Waiting: no worker for this workflow is connected."
     );
     let line = service.logged("jobs wait, and there is no worker");
-    assert!(line.contains("workflow workflow_1"), "{line}");
+    assert!(line.contains("task queue workflow_1"), "{line}");
     let page = service.get("/").unwrap().1;
     assert!(page.contains("has no worker, and 1 job waits"), "{page}");
     // It still waits, and is looked at again.

@@ -487,10 +487,8 @@ impl Overview {
         for job in jobs {
             if let Some(step) = &job.step {
                 let rows = job.workflow.as_ref().and_then(|name| self.rows.get(name));
-                job.estimate = rows.map(|rows| Estimate {
-                    wait: None,
-                    run: step.left(&rows.step_runs, now),
-                });
+                let left = rows.and_then(|rows| step.left(&rows.step_runs, now));
+                job.estimate = left.map(|run| Estimate { wait: None, run });
                 continue;
             }
             let Some((rows, waits)) = job

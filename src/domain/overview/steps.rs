@@ -60,22 +60,25 @@ impl StepView {
     }
 
     /// What is left of the job's run: of its step, and of those that follow, as the last runs of
-    /// each took. None where that is not known.
-    pub fn left(&self, runs: &BTreeMap<usize, Runs>, now: Timestamp) -> Option<Span> {
-        let elapsed = self.started_at.map(|at| now.duration_since(at));
-        let elapsed = elapsed.map(|time| Duration::try_from(time).unwrap_or_default());
+    /// each took. None where that is not known; nothing in it where its step has been running for
+    /// longer than all before it.
+    pub fn left(&self, runs: &BTreeMap<usize, Runs>, now: Timestamp) -> Option<Option<Span>> {
         let own = runs.get(&self.number)?;
-        let own = match elapsed {
-            Some(elapsed) => own.remaining(elapsed)?,
-            None => own.span(),
+        let own = match self.started_at.map(|at| now.duration_since(at)) {
+            Some(elapsed) => own.remaining(Duration::try_from(elapsed).unwrap_or_default()),
+            None => Some(own.span()),
         };
-        (self.number + 1..=self.shares.len()).try_fold(own, |sum, number| {
-            let next = runs.get(&number)?.span();
-            Some(Span {
+        let following = self.number + 1..=self.shares.len();
+        let following: Option<Vec<_>> = following
+            .map(|number| runs.get(&number).map(Runs::span))
+            .collect();
+        let following = following?;
+        Some(own.map(|own| {
+            following.iter().fold(own, |sum, next| Span {
                 median: sum.median.saturating_add(next.median),
                 p90: sum.p90.saturating_add(next.p90),
             })
-        })
+        }))
     }
 }
 
@@ -206,6 +209,7 @@ mod tests {
         let runs = |seconds| Runs::new(vec![Duration::from_secs(seconds); 5]).unwrap();
         let runs = BTreeMap::from([(1, runs(10)), (2, runs(20)), (3, runs(30))]);
         let span = view(number, ran.map(|ran| at(1000 - ran))).left(&runs, at(1000));
+        let span = span.expect("all of them have run before");
         assert_eq!(span.map(|span| span.median.as_secs()), left);
         assert_eq!(view(1, None).left(&BTreeMap::new(), at(0)), None);
     }

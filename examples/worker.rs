@@ -69,7 +69,9 @@ fn main() -> anyhow::Result<()> {
             let consumed = broker::consume(link, &queues, &consumer_stopped, &all_done, |_, it| {
                 let _ = task.send(it);
             });
-            if let Err(error) = consumed {
+            if let Err(error) = consumed
+                && !consumer_stopped.is_given()
+            {
                 eprintln!("tasks are no longer taken: {error:#}");
             }
         });
@@ -112,16 +114,26 @@ impl Revoked {
     }
 }
 
+/// Hears revokes until the connection is killed: `consume` would wait for its own `done` after a stop.
 fn hear_revokes(link: &Link, queue: &str, revoked: &Revoked, stopped: &Signal) {
+    let (_never, not_stopped) = Signal::pending();
     let (done, all_done) = unbounded();
-    let heard = broker::consume(link, &[(queue, 10)], stopped, &all_done, |_, message| {
-        if let Some(task_id) = revoked_task(&message.body) {
-            eprintln!("task {task_id} is revoked");
-            revoked.add(task_id);
-        }
-        let _ = done.send(Handled::Done(message.tag));
-    });
-    if let Err(error) = heard {
+    let heard = broker::consume(
+        link,
+        &[(queue, 10)],
+        &not_stopped,
+        &all_done,
+        |_, message| {
+            if let Some(task_id) = revoked_task(&message.body) {
+                eprintln!("task {task_id} is revoked");
+                revoked.add(task_id);
+            }
+            let _ = done.send(Handled::Done(message.tag));
+        },
+    );
+    if let Err(error) = heard
+        && !stopped.is_given()
+    {
         eprintln!("revokes are no longer heard: {error:#}");
     }
 }

@@ -107,7 +107,7 @@ fn draw(steps: &Steps, workflow: &str) -> anyhow::Result<()> {
             }
             Some(OnError::Fail | OnError::Fallback(_)) | None => {}
         }
-        if number < steps.len() {
+        if number < steps.count() {
             say(format_args!("     ↓ its output ESDL"))?;
         }
     }

@@ -22,21 +22,20 @@ const LIVE: &str = "
                progress_at, step.number AS step_number, step.title AS step_title,
                step.task AS step_task, step.submitted_at AS step_submitted_at,
                step.started_at AS step_started_at,
-               CASE WHEN CASE WHEN step.number IS NULL THEN status = 'SUBMITTED'
-                              ELSE step.submitted_at IS NOT NULL AND step.started_at IS NULL END
-               THEN
+               CASE WHEN queue.waits THEN
                    row_number() OVER (
-                       PARTITION BY coalesce(step.task, workflow_type),
-                                    CASE WHEN step.number IS NULL THEN status = 'SUBMITTED'
-                                         ELSE step.submitted_at IS NOT NULL
-                                              AND step.started_at IS NULL END
+                       PARTITION BY coalesce(step.task, workflow_type), queue.waits
                        ORDER BY CASE priority WHEN 'HIGH' THEN 0 WHEN 'LOW' THEN 2 ELSE 1 END,
                                 coalesce(step.submitted_at, job.submitted_at), job.job_id)
                END AS position
         FROM job LEFT JOIN LATERAL (
-            SELECT number, title, task, job_step.submitted_at, started_at FROM job_step
+            SELECT number, title, task, job_step.submitted_at, started_at,
+                   job_step.submitted_at IS NOT NULL AND started_at IS NULL
+                       AND finished_at IS NULL AS waits
+            FROM job_step
             WHERE job_step.job_id = job.job_id ORDER BY number DESC, attempt DESC LIMIT 1
-        ) AS step ON true
+        ) AS step ON true,
+        LATERAL (SELECT coalesce(step.waits, status = 'SUBMITTED') AS waits) AS queue
     ), wanted AS (
         SELECT * FROM live
         WHERE ($1::text IS NULL OR status = $1)

@@ -219,8 +219,8 @@ impl Course {
         self.earlier.iter().chain([&self.current])
     }
 
-    fn has_several_steps(&self) -> bool {
-        self.steps.len() > 1
+    pub(super) fn has_several_steps(&self) -> bool {
+        self.steps.count() > 1
     }
 
     /// How many attempts at the current task there have been.
@@ -244,7 +244,7 @@ impl Course {
     /// What follows when the current task has succeeded.
     pub(super) fn after_success(&self) -> Next {
         let next = self.current.position.next_step();
-        match next.step < self.steps.len() {
+        match next.step < self.steps.count() {
             true => Next::OnItsOutput(next),
             false => Next::Success,
         }
@@ -309,7 +309,7 @@ impl Course {
     /// How an attempt is called: `step 2 of 3, Simulate, attempt 2`.
     pub fn name(&self, position: Position) -> String {
         let title = &self.step_at(position).title;
-        let (number, count) = (position.step + 1, self.steps.len());
+        let (number, count) = (position.step + 1, self.steps.count());
         let mut name = format!("step {number} of {count}, {title}");
         if position.attempt > 1 {
             let _ = write!(name, ", attempt {}", position.attempt);

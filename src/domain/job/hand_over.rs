@@ -6,6 +6,7 @@
 //! is revoked at its START.
 
 use std::borrow::Cow;
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ const WAITS: &str = "waiting for a worker";
 const TRIED_AGAIN: &str = "it failed, and is tried again";
 /// The same of one whose queue's node is down, say.
 const CLOSED: &str = "its queue takes nothing for now";
+/// Why nothing can be handed over.
+const NO_COURSE: &str = "its workflow has one step";
 /// Of a worker's success that is none.
 const NO_OUTPUT: &str = "Its worker reported success, but sent no ESDL.";
 
@@ -80,7 +83,7 @@ pub(super) fn complete<'a>(
         return end(job_id, job, completion, outcome, context);
     };
     let report = |outcome| Report::of(completion, outcome, job.starts.len(), context.now);
-    let is_missing = output.is_none_or(str::is_empty) && course.steps.len() > 1;
+    let is_missing = output.is_none_or(str::is_empty) && course.has_several_steps();
     let next = match outcome {
         Outcome::Succeeded if is_missing => {
             return without_output(job_id, job, completion, context);
@@ -209,10 +212,8 @@ fn again<'a>(
     (position, wait): (Position, Duration),
     context: &Context<'_>,
 ) -> Decision<'a> {
-    let input = match job.course.as_ref().map(|course| &course.input) {
-        Some(Input::New(esdl)) => TaskInput::Held(Arc::clone(esdl)),
-        Some(Input::Kept | Input::NotKept) | None => TaskInput::Kept,
-    };
+    let course = job.course.as_ref();
+    let input = course.map_or(TaskInput::Kept, |course| course.kept_input());
     match wait.is_zero() {
         true => go_on(job_id, job, report, position, input, context),
         false => {
@@ -232,45 +233,17 @@ fn go_on<'a>(
     input: TaskInput<'a>,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    let task_id = context.new_task_id;
-    let held = report.esdl_id.clone();
-    let revocation = job.revocation(report.outcome);
-    let before = job;
-    let mut job = job.clone();
-    let Some(course) = &mut job.course else {
-        return Decision::ignored("its workflow has one step");
-    };
-    if (context.is_closed)(&course.step_at(position).task) {
+    let course = job.course.as_ref();
+    if course.is_some_and(|course| (context.is_closed)(&course.step_at(position).task)) {
         let later = (CLOSED, context.now);
-        return postpone(job_id, before, report, position, &input, later);
+        return postpone(job_id, job, report, position, &input, later);
     }
-    let attempt = Attempt::submitted(position, task_id.to_string(), context.now);
-    course.comes_to(attempt, report);
-    course.input = match course.may_need_its_input_again() {
-        true => input.to_be_kept(),
-        false => Input::NotKept,
-    };
-    let task = Publication::Task {
-        job_id,
-        task_id,
-        assignment: course.assignment(input, job.priority.unwrap_or_default()),
-    };
-    let event = Event::HandedOver {
-        task_id,
-        to: course.name(position),
-        task: course.step().task.clone(),
-    };
-    job.task_id = Some(task_id.to_string());
-    job.starts.clear();
-    let progress = job.tells_progress(job_id, 0.0, WAITS, context.now);
-    let time_series = held.map(|esdl_id| job.holds(esdl_id)).into_iter().collect();
+    let (announcements, time_series) = job.aftermath(&report);
+    let next = job.come_to(position, None, report);
     Decision {
-        next: Some(State::Live(job)),
-        publications: vec![task, progress],
-        // Not before the commit: whoever decides again after a crash may leave it its task.
-        announcements: revocation.into_iter().collect(),
+        announcements,
         time_series,
-        ..Decision::nothing(event)
+        ..put_on_queue(job_id, next, input, context)
     }
 }
 
@@ -284,43 +257,20 @@ fn postpone<'a>(
     (why, until): (&'static str, Timestamp),
 ) -> Decision<'a> {
     let now = report.finished_at;
-    let held = report.esdl_id.clone();
-    let revocation = job.revocation(report.outcome);
-    let mut job = job.clone();
+    let (announcements, time_series) = job.aftermath(&report);
+    let mut job = job.come_to(position, Some(until), report);
     let Some(course) = &mut job.course else {
-        return Decision::ignored("its workflow has one step");
+        return Decision::ignored(NO_COURSE);
     };
-    let attempt = Attempt {
-        position,
-        task_id: None,
-        due_at: Some(until),
-        submitted_at: None,
-        started_at: None,
-        report: None,
-    };
-    course.comes_to(attempt, report);
     course.input = input.to_be_kept();
     let what = course.name(position);
-    job.task_id = None;
-    job.starts.clear();
     let progress = job.tells_progress(job_id, 0.0, why, now);
-    let time_series = held.map(|esdl_id| job.holds(esdl_id)).into_iter().collect();
     Decision {
         next: Some(State::Live(job)),
         publications: vec![progress],
-        announcements: revocation.into_iter().collect(),
+        announcements,
         time_series,
         ..Decision::nothing(Event::Postponed { what, why, until })
-    }
-}
-
-impl TaskInput<'_> {
-    fn to_be_kept(&self) -> Input {
-        match self {
-            TaskInput::Given(esdl) => Input::New(Arc::from(*esdl)),
-            TaskInput::Held(esdl) => Input::New(Arc::clone(esdl)),
-            TaskInput::Kept => Input::Kept,
-        }
     }
 }
 
@@ -334,23 +284,32 @@ pub(super) fn take_turn<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> D
         } = course.current;
         submitted_at.is_none() && due_at.is_some_and(|due| due <= context.now)
     };
-    let mut job = job.clone();
-    let Some(course) = job.course.as_mut().filter(|course| is_due(course)) else {
-        return Decision::ignored("no step's turn has come");
-    };
-    if (context.is_closed)(&course.step().task) {
-        return Decision::ignored(CLOSED);
+    match &job.course {
+        Some(course) if is_due(course) => match (context.is_closed)(&course.step().task) {
+            true => Decision::ignored(CLOSED),
+            false => put_on_queue(job_id, job.clone(), course.kept_input(), context),
+        },
+        Some(_) | None => Decision::ignored("no step's turn has come"),
     }
+}
+
+/// Puts the task of the current attempt, which has none yet, on its queue.
+fn put_on_queue<'a>(
+    job_id: Uuid,
+    mut job: Job,
+    input: TaskInput<'a>,
+    context: &Context<'_>,
+) -> Decision<'a> {
     let task_id = context.new_task_id;
+    let Some(course) = &mut job.course else {
+        return Decision::ignored(NO_COURSE);
+    };
     course.current.task_id = Some(task_id.to_string());
     course.current.submitted_at = Some(context.now);
-    let input = match &course.input {
-        Input::New(esdl) => TaskInput::Held(Arc::clone(esdl)),
-        Input::Kept | Input::NotKept => TaskInput::Kept,
+    course.input = match course.may_need_its_input_again() {
+        true => input.to_be_kept(),
+        false => Input::NotKept,
     };
-    if !course.may_need_its_input_again() {
-        course.input = Input::NotKept;
-    }
     let task = Publication::Task {
         job_id,
         task_id,
@@ -370,12 +329,23 @@ pub(super) fn take_turn<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> D
     }
 }
 
+impl TaskInput<'_> {
+    fn to_be_kept(&self) -> Input {
+        match self {
+            TaskInput::Given(esdl) => Input::New(Arc::from(*esdl)),
+            TaskInput::Held(esdl) => Input::New(Arc::clone(esdl)),
+            TaskInput::Kept => Input::Kept,
+        }
+    }
+}
+
 impl Course {
-    /// The current attempt has ended, and this one is next.
-    fn comes_to(&mut self, next: Attempt, report: Report) {
-        self.current.report = Some(report);
-        let ended = std::mem::replace(&mut self.current, next);
-        self.earlier.push(ended);
+    /// The input of the current attempt, for another one.
+    fn kept_input<'a>(&self) -> TaskInput<'a> {
+        match &self.input {
+            Input::New(esdl) => TaskInput::Held(Arc::clone(esdl)),
+            Input::Kept | Input::NotKept => TaskInput::Kept,
+        }
     }
 
     /// What the current attempt's task is given.
@@ -401,15 +371,41 @@ impl Job {
         job
     }
 
-    fn keeps<'a>(&self, esdl_id: String) -> TimeSeries<'a> {
-        TimeSeries::Keep {
-            esdl_id,
-            reference: Cow::Owned(self.reference.clone()),
+    /// The same before the attempt at `position`, which has no task yet; `report` says how the
+    /// current one ended.
+    fn come_to(&self, position: Position, due_at: Option<Timestamp>, report: Report) -> Job {
+        let mut job = self.with_report(report);
+        job.task_id = None;
+        job.starts.clear();
+        if let Some(course) = &mut job.course {
+            let next = Attempt {
+                position,
+                task_id: None,
+                due_at,
+                submitted_at: None,
+                started_at: None,
+                report: None,
+            };
+            let ended = mem::replace(&mut course.current, next);
+            course.earlier.push(ended);
         }
+        job
     }
 
-    fn holds<'a>(&self, esdl_id: String) -> TimeSeries<'a> {
-        TimeSeries::Hold {
+    /// What follows from the end of the current attempt, whatever comes next: what is announced,
+    /// and what becomes of the time series of its output. Its task is not revoked before the
+    /// commit, for whoever decides again after a crash may leave it to the job.
+    fn aftermath<'a>(&self, report: &Report) -> (Vec<Publication<'a>>, Vec<TimeSeries<'a>>) {
+        let held = report.esdl_id.clone().map(|esdl_id| TimeSeries::Hold {
+            esdl_id,
+            reference: Cow::Owned(self.reference.clone()),
+        });
+        let revocation = self.revocation(report.outcome);
+        (revocation.into_iter().collect(), held.into_iter().collect())
+    }
+
+    fn keeps<'a>(&self, esdl_id: String) -> TimeSeries<'a> {
+        TimeSeries::Keep {
             esdl_id,
             reference: Cow::Owned(self.reference.clone()),
         }

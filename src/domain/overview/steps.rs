@@ -84,7 +84,7 @@ impl StepView {
 
 /// The share of each step in the whole.
 pub fn shares(steps: &Steps) -> Vec<f64> {
-    (0..steps.len())
+    (0..steps.count())
         .map(|number| steps.share_before(number + 1) - steps.share_before(number))
         .collect()
 }

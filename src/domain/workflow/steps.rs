@@ -134,13 +134,9 @@ impl Steps {
         &self.steps
     }
 
-    pub fn len(&self) -> usize {
+    /// How many there are, not counting fallbacks.
+    pub fn count(&self) -> usize {
         self.steps.len()
-    }
-
-    /// Never: there is at least one.
-    pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
     }
 
     /// The step of a workflow that has just one, about which nothing has to be kept while it runs:
@@ -634,7 +630,7 @@ mod tests {
     #[test]
     fn there_are_at_most_twenty_steps() {
         let many = |count| format!("[{}]", vec![r#"{"task": "a"}"#; count].join(","));
-        assert_eq!(steps(&many(20)).len(), 20);
+        assert_eq!(steps(&many(20)).count(), 20);
         let faults = Catalogue::parse(&file(&many(21))).unwrap_err();
         let expected = "$[0].steps: found a list of 21, expected 1 to 20 steps";
         assert_eq!(faults.to_string(), expected);

@@ -14,6 +14,8 @@
 //!   └───────────────────────── Cancel before the submission ─────────────────────┘
 //! ```
 //!
+//! The result of a step that is not the last one leaves its job as it is, with the next step's task.
+//!
 //! An outcome is committed before the client is told, and the row in `job` is deleted after that.
 //! Whatever the service dies of in between, the command that led to the outcome is redelivered and
 //! leads to the same one; no other command can.

@@ -51,17 +51,7 @@ fn jobs_go_through_a_pooler_by_several_replicas() {
         let (status, body) = replicas[0].get(path).unwrap();
         assert_eq!(status, 200, "{path}: {body}");
     }
-    for arguments in [&["db", "current"][..], &["jobs", "list"], &["doctor"]] {
-        let output = deployment
-            .command(arguments)
-            .envs(pooler.variables())
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned()
-            + &String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() || arguments == ["doctor"], "{said}");
-        assert!(!said.contains("error Postgres"), "{said}");
-    }
+    deployment.commands_find_postgres(&pooler.variables());
     kept_its_session(&deployment, &replicas[0]);
     for replica in &replicas {
         let log = replica.log();

@@ -182,22 +182,7 @@ fn of_several_postgres_servers_the_one_that_takes_writes_is_used() {
     let silent = silent.local_addr().map(|at| (at.port(), silent)).unwrap();
     for port in [standby.port, silent.0] {
         let variables = postgres_at([port, deployment.postgres_port()]);
-        for arguments in [
-            &["db", "upgrade"][..],
-            &["db", "current"],
-            &["jobs", "list"],
-            &["doctor"],
-        ] {
-            let output = deployment
-                .command(arguments)
-                .envs(variables.clone())
-                .output()
-                .unwrap();
-            let said = String::from_utf8_lossy(&output.stdout).into_owned()
-                + &String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success() || arguments == ["doctor"], "{said}");
-            assert!(!said.contains("error Postgres"), "{said}");
-        }
+        deployment.commands_find_postgres(&variables);
     }
     // Without a primary each server's reason is told.
     let output = deployment

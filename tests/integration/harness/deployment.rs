@@ -334,6 +334,24 @@ impl Deployment {
     }
 
     /// A running service that is ready.
+    /// That the commands which need Postgres find it with these variables.
+    pub fn commands_find_postgres(&self, variables: &[(&str, String)]) {
+        for arguments in [
+            &["db", "upgrade"][..],
+            &["db", "current"],
+            &["jobs", "list"],
+            &["doctor"],
+        ] {
+            let mut command = self.command(arguments);
+            command.envs(variables.iter().map(|(name, value)| (name, value)));
+            let output = command.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() || arguments == ["doctor"], "{said}");
+            assert!(!said.contains("error Postgres"), "{said}");
+        }
+    }
+
     pub fn start(&self) -> Service {
         self.start_with(&[])
     }

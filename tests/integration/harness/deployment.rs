@@ -333,7 +333,6 @@ impl Deployment {
         command
     }
 
-    /// A running service that is ready.
     /// That the commands which need Postgres find it with these variables.
     pub fn commands_find_postgres(&self, variables: &[(&str, String)]) {
         for arguments in [
@@ -352,6 +351,7 @@ impl Deployment {
         }
     }
 
+    /// A running service that is ready.
     pub fn start(&self) -> Service {
         self.start_with(&[])
     }

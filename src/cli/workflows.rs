@@ -111,7 +111,11 @@ fn draw(steps: &Steps, workflow: &str) -> anyhow::Result<()> {
             say(format_args!("     ↓ its output ESDL"))?;
         }
     }
-    say(format_args!("  The Python service cannot run these steps."))
+    let of_python_service = match steps.tasks().eq([workflow]) {
+        true => "runs this task, once and without its timeout",
+        false => "cannot run these steps",
+    };
+    say(format_args!("  The Python service {of_python_service}."))
 }
 
 /// What is special about a step.

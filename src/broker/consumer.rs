@@ -63,6 +63,15 @@ impl Received {
         self.properties.message_id().as_deref()
     }
 
+    /// Whose message it is: its `user-id`, which RabbitMQ has checked, and its `app-id`.
+    pub fn sender(&self) -> (Option<&str>, Option<&str>) {
+        let properties = &self.properties;
+        (
+            properties.user_id().as_deref(),
+            properties.app_id().as_deref(),
+        )
+    }
+
     pub fn correlation_id(&self) -> Option<&str> {
         self.properties.correlation_id().as_deref()
     }

@@ -68,6 +68,8 @@ pub struct Common<'s> {
     pub service: &'s Service,
     /// Wakes the inquiry thread, which asks the workers about suspected starts.
     pub inquiry: Sender<()>,
+    /// Wakes the thread that grants turns.
+    pub turns: Sender<()>,
     /// The queue behind each inbox.
     pub queue_names: HashMap<Inbox, String>,
     pub closed: ClosedQueues,

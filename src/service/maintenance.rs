@@ -168,7 +168,9 @@ impl Maintenance<'_> {
         let turns = connection.due_attempts(self.last_turn, MAX_FINDINGS.into())?;
         let is_page = turns.len() == usize::from(MAX_FINDINGS);
         self.last_turn = turns.last().copied().filter(|_| is_page);
-        let turns = turns.into_iter().map(|(_, id)| (id, Command::TakeTurn));
+        let turns = turns
+            .into_iter()
+            .map(|(_, id)| (id, Command::TakeTurn { grant: None }));
         let mut findings: Vec<_> = turns.collect();
         if is_round {
             self.limits.fall_due();

@@ -171,8 +171,7 @@ static RUNNING: LazyLock<State> = LazyLock::new(|| {
         reference: None,
         priority: Priority::Medium,
         timeout_ms: None,
-        user_id: None,
-        app_id: None,
+        sender: None,
     };
     let submitted = take(
         Uuid::nil(),

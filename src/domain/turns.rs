@@ -275,15 +275,9 @@ impl Owners {
     }
 }
 
-/// Whose job it is: what the message's `user-id` says, which RabbitMQ has checked; else its
-/// `app-id`; else its reference up to the first `separator`. Jobs that say nothing of it have one
-/// owner in common.
-pub fn owner(
-    user_id: Option<&str>,
-    app_id: Option<&str>,
-    reference: Option<&str>,
-    separator: &str,
-) -> String {
+/// Whose job it is: its sender's, where its message says who that is; else its reference says it,
+/// up to the first `separator`. Jobs that say nothing of it have one owner in common.
+pub fn owner(sender: Option<&str>, reference: Option<&str>, separator: &str) -> String {
     let named = |text: Option<&str>| {
         text.filter(|text| !text.trim().is_empty())
             .map(str::to_owned)
@@ -292,9 +286,7 @@ pub fn owner(
         let reference = reference.filter(|_| !separator.is_empty())?;
         named(Some(reference.split_once(separator)?.0))
     };
-    let owner = named(user_id)
-        .or_else(|| named(app_id))
-        .or_else(of_reference);
+    let owner = named(sender).or_else(of_reference);
     let owner = owner.unwrap_or_else(|| NO_OWNER.to_owned());
     // Postgres takes no NUL.
     let storable = owner.chars().filter(|character| *character != '\0');

@@ -43,10 +43,6 @@ const LAST_RETRY: Duration = Duration::from_secs(5);
 const CUT_OFF: Duration = Duration::from_secs(20);
 
 /// Something to handle.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly all of it is messages, which should not take a detour"
-)]
 pub enum Work {
     /// A message, which is to be acknowledged.
     Message { inbox: Inbox, received: Received },

@@ -28,8 +28,7 @@ fn submit(workflow: &str) -> Command {
         reference: Some("ours".to_owned()),
         priority: Priority::Medium,
         timeout_ms: None,
-        user_id: None,
-        app_id: None,
+        sender: None,
     })
 }
 

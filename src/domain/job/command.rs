@@ -69,10 +69,8 @@ pub struct Submission {
     pub reference: Option<String>,
     pub priority: Priority,
     pub timeout_ms: Option<u32>,
-    /// The message's `user-id`, which RabbitMQ has checked.
-    pub user_id: Option<String>,
-    /// The message's `app-id`.
-    pub app_id: Option<String>,
+    /// Who sent it, where the message says that.
+    pub sender: Option<String>,
 }
 
 /// How a task has ended.

@@ -149,8 +149,7 @@ impl Submission {
             reference,
             priority,
             timeout_ms: _,
-            user_id: _,
-            app_id: _,
+            sender: _,
         } = self;
         Assignment {
             // As a rule it is the workflow's name, and need not be copied.

@@ -415,8 +415,7 @@ impl Course {
         let Submission {
             params,
             reference,
-            user_id,
-            app_id,
+            sender,
             ..
         } = submission;
         Course {
@@ -427,8 +426,7 @@ impl Course {
             earlier: Vec::new(),
             current,
             owner: turns::owner(
-                user_id.as_deref(),
-                app_id.as_deref(),
+                sender.as_deref(),
                 reference.as_deref(),
                 &context.rules.fair_share_separator,
             ),

@@ -126,8 +126,7 @@ fn submission(workflow: &str) -> Command {
         reference: Some("ref".to_owned()),
         priority: Priority::Medium,
         timeout_ms: Some(1000),
-        user_id: None,
-        app_id: None,
+        sender: None,
     })
 }
 

@@ -153,29 +153,27 @@ fn there_is_room(
 }
 
 #[rstest]
-#[case::user_id(Some("anna"), Some("app"), Some("x/1"), "anna")]
-#[case::app_id(None, Some("app"), Some("x/1"), "app")]
-#[case::reference(None, None, Some("x/1/2"), "x")]
-#[case::reference_without_separator(None, None, Some("x 1"), NO_OWNER)]
-#[case::nothing(None, None, None, NO_OWNER)]
-#[case::nothing_but_spaces(Some(" "), Some(""), Some("/1"), NO_OWNER)]
-#[case::nul(Some("a\0b"), None, None, "ab")]
+#[case::sender(Some("anna"), Some("x/1"), "anna")]
+#[case::reference(None, Some("x/1/2"), "x")]
+#[case::reference_without_separator(None, Some("x 1"), NO_OWNER)]
+#[case::nothing(None, None, NO_OWNER)]
+#[case::nothing_but_spaces(Some(" "), Some("/1"), NO_OWNER)]
+#[case::nul(Some("a\0b"), None, "ab")]
 fn an_owner_is(
-    #[case] user_id: Option<&str>,
-    #[case] app_id: Option<&str>,
+    #[case] sender: Option<&str>,
     #[case] reference: Option<&str>,
     #[case] expected: &str,
 ) {
-    assert_eq!(owner(user_id, app_id, reference, "/"), expected);
+    assert_eq!(owner(sender, reference, "/"), expected);
 }
 
 #[test]
 fn an_owner_has_a_bounded_name_and_may_have_none() {
     let reference = "ü".repeat(1_000_000) + "/1";
-    let name = owner(None, None, Some(&reference), "/");
+    let name = owner(None, Some(&reference), "/");
     assert_eq!(name.chars().count(), MAX_OWNER);
-    assert_eq!(owner(None, None, Some("x/1"), ""), NO_OWNER);
-    assert_eq!(owner(None, None, Some("x:1"), ":"), "x");
+    assert_eq!(owner(None, Some("x/1"), ""), NO_OWNER);
+    assert_eq!(owner(None, Some("x:1"), ":"), "x");
 }
 
 /// A queue with limits, its workers, and replicas that die.

@@ -561,8 +561,7 @@ mod tests {
     )]
     #[case::unknown_key(
         r#"[{"task": "a", "wieght": 1}]"#,
-        r#"$[0].steps[0]: "wieght" is unknown here, expected task, title, parameters, weight, timeout_sec, delivery_limit, retry, on_error, keep_time_series, \
-         window, max_running, paused"#
+        r#"$[0].steps[0]: "wieght" is unknown here, expected task, title, parameters, weight, timeout_sec, delivery_limit, retry, on_error, keep_time_series, window, max_running, paused"#
     )]
     #[case::title(
         r#"[{"task": "a", "title": "two\nlines"}]"#,

@@ -75,9 +75,7 @@ impl Item {
         match decoded {
             Ok(Ok(Request::Job { id, mut command })) => {
                 if let Command::Submit(submission) = &mut command {
-                    let (user_id, app_id) = received.sender();
-                    submission.user_id = user_id.map(str::to_owned);
-                    submission.app_id = app_id.map(str::to_owned);
+                    submission.sender = received.sender().map(str::to_owned);
                 }
                 self.job = Some((id, command));
             }

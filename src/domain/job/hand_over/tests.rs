@@ -107,8 +107,7 @@ impl Story {
             reference: Some("ref".to_owned()),
             priority: Priority::High,
             timeout_ms: Some(60_000),
-            user_id: None,
-            app_id: None,
+            sender: None,
         }))
     }
 
@@ -759,8 +758,7 @@ impl World {
                 reference: None,
                 priority: Priority::Medium,
                 timeout_ms: Some(200_000),
-                user_id: None,
-                app_id: None,
+                sender: None,
             })),
             Happening::Cancel => self.messages.push(Command::Cancel),
             Happening::Taken(index) if !self.queued.is_empty() => {

@@ -18,7 +18,7 @@ pub use self::batch::Loaded;
 pub use self::connect::Session;
 use self::connect::{Access, ConnectError, Connector, noted};
 pub use self::turns::{LimitChange, LostGrant, QueueChange, TurnChange};
-pub use self::upkeep::{Around, Overdue, Sign, Upkeep};
+pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 

@@ -121,6 +121,20 @@ impl HandedOver {
     }
 }
 
+/// What is at a queue, for operators.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueAtRest {
+    pub name: String,
+    /// Tasks that wait for their turn.
+    pub held: i64,
+    /// Those that operators do not let go.
+    pub on_hold: i64,
+    /// Tasks that are handed over and not started, as far as turns are counted at this queue.
+    pub waiting: i64,
+    /// Those that have been started and have not ended.
+    pub running: i64,
+}
+
 /// A task that waits for its turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {

@@ -1,6 +1,5 @@
 //! Tasks that wait for their turn, and what operators allow at task queues.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -11,7 +10,7 @@ use uuid::Uuid;
 use super::rows::named;
 use super::{Connection, StoreError, Transaction};
 use crate::domain::job::{Grant, Job, Priority, Turn};
-use crate::domain::turns::{HandedOver, Held, QueueLimit, Waiting};
+use crate::domain::turns::{HandedOver, Held, Limits, QueueAtRest, Waiting};
 
 /// Tells all replicas that something has changed that they decide turns by.
 const CHANNEL: &str = "omotes_turns";
@@ -322,10 +321,7 @@ impl Connection {
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn queue_limits(
-        &mut self,
-        mut defined: BTreeMap<String, QueueLimit>,
-    ) -> Result<BTreeMap<String, QueueLimit>, StoreError> {
+    pub fn queue_limits(&mut self, mut defined: Limits) -> Result<Limits, StoreError> {
         let rows = self.client.query(
             "SELECT queue, max_waiting, max_running, paused FROM queue_limit",
             &[],
@@ -526,6 +522,42 @@ impl Connection {
              ON CONFLICT (job_id) DO NOTHING",
             &[&queue, &plain],
         )?)
+    }
+
+    /// The queues at which tasks wait for their turn, or have had one and not ended.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn queues_at_rest(&mut self) -> Result<Vec<QueueAtRest>, StoreError> {
+        let rows = self.client.query(
+            "SELECT queue, count(*) FILTER (WHERE granted_at IS NULL AND NOT on_hold) AS held,
+                    count(*) FILTER (WHERE granted_at IS NULL AND on_hold) AS on_hold,
+                    count(*) FILTER (WHERE NOT started) AS waiting,
+                    count(*) FILTER (WHERE started) AS running
+             FROM (
+                 SELECT queue, on_hold, granted_at,
+                        CASE WHEN granted_at IS NOT NULL THEN coalesce(
+                            (SELECT started_at IS NOT NULL FROM job_step AS step
+                             WHERE step.job_id = turn.job_id AND finished_at IS NULL),
+                            (SELECT status = 'RUNNING' FROM job WHERE job.job_id = turn.job_id)
+                        ) END AS started
+                 FROM job_turn AS turn
+             ) AS turns
+             WHERE granted_at IS NULL OR started IS NOT NULL
+             GROUP BY queue ORDER BY queue",
+            &[],
+        )?;
+        rows.iter()
+            .map(|row| {
+                Ok(QueueAtRest {
+                    name: row.try_get("queue")?,
+                    held: row.try_get("held")?,
+                    on_hold: row.try_get("on_hold")?,
+                    waiting: row.try_get("waiting")?,
+                    running: row.try_get("running")?,
+                })
+            })
+            .collect()
     }
 
     /// Receives what [`Connection::heard`] returns; not through a pooler that gives each

@@ -167,7 +167,9 @@ pub(crate) fn overview(
     connection: &mut Connection,
     watch: Option<&Watch>,
 ) -> anyhow::Result<Overview> {
-    let (defined, tasks) = workflows::defined(config);
+    let (defined, tasks, limits) = workflows::defined(config);
+    let limits = connection.queue_limits(limits)?;
+    let turns = connection.turns(&limits, config.priority_aging)?;
     let rows = connection.workflows(&defined)?;
     let mut names: Vec<_> = rows.keys().cloned().collect();
     names.extend(tasks.values().flatten().cloned());
@@ -179,6 +181,7 @@ pub(crate) fn overview(
         rows,
         defined,
         tasks,
+        turns,
         queues: queues.map(|queues| Queues {
             at: jiff::Timestamp::now(),
             queues,

@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::job::Priority;
-use omotes_orchestrator::domain::overview::JobState;
-use omotes_orchestrator::domain::turns::QueueLimit;
+use omotes_orchestrator::domain::overview::{JobState, QueueView};
+use omotes_orchestrator::domain::turns::Limits;
 use omotes_orchestrator::domain::workflow::Catalogue;
 use omotes_orchestrator::store::{Connection, LimitChange, QueueChange, TurnChange};
 use omotes_orchestrator::telemetry::report::one_line;
@@ -85,12 +86,7 @@ fn check_name(
     name: &str,
 ) -> anyhow::Result<()> {
     let tasks = catalogue.tasks();
-    if tasks.contains(name)
-        || connection
-            .queues_at_rest()?
-            .iter()
-            .any(|queue| queue.name == name)
-    {
+    if tasks.contains(name) || at_rest(connection)?.iter().any(|queue| queue.name == name) {
         return Ok(());
     }
     let listed = |names: BTreeSet<&str>| {
@@ -111,6 +107,11 @@ fn check_name(
     }
 }
 
+/// The queues at which something waits or has had its turn, whatever their limits.
+fn at_rest(connection: &mut Connection) -> anyhow::Result<Vec<QueueView>> {
+    Ok(connection.turns(&Limits::new(), Duration::ZERO)?)
+}
+
 /// A line for each queue at which something waits or might have to.
 ///
 /// # Errors
@@ -119,13 +120,8 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
     let catalogue = config::read_catalogue(&config.workflow_config_path)?;
     let mut connection = connect(config)?;
     let limits = connection.queue_limits(catalogue.queue_limits())?;
-    let at_rest = connection.queues_at_rest()?;
-    let names: BTreeSet<&str> = limits
-        .keys()
-        .map(String::as_str)
-        .chain(at_rest.iter().map(|queue| queue.name.as_str()))
-        .collect();
-    if names.is_empty() {
+    let queues = connection.turns(&limits, config.priority_aging)?;
+    if queues.is_empty() {
         say(format_args!(
             "no task queue has limits; `workflows limit NAME --window N` sets one"
         ))?;
@@ -139,19 +135,14 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
         "waiting",
         "running",
     ]);
-    for name in names {
-        let queue = at_rest.iter().find(|queue| queue.name == name);
-        let limit: QueueLimit = limits.get(name).copied().unwrap_or_default();
-        let count = |of: fn(&omotes_orchestrator::domain::turns::QueueAtRest) -> i64| {
-            queue.map_or(0, of).to_string()
-        };
+    for queue in queues {
         table.add_row([
-            one_line(name),
-            limit.to_string(),
-            count(|queue| queue.held),
-            count(|queue| queue.on_hold),
-            count(|queue| queue.waiting),
-            count(|queue| queue.running),
+            one_line(&queue.name),
+            queue.limit.to_string(),
+            queue.held.to_string(),
+            queue.on_hold.to_string(),
+            queue.waiting.to_string(),
+            queue.running.to_string(),
         ]);
     }
     print(&(table.trim_fmt() + "\n"))?;
@@ -226,8 +217,7 @@ fn change_turns(
 pub(super) fn release_all(config: &Config, agreed: Agreed) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
     if !agreed.yes {
-        let at_rest = connection.queues_at_rest()?;
-        for queue in &at_rest {
+        for queue in at_rest(&mut connection)? {
             let held = queue.held + queue.on_hold;
             say(format_args!("{}: {held} held", one_line(&queue.name)))?;
         }

@@ -9,6 +9,7 @@ use clap::Subcommand;
 use jiff::SignedDuration;
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::overview::{shares, spoken};
+use omotes_orchestrator::domain::turns::Limits;
 use omotes_orchestrator::domain::workflow::{
     Argument, Catalogue, OnError, Step, StepParameters, Steps,
 };
@@ -60,11 +61,14 @@ pub(super) fn run(
     }
 }
 
-/// The workflows that the definitions have, and the tasks of those that do not have just the one of
-/// their own name. None where the definitions cannot be read.
-pub(super) fn defined(config: &Config) -> (Vec<String>, BTreeMap<String, Vec<String>>) {
+/// The workflows that the definitions have, the tasks of those that do not have just the one of
+/// their own name, and what is allowed at queues. Nothing where the definitions cannot be read.
+pub(super) fn defined(config: &Config) -> (Vec<String>, BTreeMap<String, Vec<String>>, Limits) {
     let catalogue = config::read_catalogue(&config.workflow_config_path).ok();
-    let known = catalogue.map(|catalogue| (catalogue.names(), catalogue.tasks_by_workflow()));
+    let known = catalogue.map(|catalogue| {
+        let tasks = catalogue.tasks_by_workflow();
+        (catalogue.names(), tasks, catalogue.queue_limits())
+    });
     known.unwrap_or_default()
 }
 

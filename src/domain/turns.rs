@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serde::Serialize;
 use uuid::Uuid;
 
 use super::job::Priority;
@@ -26,13 +27,14 @@ pub const MAX_GRANTS: usize = 200;
 pub const NO_OWNER: &str = "";
 
 /// What an operator allows at a task queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct QueueLimit {
     /// How many tasks may be handed over and not started.
     pub window: Option<u32>,
     /// How many tasks may be handed over and not ended: the seats of a licence.
     pub max_running: Option<u32>,
     /// Nothing is handed over.
+    #[serde(rename = "paused")]
     pub is_paused: bool,
 }
 
@@ -121,20 +123,6 @@ impl HandedOver {
     }
 }
 
-/// What is at a queue, for operators.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QueueAtRest {
-    pub name: String,
-    /// Tasks that wait for their turn.
-    pub held: i64,
-    /// Those that operators do not let go.
-    pub on_hold: i64,
-    /// Tasks that are handed over and not started, as far as turns are counted at this queue.
-    pub waiting: i64,
-    /// Those that have been started and have not ended.
-    pub running: i64,
-}
-
 /// A task that waits for its turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
@@ -147,8 +135,7 @@ pub struct Held {
 }
 
 /// Of what is held at a queue, as much as [`next()`] needs: of each owner and priority those that
-/// have waited longest, at least [`MAX_GRANTS`] of them if there are as many, and those that were
-/// put first.
+/// have waited longest, as many as there is room for, and those that were put first.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Waiting {
     pub held: Vec<Held>,
@@ -156,7 +143,7 @@ pub struct Waiting {
     pub served: HashMap<String, Timestamp>,
 }
 
-/// Which tasks are next, in this order, at most `room` and [`MAX_GRANTS`].
+/// Which tasks are next, in this order, at most `room`.
 ///
 /// First what an operator has put first, the last such move before the others. Then the highest
 /// priority, which rises by one level with each `aging` that a task has waited, up to the highest;
@@ -175,7 +162,6 @@ pub fn next(
     first.sort_by_key(|held| (Reverse(held.moved_at), held.job_id));
     let mut owners = Owners::new(&others, &served, handed_over);
     let mut granted = Vec::new();
-    let room = room.min(MAX_GRANTS);
     for held in first.into_iter().take(room) {
         owners.serve(&held.owner, now);
         granted.push(held.job_id);

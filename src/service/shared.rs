@@ -125,6 +125,7 @@ impl Service {
         Ok(Overview {
             has_rows: true,
             rows: connection.workflows(&overview.defined)?,
+            turns: connection.turns(&self.limits.get(), self.config.priority_aging)?,
             maintenance,
             ..overview
         })

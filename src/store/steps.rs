@@ -378,13 +378,18 @@ pub(super) fn view(row: &Row) -> anyhow::Result<Option<StepView>> {
     let Some(number) = row.try_get::<_, Option<i16>>("step_number")? else {
         return Ok(None);
     };
+    let steps = Steps::from_source(source)?;
+    if steps.plain().is_some() {
+        // It has one only because its task had to wait for its turn.
+        return Ok(None);
+    }
     Ok(Some(StepView {
         number: usize::try_from(number)?,
         title: row.try_get("step_title")?,
         task: row.try_get("step_task")?,
         submitted_at: row.try_get("step_submitted_at")?,
         started_at: row.try_get("step_started_at")?,
-        shares: shares(&Steps::from_source(source)?),
+        shares: shares(&steps),
     }))
 }
 

@@ -10,7 +10,8 @@ use uuid::Uuid;
 use super::rows::named;
 use super::{Connection, StoreError, Transaction};
 use crate::domain::job::{Grant, Job, Priority, Turn};
-use crate::domain::turns::{HandedOver, Held, Limits, QueueAtRest, Waiting};
+use crate::domain::overview::{QueueView, TOLD, TurnView};
+use crate::domain::turns::{self, HandedOver, Held, Limits, Waiting};
 
 /// Tells all replicas that something has changed that they decide turns by.
 const CHANNEL: &str = "omotes_turns";
@@ -123,10 +124,12 @@ impl Transaction<'_> {
         let rows = self.query(
             "SELECT owner, count(*) AS tasks, count(*) FILTER (WHERE NOT started) AS waiting
              FROM (
-                 SELECT owner, coalesce(
-                     (SELECT started_at IS NOT NULL FROM job_step AS step
-                      WHERE step.job_id = turn.job_id AND finished_at IS NULL),
-                     (SELECT status = 'RUNNING' FROM job WHERE job.job_id = turn.job_id)
+                 SELECT owner, (
+                     SELECT coalesce(
+                         (SELECT started_at IS NOT NULL FROM job_step AS step
+                          WHERE step.job_id = turn.job_id AND finished_at IS NULL),
+                         status = 'RUNNING')
+                     FROM job WHERE job.job_id = turn.job_id
                  ) AS started
                  FROM job_turn AS turn
                  WHERE queue = $1 AND granted_at IS NOT NULL
@@ -524,40 +527,70 @@ impl Connection {
         )?)
     }
 
-    /// The queues at which tasks wait for their turn, or have had one and not ended.
+    /// The queues with limits, and those at which tasks wait for their turn.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn queues_at_rest(&mut self) -> Result<Vec<QueueAtRest>, StoreError> {
+    pub fn turns(
+        &mut self,
+        limits: &Limits,
+        aging: Duration,
+    ) -> Result<Vec<QueueView>, StoreError> {
         let rows = self.client.query(
-            "SELECT queue, count(*) FILTER (WHERE granted_at IS NULL AND NOT on_hold) AS held,
-                    count(*) FILTER (WHERE granted_at IS NULL AND on_hold) AS on_hold,
-                    count(*) FILTER (WHERE NOT started) AS waiting,
-                    count(*) FILTER (WHERE started) AS running
-             FROM (
-                 SELECT queue, on_hold, granted_at,
-                        CASE WHEN granted_at IS NOT NULL THEN coalesce(
-                            (SELECT started_at IS NOT NULL FROM job_step AS step
-                             WHERE step.job_id = turn.job_id AND finished_at IS NULL),
-                            (SELECT status = 'RUNNING' FROM job WHERE job.job_id = turn.job_id)
-                        ) END AS started
+            "WITH granted AS (
+                 SELECT queue, (
+                     SELECT coalesce(
+                         (SELECT started_at IS NOT NULL FROM job_step AS step
+                          WHERE step.job_id = turn.job_id AND finished_at IS NULL),
+                         status = 'RUNNING')
+                     FROM job WHERE job.job_id = turn.job_id
+                 ) AS started
                  FROM job_turn AS turn
-             ) AS turns
-             WHERE granted_at IS NULL OR started IS NOT NULL
-             GROUP BY queue ORDER BY queue",
-            &[],
+                 WHERE granted_at IS NOT NULL
+                   AND (SELECT true FROM job_history AS ended
+                        WHERE ended.job_id = turn.job_id) IS NULL
+             ), held AS (
+                 SELECT queue, count(*) FILTER (WHERE NOT on_hold) AS held,
+                        count(*) FILTER (WHERE on_hold) AS on_hold
+                 FROM job_turn WHERE granted_at IS NULL GROUP BY queue
+             ), handed_over AS (
+                 SELECT queue, count(*) FILTER (WHERE NOT started) AS waiting,
+                        count(*) FILTER (WHERE started) AS running
+                 FROM granted GROUP BY queue
+             )
+             SELECT queue, coalesce(held, 0) AS held, coalesce(on_hold, 0) AS on_hold,
+                    coalesce(waiting, 0) AS waiting, coalesce(running, 0) AS running
+             FROM unnest($1::varchar[]) AS limited (queue)
+                  FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)
+             ORDER BY queue",
+            &[&limits.keys().collect::<Vec<_>>()],
         )?;
-        rows.iter()
-            .map(|row| {
-                Ok(QueueAtRest {
-                    name: row.try_get("queue")?,
-                    held: row.try_get("held")?,
-                    on_hold: row.try_get("on_hold")?,
-                    waiting: row.try_get("waiting")?,
-                    running: row.try_get("running")?,
-                })
-            })
-            .collect()
+        let mut queues = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let name: String = row.try_get("queue")?;
+            queues.push(QueueView {
+                limit: limits.get(&name).copied().unwrap_or_default(),
+                held: row.try_get("held")?,
+                on_hold: row.try_get("on_hold")?,
+                waiting: row.try_get("waiting")?,
+                running: row.try_get("running")?,
+                order: Vec::new(),
+                name,
+            });
+        }
+        for queue in queues.iter_mut().filter(|queue| queue.held > 0) {
+            queue.order = self.order(&queue.name, aging)?;
+        }
+        Ok(queues)
+    }
+
+    /// The jobs that are next at a queue, if there were room for all of them.
+    fn order(&mut self, queue: &str, aging: Duration) -> Result<Vec<Uuid>, StoreError> {
+        let mut transaction = self.transaction()?;
+        let waiting = transaction.waiting(queue, TOLD)?;
+        let handed_over = transaction.handed_over(queue)?;
+        let now = Timestamp::now();
+        Ok(turns::next(waiting, &handed_over, TOLD, aging, now))
     }
 
     /// Receives what [`Connection::heard`] returns; not through a pooler that gives each
@@ -603,6 +636,19 @@ fn held(row: &Row, owner: String) -> anyhow::Result<Held> {
         since: row.try_get("held_at")?,
         moved_at: row.try_get("moved_at")?,
     })
+}
+
+/// The turn that a job waits for, in a row of jobs that have not ended.
+pub(super) fn view(row: &Row) -> anyhow::Result<Option<TurnView>> {
+    let Some(queue) = row.try_get("turn_queue")? else {
+        return Ok(None);
+    };
+    Ok(Some(TurnView {
+        queue,
+        owner: row.try_get("turn_owner")?,
+        since: row.try_get("held_at")?,
+        on_hold: row.try_get("on_hold")?,
+    }))
 }
 
 /// Its turn, in a row of a job's course.

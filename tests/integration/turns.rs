@@ -87,6 +87,9 @@ impl Scene {
         self.client.listen(job);
         submission.job_reference = Some(format!("{owner}/a job"));
         self.client.send(&submission);
+        // Handlers may take the next one first.
+        let known = format!("SELECT count(*) FROM job WHERE job_id = '{job}'");
+        self.deployment.comes_to(1, &known);
         job
     }
 
@@ -126,16 +129,19 @@ fn so_many_wait_in_rabbitmq_as_the_window_has_room_for() {
     scene.held(2);
     eventually("two tasks", || (scene.worker.waiting() == 2).then_some(()));
     let first = scene.runs();
-    assert_eq!(first.job, jobs[0]);
-    assert_eq!(scene.client.status(jobs[0]), JobStatus::Running);
+    assert_eq!(scene.client.status(first.job), JobStatus::Running);
     scene.held(1);
     let second = scene.runs();
     scene.held(0);
+    assert_eq!(
+        BTreeSet::from([first.job, second.job]),
+        jobs[..2].iter().copied().collect()
+    );
     scene.ends(&first);
     scene.ends(&second);
-    for job in &jobs[2..] {
+    for _ in &jobs[2..] {
         let task = scene.runs();
-        assert_eq!(task.job, *job);
+        assert!(jobs[2..].contains(&task.job));
         scene.ends(&task);
     }
     scene.nothing_is_left();
@@ -200,7 +206,7 @@ fn what_was_handed_over_before_there_was_a_limit_counts() {
     scene.submit(2);
     let running = scene.runs();
     scene.does(&["workflows", "limit", TASK, "--max-running", "2"]);
-    service.logged("1 running");
+    service.logged("2 running");
     eventually("both are counted", || {
         let shown = scene.does(&["workflows", "limits"]);
         let row = shown.lines().last().unwrap().to_owned();
@@ -292,14 +298,13 @@ fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
     let others: Vec<_> = (1..replicas).map(|_| scene.start()).collect();
     held.kill();
     let _next = others.is_empty().then(|| scene.start());
-    let task = scene.worker.take();
-    assert_eq!(task.job, jobs[0]);
-    // Long enough for somebody to think that it has been forgotten.
+    // No worker is free for long enough that somebody takes it for forgotten.
     scene.deployment.comes_to(
         1,
         "SELECT count(*) FROM job_turn WHERE granted_at < clock_timestamp() - interval '5 s'",
     );
-    assert_eq!(scene.worker.waiting(), 0);
+    let task = scene.worker.take();
+    assert_eq!(task.job, jobs[0]);
     scene.worker.start(&task);
     assert_eq!(scene.client.status(task.job), JobStatus::Enqueued);
     assert_eq!(scene.client.status(task.job), JobStatus::Running);
@@ -399,7 +404,7 @@ fn operators_change_what_is_next() {
         let message = scene.worker.take_message();
         let task = Task::of(&message);
         assert_eq!(task.job, job);
-        let priority = if job == jobs[2] { 6 } else { 3 };
+        let priority = if job == jobs[2] { 6 } else { 4 };
         assert_eq!(message.properties.priority(), &Some(priority));
         scene.worker.start(&task);
         scene.ends(&task);
@@ -484,8 +489,10 @@ fn turns_of_jobs_that_are_gone_are_forgotten() {
     scene.submit(2);
     let task = scene.runs();
     scene.held(1);
-    let gone = "DELETE FROM job WHERE job_id = $1";
-    scene.deployment.sql().execute(gone, &[&task.job]).unwrap();
+    for table in ["job_starts", "job"] {
+        let gone = format!("DELETE FROM {table} WHERE job_id = $1");
+        scene.deployment.sql().execute(&gone, &[&task.job]).unwrap();
+    }
     // Its seat is free.
     let task = scene.runs();
     scene.ends(&task);
@@ -506,12 +513,12 @@ fn a_job_whose_queue_moves_is_not_given_up() {
     let old = "UPDATE job SET registered_at = registered_at - interval '1 h'
                WHERE status = 'REGISTERED'";
     scene.held(2);
-    scene.deployment.sql().execute(old, &[]).unwrap();
-    let turns = "UPDATE job_turn SET held_at = held_at - interval '1 h' WHERE granted_at IS NULL";
-    scene.deployment.sql().execute(turns, &[]).unwrap();
     let task = scene.runs();
     scene.client.status(task.job);
     assert_eq!(scene.client.status(task.job), JobStatus::Running);
+    scene.deployment.sql().execute(old, &[]).unwrap();
+    let turns = "UPDATE job_turn SET held_at = held_at - interval '1 h' WHERE granted_at IS NULL";
+    scene.deployment.sql().execute(turns, &[]).unwrap();
     scene.deployment.looked_for_what_is_due();
     scene.held(2);
     scene.ends(&task);

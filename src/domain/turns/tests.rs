@@ -224,7 +224,7 @@ impl Queue {
             held: self.held.clone(),
             served: self.served.clone(),
         };
-        let room = self.limit.room(&handed_over);
+        let room = self.limit.room(&handed_over).min(MAX_GRANTS);
         for job_id in next(waiting, &handed_over, room, AGING, at(self.now)) {
             if !is_committed {
                 continue;

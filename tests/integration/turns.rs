@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker};
+use crate::python::{CeleryWorker, SdkClient};
 
 const TASK: &str = "workflow_1";
 
@@ -530,4 +531,54 @@ fn a_job_whose_queue_moves_is_not_given_up() {
     assert_eq!(result, ResultType::Error);
     assert!(logs.contains("waiting for its turn"), "{logs}");
     drop(service);
+}
+
+/// With the SDK's clients and Celery's workers.
+#[test]
+fn one_job_beside_a_flood_of_five_hundred() {
+    let deployment = Deployment::new();
+    let file = deployment.folder.join("workflows.json");
+    let mut workflows: Value =
+        serde_json::from_str(include_str!("../python/workflows.json")).unwrap();
+    for workflow in workflows.as_array_mut().unwrap() {
+        workflow["window"] = json!(2);
+    }
+    fs::write(&file, workflows.to_string()).unwrap();
+    let _service = deployment.start_with(&[("WORKFLOW_CONFIG_PATH", file.to_str().unwrap())]);
+    let order = |owner: &str| {
+        json!({
+            "workflow": "steerable",
+            "params": {"behaviour": "succeed", "number": 1.5},
+            "reference": format!("{owner}/a job"),
+        })
+    };
+    let flood = SdkClient::new(&deployment, "4.3", &vec![order("flood"); 500]);
+    deployment.comes_to(498, HELD);
+    let _workers = [
+        CeleryWorker::new(&deployment, "4.3"),
+        CeleryWorker::new(&deployment, "4.3"),
+    ];
+    deployment.at_least(
+        20,
+        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
+    );
+    let one = SdkClient::new(&deployment, "4.3", &[order("new")]);
+    for client in [one, flood] {
+        for story in client.stories() {
+            assert_eq!(story["result"], "SUCCEEDED", "{story}");
+        }
+    }
+    deployment.comes_to(
+        501,
+        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
+    );
+    let starts = deployment.count(
+        "SELECT count(*) FROM job_history AS other, job_history AS new
+         WHERE new.job_reference = 'new/a job'
+           AND other.running_at BETWEEN new.registered_at AND new.running_at",
+    );
+    assert!(
+        starts <= 3,
+        "{starts} starts from its submission to its own"
+    );
 }

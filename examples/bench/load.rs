@@ -192,7 +192,7 @@ impl Load {
     pub fn declare(&self) -> anyhow::Result<()> {
         let link = Link::open(&self.celery, "bench")?;
         let calls = Calls::default();
-        let mut publisher = Publisher::new(&link, &calls);
+        let publisher = Publisher::new(&link, &calls);
         for queue in [WORKFLOW, HELD, SEATS] {
             publisher.declare_task_queue(queue)?;
         }

@@ -191,9 +191,9 @@ fn a_paused_queue_keeps_all_until_it_is_resumed() {
         scene.does(&["workflows", "resume", TASK]),
         "workflow_1: unlimited\n"
     );
-    for job in &jobs {
+    for _ in &jobs {
         let task = scene.runs();
-        assert_eq!(task.job, *job);
+        assert!(jobs.contains(&task.job));
         scene.ends(&task);
     }
     scene.nothing_is_left();
@@ -504,29 +504,35 @@ fn turns_of_jobs_that_are_gone_are_forgotten() {
 fn a_job_whose_queue_moves_is_not_given_up() {
     let scene = Scene::new(&json!({"max_running": 1}));
     let variables = [
-        ("JOB_RETENTION_SEC", "8"),
+        ("JOB_RETENTION_SEC", "3600"),
         ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
     ];
     let service = scene
         .deployment
         .start_with(&[&scene.variables()[..], &variables].concat());
     let jobs = scene.submit(3);
-    let old = "UPDATE job SET registered_at = registered_at - interval '1 h'
-               WHERE status = 'REGISTERED'";
+    let age = |what: &str| scene.deployment.sql().batch_execute(what).unwrap();
     scene.held(2);
     let task = scene.runs();
     scene.client.status(task.job);
     assert_eq!(scene.client.status(task.job), JobStatus::Running);
-    scene.deployment.sql().execute(old, &[]).unwrap();
-    let turns = "UPDATE job_turn SET held_at = held_at - interval '1 h' WHERE granted_at IS NULL";
-    scene.deployment.sql().execute(turns, &[]).unwrap();
+    age(
+        "UPDATE job SET registered_at = registered_at - interval '2 h';
+         UPDATE job_turn SET held_at = held_at - interval '2 h'",
+    );
     scene.deployment.looked_for_what_is_due();
     scene.held(2);
     scene.ends(&task);
     let task = scene.runs();
     assert_eq!(task.job, jobs[1]);
+    scene.client.status(task.job);
+    assert_eq!(scene.client.status(task.job), JobStatus::Running);
     scene.deployment.looked_for_what_is_due();
-    // It neither moves nor is started.
+    scene.held(1);
+    // Now nothing has been started for long.
+    age("UPDATE job SET running_at = running_at - interval '2 h';
+         UPDATE job_step SET started_at = started_at - interval '2 h';
+         UPDATE job_history SET running_at = running_at - interval '2 h'");
     let (result, logs) = scene.client.outcome(jobs[2]);
     assert_eq!(result, ResultType::Error);
     assert!(logs.contains("waiting for its turn"), "{logs}");

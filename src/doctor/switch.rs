@@ -75,7 +75,7 @@ fn queues(scene: &Scene<'_>, findings: &mut Findings) {
         match scene.seen.get(&(vhost, queue.to_owned())) {
             Some(Inspected::Good(depth)) => {
                 if depth.consumers > 0 {
-                    consumed.push(format!("{queue} has {}", depth.consumers));
+                    consumed.push(format!("{queue} ({})", depth.consumers));
                 }
                 if depth.messages > 0 {
                     waiting.push(format!("{} in {queue}", depth.messages));
@@ -91,7 +91,7 @@ fn queues(scene: &Scene<'_>, findings: &mut Findings) {
         findings.add(
             PART,
             Severity::Warning,
-            format!("an orchestrator runs: of consumers, {}", consumed.join(", ")),
+            format!("an orchestrator runs: there are consumers of {}", consumed.join(", ")),
             "Stop it by SIGTERM, and wait for its end, before the other one starts: only then is what it \
              holds unacknowledged back in the queues, and nobody else at work on the same jobs.",
         );

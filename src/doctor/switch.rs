@@ -342,8 +342,9 @@ fn judge_servers(config: &Config, findings: &mut Findings) {
     }
 }
 
-/// What the Python service reads, without what follows a connection's prefix.
-const OF_PYTHON: [&str; 8] = [
+/// What is of no interest: what the Python service reads too, without what follows a connection's
+/// prefix.
+const OF_PYTHON: [&str; 9] = [
     "TASK_RESULT_QUEUE_NAME",
     "TASK_PROGRESS_QUEUE_NAME",
     "JOB_RETENTION_SEC",
@@ -351,8 +352,9 @@ const OF_PYTHON: [&str; 8] = [
     "TIMEOUT_JOB_HANDLER_RERUN_SEC",
     "DELIVERY_LIMIT_THRESHOLD_PER_JOB",
     "LOG_LEVEL",
-    // Its image has the file at the same place.
+    // This program's image sets these two; the Python service's has the file at the same place, and no page.
     "WORKFLOW_CONFIG_PATH",
+    "HTTP_BIND",
 ];
 const OF_PYTHONS_CONNECTIONS: [&str; 7] = [
     "_HOSTNAME",
@@ -411,6 +413,7 @@ mod tests {
     #[case::a_password("POSTGRESQL_PASSWORD_FILE", Some(Severity::Warning))]
     #[case::tls("TASK_RABBITMQ_TLS", Some(Severity::Warning))]
     #[case::a_file_of_tls("TASK_RABBITMQ_TLS_CA_FILE", Some(Severity::Note))]
+    #[case::the_images("HTTP_BIND", None)]
     #[case::one_of_ours("HANDLER_THREADS", Some(Severity::Note))]
     fn a_variable_of_this_service_alone_is_told(
         #[case] name: &str,

@@ -24,8 +24,9 @@ Usage: ./run.sh [COMMAND]
                        Throughput, latency and cost, beside the least that anything could need.
   bench --soak MINUTES Moderate load, and whether anything grows meanwhile.
   containers [--keep] [--only REGEX]
-                       The image, docker-compose.yml and --scale, in real containers. Root on a
-                       Debian needs no docker daemon for it: it starts one of its own.
+                       The image, docker-compose.yml, --scale and the switch from the Python
+                       service, in real containers. Root on a Debian needs no docker daemon for
+                       it: it starts one of its own.
   lint                 Formatting, clippy, rustdoc, and shellcheck and cargo-deny where installed.
 
 Services are started with docker compose where a docker daemon answers, else from installed
@@ -711,7 +712,7 @@ lint() {
   cargo fmt --check
   cargo clippy --locked --all-targets -- -D warnings
   RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
-  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run tests/containers/*/*.sh tests/containers/*/*/start; else say "shellcheck is not installed: skipped"; fi
+  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run tests/containers/*/*.sh tests/containers/*/*/start examples/deployment/switch.sh; else say "shellcheck is not installed: skipped"; fi
   if command -v cargo-deny >/dev/null; then cargo deny check; else say "cargo-deny is not installed: skipped"; fi
 }
 

@@ -65,6 +65,7 @@ enum Command {
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator doctor\n  \
         omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \
+        omotes-orchestrator doctor --before-switch=back\n  \
         omotes-orchestrator doctor --json | jq '.[] | select(.severity == \"error\")'")]
     Doctor(doctor::Doctor),
     /// Show or change the revision of the database's tables.

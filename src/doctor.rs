@@ -12,6 +12,9 @@ use crate::telemetry::report::one_line;
 mod limits;
 mod postgres;
 mod rabbitmq;
+mod switch;
+
+pub use self::switch::Switch;
 
 /// The size of the trial message, unless the history has a larger result.
 const USUAL_SIZE: usize = 16 * 1024 * 1024;
@@ -77,7 +80,13 @@ impl Findings {
 
 /// Checks everything. `rabbitmqctl` is a command that runs RabbitMQ's tool of this name, for what
 /// AMQP does not tell; `near_misses` are warnings about variables with almost the right name.
-pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str>) -> Vec<Finding> {
+/// `switch` is what is to be made of the deployment next, if anything.
+pub fn examine(
+    config: &Config,
+    near_misses: &[String],
+    rabbitmqctl: Option<&str>,
+    switch: Option<&Switch>,
+) -> Vec<Finding> {
     let mut findings = Findings::default();
     for near_miss in near_misses {
         let remedy =
@@ -110,6 +119,15 @@ pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
     limits::limits(rabbitmqctl, longest, config.job_retention, &mut findings);
+    if let Some(switch) = switch {
+        let scene = switch::Scene {
+            config,
+            catalogue: catalogue.as_ref(),
+            inspection: inspection.as_ref(),
+            seen: &seen,
+        };
+        switch::examine(switch, &scene, &mut findings);
+    }
     findings.0
 }
 

@@ -83,6 +83,20 @@ impl Link {
         Ok(Inspected::Good(declared))
     }
 
+    /// The state of a queue that is for one connection alone: [`Inspected::Otherwise`] while one
+    /// holds it, [`Inspected::Good`] if it belongs to nobody.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn inspect_exclusive_queue(&self, queue: &str) -> anyhow::Result<Inspected> {
+        let channel = self.channel()?;
+        if let Err(error) = channel.queue_declare_passive(queue) {
+            return inspected(error);
+        }
+        channel.close().context("looking at a queue")?;
+        Ok(Inspected::Good(Depth::default()))
+    }
+
     /// Whether a new task queue can be declared, as a new workflow's workers would. It is deleted
     /// at once.
     ///

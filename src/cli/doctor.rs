@@ -3,11 +3,11 @@
 use std::fmt::Write;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use console::Style;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::config::environment::Environment;
-use omotes_orchestrator::doctor::{Severity, examine};
+use omotes_orchestrator::doctor::{Severity, Switch, examine};
 
 use super::print;
 
@@ -19,6 +19,24 @@ pub(crate) struct Doctor {
     /// A command that runs RabbitMQ's rabbitmqctl, for what AMQP does not tell.
     #[arg(long, value_name = "COMMAND")]
     rabbitmqctl: Option<String>,
+    /// Also what is to be known before the Python service is replaced by this one (`here`), or this one
+    /// by it (`back`); both where none is named.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "DIRECTION",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "back"
+    )]
+    before_switch: Option<Direction>,
+}
+
+/// All that matters on the way here matters on the way back.
+#[derive(Clone, Copy, ValueEnum)]
+enum Direction {
+    Here,
+    Back,
 }
 
 /// # Errors
@@ -29,7 +47,15 @@ pub(crate) fn run(
     doctor: &Doctor,
 ) -> anyhow::Result<ExitCode> {
     let near_misses = environment.near_misses();
-    let findings = examine(config, &near_misses, doctor.rabbitmqctl.as_deref());
+    let switch = doctor
+        .before_switch
+        .map(|direction| switch(direction, environment));
+    let findings = examine(
+        config,
+        &near_misses,
+        doctor.rabbitmqctl.as_deref(),
+        switch.as_ref(),
+    );
     if doctor.json {
         print(&(serde_json::to_string_pretty(&findings)? + "\n"))?;
     } else {
@@ -54,4 +80,13 @@ pub(crate) fn run(
         None | Some(Severity::Ok | Severity::Note) => ExitCode::SUCCESS,
         Some(Severity::Warning | Severity::Error) => ExitCode::FAILURE,
     })
+}
+
+fn switch(direction: Direction, environment: &Environment) -> Switch {
+    let settings = Config::settings(&|name| environment.variable(name));
+    let given = settings.into_iter().filter(|setting| setting.is_given);
+    Switch {
+        may_be_back: matches!(direction, Direction::Back),
+        variables: given.map(|setting| setting.name).collect(),
+    }
 }

@@ -17,7 +17,7 @@ use crate::wire::{
 };
 
 /// How long checking a connection may take.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// The state of the queues, by connection and name.
 pub(super) type Seen = BTreeMap<(Vhost, String), Inspected>;

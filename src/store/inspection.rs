@@ -30,6 +30,19 @@ pub struct Inspection {
     pub largest_result: Option<i64>,
 }
 
+/// What another service finds when it starts on this database.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InFlight {
+    /// How many jobs have not ended, by status.
+    pub by_status: BTreeMap<String, i64>,
+    /// The same by workflow.
+    pub by_workflow: BTreeMap<String, i64>,
+    /// Those of which something is kept for later steps, by workflow.
+    pub with_steps: BTreeMap<String, i64>,
+    /// How many have an outcome that their client has not been told.
+    pub untold: i64,
+}
+
 /// Settings of the server, role or database that may matter.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Settings {
@@ -83,6 +96,43 @@ impl Connection {
             inspection.largest_result = row.get(2);
         }
         Ok(inspection)
+    }
+
+    /// Also of tables that this program has not upgraded.
+    ///
+    /// # Errors
+    /// The connection is lost, or this user may not read the tables.
+    pub fn in_flight(&mut self) -> Result<InFlight, StoreError> {
+        let row = self.client.query_one(
+            "SELECT to_regclass('job') IS NOT NULL, to_regclass('job_history') IS NOT NULL,
+                    to_regclass('job_input') IS NOT NULL",
+            &[],
+        )?;
+        let (jobs, history, steps): (bool, bool, bool) = (row.get(0), row.get(1), row.get(2));
+        let mut found = InFlight::default();
+        if jobs {
+            found.by_status = self.counts("SELECT status::text, count(*) FROM job GROUP BY 1")?;
+            found.by_workflow =
+                self.counts("SELECT workflow_type, count(*) FROM job GROUP BY 1")?;
+        }
+        if jobs && steps {
+            found.with_steps = self.counts(
+                "SELECT workflow_type, count(*) FROM job JOIN job_input USING (job_id) GROUP BY 1",
+            )?;
+        }
+        if jobs && history {
+            let row = self.client.query_one(
+                "SELECT count(*) FROM job JOIN job_history USING (job_id)",
+                &[],
+            )?;
+            found.untold = row.get(0);
+        }
+        Ok(found)
+    }
+
+    fn counts(&mut self, sql: &str) -> Result<BTreeMap<String, i64>, StoreError> {
+        let rows = self.client.query(sql, &[])?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
     fn settings(&mut self) -> Result<Settings, StoreError> {

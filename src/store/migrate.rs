@@ -27,7 +27,7 @@ pub struct Revision {
 pub static REVISIONS: &[Revision] = include!(concat!(env!("OUT_DIR"), "/revisions.rs"));
 
 /// The last revision of the Python service.
-const ALEMBIC_HEAD: &str = "543bc8f6ad87";
+pub const ALEMBIC_HEAD: &str = "543bc8f6ad87";
 /// Held while revisions are inspected or applied, so that replicas can start at the same time.
 const LOCK_KEY: i64 = 0x6f6d_6f74_6573_6462;
 
@@ -267,6 +267,13 @@ fn count(transaction: &mut Transaction<'_>, table: &str, column: &str) -> anyhow
 /// As [`upgrade`].
 pub fn current(client: &mut Session) -> anyhow::Result<usize> {
     applied(&mut client.begin()?)
+}
+
+/// Whether a database with so many of [`REVISIONS`] has any of this program's own.
+pub fn has_own(applied: usize) -> bool {
+    applied
+        .checked_sub(1)
+        .is_some_and(|last| Ledger::of(last) == Ledger::Own)
 }
 
 fn position(id: &str) -> anyhow::Result<usize> {

@@ -25,12 +25,14 @@ def main():
     site = Site(FOLDER / "site")
     failed = []
     begin = time.monotonic()
+    chosen = [check for check in checks.ALL if re.search(options.only, check.__doc__)]
+    site.wants_before = any(check in chosen for check in checks.OF_BEFORE)
     try:
         daemon.find(images_named())
         site.daemon = daemon
         print(f"{'images':60} {time.monotonic() - begin:6.1f} s", flush=True)
         for check in checks.ALL:
-            if re.search(options.only, check.__doc__) or check in checks.ALWAYS:
+            if check in chosen or check in checks.ALWAYS:
                 if not passes(check, site):
                     failed.append(check.__doc__)
                     if check in checks.ALWAYS:

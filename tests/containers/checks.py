@@ -7,7 +7,8 @@ import shutil
 import subprocess
 
 from docker import ROOT, LeftOut, run
-from deployment import PASSWORD, PYTHON, RABBITMQ_PASSWORD, Site, eventually, free_port, outside
+from deployment import PASSWORD, PYTHON, RABBITMQ_PASSWORD, eventually, free_port, outside
+from switch import omotes_deployment, switches
 
 MEGABYTE = 1_000_000
 PASSWORDS = {
@@ -44,6 +45,11 @@ def commit_before():
 
 def builds(site):
     """the image is built, after one of an earlier version"""
+    if not site.wants_before:
+        site.copy_project()
+        site.configure()
+        site.build_output = site.compose("--progress", "plain", "build", "orchestrator")
+        return
     before = commit_before()
     if before:
         folder = site.copy_project(site.folder.with_name("site-before"), before)
@@ -242,32 +248,10 @@ def upgrades(site):
 
 def replaces_the_python_service(site):
     """in an OMOTES deployment's compose file, in the orchestrator's place"""
-    omotes = Site(site.folder.with_name("omotes"))
-    omotes.daemon = site.daemon
-    # Two RabbitMQs at once only cost time.
-    site.end_children()
-    site.compose("stop")
-    try:
-        run("cp", "-r", ROOT / "tests/containers/omotes", omotes.folder)
-        (omotes.folder / "config").mkdir()
-        (omotes.folder / "config/workflow_config.json").write_text((PYTHON / "workflows.json").read_text())
-        port = free_port()
-        env = (omotes.folder / ".env").read_text().replace("RABBITMQ_PORT=5672", f"RABBITMQ_PORT={port}")
-        (omotes.folder / ".env").write_text(f"{env}ORCHESTRATOR_IMAGE={site.image}\n")
-        omotes.limit_files()
-        omotes.up("rabbitmq", "omotes_postgres", "omotes_influxdb")
-        omotes.compose("cp", "rabbitmq-init.sh", "rabbitmq:/tmp/init.sh")
-        omotes.compose("exec", "-T", "rabbitmq", "sh", "/tmp/init.sh", "somepass1", "somepass2")
+    with omotes_deployment(site, "omotes", site.image) as omotes:
         omotes.up("orchestrator")
-        common = {"PORT": str(port)}
-        omotes.client = {**common, "USERNAME": "omotes", "PASSWORD": "somepass1", "VIRTUALHOST": "omotes"}
-        omotes.worker = {**common, "USERNAME": "celery", "PASSWORD": "somepass2", "VIRTUALHOST": "omotes_celery"}
         omotes.start_worker()
         omotes.job_succeeds()
-    except Exception as error:
-        raise AssertionError(f"{error}{omotes.logs()}") from error
-    finally:
-        omotes.remove()
 
 
 def falls_back_to_programs(site):
@@ -298,6 +282,8 @@ def falls_back_to_programs(site):
 
 
 ALWAYS = [builds, comes_up]
+# For which an image of an earlier version is built first.
+OF_BEFORE = [caches_dependencies, upgrades]
 ALL = [
     builds,
     caches_dependencies,
@@ -315,5 +301,6 @@ ALL = [
     tells_a_broken_service,
     upgrades,
     replaces_the_python_service,
+    switches,
     falls_back_to_programs,
 ]

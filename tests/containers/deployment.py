@@ -65,7 +65,8 @@ class Site:
         self.gates = []
         self.client = {}
         self.worker = {}
-        # Set by the first check: whether there is an image of an earlier version, and what the build said.
+        # Whether an image of an earlier version is wanted. Set by the first check: whether there is an image of an earlier version, and what the build said.
+        self.wants_before = False
         self.has_before = False
         self.build_output = ""
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,6 +154,10 @@ class Site:
     def image(self):
         return f"{self.project}-orchestrator"
 
+    @property
+    def python_image(self):
+        return f"{self.project}-python"
+
     def page(self, path="/", index=1):
         address = self.compose("port", "--index", str(index), "orchestrator", "8080").strip()
         with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
@@ -198,8 +203,13 @@ class Site:
 
     def submit(self, behaviours, workflow="steerable"):
         """An SDK client with a job for each of these; what it gives waits for their results."""
+        return self.submit_orders(
+            [{"workflow": workflow, "params": {"behaviour": one, "number": 1.5}} for one in behaviours]
+        )
+
+    def submit_orders(self, jobs):
+        """The same of orders as tests/python/client.py has them."""
         stories = self.folder / f"stories-{uuid.uuid4().hex}.json"
-        jobs = [{"workflow": workflow, "params": {"behaviour": one, "number": 1.5}} for one in behaviours]
         variables = {f"SDK_RABBITMQ_{name}": value for name, value in self.client.items()}
         child, output = self.python("client", json.dumps({"jobs": jobs}), str(stories), **variables)
 
@@ -230,7 +240,7 @@ class Site:
             except RuntimeError as error:
                 print(f"cleaning up: {error}")
         # The build's cache in a private daemon is what `keep` is about; it holds these images' layers.
-        for image in [self.image, f"{self.image}-before"]:
+        for image in [self.image, f"{self.image}-before", self.python_image]:
             succeeds("docker", "image", "rm", "-f", image)
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(pathlib.Path(f"{self.folder}-before"), ignore_errors=True)

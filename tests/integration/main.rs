@@ -33,6 +33,7 @@ mod servers;
 mod stalled;
 mod steps;
 mod stopping;
+mod switch;
 mod time_series;
 mod tls;
 mod turns;

@@ -43,7 +43,7 @@ fn url(deployment: &Deployment) -> String {
     )
 }
 
-fn alembic(deployment: &Deployment, arguments: &[&str]) -> String {
+pub fn alembic(deployment: &Deployment, arguments: &[&str]) -> String {
     let ini = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/tests/python/alembic/alembic.ini"

@@ -1,8 +1,9 @@
 """An SDK client that submits jobs as its first argument says and tells what it hears of each.
 
 The argument is JSON: `jobs`, a list of objects with `workflow`, `params` and optionally `priority`,
-`reference` and `cancel_on` (a status, or "submission"). A JSON list with an object for each job goes to
-the file that the second argument names.
+`reference`, `cancel_on` (a status, or "submission") and `after` (a file that has to be there first); an
+object with `cancel`, a number, is a cancel of the job in this place of those so far. A JSON list with an object
+for each job goes to the file that the second argument names.
 """
 
 import json
@@ -10,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import uuid
 
@@ -75,6 +77,11 @@ def main():
     workflows = sdk.get_workflow_type_manager()
     stories = []
     for order in orders:
+        while "after" in order and not os.path.exists(order["after"]):
+            time.sleep(0.05)
+        if "cancel" in order:
+            sdk.delete_job(stories[order["cancel"]].job)
+            continue
         story = Story(order)
         stories.append(story)
         workflow = workflows.get_workflow_by_name(order["workflow"])
@@ -96,6 +103,7 @@ def main():
             **({"job_priority": order["priority"]} if "priority" in order else {}),
         )
         story.job = job
+        story.heard["id"] = str(job.id)
         if "cancel_on" in order:
             if order["cancel_on"] != "submission":
                 story.wait_for_status(order["cancel_on"])

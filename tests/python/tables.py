@@ -149,4 +149,5 @@ def main():
         take_turn(session, json.loads(turn))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+//! What is to be known before the Python service's place is taken, or given back to it.
+
+use super::rabbitmq::Seen;
+use super::{Findings, Severity};
+use crate::broker::Link;
+use crate::broker::inspection::Inspected;
+use crate::config::Config;
+use crate::domain::vhost::Vhost;
+use crate::domain::workflow::{Catalogue, Definition};
+use crate::store::inspection::{InFlight, Inspection};
+use crate::store::migrate::{self, ALEMBIC_HEAD, REVISIONS};
+use crate::store::{Store, StoreError};
+use crate::telemetry::report::one_line;
+use crate::threads::within_deadline;
+use crate::wire::{CANCELS_QUEUE, DEAD_LETTERS_QUEUE, SUBMISSIONS_QUEUE, WORKFLOW_REQUESTS_KEY};
+
+/// What holds in both directions.
+const PART: &str = "Switch";
+/// What holds on the way to the Python service alone.
+const BACK: &str = "Switch back";
+
+/// The switch that is about to be made.
+#[derive(Debug)]
+pub struct Switch {
+    /// Whether it may be one to the Python service.
+    pub may_be_back: bool,
+    /// The variables that are set.
+    pub variables: Vec<String>,
+}
+
+/// What the other checks have seen.
+pub(super) struct Scene<'s> {
+    pub(super) config: &'s Config,
+    pub(super) catalogue: Option<&'s Catalogue>,
+    pub(super) inspection: Option<&'s Inspection>,
+    pub(super) seen: &'s Seen,
+}
+
+/// Says nothing of what could not be looked at: the other checks have reported that.
+pub(super) fn examine(switch: &Switch, scene: &Scene<'_>, findings: &mut Findings) {
+    queues(scene, findings);
+    let in_flight = scene.inspection.and_then(|inspection| {
+        revision(inspection, findings);
+        in_flight(scene.config, inspection, findings)
+    });
+    if let Some(in_flight) = &in_flight {
+        judge_jobs(in_flight, findings);
+    }
+    if !switch.may_be_back {
+        return;
+    }
+    if let Some(in_flight) = &in_flight {
+        judge_jobs_back(in_flight, scene.catalogue, findings);
+    }
+    if let Some(catalogue) = scene.catalogue {
+        judge_definitions(catalogue, findings);
+    }
+    dead_letters(scene.seen, findings);
+    requests(scene, findings);
+    judge_servers(scene.config, findings);
+    judge_variables(&switch.variables, findings);
+}
+
+/// Who consumes what an orchestrator consumes, and what waits for it.
+fn queues(scene: &Scene<'_>, findings: &mut Findings) {
+    let ours = [
+        (Vhost::Sdk, SUBMISSIONS_QUEUE),
+        (Vhost::Sdk, CANCELS_QUEUE),
+        (Vhost::Task, scene.config.task_result_queue.as_str()),
+        (Vhost::Task, scene.config.task_progress_queue.as_str()),
+    ];
+    let mut consumed = Vec::new();
+    let mut waiting = Vec::new();
+    for (vhost, queue) in ours {
+        match scene.seen.get(&(vhost, queue.to_owned())) {
+            Some(Inspected::Good(depth)) => {
+                if depth.consumers > 0 {
+                    consumed.push(format!("{queue} ({})", depth.consumers));
+                }
+                if depth.messages > 0 {
+                    waiting.push(format!("{} in {queue}", depth.messages));
+                }
+            }
+            Some(Inspected::Absent) => {}
+            Some(Inspected::Otherwise(_) | Inspected::Forbidden(_)) | None => return,
+        }
+    }
+    if consumed.is_empty() {
+        findings.ok(PART, "no orchestrator runs: nobody consumes its queues");
+    } else {
+        findings.add(
+            PART,
+            Severity::Warning,
+            format!("an orchestrator runs: there are consumers of {}", consumed.join(", ")),
+            "Stop it by SIGTERM, and wait for its end, before the other one starts: only then is what it \
+             holds unacknowledged back in the queues, and nobody else at work on the same jobs.",
+        );
+    }
+    if !waiting.is_empty() {
+        findings.add(
+            PART,
+            Severity::Note,
+            format!("messages wait: {}", waiting.join(", ")),
+            "There is nothing to do: the service that starts next takes them.",
+        );
+    }
+}
+
+fn revision(inspection: &Inspection, findings: &mut Findings) {
+    let Some(Ok(applied)) = inspection.revision else {
+        return;
+    };
+    let last = applied.checked_sub(1).map(|last| REVISIONS[last].id);
+    let found = match last {
+        None => "there are no tables: either service makes its own at its first start".to_owned(),
+        Some(_) if migrate::has_own(applied) => format!(
+            "to the Python service the tables are at its last revision, {ALEMBIC_HEAD}: it starts with them \
+             as they are"
+        ),
+        Some(last) => format!(
+            "the tables are as the Python service left them at {last}: this one adds to them at its first \
+             start, and the Python service starts with that as well"
+        ),
+    };
+    findings.ok(PART, found);
+}
+
+fn in_flight(
+    config: &Config,
+    inspection: &Inspection,
+    findings: &mut Findings,
+) -> Option<InFlight> {
+    let may_read = |what: &str| !what.starts_with("SELECT");
+    if !inspection
+        .lacks_to_work
+        .iter()
+        .all(|lack| may_read(&lack.what))
+    {
+        return None;
+    }
+    let store = Store::for_viewers(&config.postgres);
+    let looked = store
+        .connection()
+        .and_then(|mut connection| connection.in_flight());
+    looked
+        .map_err(|error: StoreError| {
+            findings.add(
+                PART,
+                Severity::Error,
+                one_line(&format!("the jobs: {:#}", anyhow::Error::from(error))),
+                "Which jobs are in flight is not known; try again before the switch.",
+            );
+        })
+        .ok()
+}
+
+fn judge_jobs(in_flight: &InFlight, findings: &mut Findings) {
+    if in_flight.by_status.is_empty() {
+        findings.ok(PART, "no job is in flight");
+        return;
+    }
+    let by_status = in_flight.by_status.iter();
+    let by_status: Vec<_> = by_status
+        .map(|(status, jobs)| format!("{jobs} {status}"))
+        .collect();
+    findings.add(
+        PART,
+        Severity::Note,
+        format!("jobs are in flight: {}", by_status.join(", ")),
+        "There is nothing to do: their tasks stay in their queues, what workers say meanwhile waits in \
+         RabbitMQ, and the service that starts next goes on with them.",
+    );
+    if let Some(registered) = in_flight.by_status.get("REGISTERED") {
+        findings.add(
+            PART,
+            Severity::Note,
+            format!("{registered} of them have no task: a Python service was killed over their submissions"),
+            "They go on when RabbitMQ redelivers these, which it does when that service is gone; without, \
+             they end after JOB_RETENTION_SEC.",
+        );
+    }
+}
+
+fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings: &mut Findings) {
+    let of_steps = catalogue
+        .map(Catalogue::tasks_by_workflow)
+        .unwrap_or_default();
+    let by_workflow = in_flight.by_workflow.iter();
+    // Of one with a single task of another name nothing is kept, and it is the file that knows.
+    let mut jobs: Vec<_> = by_workflow
+        .filter(|(workflow, _)| of_steps.contains_key(*workflow))
+        .map(|(workflow, jobs)| (workflow, *jobs))
+        .collect();
+    let kept = in_flight.with_steps.iter();
+    jobs.extend(
+        kept.filter(|(workflow, _)| !of_steps.contains_key(*workflow))
+            .map(|(workflow, jobs)| (workflow, *jobs)),
+    );
+    if !jobs.is_empty() {
+        let jobs: Vec<_> = jobs
+            .iter()
+            .map(|(workflow, jobs)| format!("{jobs} of {}", one_line(workflow)))
+            .collect();
+        findings.add(
+            BACK,
+            Severity::Warning,
+            format!(
+                "jobs of steps are in flight, {}: the Python service takes the result of the current step \
+                 for that of the job, or drops it where that task is no workflow of its own",
+                jobs.join(", ")
+            ),
+            "Let them end first (`jobs list --workflow NAME`), or cancel them.",
+        );
+    }
+    if in_flight.untold > 0 {
+        findings.add(
+            BACK,
+            Severity::Note,
+            format!(
+                "{} jobs have ended and their clients are not told: the Python service does not know how, \
+                 and decides anew",
+                in_flight.untold
+            ),
+            "Let this service run until they are told, where it matters that the history says the same.",
+        );
+    }
+}
+
+fn judge_definitions(catalogue: &Catalogue, findings: &mut Findings) {
+    let of_steps = catalogue.tasks_by_workflow();
+    let mut names = catalogue.names();
+    names.sort_unstable();
+    let listed = |names: Vec<&String>| {
+        let names: Vec<_> = names.into_iter().map(|name| one_line(name)).collect();
+        names.join(", ")
+    };
+    if !of_steps.is_empty() {
+        findings.add(
+            BACK,
+            Severity::Warning,
+            format!(
+                "{} are made of steps: the Python service sends their jobs to queues of these names, where \
+                 no worker may be",
+                listed(of_steps.keys().collect())
+            ),
+            "Take them out of the file that the Python service reads, so that it refuses their jobs.",
+        );
+    }
+    let ignored: Vec<_> = names
+        .iter()
+        .filter(|name| !of_steps.contains_key(*name))
+        .filter(|name| catalogue.definition(name).is_some_and(says_more))
+        .collect();
+    if !ignored.is_empty() {
+        findings.add(
+            BACK,
+            Severity::Note,
+            format!(
+                "{} have a limit, a timeout or a retry of their own, which the Python service ignores",
+                listed(ignored)
+            ),
+            "Nothing has to be done for it to start; their jobs run without these there.",
+        );
+    }
+}
+
+/// Whether a workflow of one task says something that the Python service does not read.
+fn says_more(definition: &Definition) -> bool {
+    let limits = &definition.limits;
+    limits.delivery_limit.is_some()
+        || limits.default_timeout_ms.is_some()
+        || definition.steps.plain().is_none()
+}
+
+fn dead_letters(seen: &Seen, findings: &mut Findings) {
+    let letters = seen.iter().any(|((_, queue), standing)| {
+        queue == DEAD_LETTERS_QUEUE
+            && matches!(standing, Inspected::Good(depth) if depth.messages > 0)
+    });
+    if letters {
+        findings.add(
+            BACK,
+            Severity::Note,
+            format!("the Python service never looks at what is in {DEAD_LETTERS_QUEUE}"),
+            "Look through it with `dead-letters list` while this service runs: what was requeued after the \
+             switch would stop the Python service's consumer if it cannot be read.",
+        );
+    }
+}
+
+/// The queue that the Python service declares as its own, which fails on one that lasts.
+fn requests(scene: &Scene<'_>, findings: &mut Findings) {
+    let was_reached = scene.seen.keys().any(|(vhost, _)| *vhost == Vhost::Sdk);
+    if !was_reached {
+        return;
+    }
+    let looked = Link::open(&scene.config.sdk_rabbitmq, "doctor").and_then(|link| {
+        within_deadline(
+            super::rabbitmq::DEADLINE,
+            || link.kill(),
+            || link.inspect_exclusive_queue(WORKFLOW_REQUESTS_KEY),
+        )
+    });
+    match looked {
+        Ok(Inspected::Good(_)) => findings.add(
+            BACK,
+            Severity::Error,
+            format!(
+                "the queue {WORKFLOW_REQUESTS_KEY} belongs to nobody: the Python service, which wants it for \
+                 itself alone, does not start"
+            ),
+            "Delete it (`rabbitmqctl delete_queue`); either service declares it anew.",
+        ),
+        // Whoever holds it is known by the other queues.
+        Ok(Inspected::Absent | Inspected::Otherwise(_) | Inspected::Forbidden(_)) => {}
+        Err(error) => findings.add(
+            BACK,
+            Severity::Error,
+            one_line(&format!("{WORKFLOW_REQUESTS_KEY}: {error:#}")),
+            "Whether the Python service can have this queue is not known; try again before the switch.",
+        ),
+    }
+}
+
+fn judge_servers(config: &Config, findings: &mut Findings) {
+    let several = Vhost::ALL
+        .into_iter()
+        .filter(|vhost| config.rabbitmq(*vhost).servers.len() > 1);
+    let several: Vec<_> = several
+        .map(|vhost| format!("{}_RABBITMQ_HOSTNAME", vhost.name()))
+        .collect();
+    if !several.is_empty() {
+        findings.add(
+            BACK,
+            Severity::Warning,
+            format!(
+                "several hosts in {}: the Python service takes them for one name",
+                several.join(", ")
+            ),
+            "Give the Python service one of them.",
+        );
+    }
+}
+
+/// What is of no interest: what the Python service reads too, without what follows a connection's
+/// prefix.
+const OF_PYTHON: [&str; 9] = [
+    "TASK_RESULT_QUEUE_NAME",
+    "TASK_PROGRESS_QUEUE_NAME",
+    "JOB_RETENTION_SEC",
+    "TIMEOUT_JOB_MANAGER_START_BUFFER_SEC",
+    "TIMEOUT_JOB_HANDLER_RERUN_SEC",
+    "DELIVERY_LIMIT_THRESHOLD_PER_JOB",
+    "LOG_LEVEL",
+    // This program's image sets these two; the Python service's has the file at the same place, and no page.
+    "WORKFLOW_CONFIG_PATH",
+    "HTTP_BIND",
+];
+const OF_PYTHONS_CONNECTIONS: [&str; 7] = [
+    "_HOSTNAME",
+    "_HOST",
+    "_PORT",
+    "_USERNAME",
+    "_PASSWORD",
+    "_VIRTUALHOST",
+    "_DATABASE",
+];
+
+fn judge_variables(variables: &[String], findings: &mut Findings) {
+    let is_of_python = |name: &&String| {
+        OF_PYTHON.contains(&name.as_str())
+            || OF_PYTHONS_CONNECTIONS.iter().any(|end| name.ends_with(end))
+    };
+    let ours: Vec<_> = variables
+        .iter()
+        .filter(|name| !is_of_python(name))
+        .collect();
+    // Without these it does not reach its servers.
+    let is_vital =
+        |name: &&&String| name.ends_with("_PASSWORD_FILE") || name.ends_with("_RABBITMQ_TLS");
+    let (vital, others): (Vec<_>, Vec<_>) = ours.iter().partition(|name| is_vital(name));
+    let listed = |names: Vec<&&String>| {
+        let names: Vec<_> = names.into_iter().map(|name| name.as_str()).collect();
+        names.join(", ")
+    };
+    if !vital.is_empty() {
+        findings.add(
+            BACK,
+            Severity::Warning,
+            format!("the Python service does not read {}", listed(vital)),
+            "Give it the passwords in variables, and servers that it reaches without TLS.",
+        );
+    }
+    if !others.is_empty() {
+        findings.add(
+            BACK,
+            Severity::Note,
+            format!("the Python service does not read {}", listed(others)),
+            "Nothing has to be done for it to start; what they set has no effect there.",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::its_own("SDK_RABBITMQ_PORT", None)]
+    #[case::a_shared_one("JOB_RETENTION_SEC", None)]
+    #[case::a_password("POSTGRESQL_PASSWORD_FILE", Some(Severity::Warning))]
+    #[case::tls("TASK_RABBITMQ_TLS", Some(Severity::Warning))]
+    #[case::a_file_of_tls("TASK_RABBITMQ_TLS_CA_FILE", Some(Severity::Note))]
+    #[case::the_images("HTTP_BIND", None)]
+    #[case::one_of_ours("HANDLER_THREADS", Some(Severity::Note))]
+    fn a_variable_of_this_service_alone_is_told(
+        #[case] name: &str,
+        #[case] severity: Option<Severity>,
+    ) {
+        let mut findings = Findings::default();
+        judge_variables(&[name.to_owned()], &mut findings);
+        let found = findings.0.first().map(|finding| finding.severity);
+        assert_eq!(found, severity);
+    }
+}

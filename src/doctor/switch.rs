@@ -170,7 +170,9 @@ fn judge_jobs(in_flight: &InFlight, findings: &mut Findings) {
         "There is nothing to do: their tasks stay in their queues, what workers say meanwhile waits in \
          RabbitMQ, and the service that starts next goes on with them.",
     );
-    if let Some(registered) = in_flight.by_status.get("REGISTERED") {
+    let registered = in_flight.by_status.get("REGISTERED").copied();
+    let registered = registered.unwrap_or(0) - in_flight.held_at_first;
+    if registered > 0 {
         findings.add(
             PART,
             Severity::Note,
@@ -210,6 +212,18 @@ fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings
                 jobs.join(", ")
             ),
             "Let them end first (`jobs list --workflow NAME`), or cancel them.",
+        );
+    }
+    if in_flight.held > 0 {
+        findings.add(
+            BACK,
+            Severity::Warning,
+            format!(
+                "{} jobs wait for their turn in Postgres, where the Python service would leave them for ever",
+                in_flight.held
+            ),
+            "Hand them over while this service runs: `jobs release --all --yes`. Lift the limits of their \
+             queues first (`workflows limits`), so that no more have to wait.",
         );
     }
     if in_flight.untold > 0 {
@@ -269,6 +283,7 @@ fn says_more(definition: &Definition) -> bool {
     let limits = &definition.limits;
     limits.delivery_limit.is_some()
         || limits.default_timeout_ms.is_some()
+        || definition.steps.all().iter().any(|step| step.limit.holds())
         || definition.steps.plain().is_none()
 }
 

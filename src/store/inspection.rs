@@ -39,6 +39,10 @@ pub struct InFlight {
     pub by_workflow: BTreeMap<String, i64>,
     /// Those of which something is kept for later steps, by workflow.
     pub with_steps: BTreeMap<String, i64>,
+    /// How many wait for their turn at a task queue with limits.
+    pub held: i64,
+    /// How many have no task yet, since their first one does or is about to be handed over.
+    pub held_at_first: i64,
     /// How many have an outcome that their client has not been told.
     pub untold: i64,
 }
@@ -105,10 +109,11 @@ impl Connection {
     pub fn in_flight(&mut self) -> Result<InFlight, StoreError> {
         let row = self.client.query_one(
             "SELECT to_regclass('job') IS NOT NULL, to_regclass('job_history') IS NOT NULL,
-                    to_regclass('job_input') IS NOT NULL",
+                    to_regclass('job_input') IS NOT NULL, to_regclass('job_turn') IS NOT NULL",
             &[],
         )?;
         let (jobs, history, steps): (bool, bool, bool) = (row.get(0), row.get(1), row.get(2));
+        let turns: bool = row.get(3);
         let mut found = InFlight::default();
         if jobs {
             found.by_status = self.counts("SELECT status::text, count(*) FROM job GROUP BY 1")?;
@@ -116,9 +121,22 @@ impl Connection {
                 self.counts("SELECT workflow_type, count(*) FROM job GROUP BY 1")?;
         }
         if jobs && steps {
+            // One of a plain task has a row if it had to wait for its turn.
             found.with_steps = self.counts(
-                "SELECT workflow_type, count(*) FROM job JOIN job_input USING (job_id) GROUP BY 1",
+                "SELECT workflow_type, count(*) FROM job JOIN job_input USING (job_id)
+                 WHERE steps::jsonb
+                       <> jsonb_build_array(jsonb_build_object('task', workflow_type))
+                 GROUP BY 1",
             )?;
+        }
+        if jobs && turns {
+            let row = self.client.query_one(
+                "SELECT count(*) FILTER (WHERE granted_at IS NULL),
+                        count(*) FILTER (WHERE status = 'REGISTERED')
+                 FROM job JOIN job_turn USING (job_id)",
+                &[],
+            )?;
+            (found.held, found.held_at_first) = (row.get(0), row.get(1));
         }
         if jobs && history {
             let row = self.client.query_one(

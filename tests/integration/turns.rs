@@ -426,6 +426,13 @@ fn all_is_handed_over_before_another_service_takes_over() {
     let jobs = scene.submit(5);
     scene.held(5);
     scene.does(&["jobs", "hold", &jobs[1].to_string()]);
+    let doctor = scene.run(&["doctor", "--before-switch=back"]).1;
+    assert!(
+        doctor.contains("5 jobs wait for their turn in Postgres"),
+        "{doctor}"
+    );
+    assert!(!doctor.contains("have no task"), "{doctor}");
+    assert!(!doctor.contains("jobs of steps are in flight"), "{doctor}");
     let asked = scene.run(&["jobs", "release", "--all"]);
     assert!(!asked.0);
     assert!(asked.1.contains("workflow_1: 5 held"), "{}", asked.1);

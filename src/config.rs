@@ -54,6 +54,11 @@ pub struct Config {
     pub reject_invalid_params: bool,
     /// Whether clients whose jobs wait without a worker are told so, by a progress of 0.0.
     pub no_worker_notice: bool,
+    /// How often the workers are asked what they do; None if never.
+    pub workers_period: Option<Duration>,
+    /// For how long no worker may have a running job's task before the job ends; None if it never does
+    /// for that.
+    pub task_lost: Option<Duration>,
     /// How long the history of a finished job is kept.
     pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.

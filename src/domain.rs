@@ -10,4 +10,5 @@ pub mod parameters;
 pub mod text;
 pub mod time_series;
 pub mod vhost;
+pub mod worker;
 pub mod workflow;

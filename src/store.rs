@@ -32,6 +32,7 @@ mod steps;
 mod time_series;
 mod upkeep;
 pub mod views;
+pub mod workers;
 
 /// What went wrong with the database, by what can be done about it.
 #[derive(Debug, Error)]

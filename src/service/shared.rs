@@ -46,8 +46,9 @@ impl Service {
     /// # Errors
     /// There are too many handlers to count.
     pub fn new(config: Config, catalogue: Catalogue) -> anyhow::Result<(Service, Sender<()>)> {
-        // One for each handler; one each for the probe, maintenance, time series and the inquiry.
-        let connections = u32::try_from(config.handler_threads)? + 4;
+        // One for each handler; one each for the probe, maintenance, time series, the inquiry and the
+        // look at the workers.
+        let connections = u32::try_from(config.handler_threads)? + 5;
         // Behind a pooler the maintenance has two.
         let connections = connections + u32::from(config.postgres.is_pooled);
         let host = gethostname::gethostname().to_string_lossy().into_owned();

@@ -5,7 +5,7 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 14] = [
     "job",
     "job_starts",
     "job_history",
@@ -14,6 +14,10 @@ const TABLES: [&str; 10] = [
     "esdl_time_series_info",
     "maintenance_run",
     "broker_session",
+    "worker",
+    "worker_task",
+    "absent_task",
+    "worker_look",
     "alembic_version",
     "orchestrator_version",
 ];

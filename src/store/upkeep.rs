@@ -16,6 +16,8 @@ pub enum Upkeep {
     /// Deleting history past its retention.
     History,
     TimeSeries,
+    /// Asking the workers what they do.
+    Workers,
 }
 
 impl Upkeep {
@@ -25,6 +27,7 @@ impl Upkeep {
             Upkeep::Limits => "limits",
             Upkeep::History => "history",
             Upkeep::TimeSeries => "time series",
+            Upkeep::Workers => "workers",
         }
     }
 }

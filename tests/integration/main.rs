@@ -38,4 +38,5 @@ mod tls;
 mod unacked;
 mod views;
 mod watchdog;
+mod workers;
 mod workflow;

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
+use crate::domain::worker::Workers;
 
 pub use self::steps::{AttemptView, StepView, shares};
 
@@ -416,6 +417,8 @@ pub struct Overview {
     pub tasks: BTreeMap<String, Vec<String>>,
     /// None before RabbitMQ has been looked at.
     pub queues: Option<Queues>,
+    /// None when nobody looks at them, or Postgres does not answer.
+    pub workers: Option<Workers>,
     /// When each maintenance task was last begun.
     pub maintenance: Vec<(String, Timestamp)>,
     /// Connections to Postgres, of which so many are idle.

@@ -103,9 +103,14 @@ impl Service {
             // It may have run earlier, and is not late now.
             maintenance.retain(|(task, _)| task != Upkeep::TimeSeries.name());
         }
+        let workers = match self.config.workers_period {
+            Some(_) => Some(connection.workers()?),
+            None => None,
+        };
         Ok(Overview {
             has_rows: true,
             rows: connection.workflows(&overview.defined)?,
+            workers,
             maintenance,
             ..overview
         })

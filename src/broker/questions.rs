@@ -18,8 +18,10 @@ use super::topology::exclusive;
 use crate::threads::{Calls, Signal};
 use crate::wire::{Outgoing, REPLIES_EXCHANGE};
 
-/// Prefetch of answers, which bounds what is in memory.
-const PREFETCH: u16 = 2;
+/// Prefetch of answers, which bounds what is in memory. On a link that reads nothing while enough is
+/// in flight there may be more: each round trip takes its time on a busy machine.
+const PREFETCH: u16 = 5;
+const PREFETCH_WHERE_GATED: u16 = 50;
 /// Anything larger is not an answer of a worker.
 const LARGEST_ANSWER: usize = 1024 * 1024;
 /// What the queue of answers keeps of those that are not taken at once; it drops the oldest.
@@ -99,7 +101,11 @@ impl Link {
                 FieldTable::new(),
             )?;
         }
-        channel.qos(0, PREFETCH, false)?;
+        let prefetch = match self.intake {
+            Some(_) => PREFETCH_WHERE_GATED,
+            None => PREFETCH,
+        };
+        channel.qos(0, prefetch, false)?;
         let consumer = channel.basic_consume(queue.as_str(), ConsumerOptions::default())?;
         // Outlives the consumer: a delivery for one without receiver ends the connection.
         let answers = consumer.receiver().clone();
@@ -112,12 +118,17 @@ impl Link {
             select! {
                 recv(answers) -> message => match message {
                     Ok(ConsumerMessage::Delivery(delivery)) => {
+                        let bytes = delivery.body.len();
+                        let intake = self.intake.as_ref();
+                        intake.inspect(|intake| intake.take(bytes));
                         let place = asked(questions, &delivery);
                         let goes_on = place.map_or(ControlFlow::Continue(()), |place| {
                             hand_over(place, &delivery.body)
                         });
                         let _call = calls.begin();
-                        delivery.ack(&channel)?;
+                        let acked = delivery.ack(&channel);
+                        intake.inspect(|intake| intake.give_back(bytes));
+                        acked?;
                         if goes_on.is_break() {
                             break true;
                         }

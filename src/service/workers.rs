@@ -5,12 +5,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use log::{debug, info, warn};
 use uuid::Uuid;
 
+use crate::broker::intake::Intake;
 use crate::broker::{DEADLINE, Link, Question};
 use crate::domain::worker::{
     self, Answer, Depths, Look, News, RunningTask, Seen, Worker, WorkerState,
@@ -25,7 +26,9 @@ use crate::wire::workers::{Control, control_queue};
 pub mod steering;
 
 /// How long the workers have to answer.
-const ANSWER_TIME: Duration = Duration::from_secs(3);
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// How many bytes of answers may be in flight, beyond one.
+const MAX_IN_HAND: usize = 8 * 1024 * 1024;
 /// How often each replica checks whether it is its turn.
 const TURNS_IN_PERIOD: u32 = 3;
 
@@ -64,9 +67,10 @@ fn turn(
     }
     let link = match link {
         Some(link) => link,
-        None => link.insert(Link::open(
+        None => link.insert(Link::open_gated(
             &service.config.celery_rabbitmq,
             "asking the workers",
+            &Intake::new(MAX_IN_HAND),
         )?),
     };
     within_deadline(DEADLINE, || link.kill(), || look(service, link, stop))
@@ -120,6 +124,8 @@ fn ask(
     questions: &[Control<'_>],
     workers: Option<&[String]>,
 ) -> anyhow::Result<Option<BTreeMap<String, Answer>>> {
+    let asked_at = Instant::now();
+    let mut last = asked_at;
     let mut answers = BTreeMap::new();
     let mut missing = workers.map(<[String]>::len);
     let messages = messages(questions, workers, || {
@@ -127,6 +133,7 @@ fn ask(
     });
     let note = |place: usize, answer: &[u8]| {
         questions[place].note(answer, &mut answers);
+        last = Instant::now();
         if let Some(missing) = &mut missing {
             *missing = missing.saturating_sub(1);
             if *missing == 0 {
@@ -136,6 +143,11 @@ fn ask(
         ControlFlow::Continue(())
     };
     let asked = link.ask(&messages, ANSWER_TIME, &Calls::default(), stop, note)?;
+    debug!(
+        "{} workers have answered, the last one after {:.0?}",
+        answers.len(),
+        last - asked_at
+    );
     Ok(asked.then_some(answers))
 }
 

@@ -342,9 +342,9 @@ fn a_lost_task_is_told_where_it_does_not_end_its_job() {
     let get = |path| service.get(path).unwrap().1;
     let metrics = get("/metrics");
     for sample in [
-        "lost_tasks 1.0",
+        "lost_tasks{} 1.0",
         r#"workers{state="idle"} 1.0"#,
-        "worker_tasks 0.0",
+        "worker_tasks{} 0.0",
     ] {
         let sample = format!("\nomotes_orchestrator_{sample}\n");
         assert!(metrics.contains(&sample), "{sample} in {metrics}");

@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use amiquip::{
-    AmqpValue, ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions, ExchangeType,
-    FieldTable,
+    AmqpValue, Channel, ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions,
+    ExchangeType, FieldTable,
 };
 use anyhow::{Context, bail};
 use crossbeam_channel::{after, select};
@@ -18,10 +18,9 @@ use super::topology::exclusive;
 use crate::threads::{Calls, Signal};
 use crate::wire::{Outgoing, REPLIES_EXCHANGE};
 
-/// Prefetch of answers, which bounds what is in memory. On a link that reads nothing while enough is
-/// in flight there may be more: each round trip takes its time on a busy machine.
-const PREFETCH: u16 = 5;
-const PREFETCH_WHERE_GATED: u16 = 50;
+/// Prefetch of answers: on a busy machine each round trip takes its time. What is too large is dropped
+/// faster than the next one can be read.
+const PREFETCH: u16 = 50;
 /// Anything larger is not an answer of a worker.
 const LARGEST_ANSWER: usize = 1024 * 1024;
 /// What the queue of answers keeps of those that are not taken at once; it drops the oldest.
@@ -82,30 +81,8 @@ impl Link {
     ) -> anyhow::Result<bool> {
         let call = calls.begin();
         let channel = self.channel()?;
-        let exchange = ExchangeDeclareOptions::default();
-        channel.exchange_declare(ExchangeType::Direct, REPLIES_EXCHANGE, exchange)?;
-        // It expires if the channel fails, which leaves the connection and its exclusive queues.
-        let arguments = [
-            ("x-expires", EXPIRES_MS),
-            ("x-max-length-bytes", KEPT_BYTES),
-        ];
-        let arguments =
-            arguments.map(|(name, value)| (name.to_owned(), AmqpValue::LongLongInt(value)));
-        let options = exclusive(FieldTable::from(arguments));
-        let queue = channel.queue_declare("", options)?.name().to_owned();
-        for Question { key, .. } in questions {
-            channel.queue_bind(
-                queue.as_str(),
-                REPLIES_EXCHANGE,
-                key.as_str(),
-                FieldTable::new(),
-            )?;
-        }
-        let prefetch = match self.intake {
-            Some(_) => PREFETCH_WHERE_GATED,
-            None => PREFETCH,
-        };
-        channel.qos(0, prefetch, false)?;
+        let queue = queue_of_answers(&channel, questions)?;
+        channel.qos(0, PREFETCH, false)?;
         let consumer = channel.basic_consume(queue.as_str(), ConsumerOptions::default())?;
         // Outlives the consumer: a delivery for one without receiver ends the connection.
         let answers = consumer.receiver().clone();
@@ -117,18 +94,13 @@ impl Link {
         let complete = loop {
             select! {
                 recv(answers) -> message => match message {
-                    Ok(ConsumerMessage::Delivery(delivery)) => {
-                        let bytes = delivery.body.len();
-                        let intake = self.intake.as_ref();
-                        intake.inspect(|intake| intake.take(bytes));
-                        let place = asked(questions, &delivery);
-                        let goes_on = place.map_or(ControlFlow::Continue(()), |place| {
-                            hand_over(place, &delivery.body)
-                        });
+                    Ok(ConsumerMessage::Delivery(answer)) => {
+                        let goes_on = match asked(questions, &answer) {
+                            Some(place) => hand_over(place, &answer.body),
+                            None => ControlFlow::Continue(()),
+                        };
                         let _call = calls.begin();
-                        let acked = delivery.ack(&channel);
-                        intake.inspect(|intake| intake.give_back(bytes));
-                        acked?;
+                        answer.ack(&channel)?;
                         if goes_on.is_break() {
                             break true;
                         }
@@ -147,6 +119,25 @@ impl Link {
         channel.close()?;
         Ok(complete)
     }
+}
+
+/// A queue for the answers to these questions alone.
+fn queue_of_answers(channel: &Channel, questions: &[Question]) -> Result<String, amiquip::Error> {
+    let exchange = ExchangeDeclareOptions::default();
+    channel.exchange_declare(ExchangeType::Direct, REPLIES_EXCHANGE, exchange)?;
+    // It expires if the channel fails, which leaves the connection and its exclusive queues.
+    let arguments = [
+        ("x-expires", EXPIRES_MS),
+        ("x-max-length-bytes", KEPT_BYTES),
+    ];
+    let arguments = arguments.map(|(name, value)| (name.to_owned(), AmqpValue::LongLongInt(value)));
+    let options = exclusive(FieldTable::from(arguments));
+    let queue = channel.queue_declare("", options)?.name().to_owned();
+    for Question { key, .. } in questions {
+        let key = key.as_str();
+        channel.queue_bind(queue.as_str(), REPLIES_EXCHANGE, key, FieldTable::new())?;
+    }
+    Ok(queue)
 }
 
 /// The place of the question that this is an answer to. One with the ticket of another, or with none of

@@ -11,7 +11,6 @@ use jiff::Timestamp;
 use log::{debug, info, warn};
 use uuid::Uuid;
 
-use crate::broker::intake::Intake;
 use crate::broker::{DEADLINE, Link, Question};
 use crate::domain::worker::{
     self, Answer, Depths, Look, News, RunningTask, Seen, Worker, WorkerState,
@@ -27,8 +26,6 @@ pub mod steering;
 
 /// How long the workers have to answer.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
-/// How many bytes of answers may be in flight, beyond one.
-const MAX_IN_HAND: usize = 8 * 1024 * 1024;
 /// How often each replica checks whether it is its turn.
 const TURNS_IN_PERIOD: u32 = 3;
 
@@ -67,10 +64,9 @@ fn turn(
     }
     let link = match link {
         Some(link) => link,
-        None => link.insert(Link::open_gated(
+        None => link.insert(Link::open(
             &service.config.celery_rabbitmq,
             "asking the workers",
-            &Intake::new(MAX_IN_HAND),
         )?),
     };
     within_deadline(DEADLINE, || link.kill(), || look(service, link, stop))

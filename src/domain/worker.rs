@@ -228,16 +228,17 @@ pub enum News {
     },
 }
 
-/// Whether a look is to ask these workers for Celery's version.
+/// Whether a look is to ask this worker for Celery's version: for a while, if it does not tell.
 pub fn is_new(
     known: &BTreeMap<String, Worker>,
     host: &str,
     answer: &Answer,
     now: Timestamp,
 ) -> bool {
-    known
-        .get(host)
-        .is_none_or(|worker| worker.celery.is_none() || worker.is_restarted(answer, now))
+    known.get(host).is_none_or(|worker| {
+        let is_young = now.duration_since(worker.first_seen) < SAMPLE_PERIOD;
+        worker.celery.is_none() && is_young || worker.is_restarted(answer, now)
+    })
 }
 
 /// What to make of a look, when `known` was known and no worker had what is in `before`.

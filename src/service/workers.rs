@@ -37,39 +37,41 @@ pub fn run(service: &Service, stop: &Signal) {
     let mut link = None;
     let mut failing = false;
     while !stop.comes_within(period / TURNS_IN_PERIOD) {
-        match turn(service, period, &mut link, stop) {
-            Ok(()) => failing = false,
+        // The session and the probe log the same outages.
+        let is_due = service.store.connection();
+        match is_due.and_then(|mut connection| connection.claim(Upkeep::Workers, period)) {
+            Ok(true) => {}
+            Ok(false) => continue,
             Err(error) => {
-                link = None;
-                if failing {
-                    debug!("the workers still cannot be looked at: {error:#}");
-                } else {
-                    warn!("the workers cannot be looked at, which is tried again: {error:#}");
-                }
+                debug!("the workers cannot be looked at: {error:#}");
+                continue;
+            }
+        }
+        // One that was there may have been lost with all others.
+        let is_fresh = link.is_none();
+        let open = || Link::open(&service.config.celery_rabbitmq, "asking the workers");
+        let link_now = match link.take().map_or_else(open, Ok) {
+            Ok(link) => link,
+            Err(error) => {
+                debug!("the workers cannot be asked: {error:#}");
+                continue;
+            }
+        };
+        let kill = || link_now.kill();
+        match within_deadline(DEADLINE, kill, || look(service, &link_now, stop)) {
+            Ok(()) => {
+                failing = false;
+                link = Some(link_now);
+            }
+            Err(error) if failing || !is_fresh => {
+                debug!("the workers could not be looked at: {error:#}");
+            }
+            Err(error) => {
                 failing = true;
+                warn!("the workers cannot be looked at, which is tried again: {error:#}");
             }
         }
     }
-}
-
-/// Looks, if that is due.
-fn turn(
-    service: &Service,
-    period: Duration,
-    link: &mut Option<Link>,
-    stop: &Signal,
-) -> anyhow::Result<()> {
-    if !service.store.connection()?.claim(Upkeep::Workers, period)? {
-        return Ok(());
-    }
-    let link = match link {
-        Some(link) => link,
-        None => link.insert(Link::open(
-            &service.config.celery_rabbitmq,
-            "asking the workers",
-        )?),
-    };
-    within_deadline(DEADLINE, || link.kill(), || look(service, link, stop))
 }
 
 fn look(service: &Service, link: &Link, stop: &Signal) -> anyhow::Result<()> {

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use anyhow::anyhow;
 use jiff::Timestamp;
 use postgres::Row;
 
@@ -55,7 +54,7 @@ impl Connection {
         let rows = self
             .client
             .query("SELECT * FROM worker ORDER BY host", &[])?;
-        let workers: anyhow::Result<BTreeMap<_, _>> = rows
+        let workers: Result<BTreeMap<_, _>, postgres::Error> = rows
             .iter()
             .map(|row| {
                 let host: String = row.try_get("host")?;
@@ -67,7 +66,7 @@ impl Connection {
         let absences: Result<_, postgres::Error> = rows.iter().map(absence).collect();
         Ok(Known {
             now,
-            workers: workers.map_err(StoreError::Transient)?,
+            workers: workers?,
             absences: absences?,
         })
     }
@@ -335,17 +334,17 @@ fn json(list: &impl serde::Serialize) -> String {
     serde_json::to_string(list).expect("texts, times and numbers always serialize")
 }
 
-fn worker(row: &Row, tasks: Vec<CurrentTask>) -> anyhow::Result<Worker> {
-    let state: &str = row.try_get("state")?;
+/// What a later version has written and this one does not understand is seen anew at the next look.
+fn worker(row: &Row, tasks: Vec<CurrentTask>) -> Result<Worker, postgres::Error> {
+    let state = named(WorkerState::ALL, WorkerState::name, row.try_get("state")?);
     let wish: Option<&str> = row.try_get("wish")?;
-    let wish = wish.map(|wish| named(Wish::ALL, |one| one.name(), wish));
-    let list = |name: &str| -> anyhow::Result<BTreeSet<String>> {
-        let text: &str = row.try_get(name)?;
-        serde_json::from_str(text).map_err(|error| anyhow!("{name}: {error}"))
+    let wish = wish.and_then(|wish| named(Wish::ALL, |one| one.name(), wish).ok());
+    let list = |name: &str| -> Result<BTreeSet<String>, postgres::Error> {
+        Ok(serde_json::from_str(row.try_get(name)?).unwrap_or_default())
     };
     Ok(Worker {
         host: row.try_get("host")?,
-        state: named(WorkerState::ALL, WorkerState::name, state)?,
+        state: state.unwrap_or(WorkerState::Silent),
         state_since: row.try_get("state_since")?,
         first_seen: row.try_get("first_seen")?,
         last_seen: row.try_get("last_seen")?,
@@ -358,10 +357,10 @@ fn worker(row: &Row, tasks: Vec<CurrentTask>) -> anyhow::Result<Worker> {
         celery: row.try_get("celery")?,
         queues: list("queues")?,
         serves: list("serves")?,
-        wish: wish.transpose()?,
+        wish,
         process_count: row.try_get("process_count")?,
         begun: row.try_get("begun")?,
-        samples: serde_json::from_str(row.try_get("samples")?)?,
+        samples: serde_json::from_str(row.try_get("samples")?).unwrap_or_default(),
         tasks,
     })
 }

@@ -19,6 +19,7 @@ use crate::service::queues;
 use crate::service::session;
 use crate::service::shared::Service;
 use crate::service::time_series;
+use crate::service::workers;
 use crate::telemetry::logger;
 use crate::threads::{Backoff, Pending, Signal};
 
@@ -69,6 +70,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             })?);
             aside.push(named("queues").spawn_scoped(scope, || {
                 restarted(&stopped, || queues::run(service, &stopped));
+            })?);
+            aside.push(named("workers").spawn_scoped(scope, || {
+                restarted(&stopped, || workers::run(service, &stopped));
             })?);
             if let Some(influxdb) = &service.config.influxdb {
                 aside.push(named("time-series").spawn_scoped(scope, || {

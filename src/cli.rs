@@ -28,6 +28,7 @@ mod queues;
 mod submit;
 mod time_series;
 mod turns;
+mod workers;
 mod workflows;
 
 /// The OMOTES job orchestrator, between SDK clients and Celery workers.
@@ -52,6 +53,15 @@ enum Command {
     Jobs(jobs::Action),
     /// Show the depth of RabbitMQ's queues, their consumers, and how both change.
     Queues(queues::Queues),
+    /// Show the Celery workers and what they do; drain one, send it back to its queues.
+    ///
+    /// What they were last asked by the service, and by remote control. Counts are those of the last hour:
+    /// tasks begun, and, of the tasks that a worker was seen with, how many have ended and failed.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator workers\n  \
+        omotes-orchestrator workers --json | jq -r '.workers[] | select(.state == \"silent\") | .host'\n  \
+        omotes-orchestrator workers drain worker-simulator@a1b2c3")]
+    Workers(workers::Command),
     /// Show the configuration in force and where each value comes from; passwords are not shown.
     ///
     /// Exits with 1 when it is faulty, and says why.
@@ -104,6 +114,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Config(configuration) => configuration::run(&configuration, &environment),
         Command::Doctor(doctor) => doctor::run(&config()?, &environment, &doctor),
         Command::Queues(queues) => queues::run(&config()?, &queues),
+        Command::Workers(workers) => workers::run(&config()?, &workers),
         Command::Completions { shell } => complete(shell),
         Command::Db(command) => db::run(command, config),
         Command::Workflows(command) => workflows::run(&command, config),

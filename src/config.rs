@@ -59,6 +59,11 @@ pub struct Config {
     pub priority_aging: Duration,
     /// Ends the owner at the beginning of a job's reference.
     pub fair_share_separator: String,
+    /// How often the workers are asked what they do; None if never.
+    pub workers_period: Option<Duration>,
+    /// For how long no worker may have a running job's task before the job ends; None if it never does
+    /// for that.
+    pub task_lost: Option<Duration>,
     /// How long the history of a finished job is kept.
     pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.

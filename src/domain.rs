@@ -11,4 +11,5 @@ pub mod text;
 pub mod time_series;
 pub mod turns;
 pub mod vhost;
+pub mod worker;
 pub mod workflow;

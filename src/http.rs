@@ -33,8 +33,8 @@ pub use server::{DEADLINE, Request, Response, Server, Ticket};
 pub const MAX_WAITING: usize = 64;
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /metrics, \
-                     /health/live and /health/ready";
+const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
+                     /metrics, /health/live and /health/ready";
 
 /// A request whose answer needs the database, and when it arrived.
 pub type Question = (Ticket, Route, Instant);
@@ -57,6 +57,7 @@ impl<T> Lanes<T> {
             Route::Live
             | Route::Ready
             | Route::Overview
+            | Route::Workers
             | Route::Jobs(_)
             | Route::Job(_)
             | Route::Page(_)
@@ -128,6 +129,7 @@ pub enum Route {
     Ready,
     Metrics,
     Overview,
+    Workers,
     Jobs(Filter),
     Job(Uuid),
     Page(Filter),
@@ -158,6 +160,7 @@ fn route(request: &Request, service: &Service) -> Result<Route, Response> {
         "/health/ready" => Route::Ready,
         "/metrics" => Route::Metrics,
         "/api/overview" => Route::Overview,
+        "/api/workers" => Route::Workers,
         "/api/jobs" => Route::Jobs(filter()?),
         "/" => Route::Page(filter()?),
         _ => match (path.strip_prefix("/api/jobs/"), path.strip_prefix("/jobs/")) {
@@ -251,9 +254,12 @@ fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
         Route::Page(_) | Route::JobPage(_) => html(503, frame, page::in_vain(frame, WHY)),
-        Route::Live | Route::Ready | Route::Overview | Route::Jobs(_) | Route::Job(_) => {
-            json_response(503, &json!({"error": WHY}))
-        }
+        Route::Live
+        | Route::Ready
+        | Route::Overview
+        | Route::Workers
+        | Route::Jobs(_)
+        | Route::Job(_) => json_response(503, &json!({"error": WHY})),
     }
 }
 
@@ -269,6 +275,7 @@ fn with_database(
         Route::Live | Route::Ready => unreachable!("answered at once"),
         Route::Metrics => metrics_text(service, &overview, now),
         Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
+        Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
         Route::Jobs(filter) => {
             let mut page = connection.jobs(filter)?;
             overview.estimate(&mut page.jobs, now);
@@ -299,7 +306,12 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
         Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame, why)),
-        Route::Live | Route::Ready | Route::Overview | Route::Jobs(_) | Route::Job(_) => {
+        Route::Live
+        | Route::Ready
+        | Route::Overview
+        | Route::Workers
+        | Route::Jobs(_)
+        | Route::Job(_) => {
             let error = format!("Postgres does not answer: {}", one_line(why));
             json_response(503, &json!({"error": error}))
         }

@@ -12,3 +12,4 @@ pub mod shared;
 mod stuck;
 pub mod time_series;
 pub mod turns;
+pub mod workers;

@@ -34,6 +34,7 @@ mod time_series;
 mod turns;
 mod upkeep;
 pub mod views;
+pub mod workers;
 
 /// What went wrong with the database, by what can be done about it.
 #[derive(Debug, Error)]

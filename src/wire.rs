@@ -12,6 +12,7 @@ mod incoming;
 mod letters;
 mod outgoing;
 mod params;
+pub mod workers;
 
 pub use self::incoming::{Request, Undecodable, decode, job_id, unread};
 pub use self::letters::{cut_letter, dead_letter};

@@ -2,6 +2,7 @@
 //! `PROPTEST_CASES=1000000 cargo test --release --test fuzz` looks for longer.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use omotes_orchestrator::domain::job::{
 use omotes_orchestrator::domain::workflow::Catalogue;
 use omotes_orchestrator::telemetry::report;
 use omotes_orchestrator::wire::celery;
+use omotes_orchestrator::wire::workers::Control;
 use omotes_orchestrator::wire::{
     self, EsdlMessage, Inbox, JobDelete, JobSubmission, Request, TaskProgressUpdate, TaskResult,
     task_progress_update::ProgressType,
@@ -280,6 +282,9 @@ proptest! {
     #[test]
     fn answers_of_workers(answer in text_near(r#"{"w@host": [{"id": "t", "worker_pid": 1, "args": []}]}"#)) {
         celery::executions(answer.as_bytes());
+        for question in Control::LOOK.into_iter().chain([Control::Report]) {
+            question.note(answer.as_bytes(), &mut BTreeMap::new());
+        }
     }
 
     #[test]

@@ -96,6 +96,8 @@ impl<'a> Reader<'a> {
             no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
             priority_aging: reader.seconds("PRIORITY_AGING_SEC", 3600),
             fair_share_separator: reader.text("FAIR_SHARE_SEPARATOR", "/"),
+            workers_period: reader.workers_period(),
+            task_lost: reader.task_lost(),
             history_retention: reader.seconds("JOB_HISTORY_RETENTION_SEC", 30 * 24 * 60 * 60),
             workflow_config_path: reader
                 .text("WORKFLOW_CONFIG_PATH", "config/workflow_config.json")
@@ -264,6 +266,25 @@ impl<'a> Reader<'a> {
             let seconds: NonZeroU32 = value.parse().ok()?;
             Some(Duration::from_secs(seconds.get().into()))
         })
+    }
+
+    fn workers_period(&mut self) -> Option<Duration> {
+        let expected = "a whole number of seconds from 5 to 60, or 0";
+        let period = self.parsed("WORKERS_PERIOD_SEC", "15", expected, |value| {
+            let seconds = value.parse().ok()?;
+            (seconds == 0 || (5..=60).contains(&seconds)).then(|| Duration::from_secs(seconds))
+        });
+        Some(period).filter(|period| !period.is_zero())
+    }
+
+    /// At least four looks: fewer might miss a task that changes hands.
+    fn task_lost(&mut self) -> Option<Duration> {
+        let expected = "a whole number of seconds from 60, up to 32 bits, or 0";
+        let time = self.parsed("TASK_LOST_SEC", "0", expected, |value| {
+            let seconds: u32 = value.parse().ok()?;
+            (seconds == 0 || seconds >= 60).then(|| Duration::from_secs(seconds.into()))
+        });
+        Some(time).filter(|time| !time.is_zero())
     }
 
     /// A message whose outcome waits stays unacked, and RabbitMQ closes the channel of a consumer

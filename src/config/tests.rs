@@ -174,6 +174,21 @@ fn a_password_in_another_variable_is_told_and_not_shown(#[case] name: &str, #[ca
     }
 }
 
+#[rstest]
+#[case::fewer_looks_than_a_task_needs("TASK_LOST_SEC", "59")]
+#[case::no_time_for_answers("WORKERS_PERIOD_SEC", "4")]
+#[case::seldom("WORKERS_PERIOD_SEC", "61")]
+#[case::no_number("TASK_LOST_SEC", "never")]
+fn what_would_take_tasks_for_lost_is_refused(#[case] name: &str, #[case] value: &str) {
+    let fault = read(&[(name, value)]).unwrap_err().to_string();
+    assert!(
+        fault.contains(&format!("{name}: found {value:?}")),
+        "{fault}"
+    );
+    let off = read(&[("TASK_LOST_SEC", "0"), ("WORKERS_PERIOD_SEC", "0")]).unwrap();
+    assert_eq!((off.task_lost, off.workers_period), (None, None));
+}
+
 #[test]
 fn what_kubernetes_sets_for_a_service_is_told_as_that() {
     let variables = [

@@ -181,7 +181,8 @@ pub enum Outcome {
     TimedOut,
     /// It stayed in one state for longer than jobs are kept.
     Expired,
-    /// It had ended otherwise, but that was lost before its client was told.
+    /// It had ended otherwise, but that was lost before its client was told; or no worker had its task
+    /// any more.
     Lost,
 }
 

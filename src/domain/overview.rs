@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
+use crate::domain::worker::Workers;
 
 pub use self::steps::{AttemptView, StepView, shares};
 pub use self::turns::{QueueView, TOLD, TurnView};
@@ -426,6 +427,8 @@ pub struct Overview {
     pub queues: Option<Queues>,
     /// The queues where tasks wait for their turn, or might have to.
     pub turns: Vec<QueueView>,
+    /// None when nobody looks at them, or Postgres does not answer.
+    pub workers: Option<Workers>,
     /// When each maintenance task was last begun.
     pub maintenance: Vec<(String, Timestamp)>,
     /// Connections to Postgres, of which so many are idle.

@@ -14,6 +14,8 @@ use crate::telemetry::health::PartView;
 use crate::telemetry::report::{harmless, one_line, percent, readable};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
+mod workers;
+
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
 
@@ -69,8 +71,10 @@ pub(super) fn overview(
                     " could not be handled: see " code { "omotes-orchestrator dead-letters list" } "."
                 }
             }
+            @if let Some(all) = &overview.workers { (workers::alarms(all, now)) }
             (workflow_table(&shown, workflows.len() - shown.len(), now))
             @if !overview.turns.is_empty() { (turns_table(&overview.turns)) }
+            @if let Some(all) = &overview.workers { (workers::table(all, now)) }
             (filters(filter, &names))
             nav {
                 (tab("Not finished", !filter.finished, "/"))

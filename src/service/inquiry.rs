@@ -6,6 +6,7 @@
 //! session and periodically. Several replicas may ask about the same start.
 
 use std::collections::HashSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -141,15 +142,17 @@ impl Inquiry<'_> {
         let key = Uuid::new_v4().to_string();
         let clock = self.service.revoke_clock.fetch_add(1, Ordering::Relaxed);
         let question = Question {
-            message: &celery::who_runs_what(&key, clock, Timestamp::now()),
-            key: &key,
-            time: ANSWER_TIME,
+            message: celery::who_runs_what(&key, clock, Timestamp::now()),
+            key,
         };
+        let note = |_, answer: &[u8]| {
+            said.answers += 1;
+            said.executions.extend(celery::executions(answer));
+            ControlFlow::Continue(())
+        };
+        let calls = &self.watched.celery;
         self.link
-            .ask(&question, &self.watched.celery, &self.stop, |answer| {
-                said.answers += 1;
-                said.executions.extend(celery::executions(answer));
-            })
+            .ask(&[question], ANSWER_TIME, calls, &self.stop, note)
             .context("asking the workers")
     }
 

@@ -344,7 +344,9 @@ impl Maintenance<'_> {
                 return Ok(());
             }
         }
-        self.limits = Chore::Done;
+        if self.look_for_lost(connection)? {
+            self.limits = Chore::Done;
+        }
         Ok(())
     }
 
@@ -377,6 +379,28 @@ impl Maintenance<'_> {
             last = Some(end);
             let findings = page.into_iter().map(|id| (id, command.clone()));
             if !self.hand_over(findings) || self.stop.is_given() {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Finds jobs whose tasks no worker has. Returns whether all of them were taken.
+    fn look_for_lost(&self, connection: &mut Connection) -> Result<bool, StoreError> {
+        let Some(time) = self.service.config.task_lost else {
+            return Ok(true);
+        };
+        let mut last = None;
+        loop {
+            let asked = Instant::now();
+            let page = connection.lost_tasks(time, last, MAX_FINDINGS.into())?;
+            let Some((end, ..)) = page.last() else {
+                return Ok(true);
+            };
+            last = Some(*end);
+            let findings = page
+                .into_iter()
+                .map(|(job_id, task_id, since)| (job_id, Command::TaskLost { task_id, since }));
+            if asked.elapsed() > STANDSTILL || !self.hand_over(findings) || self.stop.is_given() {
                 return Ok(false);
             }
         }

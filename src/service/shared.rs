@@ -50,9 +50,9 @@ impl Service {
     /// # Errors
     /// There are too many handlers to count.
     pub fn new(config: Config, catalogue: Catalogue) -> anyhow::Result<(Service, Sender<()>)> {
-        // One for each handler; one each for the probe, maintenance, time series, the inquiry, and
-        // for granting turns and hearing of them.
-        let connections = u32::try_from(config.handler_threads)? + 6;
+        // One for each handler; one each for the probe, maintenance, time series, the inquiry, the look
+        // at the workers, and for granting turns and hearing of them.
+        let connections = u32::try_from(config.handler_threads)? + 7;
         // Behind a pooler the maintenance has two.
         let connections = connections + u32::from(config.postgres.is_pooled);
         let host = gethostname::gethostname().to_string_lossy().into_owned();
@@ -122,10 +122,15 @@ impl Service {
             // It may have run earlier, and is not late now.
             maintenance.retain(|(task, _)| task != Upkeep::TimeSeries.name());
         }
+        let workers = match self.config.workers_period {
+            Some(_) => Some(connection.workers()?),
+            None => None,
+        };
         Ok(Overview {
             has_rows: true,
             rows: connection.workflows(&overview.defined)?,
             turns: connection.turns(&self.limits.get(), self.config.priority_aging)?,
+            workers,
             maintenance,
             ..overview
         })

@@ -5,7 +5,7 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 13] = [
+const TABLES: [&str; 17] = [
     "job",
     "job_starts",
     "job_history",
@@ -17,6 +17,10 @@ const TABLES: [&str; 13] = [
     "esdl_time_series_info",
     "maintenance_run",
     "broker_session",
+    "worker",
+    "worker_task",
+    "absent_task",
+    "worker_look",
     "alembic_version",
     "orchestrator_version",
 ];

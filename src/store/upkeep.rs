@@ -16,6 +16,8 @@ pub enum Upkeep {
     /// Deleting history past its retention.
     History,
     TimeSeries,
+    /// Asking the workers what they do.
+    Workers,
 }
 
 impl Upkeep {
@@ -25,6 +27,7 @@ impl Upkeep {
             Upkeep::Limits => "limits",
             Upkeep::History => "history",
             Upkeep::TimeSeries => "time series",
+            Upkeep::Workers => "workers",
         }
     }
 }
@@ -336,6 +339,32 @@ impl Connection {
             ],
         )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Running jobs whose tasks no worker has had for this time, as of a recent look, with the tasks and
+    /// since when; in the order of their ids, after `after`, at most `limit`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn lost_tasks(
+        &mut self,
+        time: Duration,
+        after: Option<Uuid>,
+        limit: i64,
+    ) -> Result<Vec<(Uuid, String, Timestamp)>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job.job_id, job.celery_id, since
+             FROM absent_task JOIN job ON job.job_id = absent_task.job_id
+                                       AND job.celery_id = absent_task.celery_id
+             WHERE NOT may_wait AND status = 'RUNNING'
+               AND confirmed_at - since >= $1 * interval '1 second'
+               AND confirmed_at > now() - interval '90 seconds'
+               AND ($2::uuid IS NULL OR job.job_id > $2)
+             ORDER BY job.job_id LIMIT $3",
+            &[&time.as_secs_f64(), &after, &limit],
+        )?;
+        let lost = rows.iter().map(|row| (row.get(0), row.get(1), row.get(2)));
+        Ok(lost.collect())
     }
 
     /// Deletes the history of jobs that ended longer than `retention` ago, at most `limit`, and

@@ -9,6 +9,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::domain::overview::{Overview, WorkflowView};
+use crate::domain::worker::{WorkerState, Workers};
 use crate::telemetry::health::Health;
 use crate::telemetry::{OTHER_WORKFLOW, PREFIX};
 
@@ -27,6 +28,9 @@ pub(super) fn read(health: &Health, overview: &Overview, now: Timestamp) -> Regi
         gauges.add_turns(overview);
     }
     gauges.add_workers(&workflows);
+    if let Some(workers) = &overview.workers {
+        gauges.add_celery(workers);
+    }
     gauges.add_queues(overview);
     gauges.add_database(overview);
     gauges.0
@@ -135,6 +139,27 @@ impl Gauges {
             "Whether jobs wait for a workflow that has no worker",
             None,
             missing,
+        );
+    }
+
+    /// By no names, for they may be made up.
+    fn add_celery(&mut self, workers: &Workers) {
+        let states = WorkerState::ALL.iter().map(|state| {
+            let labels = vec![("state", state.name().to_owned())];
+            (labels, workers.count(*state) as f64)
+        });
+        self.add("workers", "Celery workers", None, states);
+        self.add(
+            "worker_tasks",
+            "Tasks that Celery workers compute",
+            None,
+            [(vec![], workers.tasks() as f64)],
+        );
+        self.add(
+            "lost_tasks",
+            "Tasks of running jobs that no worker has had for a minute",
+            None,
+            [(vec![], workers.lost_tasks.len() as f64)],
         );
     }
 

@@ -214,6 +214,7 @@ fn level(event: &Event, command: &Command) -> Level {
             // Every job's last progress trails its result.
             Command::Progress { .. }
             | Command::NoWorker
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. }
             | Command::Judge { .. } => Level::Debug,
             Command::Submit(_)
@@ -253,6 +254,7 @@ fn reason(report: &Report<'_>) -> Option<String> {
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker
+        | Command::TaskLost { .. }
         | Command::TakeTurn { .. }
         | Command::Judge { .. } => None,
     }
@@ -267,7 +269,7 @@ fn outcome_text(outcome: Outcome) -> &'static str {
         Outcome::Rejected => "refused",
         Outcome::TimedOut => "ended, for it ran for longer than its timeout",
         Outcome::Expired => "given up, for it was unfinished for longer than jobs are kept",
-        Outcome::Lost => "given up, for RabbitMQ has lost what its client was to hear",
+        Outcome::Lost => "given up, for its task is lost, or what its client was to hear",
     }
 }
 

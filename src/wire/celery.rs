@@ -148,7 +148,7 @@ pub fn executions(answer: &[u8]) -> Vec<Execution> {
     answer.into_iter().flat_map(of_worker).collect()
 }
 
-fn to_all_workers(body: &Value, clock: i64, now: Timestamp) -> Outgoing {
+pub(super) fn to_all_workers(body: &Value, clock: i64, now: Timestamp) -> Outgoing {
     let expires = now.as_second() + CONTROL_LIFETIME.as_secs().cast_signed();
     Outgoing {
         exchange: PIDBOX_EXCHANGE,

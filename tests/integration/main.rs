@@ -40,4 +40,5 @@ mod turns;
 mod unacked;
 mod views;
 mod watchdog;
+mod workers;
 mod workflow;

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::harness::deployment::{Deployment, Service, eventually, setting};
 
-const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
+pub const PYTHON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
 
 /// A service that knows the workflow of the workers here.
 pub fn start(deployment: &Deployment) -> Service {

@@ -14,11 +14,25 @@ from omotes_sdk.internal.orchestrator_worker_events.esdl_messages import (  # no
     EsdlMessage,
     MessageSeverity,
 )
+from omotes_sdk.internal.worker import worker as sdk  # noqa: E402
 from omotes_sdk.internal.worker.worker import initialize_worker  # noqa: E402
 
 
 # The Celery task that it takes, which leaves its mark in what it puts out.
 TASK = os.environ.get("WORKER_TASK", "steerable")
+# The kind of Celery's pool, where it is not to be the SDK's.
+POOL = os.environ.get("WORKER_POOL")
+
+
+class CeleryWithPool(sdk.Celery):
+    """As somebody may have changed the SDK for a worker that cannot be forked."""
+
+    def Worker(self, autoscale=None, **options):
+        return super().Worker(pool=POOL, concurrency=1, **options)
+
+
+if POOL:
+    sdk.Celery = CeleryWithPool
 
 
 def steerable(input_esdl, params, update_progress, *_task_name):

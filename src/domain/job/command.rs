@@ -38,6 +38,12 @@ pub enum Command {
     Expire,
     /// Somebody has seen that the job waits for a worker and that there is none.
     NoWorker,
+    /// The workers have been asked who runs the job's task, and nobody has had it since then, nor
+    /// does it wait in its queue.
+    TaskLost {
+        task_id: String,
+        since: Timestamp,
+    },
     /// Somebody has seen that the job's next task may be put on its queue: as granted at this time,
     /// or, without one, because it has waited long enough.
     TakeTurn {
@@ -105,6 +111,7 @@ impl Command {
             Command::TimeOut => "a timeout",
             Command::Expire => "the end of its retention",
             Command::NoWorker => "the lack of a worker",
+            Command::TaskLost { .. } => "the loss of its task",
             Command::TakeTurn { .. } => "the turn of its next attempt",
             Command::Judge { .. } => "what the workers say of a start",
         }
@@ -122,6 +129,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => "",
@@ -140,6 +148,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => None,
@@ -151,6 +160,7 @@ impl Command {
         match self {
             Command::Start { task_id, .. }
             | Command::Progress { task_id, .. }
+            | Command::TaskLost { task_id, .. }
             | Command::Judge { task_id, .. } => Some(task_id),
             Command::Result(completion) => Some(&completion.task_id),
             Command::Fail { task_id, .. } => task_id.as_deref(),
@@ -176,6 +186,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => 0,
@@ -191,6 +202,7 @@ impl Command {
             | Command::Fail { .. }
             | Command::TimeOut
             | Command::Expire
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. } => true,
             Command::Submit(_)
             | Command::Refuse { .. }
@@ -221,10 +233,12 @@ impl Command {
                 reason,
                 task_id: None,
             }),
-            Command::Judge { task_id, .. } => Some(Command::Fail {
-                reason,
-                task_id: Some(task_id.clone()),
-            }),
+            Command::Judge { task_id, .. } | Command::TaskLost { task_id, .. } => {
+                Some(Command::Fail {
+                    reason,
+                    task_id: Some(task_id.clone()),
+                })
+            }
             // It was one too many, and the step's fallback cannot be had.
             Command::Start { task_id, .. } if by_broker => Some(Command::Fail {
                 reason,

@@ -132,6 +132,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. }
             | Command::Judge { .. } => false,
         }
@@ -148,6 +149,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
+            | Command::TaskLost { .. }
             | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => false,
@@ -237,6 +239,12 @@ fn decide_for<'a>(
             last,
         } => match own_task(standing, task_id) {
             Own::Current(job) => starts::judge(job_id, job, *at, *alive, *last, context),
+            Own::Done(_) => Decision::ignored("the job has ended"),
+            Own::Earlier(_) => Decision::ignored(EARLIER_STEP),
+            Own::Stray(why) => Decision::ignored(why),
+        },
+        Command::TaskLost { task_id, since } => match own_task(standing, task_id) {
+            Own::Current(job) => task_lost(job_id, job, *since, context),
             Own::Done(_) => Decision::ignored("the job has ended"),
             Own::Earlier(_) => Decision::ignored(EARLIER_STEP),
             Own::Stray(why) => Decision::ignored(why),
@@ -589,6 +597,34 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
          unfinished jobs are kept."
     );
     job.fails(job_id, Outcome::Expired, &logs, &[], context)
+}
+
+/// Ends a job, or its step, whose task no worker has. It is not started again: of a job of one step
+/// nobody has kept the input, and what takes a task from RabbitMQ without a word, as an operator's
+/// revoke does, may well have meant it. Whatever its worker has said since shows that it has it.
+fn task_lost<'a>(job_id: Uuid, job: &Job, since: Timestamp, context: &Context<'_>) -> Decision<'a> {
+    let is_waiting = job.course.as_ref().is_some_and(|course| course.waits());
+    if job.status != JobStatus::Running || is_waiting {
+        return Decision::ignored("its task waits for a worker");
+    }
+    let heard_since = |at: Timestamp| at >= since;
+    let last_start = job.starts.last().map(|start| start.at);
+    if last_start.is_some_and(heard_since) {
+        return Decision::ignored("its task was started since");
+    }
+    if job
+        .progress
+        .as_ref()
+        .map(|progress| progress.at)
+        .is_some_and(heard_since)
+    {
+        return Decision::ignored("its worker has reported progress since");
+    }
+    let logs = format!(
+        "The job was ended because no worker has had its task since {since:.0}, and it does not wait for \
+         one: it was lost."
+    );
+    hand_over::fail(job_id, job, Outcome::Lost, &logs, context)
 }
 
 /// Tells the client why nothing happens, once while the job waits.

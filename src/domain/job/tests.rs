@@ -155,6 +155,13 @@ fn judge_of(task: &str, second: i64, alive: usize, last: bool) -> Command {
     }
 }
 
+fn lost_since(task: &str, second: i64) -> Command {
+    Command::TaskLost {
+        task_id: task.to_owned(),
+        since: at(second),
+    }
+}
+
 fn progress_of(task: &str, fraction: f64) -> Command {
     Command::Progress {
         task_id: task.to_owned(),
@@ -301,6 +308,9 @@ fn commands() -> Vec<(&'static str, Command)> {
         ("time out", Command::TimeOut),
         ("expire", Command::Expire),
         ("no worker", Command::NoWorker),
+        ("task lost", lost_since(TASK, 50)),
+        ("task lost before its start", lost_since(TASK, 3)),
+        ("lost other task", lost_since(OTHER_TASK, 50)),
         ("fail", fail_of(None)),
         ("fail of task", fail_of(Some(TASK))),
         ("fail of other task", fail_of(Some(OTHER_TASK))),
@@ -1227,5 +1237,18 @@ proptest! {
         // Of what the broker has forgotten nobody knows whether the client was told.
         prop_assert!(outcomes.len() == 1 || world.forgetful, "{:?}", world.results);
         prop_assert!(world.strays().is_empty());
+    }
+}
+
+#[test]
+fn a_task_whose_worker_has_reported_since_is_not_lost() {
+    let mut job = job(JobStatus::Running);
+    job.progress = Some(Progress::new(0.5, "half way", at(50)));
+    let state = State::Live(job);
+    for (since, is_lost) in [(49, false), (50, false), (51, true)] {
+        let command = lost_since(TASK, since);
+        let decision = decide(job_id(), &state, &command, &context());
+        let is_ended = decision.event == Event::Ended(Outcome::Lost);
+        assert_eq!(is_ended, is_lost, "{decision:?}");
     }
 }

@@ -263,7 +263,7 @@ fn size(command: &Command) -> usize {
         Command::Progress {
             task_id, message, ..
         } => task_id.len() + message.len(),
-        Command::Judge { task_id, .. } => task_id.len(),
+        Command::Judge { task_id, .. } | Command::TaskLost { task_id, .. } => task_id.len(),
         Command::Fail { reason, task_id } => reason.len() + task_id.as_ref().map_or(0, String::len),
         Command::Cancel
         | Command::TimeOut

@@ -290,8 +290,9 @@ impl Deployment {
             ("INFLUXDB_PASSWORD", setting("INFLUXDB_PASSWORD")),
             ("HTTP_BIND", "127.0.0.1:0".to_owned()),
             ("LOG_LEVEL", "DEBUG".to_owned()),
-            // Tests that are about it set it.
+            // Tests that are about them set them.
             ("OUTCOME_DELAY_MS", "0".to_owned()),
+            ("WORKERS_PERIOD_SEC", "0".to_owned()),
             ("RUST_BACKTRACE", "1".to_owned()),
             (
                 "WORKFLOW_CONFIG_PATH",

@@ -1031,3 +1031,30 @@ proptest! {
         prop_assert!(count(ClientStatus::Running) <= 1 + world.deaths);
     }
 }
+
+#[test]
+fn a_lost_task_is_an_error_of_its_step() {
+    let mut story = Story::new(
+        r#"[{"task": "a", "on_error": {"fallback": {"task": "b"}}}, {"task": "c", "title": "C"}]"#,
+    );
+    let lost = |story: &Story| Command::TaskLost {
+        task_id: story.task(),
+        since: Timestamp::from_second(story.second).unwrap(),
+    };
+    story.submit();
+    let waits = lost(&story);
+    assert_eq!(story.tell(&waits), ["its task waits for a worker"]);
+    story.start();
+    story.second += 1;
+    let gone = lost(&story);
+    let told = story.tell(&gone);
+    assert!(told[0].contains(" for b:"), "{told:?}");
+    assert_eq!(story.tell(&gone), ["it is of an attempt that has ended"]);
+    story.start();
+    story.result(Some("<esdl id='one'/>"));
+    story.start();
+    story.second += 1;
+    let gone = lost(&story);
+    let told = story.tell(&gone).join(" ");
+    assert!(told.contains("=== step 2 of 2, C: lost ==="), "{told}");
+}

@@ -1,0 +1,4 @@
+DROP TABLE worker_look;
+DROP TABLE absent_task;
+DROP TABLE worker_task;
+DROP TABLE worker;

@@ -1,0 +1,156 @@
+//! `workers`: which Celery workers there are and what they do; draining one and sending it back.
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use comfy_table::{Cell, CellAlignment};
+use jiff::{SignedDuration, Timestamp};
+use omotes_orchestrator::config::Config;
+use omotes_orchestrator::domain::overview::spoken;
+use omotes_orchestrator::domain::worker::{TaskView, Wish, WorkerView, Workers};
+use omotes_orchestrator::service::workers::{find, steering};
+use omotes_orchestrator::store::Connection;
+use omotes_orchestrator::telemetry::report::one_line;
+
+use super::{connect, print, say, table, warn};
+
+/// How old a look may be before that is worth a warning.
+const RECENT: SignedDuration = SignedDuration::from_mins(2);
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct Command {
+    #[command(subcommand)]
+    action: Option<Action>,
+    /// As JSON, the same as `/api/workers`.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Have a worker finish what it computes and take nothing more, as before an update of it.
+    ///
+    /// It stays so until `resume`, or until it is started again. Exits with 1 when it has not confirmed
+    /// it.
+    Drain { host: String },
+    /// Have a drained worker take tasks again.
+    Resume { host: String },
+}
+
+/// # Errors
+/// Postgres or, to drain and to resume, RabbitMQ is not there; or the worker is not known, or does not
+/// do as it is told.
+pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode> {
+    let mut connection = connect(config)?;
+    match &command.action {
+        None => list(&mut connection, command.json)?,
+        Some(Action::Drain { host }) => {
+            let worker = find(&mut connection, host)?;
+            let steered = steering::steer(config, &mut connection, &worker, Wish::Drained)?;
+            say(format_args!(
+                "{}: takes nothing more; {}",
+                one_line(&steered.host),
+                match steered.tasks {
+                    0 => "it has nothing to finish".to_owned(),
+                    1 => "it finishes the task that it has".to_owned(),
+                    more => format!("it finishes the {more} tasks that it has"),
+                }
+            ))?;
+        }
+        Some(Action::Resume { host }) => {
+            let worker = find(&mut connection, host)?;
+            let steered = steering::steer(config, &mut connection, &worker, Wish::Resumed)?;
+            let queues: Vec<_> = steered.queues.iter().map(|one| one_line(one)).collect();
+            say(format_args!(
+                "{}: takes tasks from {}",
+                one_line(&steered.host),
+                queues.join(", ")
+            ))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(connection: &mut Connection, json: bool) -> anyhow::Result<()> {
+    let workers = connection.workers()?;
+    let now = Timestamp::now();
+    match workers.looked_at {
+        None => warn("nobody has looked at the workers yet"),
+        Some(at) if now.duration_since(at) > RECENT => warn(&format!(
+            "nobody has looked at the workers for {}",
+            spoken(now.duration_since(at))
+        )),
+        Some(_) => {}
+    }
+    if json {
+        return print(&(serde_json::to_string_pretty(&workers)? + "\n"));
+    }
+    print(&text(&workers, now))
+}
+
+fn text(workers: &Workers, now: Timestamp) -> String {
+    let mut table = table(&[
+        "worker", "state", "for", "queues", "pool", "celery", "computes", "tasks/h", "ended",
+        "failed",
+    ]);
+    let number = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+    for worker in &workers.workers {
+        let queues: Vec<_> = worker.queues.iter().map(|one| one_line(one)).collect();
+        table.add_row([
+            Cell::new(one_line(&worker.host)),
+            Cell::new(worker.state.text()),
+            Cell::new(spoken(now.duration_since(worker.since))),
+            Cell::new(queues.join(", ")),
+            Cell::new(pool(worker)),
+            Cell::new(worker.celery.as_deref().map(one_line).unwrap_or_default()),
+            Cell::new(tasks(&worker.tasks, now)),
+            number(
+                worker
+                    .tasks_per_hour
+                    .map(|rate| format!("{rate:.1}"))
+                    .unwrap_or_default(),
+            ),
+            number(worker.ended.to_string()),
+            number(worker.failed.to_string()),
+        ]);
+    }
+    let mut text = format!("{}\n", table.trim_fmt());
+    for lost in &workers.lost_tasks {
+        text += &format!(
+            "job {}: no worker has its task {} for {}\n",
+            lost.job_id,
+            one_line(&lost.task_id),
+            spoken(now.duration_since(lost.since))
+        );
+    }
+    text
+}
+
+fn pool(worker: &WorkerView) -> String {
+    let kind = worker.pool.as_deref().map(one_line).unwrap_or_default();
+    match worker.pool_size {
+        Some(size) => format!("{kind} {size}"),
+        None => kind,
+    }
+}
+
+fn tasks(tasks: &[TaskView], now: Timestamp) -> String {
+    let task = |task: &TaskView| {
+        let what = match (&task.reference, task.job_id) {
+            (Some(reference), _) => one_line(reference),
+            (None, Some(id)) => id.to_string(),
+            (None, None) => format!("{} {}", one_line(&task.name), one_line(&task.id)),
+        };
+        let step = task
+            .step
+            .as_deref()
+            .map(|step| format!(" ({})", one_line(step)));
+        format!(
+            "{what}{} for {}",
+            step.unwrap_or_default(),
+            spoken(now.duration_since(task.since))
+        )
+    };
+    tasks.iter().map(task).collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,358 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::{SignedDuration, Timestamp};
+use rstest::rstest;
+use uuid::Uuid;
+
+use super::*;
+use crate::domain::overview::Depth;
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_000_000 + second).unwrap()
+}
+
+fn queues(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// What a worker of queue `q` answers whose process began at 0.
+fn answer(second: i64, tasks: &[&str], takes: &[&str]) -> Answer {
+    Answer {
+        stats: Some(Stats {
+            pid: Some(1),
+            uptime: Some(SignedDuration::from_secs(second)),
+            pool: Some("celery.concurrency.prefork:TaskPool".to_owned()),
+            pool_size: Some(1),
+            prefetch: Some(1),
+            count: 0,
+        }),
+        tasks: Some(
+            tasks
+                .iter()
+                .map(|id| ((*id).to_owned(), "q".to_owned()))
+                .collect(),
+        ),
+        queues: Some(queues(takes)),
+        celery: None,
+    }
+}
+
+fn running(task_id: &str) -> RunningTask {
+    RunningTask {
+        job_id: Uuid::from_u128(7),
+        task_id: task_id.to_owned(),
+        queue: "q".to_owned(),
+        priority: 1,
+        submitted_at: at(0),
+        started_at: at(1),
+    }
+}
+
+/// One look after the other, each with all that is known from the ones before.
+#[derive(Default)]
+struct Looks {
+    known: BTreeMap<String, Worker>,
+    absences: Vec<Absence>,
+    connected: BTreeSet<String>,
+    running: Vec<RunningTask>,
+    depths: Depths,
+}
+
+impl Looks {
+    fn look(&mut self, second: i64, answers: &[(&str, Answer)]) -> Look {
+        let seen = Seen {
+            asked_at: at(second - 3),
+            now: at(second),
+            answers: answers
+                .iter()
+                .map(|(host, answer)| ((*host).to_owned(), answer.clone()))
+                .collect(),
+            connected: self.connected.clone(),
+            running: self.running.clone(),
+            depths: self.depths.clone(),
+        };
+        let look = look(self.known.clone(), &self.absences, &seen);
+        self.known = look
+            .workers
+            .iter()
+            .map(|worker| (worker.host.clone(), worker.clone()))
+            .collect();
+        self.absences.clone_from(&look.absences);
+        look
+    }
+
+    fn state(&self, host: &str) -> WorkerState {
+        self.known[host].state
+    }
+
+    /// A queue with so many messages and consumers.
+    fn queue(&mut self, messages: u32, consumers: u32) {
+        let depth = Depth {
+            messages,
+            consumers,
+        };
+        self.depths.insert("q".to_owned(), depth);
+    }
+}
+
+#[rstest]
+#[case::idle(&[], &["q"], WorkerState::Idle)]
+#[case::busy(&["t"], &["q"], WorkerState::Busy)]
+#[case::draining(&["t"], &[], WorkerState::Draining)]
+#[case::drained(&[], &[], WorkerState::Drained)]
+fn whoever_answers_is_in_a_state(
+    #[case] tasks: &[&str],
+    #[case] takes: &[&str],
+    #[case] expected: WorkerState,
+) {
+    let mut looks = Looks::default();
+    looks.look(10, &[("w", answer(10, &[], &["q"]))]);
+    looks.look(25, &[("w", answer(25, tasks, takes))]);
+    assert_eq!(looks.state("w"), expected);
+}
+
+#[test]
+fn who_does_not_answer_is_silent_as_long_as_it_is_connected() {
+    let mut looks = Looks::default();
+    let new = looks.look(10, &[("w", answer(10, &["t"], &["q"]))]);
+    assert_eq!(new.news, [News::Appeared("w".to_owned())]);
+    looks.connected = queues(&["w"]);
+    assert_eq!(looks.look(25, &[]).news, []);
+    assert_eq!(looks.state("w"), WorkerState::Silent);
+    assert_eq!(looks.look(40, &[]).news, [News::Silent("w".to_owned())]);
+    assert_eq!(looks.known["w"].state_since, at(25));
+    // What it had it may still have.
+    assert_eq!(looks.known["w"].tasks.len(), 1);
+    let back = looks.look(55, &[("w", answer(55, &["t"], &["q"]))]);
+    assert_eq!(back.news, [News::Back("w".to_owned())]);
+    assert_eq!(looks.known["w"].tasks[0].first_seen, at(10));
+    looks.connected.clear();
+    assert_eq!(looks.look(70, &[]).news, [News::Gone("w".to_owned())]);
+    assert_eq!(looks.state("w"), WorkerState::Gone);
+    assert_eq!(looks.look(85, &[]).news, []);
+    assert_eq!(looks.known["w"].tasks, []);
+    let day = 24 * 60 * 60;
+    let over = looks.look(55 + day + 1, &[]);
+    assert_eq!(over.forgotten, ["w"]);
+}
+
+#[test]
+fn a_solo_worker_that_computes_does_not_answer() {
+    let mut looks = Looks::default();
+    let mut solo = answer(10, &[], &["q"]);
+    solo.stats.as_mut().unwrap().pool = Some("celery.concurrency.solo:TaskPool".to_owned());
+    looks.look(10, &[("w", solo)]);
+    looks.connected = queues(&["w"]);
+    looks.running = vec![running("t")];
+    looks.queue(0, 1);
+    let look = looks.look(25, &[]);
+    assert_eq!(looks.state("w"), WorkerState::BusyAndDeaf);
+    assert_eq!(look.absences, []);
+    looks.running.clear();
+    looks.look(40, &[]);
+    assert_eq!(looks.state("w"), WorkerState::Silent);
+}
+
+/// By the number of its process, or by its age where that is the same, as in a container.
+#[rstest]
+#[case::another_process(2, 25, true)]
+#[case::a_younger_one(1, 3, true)]
+#[case::the_same(1, 25, false)]
+#[case::the_same_with_a_slow_answer(1, 20, false)]
+fn a_worker_that_is_started_again_is_noticed(
+    #[case] pid: i64,
+    #[case] uptime: i64,
+    #[case] is_new: bool,
+) {
+    let mut looks = Looks::default();
+    looks.look(60, &[("w", answer(60, &["t"], &["q", "r"]))]);
+    looks.known.get_mut("w").unwrap().wish = Some(Wish::Drained);
+    let mut next = answer(60 + uptime, &[], &["q"]);
+    let stats = next.stats.as_mut().unwrap();
+    stats.pid = Some(pid);
+    if uptime == 3 {
+        stats.uptime = Some(SignedDuration::from_secs(3));
+    }
+    let look = looks.look(85, &[("w", next)]);
+    let worker = &looks.known["w"];
+    assert_eq!(look.news.contains(&News::Restarted("w".to_owned())), is_new);
+    assert_eq!(worker.wish.is_none(), is_new);
+    assert_eq!(worker.serves.len(), if is_new { 1 } else { 2 });
+    assert_eq!(worker.first_seen, at(60));
+}
+
+#[test]
+fn who_was_sent_back_to_its_queues_is_sent_there_again_when_it_forgets_them() {
+    let mut looks = Looks::default();
+    looks.look(10, &[("w", answer(10, &[], &["q"]))]);
+    let nothing = looks.look(25, &[("w", answer(25, &[], &[]))]);
+    assert_eq!(nothing.restored, []);
+    looks.known.get_mut("w").unwrap().wish = Some(Wish::Drained);
+    assert_eq!(looks.look(40, &[("w", answer(40, &[], &[]))]).restored, []);
+    looks.known.get_mut("w").unwrap().wish = Some(Wish::Resumed);
+    let look = looks.look(55, &[("w", answer(55, &[], &[]))]);
+    assert_eq!(look.restored, [("w".to_owned(), "q".to_owned())]);
+}
+
+#[test]
+fn what_a_worker_does_in_an_hour_is_counted_over_its_processes() {
+    let mut looks = Looks::default();
+    let minute = 60;
+    // Begun at 0 with 100 behind it; one each minute; started again in between.
+    for now in 1..=90 {
+        let second = now * minute;
+        let mut answer = answer(second, &[], &["q"]);
+        let stats = answer.stats.as_mut().unwrap();
+        stats.count = 100 + now;
+        if now > 40 {
+            stats.pid = Some(2);
+            stats.uptime = Some(SignedDuration::from_secs((now - 40) * minute));
+            stats.count = now - 40;
+        }
+        looks.look(second, &[("w", answer)]);
+    }
+    let worker = looks.known["w"].clone();
+    assert_eq!(worker.begun, 89);
+    let view = WorkerView::new(worker, Vec::new(), (0, 0));
+    assert_eq!(view.tasks_per_hour, Some(60.0));
+    assert_eq!(view.pool.as_deref(), Some("prefork"));
+}
+
+#[test]
+fn a_flood_of_made_up_workers_is_bounded() {
+    let mut looks = Looks::default();
+    for round in 0..3 {
+        let hosts: Vec<_> = (0..MAX_KNOWN).map(|one| format!("{round}-{one}")).collect();
+        let answers: Vec<_> = hosts
+            .iter()
+            .map(|host| (host.as_str(), answer(round, &[], &["q"])))
+            .collect();
+        let look = looks.look(round * 15, &answers);
+        assert_eq!(look.workers.len(), MAX_KNOWN);
+    }
+}
+
+/// Looks at a task that was with worker `w` and that nobody has any more, each 15 seconds for two
+/// minutes; `change` changes what is seen. Returns the last look.
+fn without_its_worker(change: impl Fn(&mut Looks, &mut Vec<(&str, Answer)>)) -> Look {
+    let mut looks = Looks {
+        running: vec![running("t")],
+        ..Looks::default()
+    };
+    looks.look(
+        10,
+        &[
+            ("w", answer(10, &["t"], &["q"])),
+            ("v", answer(10, &[], &["q"])),
+        ],
+    );
+    looks.queue(0, 1);
+    let mut told = 0;
+    let mut last = Look::default();
+    for second in (25..=130).step_by(15) {
+        let mut answers = vec![("v", answer(second, &[], &["q"]))];
+        change(&mut looks, &mut answers);
+        last = looks.look(second, &answers);
+        let is_told = |news: &&News| matches!(news, News::Absent { .. });
+        told += last.news.iter().filter(is_told).count();
+    }
+    let expected = last.absences.iter().filter(|one| one.is_told).count();
+    assert_eq!(told, expected, "told once");
+    last
+}
+
+#[test]
+fn a_task_that_nobody_has_is_absent() {
+    let look = without_its_worker(|_, _| {});
+    let absence = Absence {
+        job_id: Uuid::from_u128(7),
+        task_id: "t".to_owned(),
+        since: at(25),
+        confirmed_at: at(130),
+        may_wait: false,
+        is_told: true,
+    };
+    assert_eq!(look.absences, [absence]);
+}
+
+#[rstest]
+#[case::with_another_worker(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1 = answer(10, &["t"], &["q"]);
+})]
+#[case::with_one_whose_job_it_is_not(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers.push(("x", answer(10, &["t"], &["other"])));
+})]
+#[case::its_worker_is_silent(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.connected = queues(&["w"]);
+})]
+#[case::another_one_is_silent(|looks: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    looks.connected = queues(&["v"]);
+    answers.clear();
+    looks.queue(0, 0);
+})]
+#[case::a_consumer_has_never_answered(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.queue(0, 2);
+})]
+#[case::nothing_is_known_of_its_queue(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.depths.clear();
+})]
+#[case::a_worker_had_no_time_to_say_what_it_has(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1.tasks = None;
+})]
+#[case::it_has_just_been_started(|looks: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    let uptime = answers[0].1.stats.as_ref().unwrap().uptime.unwrap();
+    looks.running[0].started_at = at(uptime.as_secs() - 1);
+})]
+#[case::its_job_has_ended(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| looks.running.clear())]
+fn a_task_that_somebody_may_have_is_not(#[case] change: fn(&mut Looks, &mut Vec<(&str, Answer)>)) {
+    assert_eq!(without_its_worker(change).absences, []);
+}
+
+#[rstest]
+#[case::others_wait_there_too(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| looks.queue(5, 1), true)]
+#[case::a_busy_worker_takes_several(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1 = answer(10, &["u"], &["q"]);
+    answers[0].1.stats.as_mut().unwrap().prefetch = Some(4);
+}, true)]
+#[case::a_busy_worker_takes_one(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1 = answer(10, &["u"], &["q"]);
+}, false)]
+#[case::one_that_came_later_was_started(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.queue(5, 1);
+    looks.running.truncate(1);
+    looks.running.push(RunningTask { submitted_at: at(30), started_at: at(31), ..running("later") });
+}, false)]
+#[case::one_that_came_later_and_goes_first_was_started(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.queue(5, 1);
+    looks.running.truncate(1);
+    looks.running.push(RunningTask { submitted_at: at(30), started_at: at(31), priority: 0, ..running("later") });
+}, true)]
+#[case::one_that_came_earlier_was_started(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.queue(5, 1);
+    looks.running.truncate(1);
+    looks.running.push(RunningTask { submitted_at: at(2), started_at: at(31), ..running("later") });
+}, true)]
+fn an_absent_task_may_wait_in_its_queue(
+    #[case] change: fn(&mut Looks, &mut Vec<(&str, Answer)>),
+    #[case] expected: bool,
+) {
+    let look = without_its_worker(change);
+    let absence = look.absences.iter().find(|one| one.task_id == "t").unwrap();
+    assert_eq!(absence.may_wait, expected);
+    assert_eq!(absence.is_told, !expected);
+}
+
+#[test]
+fn after_an_outage_and_after_a_start_an_absence_begins_anew() {
+    let mut looks = Looks {
+        running: vec![running("t")],
+        ..Looks::default()
+    };
+    looks.queue(0, 0);
+    let since = |looks: &mut Looks, second| looks.look(second, &[]).absences[0].since;
+    assert_eq!(since(&mut looks, 20), at(20));
+    assert_eq!(since(&mut looks, 110), at(20));
+    assert_eq!(since(&mut looks, 201), at(201));
+    looks.running[0].started_at = at(205);
+    assert_eq!(since(&mut looks, 216), at(216));
+}

@@ -1,0 +1,314 @@
+//! Asks Celery's workers what they do, one replica for all in each period, and keeps what they say. On
+//! connections of its own, so it is never in the way of jobs. What the answers mean is decided in
+//! [`crate::domain::worker`]; the maintenance ends jobs whose tasks are lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use log::{debug, info, warn};
+use uuid::Uuid;
+
+use crate::broker::{DEADLINE, Link, Question};
+use crate::domain::worker::{
+    self, Answer, Depths, Look, News, RunningTask, Seen, Worker, WorkerState,
+};
+use crate::service::shared::Service;
+use crate::store::workers::{Known, Running};
+use crate::store::{Connection, Upkeep};
+use crate::telemetry::report::one_line;
+use crate::threads::{Calls, Signal, within_deadline};
+use crate::wire::workers::{Control, control_queue};
+
+pub mod steering;
+
+/// How long the workers have to answer.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// How often each replica checks whether it is its turn.
+const TURNS_IN_PERIOD: u32 = 3;
+
+/// Looks in each period, when it is this replica's turn, until `stop` is given.
+pub fn run(service: &Service, stop: &Signal) {
+    let Some(period) = service.config.workers_period else {
+        return;
+    };
+    let mut link = None;
+    let mut failing = false;
+    while !stop.comes_within(period / TURNS_IN_PERIOD) {
+        // The session and the probe log the same outages.
+        let is_due = service.store.connection();
+        match is_due.and_then(|mut connection| connection.claim(Upkeep::Workers, period)) {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(error) => {
+                debug!("the workers cannot be looked at: {error:#}");
+                continue;
+            }
+        }
+        // One that was there may have been lost with all others.
+        let is_fresh = link.is_none();
+        let open = || Link::open(&service.config.celery_rabbitmq, "asking the workers");
+        let link_now = match link.take().map_or_else(open, Ok) {
+            Ok(link) => link,
+            Err(error) => {
+                debug!("the workers cannot be asked: {error:#}");
+                continue;
+            }
+        };
+        let kill = || link_now.kill();
+        match within_deadline(DEADLINE, kill, || look(service, &link_now, stop)) {
+            Ok(()) => {
+                failing = false;
+                link = Some(link_now);
+            }
+            Err(error) if failing || !is_fresh => {
+                debug!("the workers could not be looked at: {error:#}");
+            }
+            Err(error) => {
+                failing = true;
+                warn!("the workers cannot be looked at, which is tried again: {error:#}");
+            }
+        }
+    }
+}
+
+fn look(service: &Service, link: &Link, stop: &Signal) -> anyhow::Result<()> {
+    // No connection to the database is held while the workers are waited for.
+    let Known {
+        now: asked_at,
+        workers: known,
+        absences: before,
+    } = service.store.connection()?.known_workers()?;
+    let Some(mut answers) = ask(service, link, stop, &Control::LOOK, None)? else {
+        return Ok(());
+    };
+    let (now, running) = service.store.connection()?.running_tasks()?;
+    let new: Vec<_> = answers
+        .iter()
+        .filter(|(host, answer)| worker::is_new(&known, host, answer, now))
+        .map(|(host, _)| host.clone())
+        .collect();
+    if !new.is_empty()
+        && let Some(more) = ask(service, link, stop, &[Control::Report], Some(&new))?
+    {
+        for (host, answer) in more {
+            if let Some(known) = answers.get_mut(&host) {
+                known.celery = answer.celery;
+            }
+        }
+    }
+    let running = in_queues(service, running);
+    let seen = Seen {
+        asked_at,
+        now,
+        connected: connected(link, &known, &answers)?,
+        depths: depths(link, &running, &answers)?,
+        answers,
+        running,
+    };
+    let look = worker::look(known, &before, &seen);
+    service.store.connection()?.keep_look(&look, now)?;
+    tell(&look);
+    restore(service, link, &look, stop)
+}
+
+/// What the workers answer to all of these questions; None when the service is stopping.
+fn ask(
+    service: &Service,
+    link: &Link,
+    stop: &Signal,
+    questions: &[Control<'_>],
+    workers: Option<&[String]>,
+) -> anyhow::Result<Option<BTreeMap<String, Answer>>> {
+    let asked_at = Instant::now();
+    let mut last = asked_at;
+    let mut answers = BTreeMap::new();
+    let mut missing = workers.map(<[String]>::len);
+    let messages = messages(questions, workers, || {
+        service.revoke_clock.fetch_add(1, Ordering::Relaxed)
+    });
+    let note = |place: usize, answer: &[u8]| {
+        questions[place].note(answer, &mut answers);
+        last = Instant::now();
+        if let Some(missing) = &mut missing {
+            *missing = missing.saturating_sub(1);
+            if *missing == 0 {
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
+    };
+    let asked = link.ask(&messages, ANSWER_TIME, &Calls::default(), stop, note)?;
+    debug!(
+        "{} workers have answered, the last one after {:.0?}",
+        answers.len(),
+        last - asked_at
+    );
+    Ok(asked.then_some(answers))
+}
+
+fn messages(
+    questions: &[Control<'_>],
+    workers: Option<&[String]>,
+    mut clock: impl FnMut() -> i64,
+) -> Vec<Question> {
+    let now = Timestamp::now();
+    let question = |question: &Control<'_>| {
+        let key = Uuid::new_v4().to_string();
+        Question {
+            message: question.message(workers, &key, clock(), now),
+            key,
+        }
+    };
+    questions.iter().map(question).collect()
+}
+
+fn in_queues(service: &Service, running: Vec<Running>) -> Vec<RunningTask> {
+    let tasks = service.catalogue.get().tasks_by_workflow();
+    let queue = |running: &Running| match (&running.step_task, tasks.get(&running.workflow)) {
+        (Some(task), _) => task.clone(),
+        (None, Some(tasks)) if tasks.len() == 1 => tasks[0].clone(),
+        (None, _) => running.workflow.clone(),
+    };
+    let task = |running: Running| RunningTask {
+        queue: queue(&running),
+        ..running.task
+    };
+    running.into_iter().map(task).collect()
+}
+
+/// Which of those who have not answered RabbitMQ knows.
+fn connected(
+    link: &Link,
+    known: &BTreeMap<String, Worker>,
+    answers: &BTreeMap<String, Answer>,
+) -> anyhow::Result<BTreeSet<String>> {
+    let silent = known
+        .values()
+        .filter(|worker| worker.state != WorkerState::Gone && !answers.contains_key(&worker.host));
+    let silent: Vec<_> = silent.map(|worker| worker.host.clone()).collect();
+    let queues: Vec<_> = silent.iter().map(|host| control_queue(host)).collect();
+    let queues: Vec<_> = queues.iter().map(String::as_str).collect();
+    let is_there = link.may_have(&queues)?;
+    let there = silent.into_iter().zip(is_there);
+    Ok(there
+        .filter(|(_, is_there)| *is_there)
+        .map(|(host, _)| host)
+        .collect())
+}
+
+/// The queues of those tasks that nobody has.
+fn depths(
+    link: &Link,
+    running: &[RunningTask],
+    answers: &BTreeMap<String, Answer>,
+) -> anyhow::Result<Depths> {
+    let tasks = answers.values().filter_map(|answer| answer.tasks.as_ref());
+    let with_workers: BTreeSet<&str> = tasks.flatten().map(|(id, _)| id.as_str()).collect();
+    let absent = running
+        .iter()
+        .filter(|task| !with_workers.contains(task.task_id.as_str()));
+    let queues: BTreeSet<&str> = absent.map(|task| task.queue.as_str()).collect();
+    let queues: Vec<&str> = queues.into_iter().collect();
+    if queues.is_empty() {
+        return Ok(Depths::new());
+    }
+    let depths = queues.iter().zip(link.depths(&queues)?);
+    Ok(depths
+        .filter_map(|(queue, depth)| Some(((*queue).to_owned(), depth?)))
+        .collect())
+}
+
+/// The log's lines.
+fn tell(look: &Look) {
+    for news in &look.news {
+        match news {
+            News::Appeared(host) => {
+                let worker = look.workers.iter().find(|worker| worker.host == *host);
+                let queues = worker.map(|worker| &worker.queues);
+                let queues: Vec<_> = queues
+                    .into_iter()
+                    .flatten()
+                    .map(|one| one_line(one))
+                    .collect();
+                info!(
+                    "worker {}: new, takes {}",
+                    one_line(host),
+                    queues.join(", ")
+                );
+            }
+            News::Restarted(host) => info!("worker {}: started again", one_line(host)),
+            News::Silent(host) => warn!(
+                "worker {}: does not answer, though it is connected to RabbitMQ",
+                one_line(host)
+            ),
+            News::Back(host) => info!("worker {}: answers again", one_line(host)),
+            News::Gone(host) => info!("worker {}: gone", one_line(host)),
+            News::Absent {
+                job_id,
+                task_id,
+                since,
+            } => warn!(
+                "job {job_id}: no worker has its task {} since {since:.0}, nor does it wait in its queue",
+                one_line(task_id)
+            ),
+        }
+    }
+}
+
+/// Sends workers back to queues that they have forgotten.
+fn restore(service: &Service, link: &Link, look: &Look, stop: &Signal) -> anyhow::Result<()> {
+    for (host, queue) in &look.restored {
+        info!(
+            "worker {}: sent back to {}, which it had forgotten",
+            one_line(host),
+            one_line(queue)
+        );
+        let hosts = std::slice::from_ref(host);
+        ask(
+            service,
+            link,
+            stop,
+            &[Control::AddConsumer(queue)],
+            Some(hosts),
+        )?;
+    }
+    Ok(())
+}
+
+/// Everything that is known of the workers, and of those that an operator may mean by `host`: Celery's
+/// name of a worker, or what follows the `@` of it.
+///
+/// # Errors
+/// None is known by that name, or several are; or the connection is lost.
+pub fn find(connection: &mut Connection, host: &str) -> anyhow::Result<Worker> {
+    let mut known = connection.known_workers()?.workers;
+    if let Some(worker) = known.remove(host) {
+        return Ok(worker);
+    }
+    let suffix = |worker: &Worker| worker.host.split_once('@').map(|(_, host)| host.to_owned());
+    let named: Vec<_> = known
+        .values()
+        .filter(|worker| suffix(worker).as_deref() == Some(host))
+        .collect();
+    if let [worker] = named[..] {
+        return Ok(worker.clone());
+    }
+    let names = known.keys().map(|name| one_line(name)).collect::<Vec<_>>();
+    anyhow::bail!(
+        "{} worker is called {}; known are {}",
+        if named.is_empty() {
+            "no"
+        } else {
+            "more than one"
+        },
+        one_line(host),
+        if names.is_empty() {
+            "none".to_owned()
+        } else {
+            names.join(", ")
+        }
+    )
+}

@@ -1,0 +1,117 @@
+//! Draining a worker, and sending it back to its queues, with its own word that it has done so.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::slice;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure};
+
+use super::messages;
+use crate::broker::{DEADLINE, Link};
+use crate::config::Config;
+use crate::domain::worker::{Answer, Wish, Worker, WorkerState};
+use crate::store::Connection;
+use crate::telemetry::report::one_line;
+use crate::threads::{Calls, Signal, within_deadline};
+use crate::wire::workers::Control;
+
+/// How long a worker has for an answer, and to do what it was told.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(12);
+
+/// What a worker has confirmed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Steered {
+    pub host: String,
+    /// From which it takes tasks now.
+    pub queues: BTreeSet<String>,
+    /// How many tasks it computes.
+    pub tasks: usize,
+}
+
+/// Has a worker take no more tasks, or take tasks again.
+///
+/// # Errors
+/// It is gone, has not confirmed it, or nothing is known of its queues; or a connection is lost.
+pub fn steer(
+    config: &Config,
+    connection: &mut Connection,
+    worker: &Worker,
+    wish: Wish,
+) -> anyhow::Result<Steered> {
+    let name = one_line(&worker.host);
+    ensure!(
+        worker.state != WorkerState::Gone,
+        "the worker {name} is gone"
+    );
+    ensure!(
+        !worker.serves.is_empty(),
+        "nothing is known of the queues of {name}"
+    );
+    // Before it is told: the service sends those back that are wished to be.
+    connection.wish(&worker.host, wish)?;
+    let link = Link::open(&config.celery_rabbitmq, "steering a worker")?;
+    let steered = within_deadline(DEADLINE, || link.kill(), || tell(&link, worker, wish));
+    let closed = link.close_within(DEADLINE);
+    let steered = steered?;
+    closed?;
+    Ok(steered)
+}
+
+/// Tells it until it says that it is so.
+fn tell(link: &Link, worker: &Worker, wish: Wish) -> anyhow::Result<Steered> {
+    let since = Instant::now();
+    let mut answers = ask(link, worker, &[Control::ActiveQueues, Control::Active])?;
+    while since.elapsed() < PATIENCE {
+        let wrong: BTreeSet<String> = match (&answers.queues, wish) {
+            (Some(queues), Wish::Drained) => queues.clone(),
+            (Some(queues), Wish::Resumed) => worker.serves.difference(queues).cloned().collect(),
+            // It may not have heard the question.
+            (None, Wish::Drained) => worker.queues.clone(),
+            (None, Wish::Resumed) => worker.serves.clone(),
+        };
+        if let (Some(queues), Some(tasks), true) =
+            (&answers.queues, &answers.tasks, wrong.is_empty())
+        {
+            return Ok(Steered {
+                host: worker.host.clone(),
+                queues: queues.clone(),
+                tasks: tasks.len(),
+            });
+        }
+        let orders: Vec<_> = wrong
+            .iter()
+            .map(|queue| match wish {
+                Wish::Drained => Control::CancelConsumer(queue),
+                Wish::Resumed => Control::AddConsumer(queue),
+            })
+            .collect();
+        if !orders.is_empty() {
+            ask(link, worker, &orders)?;
+        }
+        answers = ask(link, worker, &[Control::ActiveQueues, Control::Active])?;
+    }
+    bail!(
+        "{} has not confirmed it within {PATIENCE:?}; if it is busy or held up, it may still hear of it",
+        one_line(&worker.host)
+    )
+}
+
+fn ask(link: &Link, worker: &Worker, questions: &[Control<'_>]) -> anyhow::Result<Answer> {
+    let mut answers = BTreeMap::new();
+    let mut missing = questions.len();
+    // Whoever runs the command may interrupt it.
+    let (_running, never) = Signal::pending();
+    let messages = messages(questions, Some(slice::from_ref(&worker.host)), || 1);
+    let note = |place: usize, answer: &[u8]| {
+        questions[place].note(answer, &mut answers);
+        missing -= 1;
+        match missing {
+            0 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
+    };
+    link.ask(&messages, ANSWER_TIME, &Calls::default(), &never, note)?;
+    Ok(answers.remove(&worker.host).unwrap_or_default())
+}

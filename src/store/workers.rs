@@ -1,0 +1,392 @@
+//! Celery's workers, and the tasks that they have or should have.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use jiff::Timestamp;
+use postgres::Row;
+
+use super::rows::named;
+use super::{Connection, StoreError, Transaction};
+use crate::domain::worker::{
+    Absence, CurrentTask, Look, LostTask, RunningTask, TaskView, Wish, Worker, WorkerState,
+    WorkerView, Workers,
+};
+
+/// What is known before a look.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// The database's time.
+    pub now: Timestamp,
+    pub workers: BTreeMap<String, Worker>,
+    pub absences: Vec<Absence>,
+}
+
+/// The task of a running job, in its workflow's terms.
+#[derive(Debug)]
+pub struct Running {
+    pub workflow: String,
+    /// Its queue is the task of its step, or else that of the workflow.
+    pub step_task: Option<String>,
+    pub task: RunningTask,
+}
+
+impl Connection {
+    /// # Errors
+    /// The connection is lost.
+    pub fn known_workers(&mut self) -> Result<Known, StoreError> {
+        let row = self.client.query_one("SELECT clock_timestamp()", &[])?;
+        let now = row.try_get(0)?;
+        let mut tasks: HashMap<String, Vec<CurrentTask>> = HashMap::new();
+        let rows = self.client.query(
+            "SELECT host, celery_id, task, job_id, first_seen FROM worker_task WHERE is_current
+             ORDER BY host, first_seen, celery_id",
+            &[],
+        )?;
+        for row in &rows {
+            let current = CurrentTask {
+                id: row.try_get("celery_id")?,
+                name: row.try_get("task")?,
+                job_id: row.try_get("job_id")?,
+                first_seen: row.try_get("first_seen")?,
+            };
+            tasks.entry(row.try_get("host")?).or_default().push(current);
+        }
+        let rows = self
+            .client
+            .query("SELECT * FROM worker ORDER BY host", &[])?;
+        let workers: Result<BTreeMap<_, _>, postgres::Error> = rows
+            .iter()
+            .map(|row| {
+                let host: String = row.try_get("host")?;
+                let tasks = tasks.remove(&host).unwrap_or_default();
+                Ok((host, worker(row, tasks)?))
+            })
+            .collect();
+        let rows = self.client.query("SELECT * FROM absent_task", &[])?;
+        let absences: Result<_, postgres::Error> = rows.iter().map(absence).collect();
+        Ok(Known {
+            now,
+            workers: workers?,
+            absences: absences?,
+        })
+    }
+
+    /// The tasks of jobs that workers have started and that have not ended, and the database's time.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn running_tasks(&mut self) -> Result<(Timestamp, Vec<Running>), StoreError> {
+        let row = self.client.query_one("SELECT clock_timestamp()", &[])?;
+        let now = row.try_get(0)?;
+        let rows = self.client.query(
+            "SELECT job.job_id, workflow_type, job.celery_id, step.task,
+                    CASE priority WHEN 'HIGH' THEN 0 WHEN 'LOW' THEN 2 ELSE 1 END AS rank,
+                    coalesce(step.submitted_at, job.submitted_at, registered_at) AS submitted_at,
+                    coalesce((SELECT max(job_starts.started_at) FROM job_starts
+                              WHERE job_starts.job_id = job.job_id),
+                             step.started_at, running_at, registered_at) AS started_at
+             FROM job LEFT JOIN job_step AS step
+                 ON step.job_id = job.job_id AND step.celery_id = job.celery_id
+             WHERE status = 'RUNNING' AND job.celery_id IS NOT NULL
+               AND (step.job_id IS NULL OR step.started_at IS NOT NULL)
+               -- Whoever ends as lost is found again until that is told.
+               AND NOT EXISTS (SELECT FROM job_history AS ended
+                               WHERE ended.job_id = job.job_id AND outcome <> 'LOST')",
+            &[],
+        )?;
+        let running: Result<Vec<_>, postgres::Error> = rows.iter().map(running).collect();
+        Ok((now, running?))
+    }
+
+    /// Keeps what a look has shown, as of `now`.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn keep_look(&mut self, look: &Look, now: Timestamp) -> Result<(), StoreError> {
+        let mut transaction = self.transaction()?;
+        // One after the other, should two replicas look at once.
+        transaction.execute(
+            "INSERT INTO worker_look (looked_at) VALUES ($1)
+             ON CONFLICT (singleton) DO UPDATE SET looked_at = excluded.looked_at",
+            &[&now],
+        )?;
+        transaction.keep_workers(&look.workers)?;
+        transaction.keep_tasks(&look.workers, now)?;
+        transaction.keep_absences(&look.absences)?;
+        transaction.execute(
+            "DELETE FROM worker WHERE host = ANY($1)",
+            &[&look.forgotten],
+        )?;
+        transaction.commit()
+    }
+
+    /// Notes what an operator wants of a worker.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn wish(&mut self, host: &str, wish: Wish) -> Result<(), StoreError> {
+        let sql = "UPDATE worker SET wish = $2 WHERE host = $1";
+        self.client.execute(sql, &[&host, &wish.name()])?;
+        Ok(())
+    }
+
+    /// The workers for operators.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn workers(&mut self) -> Result<Workers, StoreError> {
+        let rows = self
+            .client
+            .query("SELECT looked_at FROM worker_look", &[])?;
+        let looked_at = rows.first().map(|row| row.get(0));
+        let known = self.known_workers()?;
+        let mut tasks = self.tasks_of_workers()?;
+        let mut ended = self.ended_tasks()?;
+        let views = known.workers.into_values().map(|worker| {
+            let tasks = tasks.remove(&worker.host).unwrap_or_default();
+            let ended = ended.remove(&worker.host).unwrap_or_default();
+            WorkerView::new(worker, tasks, ended)
+        });
+        let lost = known.absences.into_iter().filter(|absence| absence.is_told);
+        Ok(Workers {
+            looked_at,
+            workers: views.collect(),
+            lost_tasks: lost
+                .map(|absence| LostTask {
+                    job_id: absence.job_id,
+                    task_id: absence.task_id,
+                    since: absence.since,
+                })
+                .collect(),
+        })
+    }
+
+    fn tasks_of_workers(&mut self) -> Result<HashMap<String, Vec<TaskView>>, StoreError> {
+        let rows = self.client.query(
+            "SELECT host, worker_task.celery_id, worker_task.task, worker_task.job_id,
+                    left(job_reference, 300) AS job_reference, workflow_type, step.title,
+                    coalesce(step.started_at, running_at, first_seen) AS since
+             FROM worker_task
+                  LEFT JOIN job ON job.job_id = worker_task.job_id
+                                AND job.celery_id = worker_task.celery_id
+                  LEFT JOIN job_step AS step ON step.job_id = worker_task.job_id
+                                             AND step.celery_id = worker_task.celery_id
+             WHERE is_current ORDER BY host, since, celery_id",
+            &[],
+        )?;
+        let mut tasks: HashMap<String, Vec<TaskView>> = HashMap::new();
+        for row in &rows {
+            let reference: Option<String> = row.try_get("job_reference")?;
+            tasks
+                .entry(row.try_get("host")?)
+                .or_default()
+                .push(TaskView {
+                    id: row.try_get("celery_id")?,
+                    name: row.try_get("task")?,
+                    job_id: row.try_get("job_id")?,
+                    reference: reference.filter(|reference| !reference.is_empty()),
+                    workflow: row.try_get("workflow_type")?,
+                    step: row.try_get("title")?,
+                    since: row.try_get("since")?,
+                });
+        }
+        Ok(tasks)
+    }
+
+    /// How many of the tasks that each worker was seen with have ended, and how many of them badly.
+    fn ended_tasks(&mut self) -> Result<HashMap<String, (i64, i64)>, StoreError> {
+        let rows = self.client.query(
+            "SELECT host, count(outcome) AS ended,
+                    count(outcome) FILTER (WHERE outcome NOT IN ('SUCCEEDED', 'CANCELLED')) AS failed
+             FROM (SELECT host, coalesce(step.outcome, ended.outcome) AS outcome
+                   FROM worker_task
+                        LEFT JOIN job_step AS step ON step.job_id = worker_task.job_id
+                                                   AND step.celery_id = worker_task.celery_id
+                        LEFT JOIN job_history AS ended ON ended.job_id = worker_task.job_id
+                                                       AND ended.celery_id = worker_task.celery_id
+                   WHERE NOT is_current) AS tasks
+             GROUP BY host",
+            &[],
+        )?;
+        Ok(rows
+            .iter()
+            .map(|row| (row.get("host"), (row.get("ended"), row.get("failed"))))
+            .collect())
+    }
+}
+
+impl Transaction<'_> {
+    /// The wish is an operator's, and goes with the process that it is about.
+    fn keep_workers(&mut self, workers: &[Worker]) -> Result<(), StoreError> {
+        fn column<'w, T: 'w>(workers: &'w [Worker], of: impl Fn(&'w Worker) -> T) -> Vec<T> {
+            workers.iter().map(of).collect()
+        }
+        self.execute(
+            "INSERT INTO worker (host, state, state_since, first_seen, last_seen, misses, pid, began_at,
+                                 pool, pool_size, prefetch, celery, queues, serves, process_count,
+                                 begun, samples)
+             SELECT * FROM unnest($1::varchar[], $2::varchar[], $3::timestamptz[], $4::timestamptz[],
+                 $5::timestamptz[], $6::integer[], $7::bigint[], $8::timestamptz[], $9::varchar[],
+                 $10::bigint[], $11::bigint[], $12::varchar[], $13::text[], $14::text[],
+                 $15::bigint[], $16::bigint[], $17::text[])
+             ON CONFLICT (host) DO UPDATE SET
+                 state = excluded.state, state_since = excluded.state_since,
+                 last_seen = excluded.last_seen, misses = excluded.misses, pid = excluded.pid,
+                 began_at = excluded.began_at, pool = excluded.pool, pool_size = excluded.pool_size,
+                 prefetch = excluded.prefetch, celery = excluded.celery, queues = excluded.queues,
+                 serves = excluded.serves, process_count = excluded.process_count,
+                 begun = excluded.begun, samples = excluded.samples,
+                 wish = CASE WHEN worker.pid IS NOT DISTINCT FROM excluded.pid
+                              AND worker.began_at IS NOT DISTINCT FROM excluded.began_at
+                             THEN worker.wish END",
+            &[
+                &column(workers, |worker| worker.host.as_str()),
+                &column(workers, |worker| worker.state.name()),
+                &column(workers, |worker| worker.state_since),
+                &column(workers, |worker| worker.first_seen),
+                &column(workers, |worker| worker.last_seen),
+                &column(workers, |worker| worker.misses),
+                &column(workers, |worker| worker.pid),
+                &column(workers, |worker| worker.began_at),
+                &column(workers, |worker| worker.pool.as_deref()),
+                &column(workers, |worker| worker.pool_size),
+                &column(workers, |worker| worker.prefetch),
+                &column(workers, |worker| worker.celery.as_deref()),
+                &column(workers, |worker| json(&worker.queues)),
+                &column(workers, |worker| json(&worker.serves)),
+                &column(workers, |worker| worker.process_count),
+                &column(workers, |worker| worker.begun),
+                &column(workers, |worker| json(&worker.samples)),
+            ],
+        )?;
+        Ok(())
+    }
+
+    fn keep_tasks(&mut self, workers: &[Worker], now: Timestamp) -> Result<(), StoreError> {
+        let tasks: Vec<_> = workers
+            .iter()
+            .flat_map(|worker| worker.tasks.iter().map(|task| (worker.host.as_str(), task)))
+            .collect();
+        let hosts: Vec<_> = tasks.iter().map(|(host, _)| *host).collect();
+        let ids: Vec<_> = tasks.iter().map(|(_, task)| task.id.as_str()).collect();
+        self.execute(
+            "UPDATE worker_task SET is_current = false
+             WHERE is_current AND NOT EXISTS (
+                 SELECT FROM unnest($1::varchar[], $2::varchar[]) AS now (host, celery_id)
+                 WHERE now.host = worker_task.host AND now.celery_id = worker_task.celery_id)",
+            &[&hosts, &ids],
+        )?;
+        self.execute(
+            "INSERT INTO worker_task (host, celery_id, task, job_id, first_seen, last_seen, is_current)
+             SELECT host, celery_id, task, job_id, first_seen, $6, true
+             FROM unnest($1::varchar[], $2::varchar[], $3::varchar[], $4::uuid[], $5::timestamptz[])
+                  AS now (host, celery_id, task, job_id, first_seen)
+             ON CONFLICT (host, celery_id) DO UPDATE SET
+                 last_seen = excluded.last_seen, is_current = true,
+                 job_id = coalesce(excluded.job_id, worker_task.job_id)",
+            &[
+                &hosts,
+                &ids,
+                &tasks
+                    .iter()
+                    .map(|(_, task)| task.name.as_str())
+                    .collect::<Vec<_>>(),
+                &tasks.iter().map(|(_, task)| task.job_id).collect::<Vec<_>>(),
+                &tasks
+                    .iter()
+                    .map(|(_, task)| task.first_seen)
+                    .collect::<Vec<_>>(),
+                &now,
+            ],
+        )?;
+        self.execute(
+            "DELETE FROM worker_task
+             WHERE NOT is_current AND last_seen < $1::timestamptz - interval '1 hour'",
+            &[&now],
+        )?;
+        Ok(())
+    }
+
+    fn keep_absences(&mut self, absences: &[Absence]) -> Result<(), StoreError> {
+        fn column<'a, T: 'a>(absences: &'a [Absence], of: impl Fn(&'a Absence) -> T) -> Vec<T> {
+            absences.iter().map(of).collect()
+        }
+        self.execute("DELETE FROM absent_task", &[])?;
+        self.execute(
+            "INSERT INTO absent_task (celery_id, job_id, since, confirmed_at, may_wait, is_told)
+             SELECT * FROM unnest($1::varchar[], $2::uuid[], $3::timestamptz[], $4::timestamptz[],
+                                  $5::boolean[], $6::boolean[])
+             ON CONFLICT DO NOTHING",
+            &[
+                &column(absences, |one| one.task_id.as_str()),
+                &column(absences, |one| one.job_id),
+                &column(absences, |one| one.since),
+                &column(absences, |one| one.confirmed_at),
+                &column(absences, |one| one.may_wait),
+                &column(absences, |one| one.is_told),
+            ],
+        )?;
+        Ok(())
+    }
+}
+
+fn json(list: &impl serde::Serialize) -> String {
+    serde_json::to_string(list).expect("texts, times and numbers always serialize")
+}
+
+/// What a later version has written and this one does not understand is seen anew at the next look.
+fn worker(row: &Row, tasks: Vec<CurrentTask>) -> Result<Worker, postgres::Error> {
+    let state = named(WorkerState::ALL, WorkerState::name, row.try_get("state")?);
+    let wish: Option<&str> = row.try_get("wish")?;
+    let wish = wish.and_then(|wish| named(Wish::ALL, |one| one.name(), wish).ok());
+    let list = |name: &str| -> Result<BTreeSet<String>, postgres::Error> {
+        Ok(serde_json::from_str(row.try_get(name)?).unwrap_or_default())
+    };
+    Ok(Worker {
+        host: row.try_get("host")?,
+        state: state.unwrap_or(WorkerState::Silent),
+        state_since: row.try_get("state_since")?,
+        first_seen: row.try_get("first_seen")?,
+        last_seen: row.try_get("last_seen")?,
+        misses: row.try_get("misses")?,
+        pid: row.try_get("pid")?,
+        began_at: row.try_get("began_at")?,
+        pool: row.try_get("pool")?,
+        pool_size: row.try_get("pool_size")?,
+        prefetch: row.try_get("prefetch")?,
+        celery: row.try_get("celery")?,
+        queues: list("queues")?,
+        serves: list("serves")?,
+        wish,
+        process_count: row.try_get("process_count")?,
+        begun: row.try_get("begun")?,
+        samples: serde_json::from_str(row.try_get("samples")?).unwrap_or_default(),
+        tasks,
+    })
+}
+
+fn absence(row: &Row) -> Result<Absence, postgres::Error> {
+    Ok(Absence {
+        job_id: row.try_get("job_id")?,
+        task_id: row.try_get("celery_id")?,
+        since: row.try_get("since")?,
+        confirmed_at: row.try_get("confirmed_at")?,
+        may_wait: row.try_get("may_wait")?,
+        is_told: row.try_get("is_told")?,
+    })
+}
+
+fn running(row: &Row) -> Result<Running, postgres::Error> {
+    Ok(Running {
+        workflow: row.try_get("workflow_type")?,
+        step_task: row.try_get("task")?,
+        task: RunningTask {
+            job_id: row.try_get("job_id")?,
+            task_id: row.try_get("celery_id")?,
+            queue: String::new(),
+            priority: row.try_get("rank")?,
+            submitted_at: row.try_get("submitted_at")?,
+            started_at: row.try_get("started_at")?,
+        },
+    })
+}

@@ -9,6 +9,7 @@ use crate::influx::Influx;
 use crate::store::inspection::Inspection;
 use crate::telemetry::report::one_line;
 
+mod cluster;
 mod limits;
 mod postgres;
 mod rabbitmq;
@@ -110,6 +111,9 @@ pub fn examine(config: &Config, near_misses: &[String], rabbitmqctl: Option<&str
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
     limits::limits(rabbitmqctl, longest, config.job_retention, &mut findings);
+    if let Some(command) = rabbitmqctl {
+        cluster::deliveries(config, command, &mut findings);
+    }
     findings.0
 }
 

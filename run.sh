@@ -18,7 +18,7 @@ Usage: ./run.sh [COMMAND]
                        target/test-services/env to run `cargo test` by hand.
        --stop          Stop what --keep has left.
   chaos [--jobs N] [--replicas R] [--minutes M] [--seed S] [--idle-clients N] [--figures README]
-                       Load on replicas while they and all around them fail; whether anything was
+        [--cluster]    Load on replicas while they and all around them fail; whether anything was
                        lost.
   bench [--only PART] [--compare REPORT] [--figures README]
                        Throughput, latency and cost, beside the least that anything could need.
@@ -235,6 +235,18 @@ start_postgres() {
   fi
 }
 
+# start_standby FOLDER PORT PRIMARYS_FOLDER PRIMARYS_PORT: every commit of the primary waits for it.
+start_standby() {
+  local folder=$1 port=$2 primary=$4 bin names="ALTER SYSTEM SET synchronous_standby_names = 'standby'"
+  bin=$(dirname "$(postgres_program initdb)")
+  folder=$(service_folder "$folder" postgres)
+  export PGPASSWORD=secret
+  (cd "$folder" && as_user postgres "$bin/pg_basebackup" -D "$folder/data" -R -X stream -c fast \
+    -d "host=127.0.0.1 port=$primary user=omotes application_name=standby") || return 1
+  start_postgres "$folder" "$port" omotes secret postgres || return 1
+  psql -q -h 127.0.0.1 -p "$primary" -U omotes -d postgres -c "$names" -c 'SELECT pg_reload_conf()' >/dev/null
+}
+
 # start_influxdb FOLDER PORT USER PASSWORD
 start_influxdb() {
   local folder=$1 port=$2 user=$3 password=$4
@@ -298,6 +310,8 @@ private() {
     kill-postgres) kill -KILL "$(head -n 1 "$folder/data/postmaster.pid")" ;;
     stop-*) stop_private "$folder" ;;
     remove-*) stop_private "$folder" fast; remove_folder "$folder" ;;
+    standby-postgres) start_standby "$folder" "$@" ;;
+    promote-postgres) as_user postgres "$(postgres_program pg_ctl)" -D "$folder/data" -w promote >/dev/null ;;
     signal-rabbitmq) kill "$1" "$(cat "$folder/pid")" ;;
     # No file grows beyond so many bytes: writing fails as on a full disk. As the server's own user,
     # for root may lack the right in a container.
@@ -657,7 +671,9 @@ drive() {
   driven=target/$name
   end_drive() {
     trap '' INT TERM
-    for server in rabbitmq postgres; do private remove "$driven/$server"; done
+    for server in node-2/rabbitmq node-3/rabbitmq standby/postgres rabbitmq postgres; do
+      private remove "$driven/$server"
+    done
   }
   trap end_drive EXIT
   trap 'exit 130' INT TERM
@@ -685,9 +701,48 @@ drive() {
 JSON
 }
 
+# What the first node of a cluster has to know before it starts.
+cluster_of_three_first() {
+  mkdir -p "$1/rabbitmq.extra"
+  cat >"$1/rabbitmq.extra/exports" <<EXPORTS
+export ERL_EPMD_PORT=$(free_port)
+export RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-setcookie omotes' RABBITMQ_CTL_ERL_ARGS='-setcookie omotes'
+EXPORTS
+  echo "cluster_partition_handling = pause_minority" >"$1/rabbitmq.extra/conf"
+}
+
+# Two nodes more, the queues of examples/deployment/cluster, and a standby of Postgres.
+cluster_of_three() {
+  local folder=$PWD/$1 number port nodes=127.0.0.1:$RABBITMQ prefix
+  for number in 2 3; do
+    port=$(free_port)
+    mkdir -p "$folder/node-$number/rabbitmq.extra"
+    cp "$folder/rabbitmq.extra/exports" "$folder/node-$number/rabbitmq.extra/"
+    {
+      cat "$folder/rabbitmq.extra/conf"
+      echo "cluster_formation.peer_discovery_backend = classic_config"
+      echo "cluster_formation.classic_config.nodes.1 = omotes$RABBITMQ@localhost"
+      echo "cluster_formation.classic_config.nodes.2 = omotes$port@localhost"
+    } >"$folder/node-$number/rabbitmq.extra/conf"
+    private start "$folder/node-$number/rabbitmq" "$port"
+    nodes+=,127.0.0.1:$port
+  done
+  cp examples/deployment/cluster/definitions.json "$folder/rabbitmq/cluster.json"
+  chmod 644 "$folder/rabbitmq/cluster.json"
+  private ctl "$folder/rabbitmq" -q import_definitions "$(cd "$folder/rabbitmq" && pwd -P)/cluster.json" >&2
+  port=$(free_port)
+  private standby "$folder/standby/postgres" "$port" "$folder/postgres" "$POSTGRES"
+  for prefix in SDK TASK CELERY; do export "${prefix}_RABBITMQ_HOSTNAME=$nodes"; done
+  export POSTGRESQL_HOST=127.0.0.1,127.0.0.1 POSTGRESQL_PORT=$POSTGRES,$port
+}
+
 # The orchestrator among failures of everything around it; see examples/chaos.
 chaos() {
-  drive chaos "$@"
+  rm -rf target/chaos/*.extra target/chaos/node-*
+  case " $* " in
+    *" --cluster "*) cluster_of_three_first target/chaos; drive chaos "$@"; cluster_of_three target/chaos ;;
+    *) drive chaos "$@" ;;
+  esac
   export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0 OUTCOME_LOST_SEC=60
   target/release/examples/chaos --folder "$PWD/target/chaos" \
     --program target/release/omotes-orchestrator "$@" 2>target/chaos/chaos.log

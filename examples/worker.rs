@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Parser;
 use crossbeam_channel::{select, unbounded};
-use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
+use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received, Source};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::esdl;
 use omotes_orchestrator::threads::{Calls, Signal};
@@ -65,7 +65,7 @@ fn main() -> anyhow::Result<()> {
         let queue = options.workflow.as_str();
         let (link, consumer_stopped) = (&tasks_link, stopped.clone());
         scope.spawn(move || {
-            let queues = [(queue, 1)];
+            let queues = [Source::new(queue, 1)];
             let consumed = broker::consume(link, &queues, &consumer_stopped, &all_done, |_, it| {
                 let _ = task.send(it);
             });
@@ -120,7 +120,7 @@ fn hear_revokes(link: &Link, queue: &str, revoked: &Revoked, stopped: &Signal) {
     let (done, all_done) = unbounded();
     let heard = broker::consume(
         link,
-        &[(queue, 10)],
+        &[Source::new(queue, 10)],
         &not_stopped,
         &all_done,
         |_, message| {

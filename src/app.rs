@@ -191,7 +191,7 @@ fn wait_for_end(signalled: &Receiver<i32>, all_finished: &Signal, stop: Pending)
 fn run_sessions(service: &Service, stopped: &Signal) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LAST_PAUSE);
     loop {
-        if stopped.is_given() {
+        if stopped.is_given() || !database::wait(service, stopped) {
             return;
         }
         let started = Instant::now();
@@ -215,7 +215,7 @@ fn run_sessions(service: &Service, stopped: &Signal) {
         if started.elapsed() > GOOD_SESSION {
             backoff.reset();
         }
-        if backoff.stopped_by(stopped) || !database::wait(service, stopped) {
+        if backoff.stopped_by(stopped) {
             return;
         }
     }

@@ -21,8 +21,9 @@ mod tls_stream;
 mod topology;
 mod unacked;
 mod values;
+mod window;
 
-pub use self::consumer::{Handled, Received, consume};
+pub use self::consumer::{Handled, Received, Source, consume};
 pub use self::link::Link;
 pub use self::presence::Found;
 pub use self::publisher::{Delivered, Publisher};

@@ -9,6 +9,7 @@ use crate::influx::Influx;
 use crate::store::inspection::Inspection;
 use crate::telemetry::report::one_line;
 
+mod cluster;
 mod limits;
 mod postgres;
 mod rabbitmq;
@@ -127,6 +128,9 @@ pub fn examine(
             seen: &seen,
         };
         switch::examine(switch, &scene, &mut findings);
+    }
+    if let Some(command) = rabbitmqctl {
+        cluster::deliveries(config, command, &mut findings);
     }
     findings.0
 }

@@ -189,14 +189,16 @@ impl Connection {
         self.client.work(work)
     }
 
-    /// Checks that Postgres commits, without changing anything.
+    /// Checks that Postgres would write a batch, without changing anything.
     ///
     /// # Errors
-    /// It cannot: it is a standby, its disk is full, or the connection is lost.
+    /// It would not: it is a standby, its disk is full, the tables are locked, or the connection is lost.
     pub fn check_writing(&mut self) -> Result<(), StoreError> {
+        let mut transaction = self.transaction()?;
+        transaction.check_tables()?;
         // A transaction with an id of its own is written to the WAL, and its commit waits for that.
-        self.client.execute("SELECT txid_current()", &[])?;
-        Ok(())
+        transaction.execute("SELECT txid_current()", &[])?;
+        transaction.commit()
     }
 
     /// Deletes the rows of these jobs, which have ended, and whose clients have been told;
@@ -258,6 +260,21 @@ pub struct Transaction<'a> {
 }
 
 impl Transaction<'_> {
+    /// Checks that nobody has locked the tables against the writing of a batch. Whoever takes messages
+    /// while they are locked can only hand them back, and of a quorum queue that is possible only so often.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`], after a second, or the connection is lost.
+    fn check_tables(&mut self) -> Result<(), StoreError> {
+        self.execute("SET LOCAL lock_timeout = '1s'", &[])?;
+        self.execute(
+            "LOCK TABLE job, job_history, job_starts, job_step, job_input, esdl_time_series_info
+             IN ROW EXCLUSIVE MODE",
+            &[],
+        )?;
+        Ok(())
+    }
+
     /// Commits the transaction.
     ///
     /// # Errors

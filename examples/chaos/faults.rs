@@ -14,6 +14,9 @@ use fastrand::Rng;
 use crate::people::pause;
 use crate::proxy::{End, Proxy, Weather};
 
+/// How long a node may take to be part of the cluster again.
+const BACK: Duration = Duration::from_secs(60);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Line {
     RabbitMq,
@@ -30,13 +33,18 @@ pub enum Fault {
     Cut(usize, Line, End),
     /// The network to one replica is like that for so long, and then the connections are reset.
     Weather(usize, Line, Weather, Duration),
-    /// Killed and started again.
-    RestartRabbitMq,
+    /// Killed and started again; of a cluster one of its nodes.
+    RestartRabbitMq(usize),
     RestartPostgres,
+    /// A node is stopped for so long, or the others hear nothing of it and it nothing of them.
+    HangNode(usize, Duration),
+    IsolateNode(usize, Duration),
+    /// The primary is killed for good, and its standby promoted.
+    FailOver,
 }
 
 impl Fault {
-    pub fn random(random: &mut Rng, replicas: usize) -> Fault {
+    pub fn random(random: &mut Rng, replicas: usize, nodes: usize) -> Fault {
         let replica = random.usize(..replicas);
         let line = if random.bool() {
             Line::RabbitMq
@@ -44,6 +52,14 @@ impl Fault {
             Line::Postgres
         };
         let time = Duration::from_millis(random.u64(500..4000));
+        if nodes > 1 && random.u32(..4) == 0 {
+            let node = random.usize(..nodes);
+            return match random.u32(..3) {
+                0 => Fault::RestartRabbitMq(node),
+                1 => Fault::HangNode(node, time * 2),
+                _ => Fault::IsolateNode(node, time * 3),
+            };
+        }
         match random.u32(..20) {
             0..=4 => Fault::Kill(replica),
             5..=6 => Fault::Terminate(replica),
@@ -60,7 +76,7 @@ impl Fault {
             16 => Fault::Weather(replica, line, Weather::Throttle(20_000), time),
             17 if random.bool() => Fault::Weather(replica, line, Weather::Refuse, time),
             17 => Fault::Weather(replica, line, Weather::Reset, time),
-            18 => Fault::RestartRabbitMq,
+            18 => Fault::RestartRabbitMq(0),
             _ => Fault::RestartPostgres,
         }
     }
@@ -79,8 +95,11 @@ impl Fault {
                 format!("{line:?} refused")
             }
             Fault::Weather(_, line, Weather::Reset, _) => format!("{line:?} reset"),
-            Fault::RestartRabbitMq => "RabbitMQ killed and started".to_owned(),
+            Fault::RestartRabbitMq(_) => "RabbitMQ killed and started".to_owned(),
             Fault::RestartPostgres => "Postgres killed and started".to_owned(),
+            Fault::HangNode(..) => "RabbitMQ's node stopped for a while".to_owned(),
+            Fault::IsolateNode(..) => "RabbitMQ's node cut off from the others".to_owned(),
+            Fault::FailOver => "Postgres killed, its standby promoted".to_owned(),
         }
     }
 }
@@ -88,8 +107,11 @@ impl Fault {
 /// The private servers, and the replicas with their lines to them.
 pub struct Site {
     pub folder: PathBuf,
-    pub rabbitmq: u16,
-    pub postgres: u16,
+    /// The ports of RabbitMQ's nodes, and of Postgres and its standby.
+    pub rabbitmq: Vec<u16>,
+    pub postgres: Vec<u16>,
+    /// Whether the standby has been promoted.
+    has_failed_over: bool,
     /// When RabbitMQ was killed, and was there again.
     pub rabbitmq_kills: Vec<Range<Instant>>,
     program: PathBuf,
@@ -98,24 +120,27 @@ pub struct Site {
 
 struct Replica {
     child: Option<Child>,
-    rabbitmq: Proxy,
-    postgres: Proxy,
+    rabbitmq: Vec<Proxy>,
+    postgres: Vec<Proxy>,
 }
 
 impl Site {
     pub fn new(
         folder: &Path,
         program: &Path,
-        rabbitmq: u16,
-        postgres: u16,
+        rabbitmq: Vec<u16>,
+        postgres: Vec<u16>,
         replicas: usize,
     ) -> anyhow::Result<Site> {
+        let proxies = |ports: &[u16]| -> std::io::Result<Vec<Proxy>> {
+            ports.iter().map(|port| Proxy::new(*port)).collect()
+        };
         let replicas = (0..replicas)
             .map(|_| {
                 anyhow::Ok(Replica {
                     child: None,
-                    rabbitmq: Proxy::new(rabbitmq)?,
-                    postgres: Proxy::new(postgres)?,
+                    rabbitmq: proxies(&rabbitmq)?,
+                    postgres: proxies(&postgres)?,
                 })
             })
             .collect::<Result<_, _>>()?;
@@ -123,6 +148,7 @@ impl Site {
             folder: folder.to_owned(),
             rabbitmq,
             postgres,
+            has_failed_over: false,
             rabbitmq_kills: Vec::new(),
             program: program.to_owned(),
             replicas,
@@ -167,12 +193,7 @@ impl Site {
                 .open(self.folder.join(format!("replica-{}.log", number + 1)))?;
             let child = Command::new(&self.program)
                 .arg("run")
-                .envs([
-                    ("SDK_RABBITMQ_PORT", replica.rabbitmq.port().to_string()),
-                    ("TASK_RABBITMQ_PORT", replica.rabbitmq.port().to_string()),
-                    ("CELERY_RABBITMQ_PORT", replica.rabbitmq.port().to_string()),
-                    ("POSTGRESQL_PORT", replica.postgres.port().to_string()),
-                ])
+                .envs(replica.variables())
                 .stdin(Stdio::null())
                 .stderr(log)
                 .spawn()
@@ -192,26 +213,120 @@ impl Site {
                 pause(time);
                 self.signal(which, "-CONT")?;
             }
-            Fault::Cut(which, line, end) => self.line(which, line).cut(end),
+            Fault::Cut(which, line, end) => {
+                self.line(which, line).iter().for_each(|one| one.cut(end));
+            }
             Fault::Weather(which, line, weather, time) => {
-                self.line(which, line).set(weather);
+                let set = |weather| {
+                    self.line(which, line)
+                        .iter()
+                        .for_each(|one| one.set(weather))
+                };
+                set(weather);
                 pause(time);
-                self.line(which, line).set(Weather::Fair);
-                self.line(which, line).cut(End::Rst);
+                set(Weather::Fair);
+                self.line(which, line)
+                    .iter()
+                    .for_each(|one| one.cut(End::Rst));
             }
-            Fault::RestartRabbitMq => {
-                let killed = Instant::now();
-                self.restart("rabbitmq", self.rabbitmq)?;
-                let time = killed.elapsed().as_secs_f64();
+            Fault::RestartRabbitMq(_) | Fault::HangNode(..) | Fault::IsolateNode(..) => {
+                let began = Instant::now();
+                self.inflict_on_rabbitmq(fault)?;
+                let time = began.elapsed().as_secs_f64();
                 eprintln!("RabbitMQ was there again after {time:.1} s");
-                self.rabbitmq_kills.push(killed..Instant::now());
+                self.rabbitmq_kills.push(began..Instant::now());
             }
-            Fault::RestartPostgres => self.restart("postgres", self.postgres)?,
+            Fault::RestartPostgres => {
+                let (folder, port) = self.primary();
+                restart(&folder, port)?;
+            }
+            Fault::FailOver => {
+                private("kill", &self.folder.join("postgres"), &[])?;
+                self.has_failed_over = true;
+                private("promote", &self.primary().0, &[])?;
+            }
         }
         self.start_missing()
     }
 
-    fn line(&self, which: usize, line: Line) -> &Proxy {
+    fn inflict_on_rabbitmq(&self, fault: Fault) -> anyhow::Result<()> {
+        match fault {
+            Fault::RestartRabbitMq(node) => restart(&self.node(node), self.rabbitmq[node])?,
+            Fault::HangNode(node, time) => {
+                private("signal", &self.node(node), &["-STOP"])?;
+                pause(time);
+                private("signal", &self.node(node), &["-CONT"])?;
+            }
+            Fault::IsolateNode(node, time) => {
+                let others = self.rabbitmq.iter().enumerate();
+                let others = others.filter(|(other, _)| *other != node);
+                let names = others.map(|(_, port)| format!("omotes{port}@localhost"));
+                let names = names.collect::<Vec<_>>().join(",");
+                // Nodes of different cookies refuse each other.
+                let part = format!(
+                    "[begin erlang:set_cookie(N, strangers), erlang:disconnect_node(N) end || N <- [{names}]]."
+                );
+                private("ctl", &self.node(node), &["eval", &part])?;
+                pause(time);
+                let join =
+                    format!("[erlang:set_cookie(N, erlang:get_cookie()) || N <- [{names}]].");
+                private("ctl", &self.node(node), &["eval", &join])?;
+            }
+            Fault::Kill(_)
+            | Fault::Terminate(_)
+            | Fault::Hang(..)
+            | Fault::Cut(..)
+            | Fault::Weather(..)
+            | Fault::RestartPostgres
+            | Fault::FailOver => {}
+        }
+        self.wait_for_all_nodes()
+    }
+
+    /// Waits until all nodes are in the cluster, and starts those again that do not come back.
+    fn wait_for_all_nodes(&self) -> anyhow::Result<()> {
+        if self.rabbitmq.len() == 1 {
+            return Ok(());
+        }
+        for node in 0..self.rabbitmq.len() {
+            let all = self.rabbitmq.len().to_string();
+            let deadline = Instant::now() + BACK;
+            let is_back = || {
+                let running = ["eval", "length(rabbit_nodes:all_running())."];
+                let answer = private("ctl", &self.node(node), &running);
+                answer.is_ok_and(|answer| answer.trim() == all)
+            };
+            while !is_back() {
+                if Instant::now() > deadline {
+                    eprintln!("node {node} is not back, and is started again");
+                    restart(&self.node(node), self.rabbitmq[node])?;
+                    break;
+                }
+                pause(Duration::from_millis(500));
+            }
+        }
+        Ok(())
+    }
+
+    fn node(&self, node: usize) -> PathBuf {
+        match node {
+            0 => self.folder.join("rabbitmq"),
+            _ => self
+                .folder
+                .join(format!("node-{}", node + 1))
+                .join("rabbitmq"),
+        }
+    }
+
+    /// The folder and the port of the Postgres that takes writes.
+    fn primary(&self) -> (PathBuf, u16) {
+        match self.has_failed_over {
+            false => (self.folder.join("postgres"), self.postgres[0]),
+            true => (self.folder.join("standby/postgres"), self.postgres[1]),
+        }
+    }
+
+    fn line(&self, which: usize, line: Line) -> &[Proxy] {
         match line {
             Line::RabbitMq => &self.replicas[which].rabbitmq,
             Line::Postgres => &self.replicas[which].postgres,
@@ -234,20 +349,6 @@ impl Site {
         Ok(())
     }
 
-    fn restart(&self, server: &str, port: u16) -> anyhow::Result<()> {
-        for (command, arguments) in [("kill", vec![]), ("start", vec![port.to_string()])] {
-            let folder = self.folder.join(server);
-            let status = Command::new("./run.sh")
-                .args(["private", command])
-                .arg(folder)
-                .args(arguments)
-                .stdin(Stdio::null())
-                .status()?;
-            ensure!(status.success(), "{server} does not {command}");
-        }
-        Ok(())
-    }
-
     /// Ends all replicas in good order; false if one did not end well.
     pub fn stop(&mut self) -> anyhow::Result<bool> {
         let mut well = true;
@@ -258,6 +359,55 @@ impl Site {
             }
         }
         Ok(well)
+    }
+}
+
+/// Has `run.sh` do something with a server; returns what it prints.
+fn private(command: &str, folder: &Path, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new("./run.sh")
+        .args(["private", command])
+        .arg(folder)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()?;
+    let done = output.status.success();
+    ensure!(done, "{} does not {command}", folder.display());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn restart(folder: &Path, port: u16) -> anyhow::Result<()> {
+    private("kill", folder, &[])?;
+    private("start", folder, &[&port.to_string()])?;
+    Ok(())
+}
+
+impl Replica {
+    /// Where its servers are.
+    fn variables(&self) -> Vec<(String, String)> {
+        let ports = |proxies: &[Proxy]| -> Vec<String> {
+            proxies
+                .iter()
+                .map(|proxy| proxy.port().to_string())
+                .collect()
+        };
+        let of_rabbitmq = ports(&self.rabbitmq);
+        let hosts: Vec<_> = of_rabbitmq
+            .iter()
+            .map(|port| format!("127.0.0.1:{port}"))
+            .collect();
+        let of_postgres = ports(&self.postgres);
+        let mut variables = vec![
+            (
+                "POSTGRESQL_HOST".to_owned(),
+                vec!["127.0.0.1"; of_postgres.len()].join(","),
+            ),
+            ("POSTGRESQL_PORT".to_owned(), of_postgres.join(",")),
+        ];
+        for vhost in ["SDK", "TASK", "CELERY"] {
+            variables.push((format!("{vhost}_RABBITMQ_HOSTNAME"), hosts.join(",")));
+        }
+        variables
     }
 }
 
@@ -281,9 +431,13 @@ pub fn run(
     end: Instant,
 ) -> anyhow::Result<BTreeMap<String, usize>> {
     let mut counts = BTreeMap::new();
+    let half = Instant::now() + end.saturating_duration_since(Instant::now()) / 2;
     while Instant::now() < end {
         pause(Duration::from_millis(random.u64(200..2500)));
-        let fault = Fault::random(random, replicas);
+        let mut fault = Fault::random(random, replicas, site.rabbitmq.len());
+        if site.postgres.len() > 1 && !site.has_failed_over && Instant::now() > half {
+            fault = Fault::FailOver;
+        }
         eprintln!("{}: {fault:?}", thread::current().name().unwrap_or("main"));
         site.inflict(fault)?;
         *counts.entry(fault.kind()).or_default() += 1;

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Parser;
 use fastrand::Rng;
-use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::{Address, Config};
 use omotes_orchestrator::wire::{CANCELS_QUEUE, SUBMISSIONS_QUEUE};
 use uuid::Uuid;
 
@@ -63,6 +63,9 @@ struct Options {
     /// the one with the same command line.
     #[arg(long)]
     figures: Option<PathBuf>,
+    /// RabbitMQ as a cluster of three nodes, and Postgres with a standby, which is promoted half-way.
+    #[arg(long)]
+    cluster: bool,
     /// Where the private servers and the logs are.
     #[arg(long)]
     folder: PathBuf,
@@ -85,8 +88,8 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut site = Site::new(
         &options.folder,
         &options.program,
-        config.sdk_rabbitmq.servers[0].port,
-        config.postgres.servers[0].port,
+        ports(&config.sdk_rabbitmq.servers),
+        ports(&config.postgres.servers),
         options.replicas,
     )?;
     if let Some(seats) = options.seats {
@@ -146,6 +149,10 @@ fn main() -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn ports(servers: &[Address]) -> Vec<u16> {
+    servers.iter().map(|server| server.port).collect()
 }
 
 /// What the client does, in order of time.
@@ -214,9 +221,12 @@ fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
     if queues > 0 {
         left.push(format!("{queues} messages in queues"));
     }
-    let mut client = postgres::Config::new()
-        .host(&config.postgres.servers[0].host)
-        .port(config.postgres.servers[0].port)
+    let mut to_primary = postgres::Config::new();
+    for server in &config.postgres.servers {
+        to_primary.host(&server.host).port(server.port);
+    }
+    let mut client = to_primary
+        .target_session_attrs(postgres::config::TargetSessionAttrs::ReadWrite)
         .dbname(&config.postgres.database)
         .user(config.postgres.username.as_deref().unwrap_or_default())
         .password(
@@ -276,9 +286,11 @@ impl Summary {
             minutes,
             seed,
             idle_clients,
+            cluster,
             ..
         } = options;
-        let run = format!("--jobs {jobs} --replicas {replicas} --minutes {minutes}");
+        let cluster = if *cluster { "--cluster " } else { "" };
+        let run = format!("{cluster}--jobs {jobs} --replicas {replicas} --minutes {minutes}");
         let seconds = time.as_secs();
         format!(
             "| `{run} --idle-clients {idle_clients} --seed {seed}` | {faults} | {lost} | {contradictory} | \

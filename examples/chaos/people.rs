@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{Channel, Connection, QueueDeleteOptions};
-use anyhow::Context;
+use anyhow::{Context, anyhow, bail};
 use crossbeam_channel::{after, unbounded};
-use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received};
+use omotes_orchestrator::broker::{self, Delivered, Handled, Link, Publisher, Received, Source};
 use omotes_orchestrator::config::{Address, RabbitMq};
 use omotes_orchestrator::threads::{Calls, Signal};
 use omotes_orchestrator::wire::{
@@ -150,11 +150,11 @@ impl World {
                         .or_insert_with(|| (*plan, Record::new(Instant::now())));
                     // Before the submission, as clients do, and again after a failure.
                     sdk.declare_client_queue(&wire::result_queue(*job), QUEUE_EXPIRY)?;
-                    to_sdk.publish(&[wire::job_submission(&submission(*job, *plan))])?;
+                    sent(to_sdk.publish(&[wire::job_submission(&submission(*job, *plan))])?)?;
                     lock(&self.waiting).insert(*job);
                 }
                 Action::Cancel(job) => {
-                    to_sdk.publish(&[wire::job_delete(*job)])?;
+                    sent(to_sdk.publish(&[wire::job_delete(*job)])?)?;
                 }
                 Action::Bad(which, mark) => {
                     let queues = [
@@ -170,10 +170,10 @@ impl World {
                         ..wire::job_delete(Uuid::nil())
                     };
                     lock(&self.bad).insert(*mark);
-                    match which {
+                    sent(match which {
                         0 | 1 => to_sdk.publish(&[message])?,
                         _ => to_celery.publish(&[message])?,
-                    };
+                    })?;
                 }
             }
             *rest = later;
@@ -193,15 +193,23 @@ impl World {
 
     fn collect_for_a_while(&self) -> anyhow::Result<()> {
         let mut connection = open(&self.sdk)?;
-        let channel = connection.open_channel(None)?;
+        let mut channel = connection.open_channel(None)?;
         loop {
             let waiting: Vec<_> = lock(&self.waiting).iter().copied().collect();
             for job in waiting {
                 loop {
                     let got = channel.basic_get(wire::result_queue(job), false);
-                    if let Err(amiquip::Error::ServerClosedChannel { code: 404, .. }) = &got {
-                        self.note(job, |record| record.lose_queue(Instant::now()));
-                        lock(&self.waiting).remove(&job);
+                    if let Err(amiquip::Error::ServerClosedChannel {
+                        code: 404, message, ..
+                    }) = &got
+                    {
+                        // Otherwise its node of the cluster is down, and it comes back with it.
+                        if message.contains("no queue '") {
+                            self.note(job, |record| record.lose_queue(Instant::now()));
+                            lock(&self.waiting).remove(&job);
+                        }
+                        channel = connection.open_channel(None)?;
+                        break;
                     }
                     let Some(got) = got? else { break };
                     let result = JobResult::decode(got.delivery.body.as_slice())?;
@@ -334,7 +342,7 @@ impl World {
                 let queue = link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
                 let (_never, stopped) = Signal::pending();
                 let (done, all_done) = unbounded();
-                let queues = [(queue.as_str(), 100)];
+                let queues = [Source::new(&queue, 100)];
                 broker::consume(&link, &queues, &stopped, &all_done, |_, message| {
                     if let Ok(revoke) = serde_json::from_slice::<Value>(&message.body)
                         && let Some(task) = revoke["arguments"]["task_id"].as_str()
@@ -373,7 +381,7 @@ impl World {
         let mut publisher = Publisher::new(&events, &calls);
         let (_never, stopped) = Signal::pending();
         let (done, all_done) = unbounded();
-        let queues = [(WORKFLOW, 1)];
+        let queues = [Source::new(WORKFLOW, 1)];
         broker::consume(&tasks, &queues, &stopped, &all_done, |_, message| {
             self.computing.fetch_add(1, Ordering::Relaxed);
             match self.compute(&message, &mut publisher) {
@@ -420,7 +428,7 @@ impl World {
             }
         });
         let start = event(ProgressType::Status(ProgressStatus::Start.into()));
-        publisher.publish(&[wire::worker_event(PROGRESS, &start)])?;
+        sent(publisher.publish(&[wire::worker_event(PROGRESS, &start)])?)?;
         if behaviour == "crash" && lock(&self.crashed).insert(task.clone()) {
             return Ok(false);
         }
@@ -434,7 +442,7 @@ impl World {
             pause(Duration::from_millis(10));
         }
         let progress = event(ProgressType::Progress(1.0));
-        publisher.publish(&[wire::worker_event(PROGRESS, &progress)])?;
+        sent(publisher.publish(&[wire::worker_event(PROGRESS, &progress)])?)?;
         let (result_type, expected) = match behaviour {
             "fail" => (
                 task_result::ResultType::Error,
@@ -465,7 +473,7 @@ impl World {
             true => drop(record.outputs.insert(output)),
             false => record.delivered.push(expected),
         });
-        publisher.publish(&[wire::worker_event(RESULTS, &result)])?;
+        sent(publisher.publish(&[wire::worker_event(RESULTS, &result)])?)?;
         Ok(true)
     }
 }
@@ -491,11 +499,26 @@ fn open(config: &RabbitMq) -> anyhow::Result<Connection> {
         // `run.sh` starts the server.
         tls: _,
     } = config;
-    // `run.sh` starts one.
-    let Address { host, port } = &servers[0];
     let password = password.reveal();
-    let url = format!("amqp://{username}:{password}@{host}:{port}/{vhost}");
-    Connection::insecure_open(&url).context("connecting to RabbitMQ")
+    let mut servers = servers.clone();
+    fastrand::shuffle(&mut servers);
+    let mut opened = Err(anyhow!("no server"));
+    for Address { host, port } in servers {
+        let url = format!("amqp://{username}:{password}@{host}:{port}/{vhost}");
+        opened = Connection::insecure_open(&url).context("connecting to RabbitMQ");
+        if opened.is_ok() {
+            break;
+        }
+    }
+    opened
+}
+
+/// That all were taken: a queue whose node goes down rejects what it has not confirmed.
+fn sent(outcome: Vec<Delivered>) -> anyhow::Result<()> {
+    match outcome.iter().find(|one| **one != Delivered::Yes) {
+        None => Ok(()),
+        Some(otherwise) => bail!("{otherwise:?}"),
+    }
 }
 
 fn submission(job: Uuid, plan: Plan) -> JobSubmission {

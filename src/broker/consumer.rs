@@ -1,5 +1,6 @@
 //! Consumes messages from queues, and acknowledges them when they are done.
 
+use std::convert::Infallible;
 use std::mem;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,11 +10,12 @@ use amiquip::{
     FieldTable,
 };
 use anyhow::{Context, anyhow, bail};
-use crossbeam_channel::{Receiver, Select, TryRecvError, select};
+use crossbeam_channel::{Receiver, Select, TryRecvError, never, select};
 use serde_json::{Map, Value};
 
 use super::unacked::Unacked;
 use super::values::table_to_json;
+use super::window::Window;
 use super::{DEADLINE, Link};
 use crate::fault_point;
 use crate::threads::Signal;
@@ -114,86 +116,262 @@ impl Received {
 pub enum Handled {
     /// It is done, and can be acknowledged.
     Done(u64),
-    /// It is not done, but takes next to no memory any more.
+    /// It is not done, but waits for something that others do not wait for.
+    Kept(u64),
+    /// The same, and it takes next to no memory any more.
     Released(u64),
 }
 
-/// Consumes queues, each with its own prefetch, until `stop` is given. Each message goes to
-/// `hand_over` with its queue's place in `queues`, and is acknowledged when its tag arrives through
-/// `done`. After the stop nothing more is handed over, and the function returns once all senders of
-/// `done` are gone; what was not acknowledged returns to its queue.
+/// A queue to consume.
+#[derive(Debug, Clone, Copy)]
+pub struct Source<'q> {
+    pub queue: &'q str,
+    pub prefetch: u16,
+    /// What the prefetch is at first; it grows as messages go through.
+    pub first: u16,
+}
+
+impl<'q> Source<'q> {
+    /// One with its whole prefetch from the beginning.
+    pub fn new(queue: &'q str, prefetch: u16) -> Source<'q> {
+        Source {
+            queue,
+            prefetch,
+            first: prefetch,
+        }
+    }
+}
+
+/// Consumes queues until `stop` is given. Each message goes to `hand_over` with its queue's place in
+/// `sources`, and is acknowledged when its tag arrives through `done`. After the stop nothing more is
+/// handed over, and the function returns once all senders of `done` are gone; what was not acknowledged
+/// returns to its queue.
 ///
 /// The given queues keep a common order: if a sender publishes to the first, waits for the confirm
 /// and then publishes to the second, the messages are handed over in that order. So they share one
-/// channel, on which RabbitMQ delivers in the order in which it confirms.
+/// channel, on which RabbitMQ delivers in the order in which it confirms; and a queue is consumed only
+/// once those before it have been seen empty, or have their whole prefetch.
 ///
 /// # Errors
 /// A queue or the connection is gone.
 pub fn consume(
     link: &Link,
-    queues: &[(&str, u16)],
+    sources: &[Source<'_>],
     stop: &Signal,
     done: &Receiver<Handled>,
     mut hand_over: impl FnMut(usize, Received),
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
-    let consumers = start(&channel, queues)?;
-    // They outlive the consumers: a delivery for a consumer without a receiver ends the connection.
-    let inputs: Vec<_> = consumers.iter().map(|one| one.receiver().clone()).collect();
-    let prefetch: usize = queues
-        .iter()
-        .map(|(_, prefetch)| usize::from(*prefetch))
-        .sum();
-    let mut in_hand = InHand::new(link, &channel, prefetch / 4);
-    let mut events = Select::new();
-    for input in &inputs {
-        events.recv(input);
-    }
-    let done_event = events.recv(done);
-    let stop_event = events.recv(stop.receiver());
+    let mut consumers = Consumers::new(link, &channel, sources);
+    consumers.open_more()?;
+    let mut stop = stop.receiver().clone();
     loop {
-        let Ok(event) = events.ready_timeout(in_hand.patience()) else {
-            in_hand.acknowledge_rest()?;
-            continue;
+        match consumers.attend(&stop, done, &mut hand_over)? {
+            Event::AllDone => break,
+            Event::Stop => {
+                stop = never();
+                consumers.end()?;
+            }
+            Event::MayGrow => consumers.grow(&mut hand_over)?,
+        }
+    }
+    consumers.in_hand.acknowledge_rest()?;
+    let inputs = consumers.into_inputs();
+    let closed = channel.close().with_context(|| link.name.clone());
+    // Only now: the end of a consumer may arrive after the answer to its cancel.
+    drop(inputs);
+    closed
+}
+
+/// What ends the attention to the consumers as they are.
+enum Event {
+    Stop,
+    /// All senders of what is done are gone.
+    AllDone,
+    /// A window is to grow, or the next queue may be consumed.
+    MayGrow,
+}
+
+/// The consumers of the queues on one channel.
+struct Consumers<'c> {
+    sources: &'c [Source<'c>],
+    /// Of the first queues.
+    open: Vec<Consumer<'c>>,
+    /// They outlive the consumers: a message for a consumer without a receiver ends the connection.
+    inputs: Vec<Receiver<ConsumerMessage>>,
+    in_hand: InHand<'c>,
+    is_ended: bool,
+}
+
+impl<'c> Consumers<'c> {
+    fn new(link: &'c Link, channel: &'c Channel, sources: &'c [Source<'c>]) -> Consumers<'c> {
+        Consumers {
+            sources,
+            open: Vec::new(),
+            inputs: Vec::new(),
+            in_hand: InHand::new(link, channel, sources),
+            is_ended: false,
+        }
+    }
+
+    /// Hands messages over and acknowledges what is done, until something else is to be done.
+    fn attend(
+        &mut self,
+        stop: &Receiver<Infallible>,
+        done: &Receiver<Handled>,
+        hand_over: &mut impl FnMut(usize, Received),
+    ) -> anyhow::Result<Event> {
+        let inputs = match self.is_ended {
+            true => &[],
+            false => self.inputs.as_slice(),
         };
-        fault_point::reached("consumer");
-        if event == done_event {
-            if !in_hand.finish_all(done)? {
-                break;
-            }
-        } else if event == stop_event {
-            (0..inputs.len()).for_each(|input| events.remove(input));
-            events.remove(stop_event);
-            if let Some(intake) = &link.intake {
-                // The answer to the cancel must get through, behind all that RabbitMQ has
-                // sent already.
-                intake.open();
-            }
-            cancel(&consumers)?;
-        } else {
-            for (place, message) in arrived(&inputs, event) {
-                let delivery = delivered(link, queues[place].0, message)?;
-                hand_over(place, in_hand.take(delivery));
+        let mut events = Select::new();
+        for input in inputs {
+            events.recv(input);
+        }
+        let done_event = events.recv(done);
+        let stop_event = events.recv(stop);
+        loop {
+            let Ok(event) = events.ready_timeout(self.in_hand.patience()) else {
+                self.in_hand.acknowledge_rest()?;
+                if self.may_grow() {
+                    return Ok(Event::MayGrow);
+                }
+                continue;
+            };
+            fault_point::reached("consumer");
+            if event == done_event {
+                if !self.in_hand.finish_all(done) {
+                    return Ok(Event::AllDone);
+                }
+                if self.may_grow() {
+                    return Ok(Event::MayGrow);
+                }
+                self.in_hand.acknowledge_in_order()?;
+            } else if event == stop_event {
+                return Ok(Event::Stop);
+            } else {
+                for (place, message) in arrived(inputs, event) {
+                    let queue = self.sources[place].queue;
+                    let delivery = delivered(self.in_hand.link, queue, message)?;
+                    hand_over(place, self.in_hand.take(place, delivery));
+                }
             }
         }
     }
-    in_hand.acknowledge_rest()?;
-    drop(consumers);
-    channel.close().with_context(|| link.name.clone())
-}
 
-/// Starts a consumer for each queue, with its prefetch.
-fn start<'c>(
-    channel: &'c Channel,
-    queues: &[(&str, u16)],
-) -> Result<Vec<Consumer<'c>>, amiquip::Error> {
-    let mut consumers = Vec::new();
-    for (queue, prefetch) in queues {
-        // It applies to each consumer that is started after it.
-        channel.qos(0, *prefetch, false)?;
-        consumers.push(channel.basic_consume(*queue, ConsumerOptions::default())?);
+    /// Whether a window is to grow, or the next queue might be consumed. Not while nothing is read: the answers
+    /// to that would not come before something is done, which nobody would hear of meanwhile.
+    fn may_grow(&self) -> bool {
+        let intake = self.in_hand.link.intake.as_ref();
+        if self.is_ended || intake.is_some_and(|intake| intake.is_full()) {
+            return false;
+        }
+        let windows = &self.in_hand.windows[..self.open.len()];
+        windows.iter().any(Window::is_to_grow) || self.next_is_due()
     }
-    Ok(consumers)
+
+    /// Whether there is a queue that waits for the one before it, of which nothing is on its way through.
+    fn next_is_due(&self) -> bool {
+        let windows = &self.in_hand.windows;
+        self.open.len() < windows.len() && !windows[self.open.len() - 1].has_some_on_their_way()
+    }
+
+    /// Lets the windows grow that are to, and consumes more queues where that keeps the order.
+    fn grow(&mut self, hand_over: &mut impl FnMut(usize, Received)) -> anyhow::Result<()> {
+        let last = self.open.len() - 1;
+        for place in 0..self.open.len() {
+            let others_wait = place == last && self.open.len() < self.sources.len();
+            let window = &self.in_hand.windows[place];
+            if others_wait && window.is_stuck() {
+                self.reopen(place, Window::open, hand_over)?;
+            } else if window.is_to_grow() {
+                self.reopen(place, Window::grow, hand_over)?;
+            }
+        }
+        if self.next_is_due() && !self.in_hand.windows[last].is_full() && self.is_empty(last)? {
+            self.reopen(last, Window::open, hand_over)?;
+        }
+        self.open_more()?;
+        self.in_hand.acknowledge_in_order()?;
+        Ok(())
+    }
+
+    /// Starts the consumers of further queues: of one that is empty, when others follow it, with its whole
+    /// prefetch, for whatever comes to it goes to the consumer before what comes to the next.
+    fn open_more(&mut self) -> anyhow::Result<()> {
+        while self.open.len() < self.sources.len() {
+            let place = self.open.len();
+            if place > 0 && !self.in_hand.windows[place - 1].is_full() {
+                break;
+            }
+            let window = &self.in_hand.windows[place];
+            if place + 1 < self.sources.len() && !window.is_full() && self.is_empty(place)? {
+                self.in_hand.windows[place].open();
+            }
+            let consumer = self.start(place)?;
+            self.inputs.push(consumer.receiver().clone());
+            self.open.push(consumer);
+        }
+        Ok(())
+    }
+
+    /// Starts a queue's consumer with its present prefetch.
+    fn start(&self, place: usize) -> Result<Consumer<'c>, amiquip::Error> {
+        let channel = self.in_hand.channel;
+        // It applies to each consumer that is started after it, and never to one that there is; and the
+        // kind that does not is unknown to quorum queues.
+        channel.qos(0, self.in_hand.windows[place].size(), false)?;
+        channel.basic_consume(self.sources[place].queue, ConsumerOptions::default())
+    }
+
+    /// Replaces a queue's consumer by one with another prefetch. What is in flight stays so.
+    fn reopen(
+        &mut self,
+        place: usize,
+        widen: impl FnOnce(&mut Window),
+        hand_over: &mut impl FnMut(usize, Received),
+    ) -> anyhow::Result<()> {
+        self.open[place].cancel()?;
+        // Whatever has come before the consumer's end, which may arrive after the answer to the cancel.
+        loop {
+            let message = self.inputs[place].recv().ok();
+            if matches!(message, Some(ConsumerMessage::ClientCancelled)) {
+                break;
+            }
+            let queue = self.sources[place].queue;
+            let delivery = delivered(self.in_hand.link, queue, message)?;
+            hand_over(place, self.in_hand.take(place, delivery));
+        }
+        widen(&mut self.in_hand.windows[place]);
+        // RabbitMQ has room for what comes next.
+        self.in_hand.acknowledge_in_order()?;
+        let consumer = self.start(place)?;
+        self.inputs[place] = consumer.receiver().clone();
+        self.open[place] = consumer;
+        Ok(())
+    }
+
+    /// Whether nothing waits in a queue.
+    fn is_empty(&self, place: usize) -> Result<bool, amiquip::Error> {
+        let queue = self.sources[place].queue;
+        let declared = self.in_hand.channel.queue_declare_passive(queue)?;
+        Ok(declared.declared_message_count() == Some(0))
+    }
+
+    fn into_inputs(self) -> Vec<Receiver<ConsumerMessage>> {
+        self.inputs
+    }
+
+    /// Takes nothing more.
+    fn end(&mut self) -> anyhow::Result<()> {
+        self.is_ended = true;
+        if let Some(intake) = &self.in_hand.link.intake {
+            // The answer to the cancel must get through, behind all that RabbitMQ has sent already.
+            intake.open();
+        }
+        cancel(&self.open)
+    }
 }
 
 /// The next message of the queue at `event`, if there is one, after everything that was delivered from
@@ -300,32 +478,49 @@ pub(super) fn cancel(consumers: &[Consumer<'_>]) -> anyhow::Result<()> {
     })
 }
 
-/// The unacked deliveries of a consumer. One cumulative acknowledgement costs RabbitMQ a fraction
+/// The unacked deliveries of a channel. One cumulative acknowledgement costs RabbitMQ a fraction
 /// of single ones, so finished deliveries wait briefly for those before them.
 struct InHand<'c> {
     link: &'c Link,
     channel: &'c Channel,
-    /// Only amiquip's delivery can acknowledge; it is kept here without its body, with its size.
-    unacked: Unacked<(Delivery, usize)>,
+    unacked: Unacked<Held>,
+    /// Of each queue, in their order.
+    windows: Vec<Window>,
     /// How many finished ones may wait at most.
     limit: usize,
     /// Since when some have been waiting without an acknowledgement.
     waiting_since: Option<Instant>,
 }
 
+/// A delivery that is not acknowledged yet.
+#[derive(Debug)]
+struct Held {
+    /// Only amiquip's delivery can acknowledge; it is kept here without its body.
+    delivery: Delivery,
+    size: usize,
+    /// Of its queue.
+    place: usize,
+    is_through: bool,
+}
+
 impl<'c> InHand<'c> {
-    fn new(link: &'c Link, channel: &'c Channel, limit: usize) -> InHand<'c> {
+    fn new(link: &'c Link, channel: &'c Channel, sources: &[Source<'_>]) -> InHand<'c> {
+        let prefetch = sources.iter().map(|source| usize::from(source.prefetch));
+        let windows = sources
+            .iter()
+            .map(|source| Window::new(source.first, source.prefetch));
         InHand {
             link,
             channel,
             unacked: Unacked::new(),
-            limit,
+            windows: windows.collect(),
+            limit: prefetch.sum::<usize>() / 4,
             waiting_since: None,
         }
     }
 
     /// Takes a delivery, whose content it returns.
-    fn take(&mut self, mut delivery: Delivery) -> Received {
+    fn take(&mut self, place: usize, mut delivery: Delivery) -> Received {
         let received = Received {
             tag: delivery.delivery_tag(),
             body: mem::take(&mut delivery.body),
@@ -336,50 +531,72 @@ impl<'c> InHand<'c> {
         if let Some(intake) = &self.link.intake {
             intake.take(size);
         }
-        self.unacked.take(received.tag, (delivery, size));
+        self.windows[place].takes();
+        let held = Held {
+            delivery,
+            size,
+            place,
+            is_through: false,
+        };
+        self.unacked.take(received.tag, held);
         received
     }
 
-    /// Acknowledges what has come through `done`. False once all of its senders are gone.
-    fn finish_all(&mut self, done: &Receiver<Handled>) -> Result<bool, amiquip::Error> {
+    /// Notes what has come through `done`. False once all of its senders are gone.
+    fn finish_all(&mut self, done: &Receiver<Handled>) -> bool {
         let first = match done.try_recv() {
             Ok(handled) => handled,
-            Err(TryRecvError::Empty) => return Ok(true),
-            Err(TryRecvError::Disconnected) => return Ok(false),
+            Err(TryRecvError::Empty) => return true,
+            Err(TryRecvError::Disconnected) => return false,
         };
         for handled in [first].into_iter().chain(done.try_iter()) {
             match handled {
-                Handled::Done(tag) => self.finish(tag),
-                Handled::Released(tag) => self.release(tag),
+                Handled::Done(tag) => {
+                    self.passes(tag);
+                    self.finish(tag);
+                }
+                Handled::Kept(tag) => self.passes(tag),
+                Handled::Released(tag) => {
+                    self.passes(tag);
+                    self.release(tag);
+                }
             }
         }
-        self.acknowledge_in_order()?;
-        Ok(true)
+        true
+    }
+
+    /// It holds up nothing behind it any more.
+    fn passes(&mut self, tag: u64) {
+        if let Some(held) = self.unacked.in_hand(tag)
+            && !mem::replace(&mut held.is_through, true)
+        {
+            self.windows[held.place].passes();
+        }
     }
 
     fn finish(&mut self, tag: u64) {
-        if let Some((_, size)) = self.unacked.finish(tag)
+        if let Some(held) = self.unacked.finish(tag)
             && let Some(intake) = &self.link.intake
         {
-            intake.give_back(*size);
+            intake.give_back(held.size);
         }
     }
 
     /// Its bytes no longer count, although it is not done.
     fn release(&mut self, tag: u64) {
-        if let Some((_, size)) = self.unacked.in_hand(tag)
+        if let Some(held) = self.unacked.in_hand(tag)
             && let Some(intake) = &self.link.intake
         {
-            intake.give_back(size.saturating_sub(RELEASED));
-            *size = RELEASED.min(*size);
+            intake.give_back(held.size.saturating_sub(RELEASED));
+            held.size = RELEASED.min(held.size);
         }
     }
 
     /// Acknowledges everything before the first unfinished delivery; the others too if they are
     /// many or have waited for long.
     fn acknowledge_in_order(&mut self) -> Result<(), amiquip::Error> {
-        if let Some((delivery, _)) = self.unacked.acknowledge_in_order() {
-            delivery.ack_multiple(self.channel)?;
+        if let Some(held) = self.unacked.acknowledge_in_order() {
+            held.delivery.ack_multiple(self.channel)?;
             self.waiting_since = None;
         }
         if self.unacked.finished() == 0 {
@@ -398,15 +615,20 @@ impl<'c> InHand<'c> {
         self.waiting_since = None;
         self.unacked
             .acknowledge_rest()
-            .try_for_each(|(delivery, _)| delivery.ack(self.channel))
+            .try_for_each(|held| held.delivery.ack(self.channel))
     }
 
-    /// How long finished deliveries may wait when nothing else happens.
+    /// How long finished deliveries may wait when nothing else happens, and a window for something to go
+    /// through.
     fn patience(&self) -> Duration {
-        match self.unacked.finished() {
+        let patience = match self.unacked.finished() {
             0 => DEADLINE,
             _ => LAST_ACKNOWLEDGEMENT,
-        }
+        };
+        let windows = self.windows.iter().filter_map(Window::patience);
+        // One that is stuck may have to wait until it can grow.
+        let least = windows.min().map(|least| least.max(LAST_ACKNOWLEDGEMENT));
+        least.map_or(patience, |least| least.min(patience))
     }
 }
 

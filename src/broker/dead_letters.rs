@@ -11,7 +11,8 @@ use super::values::{amqp_to_json, without_copies};
 use super::{DEADLINE, Link};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
-/// A message that could not be handled; [`crate::wire::dead_letter`] wrote it.
+/// A message that could not be handled; [`crate::wire::dead_letter`] wrote it, or RabbitMQ has put it there,
+/// as it was, after too many deliveries.
 pub struct DeadLetter {
     /// Its own message id, by which commands name it.
     pub id: String,
@@ -122,6 +123,58 @@ fn requeue(
     Ok(Some(unavailable.unwrap_or(otherwise)))
 }
 
+/// The properties of a message that RabbitMQ has put among the dead letters, without what it has added and
+/// without a past expiration.
+fn as_it_was(letter: AmqpProperties, mut headers: FieldTable) -> AmqpProperties {
+    headers.retain(|name, _| !ADDED.iter().any(|added| name.starts_with(added)));
+    let texts: [(Option<String>, With); 7] = [
+        (
+            letter.content_type().clone(),
+            AmqpProperties::with_content_type,
+        ),
+        (
+            letter.content_encoding().clone(),
+            AmqpProperties::with_content_encoding,
+        ),
+        (
+            letter.correlation_id().clone(),
+            AmqpProperties::with_correlation_id,
+        ),
+        (letter.reply_to().clone(), AmqpProperties::with_reply_to),
+        (letter.message_id().clone(), AmqpProperties::with_message_id),
+        (letter.type_().clone(), AmqpProperties::with_type_),
+        (letter.app_id().clone(), AmqpProperties::with_app_id),
+    ];
+    let mut properties = AmqpProperties::default()
+        .with_delivery_mode(2)
+        .with_headers(without_copies(headers));
+    if let Some(priority) = *letter.priority() {
+        properties = properties.with_priority(priority);
+    }
+    if let Some(timestamp) = *letter.timestamp() {
+        properties = properties.with_timestamp(timestamp);
+    }
+    texts
+        .into_iter()
+        .fold(properties, |properties, (text, with)| match text {
+            Some(text) => with(properties, text),
+            None => properties,
+        })
+}
+
+type With = fn(AmqpProperties, String) -> AmqpProperties;
+
+/// The beginnings of the headers that RabbitMQ adds to a message that it has dead-lettered.
+const ADDED: [&str; 5] = [
+    "x-death",
+    "x-first-death-",
+    "x-last-death-",
+    "x-delivery-count",
+    "x-acquired-count",
+];
+const FIRST_QUEUE: &str = "x-first-death-queue";
+const FIRST_REASON: &str = "x-first-death-reason";
+
 impl DeadLetter {
     fn read(properties: &AmqpProperties, body: &[u8]) -> DeadLetter {
         let header = |name: &str| properties.headers().as_ref()?.get(name);
@@ -129,8 +182,26 @@ impl DeadLetter {
             Some(AmqpValue::LongString(text)) => text.clone(),
             Some(_) | None => String::new(),
         };
+        let id = properties.message_id().clone().unwrap_or_default();
+        let of_rabbitmq = text(FIRST_QUEUE);
+        if !of_rabbitmq.is_empty() {
+            return DeadLetter {
+                id,
+                queue: of_rabbitmq,
+                reason: match text(FIRST_REASON).as_str() {
+                    "delivery_limit" => {
+                        "delivered too often without an end (delivery_limit)".to_owned()
+                    }
+                    reason => format!("given up by RabbitMQ ({reason})"),
+                },
+                time: String::new(),
+                properties: Value::Null,
+                body: body.to_vec(),
+                cut: String::new(),
+            };
+        }
         DeadLetter {
-            id: properties.message_id().clone().unwrap_or_default(),
+            id,
             queue: text("queue"),
             reason: text("reason"),
             time: text("time"),
@@ -145,6 +216,11 @@ impl DeadLetter {
 /// broker takes from that user alone, and without the copies that its sender has asked for: they
 /// were delivered.
 fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
+    if let Some(headers) = letter.headers()
+        && headers.contains_key(FIRST_QUEUE)
+    {
+        return as_it_was(letter.clone(), headers.clone());
+    }
     let none = FieldTable::new();
     let table = match letter
         .headers()
@@ -171,7 +247,6 @@ fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
     if let Some(timestamp) = number("timestamp") {
         properties = properties.with_timestamp(timestamp);
     }
-    type With = fn(AmqpProperties, String) -> AmqpProperties;
     let texts: [(&str, With); 8] = [
         ("content_type", AmqpProperties::with_content_type),
         ("content_encoding", AmqpProperties::with_content_encoding),

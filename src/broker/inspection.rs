@@ -7,7 +7,9 @@ use anyhow::Context;
 use uuid::Uuid;
 
 use super::Link;
-use super::refusals::{NOT_FOUND, PRECONDITION_FAILED};
+use super::presence::depth;
+pub use super::refusals::is_replicated_by;
+use super::refusals::{NOT_FOUND, PRECONDITION_FAILED, closed};
 use super::topology::durable;
 use crate::domain::overview::Depth;
 use crate::wire::TASK_QUEUE_MAX_PRIORITY;
@@ -58,10 +60,7 @@ impl Link {
     pub fn inspect_queue(&self, queue: &str, tasks: bool) -> anyhow::Result<Inspected> {
         // On a channel each, since a refusal closes it.
         let declared = match self.channel()?.queue_declare_passive(queue) {
-            Ok(declared) => Depth {
-                messages: declared.declared_message_count().unwrap_or_default(),
-                consumers: declared.declared_consumer_count().unwrap_or_default(),
-            },
+            Ok(declared) => depth(&declared),
             Err(error) => return inspected(error),
         };
         let mut arguments = FieldTable::new();
@@ -95,6 +94,27 @@ impl Link {
         }
         channel.close().context("looking at a queue")?;
         Ok(Inspected::Good(Depth::default()))
+    }
+
+    /// Whether a queue that exists is a quorum queue. RabbitMQ's log has an error for each that is not.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn is_quorum_queue(&self, queue: &str) -> anyhow::Result<bool> {
+        let quorum = AmqpValue::LongString("quorum".to_owned());
+        let options = durable(FieldTable::from([("x-queue-type".to_owned(), quorum)]));
+        let channel = self.channel()?;
+        match channel.queue_declare(queue, options) {
+            Ok(_) => {}
+            Err(error) => {
+                return match closed(&error) {
+                    Some((PRECONDITION_FAILED, message)) => Ok(is_replicated_by(message)),
+                    Some(_) | None => Err(error).context("asking for the type of a queue"),
+                };
+            }
+        }
+        channel.close().context("asking for the type of a queue")?;
+        Ok(true)
     }
 
     /// Whether a new task queue can be declared, as a new workflow's workers would. It is deleted

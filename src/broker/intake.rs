@@ -13,7 +13,7 @@ use mio_of_amiquip::{Evented, Poll, PollOpt, Ready, Registration, SetReadiness, 
 
 /// A connection that reads nothing for two heartbeats counts as lost, so a little is read even
 /// then.
-const TRICKLE_PERIOD: Duration = Duration::from_secs(5);
+const TRICKLE_PERIOD: Duration = Duration::from_secs(1);
 const TRICKLE: usize = 4 * 1024;
 /// amiquip reads for as long as there is something to read, and neither acknowledges nor sends
 /// heartbeats meanwhile. When decrypting is slower than RabbitMQ that never ends, so after a number

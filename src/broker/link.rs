@@ -1,9 +1,10 @@
 //! A connection to a vhost.
 
+use std::collections::BTreeMap;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use amiquip::{
     Auth, Channel, Connection, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
@@ -23,9 +24,20 @@ use crate::tls::{ClientConfig, Tls};
 
 /// Seconds between heartbeats; a silent network is noticed after twice as long.
 const HEARTBEAT_SECONDS: u16 = 10;
+/// The same where another server can be had: one that hangs without an end is left soon.
+const HEARTBEAT_SECONDS_OF_SEVERAL: u16 = 2;
 
-/// How long one address is waited for, at each step, where there are others.
-const PATIENCE_WITH_ONE_OF_SEVERAL: Duration = Duration::from_secs(5);
+/// How long one address is waited for, at each step, where there are others: not long at first, and longer
+/// when none of them answers so soon.
+const PATIENCE_WITH_ONE_OF_SEVERAL: [Duration; 2] =
+    [Duration::from_secs(2), Duration::from_secs(5)];
+
+/// For how long an address that did not answer is tried after all others.
+const SUSPICION: Duration = Duration::from_secs(30);
+
+/// When addresses have last failed: a session has several connections, and does not wait for the same dead
+/// node with each of them.
+static SUSPECTS: Mutex<BTreeMap<SocketAddr, Instant>> = Mutex::new(BTreeMap::new());
 
 /// One connection to a vhost.
 pub struct Link {
@@ -178,15 +190,23 @@ fn open(
         }
     }
     fastrand::shuffle(&mut targets);
-    let patience = match targets.len() {
-        0 | 1 => CONNECT_TIMEOUT,
-        _ => PATIENCE_WITH_ONE_OF_SEVERAL,
+    // The order among those of a kind stays.
+    targets.sort_by_key(|(_, address)| is_suspect(*address));
+    let rounds = match targets.len() {
+        0 | 1 => &[CONNECT_TIMEOUT][..],
+        _ => &PATIENCE_WITH_ONE_OF_SEVERAL,
     };
-    for (server, address) in targets {
-        let host = tls.clone().map(|tls| (tls, server.host.as_str()));
-        match open_at(config, address, host, patience, purpose, intake) {
-            Ok(opened) => return Ok((server.clone(), opened)),
-            Err(fault) => faults.push(fault),
+    let unresolved = faults.len();
+    for patience in rounds {
+        faults.truncate(unresolved);
+        for (server, address) in &targets {
+            let host = tls.clone().map(|tls| (tls, server.host.as_str()));
+            let opened = open_at(config, *address, host, *patience, purpose, intake);
+            note(*address, opened.is_ok());
+            match opened {
+                Ok(opened) => return Ok(((*server).clone(), opened)),
+                Err(fault) => faults.push(fault),
+            }
         }
     }
     Err(match faults.len() {
@@ -197,6 +217,25 @@ fn open(
             anyhow!(faults.join("; "))
         }
     })
+}
+
+fn suspects() -> MutexGuard<'static, BTreeMap<SocketAddr, Instant>> {
+    SUSPECTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_suspect(address: SocketAddr) -> bool {
+    let suspects = suspects();
+    let failed = suspects.get(&address);
+    failed.is_some_and(|failed| failed.elapsed() < SUSPICION)
+}
+
+/// Notes whether an address has answered.
+fn note(address: SocketAddr, answers: bool) {
+    if answers {
+        suspects().remove(&address);
+    } else {
+        suspects().insert(address, Instant::now());
+    }
 }
 
 /// Connects to one address, in TLS with the host of that name if `tls` is given; no step takes
@@ -219,7 +258,10 @@ fn open_at(
             password: config.password.reveal().to_owned(),
         })
         .virtual_host(config.vhost.as_str())
-        .heartbeat(HEARTBEAT_SECONDS)
+        .heartbeat(match config.servers.len() {
+            1 => HEARTBEAT_SECONDS,
+            _ => HEARTBEAT_SECONDS_OF_SEVERAL,
+        })
         .connection_timeout(Some(patience))
         .information(Some(format!("omotes-orchestrator {purpose}")));
     let opened = match tls {

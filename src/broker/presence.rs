@@ -1,17 +1,19 @@
 //! Questions about one queue, with a short deadline: while its node in a cluster is down or hangs,
 //! RabbitMQ may take a minute or more to answer, and nothing else should wait for that.
 
-use std::sync::Arc;
+use std::mem;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::Channel;
+use amiquip::{Channel, Queue};
 use anyhow::Context;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
 use super::link::Link;
 use super::refusals::{NOT_FOUND, NOT_OURS, PublishError, closed, is_missing, unavailable};
+use crate::domain::overview::Depth;
 
 /// How long an answer is waited for: less than what a stop leaves a handler.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -113,6 +115,56 @@ impl Link {
             },
         });
         answers.collect()
+    }
+}
+
+impl Link {
+    /// The depths of these queues, as far as RabbitMQ tells soon; None also for one that does not exist or
+    /// may not be inspected.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn depths_in_time(&self, queues: &[&str]) -> anyhow::Result<Vec<Option<Depth>>> {
+        let mut depths = Vec::with_capacity(queues.len());
+        while depths.len() < queues.len() {
+            // Together, up to one about which there is no good answer.
+            let rest: Vec<_> = queues[depths.len()..]
+                .iter()
+                .map(|queue| (*queue).to_owned())
+                .collect();
+            let found = Arc::new(Mutex::new(Vec::new()));
+            let so_far = Arc::clone(&found);
+            let asked = self.ask_apart(move |channel| {
+                rest.into_iter().try_for_each(|queue| {
+                    let depth = depth(&channel.queue_declare_passive(queue)?);
+                    so_far
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(depth);
+                    Ok(())
+                })
+            })?;
+            let answer = asked.answer();
+            let found = mem::take(&mut *found.lock().unwrap_or_else(PoisonError::into_inner));
+            depths.extend(found.into_iter().map(Some));
+            match answer {
+                Ok(()) => break,
+                Err(Unanswered::Silent) if depths.len() == queues.len() => break,
+                Err(Unanswered::Error(error)) if closed(&error).is_none() => {
+                    return Err(self.lost(error, "looking at queues").into());
+                }
+                Err(Unanswered::Silent | Unanswered::Error(_)) => depths.push(None),
+            }
+        }
+        Ok(depths)
+    }
+}
+
+/// What the answer to a passive declaration says.
+pub(super) fn depth(declared: &Queue<'_>) -> Depth {
+    Depth {
+        messages: declared.declared_message_count().unwrap_or_default(),
+        consumers: declared.declared_consumer_count().unwrap_or_default(),
     }
 }
 

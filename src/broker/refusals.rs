@@ -68,6 +68,33 @@ fn is_default_queue_type(message: &str) -> bool {
     no_priorities || message.contains("inequivalent arg 'x-queue-type'")
 }
 
+/// Whether a declaration without arguments was refused only because the queue is a quorum queue, or has an
+/// argument that such queues are given, as RabbitMQ does by default.
+pub(super) fn is_replicated(error: &amiquip::Error) -> bool {
+    let message = refusal(error).unwrap_or_default();
+    is_replicated_by(message)
+}
+
+/// The same of RabbitMQ's words.
+pub fn is_replicated_by(message: &str) -> bool {
+    let argument = message
+        .split_once("inequivalent arg '")
+        .and_then(|(_, rest)| rest.split_once('\''));
+    let Some((argument, rest)) = argument else {
+        return false;
+    };
+    match argument {
+        "x-queue-type" => {
+            let current = rest
+                .split_once("but current is")
+                .map(|(_, current)| current);
+            current.is_some_and(|current| current.contains("'quorum'"))
+        }
+        "x-delivery-limit" | "x-quorum-initial-group-size" | "x-queue-leader-locator" => true,
+        argument => argument.starts_with("x-dead-letter-"),
+    }
+}
+
 /// The error of a declaration, with the remedy where that is known.
 pub(super) fn explained(error: amiquip::Error) -> anyhow::Error {
     match closed(&error) {
@@ -100,6 +127,37 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
+
+    #[rstest]
+    #[case(
+        "'x-queue-type'",
+        "received none but current is the value 'quorum' of type 'longstr'",
+        true
+    )]
+    #[case("'x-queue-type'", "received 'classic' but current is 'quorum'", true)]
+    #[case(
+        "'x-delivery-limit'",
+        "received none but current is the value '20' of type 'long'",
+        true
+    )]
+    #[case(
+        "'x-dead-letter-exchange'",
+        "received none but current is the value ''",
+        true
+    )]
+    #[case("'x-queue-type'", "received 'quorum' but current is 'classic'", false)]
+    #[case("'x-message-ttl'", "received none but current is the value '5'", false)]
+    #[case("'durable'", "received 'true' but current is 'false'", false)]
+    fn what_makes_it_a_quorum_queue_is_no_fault(
+        #[case] argument: &str,
+        #[case] words: &str,
+        #[case] expected: bool,
+    ) {
+        let message = format!(
+            "PRECONDITION_FAILED - inequivalent arg {argument} for queue 'w' in vhost 'v': {words}"
+        );
+        assert_eq!(is_replicated_by(&message), expected);
+    }
 
     /// What RabbitMQ says; the first four are of RabbitMQ 3.10.
     #[rstest]

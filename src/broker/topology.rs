@@ -6,10 +6,10 @@ use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, Queue
 use anyhow::{Context, anyhow};
 
 use super::link::Link;
-use super::presence::{Asked, Unanswered, silence};
+use super::presence::{Asked, Unanswered, depth, silence};
 use super::refusals::{
     NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, PublishError, RESOURCE_LOCKED, closed, explained,
-    task_queue_refusal, unavailable,
+    is_replicated, task_queue_refusal, unavailable,
 };
 use crate::domain::overview::Depth;
 use crate::wire::{
@@ -28,8 +28,7 @@ impl Link {
         let declared = channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options);
         self.named(declared, "exchange", OMOTES_EXCHANGE)?;
         for queue in [SUBMISSIONS_QUEUE, CANCELS_QUEUE] {
-            let options = durable(FieldTable::new());
-            self.named(channel.queue_declare(queue, options), "queue", queue)?;
+            self.declare_ours(queue)?;
             let bound = channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new());
             self.named(bound, "binding of the queue", queue)?;
         }
@@ -41,12 +40,16 @@ impl Link {
     /// # Errors
     /// As [`Link::declare_for_clients`].
     pub fn declare_for_workers(&self, queues: &[&str]) -> anyhow::Result<()> {
-        let channel = self.channel()?;
-        for queue in queues {
-            let options = durable(FieldTable::new());
-            self.named(channel.queue_declare(*queue, options), "queue", queue)?;
+        queues.iter().try_for_each(|queue| self.declare_ours(queue))
+    }
+
+    /// Declares a queue as OMOTES's programs do; one that its operator has made a quorum queue serves as
+    /// well.
+    fn declare_ours(&self, queue: &str) -> anyhow::Result<()> {
+        match self.declare(queue, durable(FieldTable::new())) {
+            Err(error) if is_replicated(&error) => Ok(()),
+            declared => self.named(declared.map(drop), "queue", queue),
         }
-        channel.close().context("declaring the queues of workers")
     }
 
     /// Declares the exchange through which workers hear revokes.
@@ -211,10 +214,7 @@ impl Link {
         let mut channel = self.channel()?;
         for queue in queues {
             depths.push(match channel.queue_declare_passive(*queue) {
-                Ok(declared) => Some(Depth {
-                    messages: declared.declared_message_count().unwrap_or_default(),
-                    consumers: declared.declared_consumer_count().unwrap_or_default(),
-                }),
+                Ok(declared) => Some(depth(&declared)),
                 // A refusal closes the channel. Nothing is known of a queue that is exclusive to
                 // somebody.
                 Err(amiquip::Error::ServerClosedChannel { code, .. })

@@ -168,8 +168,13 @@ fn setting(command: &str, name: &str) -> anyhow::Result<Value> {
 }
 
 /// RabbitMQ's answer to an Erlang expression.
-fn evaluate(command: &str, expression: &str) -> anyhow::Result<String> {
-    let script = format!("{command} eval '{expression}'");
+pub(super) fn evaluate(command: &str, expression: &str) -> anyhow::Result<String> {
+    rabbitmqctl(command, &format!("eval '{expression}'"))
+}
+
+/// What rabbitmqctl prints; the arguments are as in a shell.
+pub(super) fn rabbitmqctl(command: &str, arguments: &str) -> anyhow::Result<String> {
+    let script = format!("{command} {arguments}");
     let (answer, answered) = bounded(1);
     let run = move || {
         let output = Command::new("sh")

@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Findings, Severity};
+use super::{Findings, Severity, cluster};
 use crate::broker::Link;
-use crate::broker::inspection::{ExchangeKind, Inspected};
+use crate::broker::inspection::{ExchangeKind, Inspected, is_replicated_by};
 use crate::config::Config;
 use crate::domain::overview::Depth;
 use crate::domain::vhost::Vhost;
@@ -59,6 +59,7 @@ pub(super) fn examine(
             }
         };
         findings.ok(part, format!("{rabbitmq} answers"));
+        cluster::nodes(part, rabbitmq, findings);
         let look = within_deadline(
             DEADLINE,
             || link.kill(),
@@ -67,6 +68,9 @@ pub(super) fn examine(
         match look {
             Ok(look) => {
                 judge(vhost, &look, config, workflows, size, findings);
+                if rabbitmq.servers.len() > 1 {
+                    judge_types(vhost, &link, &look, config, findings);
+                }
                 let queues = look.queues.into_iter();
                 seen.extend(queues.map(|(queue, standing)| ((vhost, queue), standing)));
             }
@@ -158,6 +162,32 @@ fn judge(
     judge_publishing(part, size, &look.publishing, findings);
 }
 
+/// Judges the types of the core queues.
+fn judge_types(vhost: Vhost, link: &Link, look: &Look, config: &Config, findings: &mut Findings) {
+    let is_core = |queue: &str| is_at_home(vhost, queue, config, &[]);
+    let there = look
+        .queues
+        .iter()
+        .filter_map(|(queue, standing)| match standing {
+            Inspected::Good(_) if is_core(queue) => Some(queue.as_str()),
+            Inspected::Good(_)
+            | Inspected::Absent
+            | Inspected::Otherwise(_)
+            | Inspected::Forbidden(_) => None,
+        });
+    let there: Vec<_> = there.collect();
+    let part = part(vhost);
+    let judged = within_deadline(
+        DEADLINE,
+        || link.kill(),
+        || cluster::types(part, link, &there, findings),
+    );
+    if let Err(error) = judged {
+        let found = format!("the types of its queues are not known: {error:#}");
+        findings.add(part, Severity::Note, one_line(&found), "");
+    }
+}
+
 fn unreachable(vhost: Vhost, error: &str, findings: &mut Findings) {
     let prefix = vhost.name();
     findings.add(
@@ -195,6 +225,15 @@ fn judge_queue(part: &'static str, name: &str, standing: &Inspected, findings: &
             "`dead-letters list` shows them; `dead-letters requeue` or `drop` takes them away.",
         ),
         Inspected::Good(_) => {}
+        // Nobody but the service declares it, and that is content with any.
+        Inspected::Otherwise(words) if is_replicated_by(words) && name == DEAD_LETTERS_QUEUE => {}
+        Inspected::Otherwise(words) if is_replicated_by(words) => findings.add(
+            part,
+            Severity::Error,
+            format!("{name} is a quorum queue, which clients and workers cannot declare again: {}", one_line(words)),
+            "Set quorum_queue.property_equivalence.relaxed_checks_on_redeclaration = true in rabbitmq.conf \
+             (from RabbitMQ 3.11.16 on), and the vhost's default queue type to classic.",
+        ),
         Inspected::Otherwise(words) => findings.add(
             part,
             Severity::Error,

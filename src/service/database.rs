@@ -88,12 +88,26 @@ fn goes_away(error: &anyhow::Error) -> bool {
 }
 
 /// Waits for a Postgres that takes writes: without one, a session would only keep messages from
-/// other replicas. False when the service stops.
+/// other replicas, and hand them back in the end. False when the service stops.
 pub fn wait(service: &Service, stop: &Signal) -> bool {
     let mut backoff = pauses(service);
+    let mut locked = false;
     let writes = || service.store.connection()?.check_writing();
     while let Err(error) = writes() {
-        debug!("no session without Postgres: {:#}", anyhow!(error));
+        let is_locked = matches!(error, StoreError::Locked(_));
+        let error = anyhow!(error);
+        if is_locked {
+            // Unlike an outage, nobody else notices it.
+            let error = error.context("somebody has locked the tables");
+            if !locked {
+                warn!("nothing is taken from RabbitMQ for now: {error:#}");
+            }
+            service.no_session(&error);
+            backoff.reset();
+        } else {
+            debug!("no session without Postgres: {error:#}");
+        }
+        locked = is_locked;
         if backoff.stopped_by(stop) {
             return false;
         }

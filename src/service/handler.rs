@@ -319,28 +319,29 @@ impl<'s> Handler<'s> {
     /// Acknowledges an item that is done, or keeps it until its client may be told, or until a
     /// closed queue takes it.
     fn finish(&mut self, mut item: Item) {
-        if let Some(queue) = item.stalled_on.take() {
-            // A finding is made again.
-            if matches!(item.work, Work::Finding { .. }) {
-                return;
-            }
-            self.stalled.entry(queue).or_default().push(item);
-            return;
-        }
-        let (inbox, handled) = match (item.wait, &item.work) {
-            (Some(wait), _) => {
-                debug!("{}: it waits for its client for {wait:?}", item.label());
-                match self.waiting.add(item, wait) {
-                    Some((inbox, tag)) => (inbox, Handled::Released(tag)),
-                    None => return,
-                }
-            }
-            (None, Work::Message { inbox, received }) => (*inbox, Handled::Done(received.tag)),
-            (None, Work::Finding { .. } | Work::WorkflowsChanged) => return,
+        let message = match &item.work {
+            Work::Message { inbox, received } => Some((*inbox, received.tag)),
+            Work::Finding { .. } | Work::WorkflowsChanged => None,
         };
+        let handled = if let Some(queue) = item.stalled_on.take() {
+            // A finding is made again.
+            if message.is_some() {
+                self.stalled.entry(queue).or_default().push(item);
+            }
+            Handled::Kept
+        } else if let Some(wait) = item.wait {
+            debug!("{}: it waits for its client for {wait:?}", item.label());
+            match self.waiting.add(item, wait) {
+                true => Handled::Released,
+                false => Handled::Kept,
+            }
+        } else {
+            Handled::Done
+        };
+        let Some((inbox, tag)) = message else { return };
         if let Some(done) = self.done.get(&inbox) {
             // If the consumer is gone, so is the session, and the broker redelivers.
-            let _ = done.send(handled);
+            let _ = done.send(handled(tag));
         }
     }
 }

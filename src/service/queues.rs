@@ -159,7 +159,7 @@ impl Watch {
             let Some((_, link)) = links.find(|(known, _)| known == rabbitmq) else {
                 continue;
             };
-            let depths = link.depths(names)?;
+            let depths = link.depths_in_time(names)?;
             queues.extend(names.iter().zip(depths).map(|(name, depth)| Queue {
                 vhost,
                 name: (*name).to_owned(),

@@ -6,7 +6,7 @@ use anyhow::Context;
 use crossbeam_channel::{Receiver, Sender, select};
 use log::{info, warn};
 
-use crate::broker::{self, Claim, Handled, Link, Mark, Received};
+use crate::broker::{self, Claim, Handled, Link, Mark, Received, Source};
 use crate::service::handler::Work;
 use crate::threads::Signal;
 use crate::wire::{OMOTES_EXCHANGE, WORKFLOW_REQUESTS_HELD_KEY, WORKFLOW_REQUESTS_KEY};
@@ -27,8 +27,7 @@ pub(crate) fn claim(link: &Link) -> anyhow::Result<Claim> {
 pub(crate) struct Answering<'l> {
     /// The queue belongs to this connection.
     pub(crate) link: &'l Link,
-    /// The prefetch.
-    pub(crate) prefetch: u16,
+    pub(crate) source: Source<'l>,
     /// To a handler, which tells all clients the workflows.
     pub(crate) announcer: Sender<Work>,
     /// Receives something while no replica holds the queue.
@@ -48,7 +47,7 @@ impl Answering<'_> {
         done: &Receiver<Handled>,
         mut hand_over: impl FnMut(usize, Received),
     ) -> anyhow::Result<()> {
-        let queue = WORKFLOW_REQUESTS_KEY;
+        let queue = self.source.queue;
         let mut last_warning = None;
         loop {
             let why = match claimed {
@@ -56,9 +55,8 @@ impl Answering<'_> {
                 Claim::Held { marker } => {
                     info!("requests that are sent to {queue} are answered here");
                     let mut consumed = false;
-                    let queues = [(queue, self.prefetch)];
                     let ended =
-                        broker::consume(self.link, &queues, stop, done, |place, request| {
+                        broker::consume(self.link, &[self.source], stop, done, |place, request| {
                             consumed = true;
                             hand_over(place, request);
                         });

@@ -19,7 +19,7 @@ use self::links::Links;
 use self::pulse::Pulse;
 use self::watchdog::Watchdog;
 use crate::broker::intake::Intake;
-use crate::broker::{self, Claim, DEADLINE, Handled, PublishError, Publisher, Received};
+use crate::broker::{self, Claim, DEADLINE, Handled, PublishError, Publisher, Received, Source};
 use crate::service::handler::{
     self, ClosedQueues, Common, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
 };
@@ -62,6 +62,18 @@ fn prefetch(inbox: Inbox, outcome_delay: Duration) -> u16 {
         Inbox::Cancels => waiting.saturating_add(100),
         Inbox::Progress => 2000,
         Inbox::WorkflowRequests | Inbox::NamedWorkflowRequests => 20,
+    }
+}
+
+/// The prefetch that a session begins with. It knows nothing of how the ones before it have ended, in this
+/// process or in another.
+fn first_prefetch(inbox: Inbox) -> u16 {
+    match inbox {
+        Inbox::Submissions | Inbox::Cancels | Inbox::Progress | Inbox::Results => 1,
+        // Nothing is lost with them.
+        inbox @ (Inbox::WorkflowRequests | Inbox::NamedWorkflowRequests) => {
+            prefetch(inbox, Duration::ZERO)
+        }
     }
 }
 
@@ -284,13 +296,12 @@ fn start_consumers<'scope>(
     let (links, common) = (shared.links, &shared.common);
     let outcome_delay = common.service.config.outcome_delay;
     for ((name, inboxes), done) in CONSUMERS.into_iter().zip(done) {
-        let queues: Vec<_> = inboxes
-            .iter()
-            .map(|inbox| {
-                let prefetch = prefetch(*inbox, outcome_delay);
-                (common.queue_names[inbox].as_str(), prefetch)
-            })
-            .collect();
+        let sources = inboxes.iter().map(|inbox| Source {
+            queue: &common.queue_names[inbox],
+            prefetch: prefetch(*inbox, outcome_delay),
+            first: first_prefetch(*inbox),
+        });
+        let sources: Vec<_> = sources.collect();
         let link = links.consuming(inboxes[0]);
         let handlers = handlers.to_vec();
         let announcer = handlers[0].clone();
@@ -299,7 +310,7 @@ fn start_consumers<'scope>(
         let (stop, claim) = (recruits.stop.clone(), claim.clone());
         let answering = requests::Answering {
             link,
-            prefetch: queues[0].1,
+            source: sources[0],
             announcer,
             vacant: vacant.clone(),
         };
@@ -309,7 +320,7 @@ fn start_consumers<'scope>(
             | Inbox::Cancels
             | Inbox::WorkflowRequests
             | Inbox::Progress
-            | Inbox::Results => broker::consume(link, &queues, &stop, &done, hand_over),
+            | Inbox::Results => broker::consume(link, &sources, &stop, &done, hand_over),
         })?;
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! A cluster of RabbitMQ nodes of which one is killed, with classic queues on it.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use omotes_orchestrator::wire::{
@@ -8,10 +9,11 @@ use omotes_orchestrator::wire::{
 use rstest::rstest;
 
 use crate::harness::cluster::Cluster;
-use crate::harness::deployment::{Service, eventually};
+use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
+const JOBS: usize = 20;
 
 /// What the first node does about queues of the node that is down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,32 +151,188 @@ fn dead_letters_whose_node_is_down_hold_up_nobody(#[case] manner: Manner) {
     assert_one_session(&service);
 }
 
-#[test]
-fn a_service_moves_to_another_node_of_the_cluster() {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    Dies,
+    Hangs,
+}
+
+/// Services, until one of them has a connection to that node: each has chosen at random.
+fn start_on(cluster: &Cluster, node: &Deployment, variables: &[(&str, &str)]) -> Service {
+    loop {
+        let service = cluster.one.start_with(variables);
+        let of_service = "length(rabbit_networking:connections_local()).";
+        if node.rabbitmqctl(&["eval", of_service]).trim() != "0" {
+            return service;
+        }
+        assert!(service.stop().success());
+    }
+}
+
+#[rstest]
+#[case(Loss::Dies)]
+#[case(Loss::Hangs)]
+fn a_service_moves_to_another_node_of_the_cluster(#[case] loss: Loss) {
     let cluster = Cluster::start();
     let client = Client::new(&cluster.one);
     let worker = Worker::new(&cluster.one, "workflow_1");
-    let ports = [&cluster.other, &cluster.one].map(|node| node.rabbitmq_port());
-    let hosts = format!("127.0.0.1:{},127.0.0.1:{}", ports[0], ports[1]);
-    let variables =
-        ["SDK", "TASK", "CELERY"].map(|vhost| (format!("{vhost}_RABBITMQ_HOSTNAME"), &*hosts));
-    let variables = variables
-        .each_ref()
-        .map(|(name, hosts)| (name.as_str(), *hosts));
-    let mut service = cluster.one.start_with(&variables);
-    // It has chosen at random, for each of its connections.
-    let of_service = "length(rabbit_networking:connections_local()).";
-    while cluster.other.rabbitmqctl(&["eval", of_service]).trim() == "0" {
-        assert!(service.stop().success());
-        service = cluster.one.start_with(&variables);
-    }
+    let variables = cluster.all_nodes();
+    let variables: Vec<_> = variables
+        .iter()
+        .map(|(name, hosts)| (name.as_str(), hosts.as_str()))
+        .collect();
+    let service = start_on(&cluster, &cluster.other, &variables);
     let running = running_job(&client, &worker, None);
-    cluster.kill_other();
-    let killed = Instant::now();
+    match loss {
+        Loss::Dies => cluster.other.kill_server(Server::RabbitMq),
+        Loss::Hangs => cluster.other.signal_rabbitmq("-STOP"),
+    }
+    let lost = Instant::now();
+    service.logged("the session with RabbitMQ ends");
+    let ended = lost.elapsed();
     service.logged("the session with RabbitMQ has ended");
     service.wait_until_ready();
-    eprintln!("ready {:?} after the end of the node", killed.elapsed());
+    let ready = lost.elapsed();
+    eprintln!("{loss:?}: ended after {ended:?}, ready after {ready:?}");
+    // Far more than it takes, and less than it took where nobody noticed.
+    assert!(ended.as_secs() < 15, "{ended:?}");
+    if loss == Loss::Hangs {
+        cluster.other.kill_server(Server::RabbitMq);
+    }
     worker.succeed(&running, OUTPUT);
     assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
     one_job_goes_through(&client, &worker);
+}
+
+/// The lines of the example's configuration that this version of RabbitMQ knows, without those about how
+/// the nodes find each other.
+fn example_configuration() -> String {
+    let lines = include_str!("../../examples/deployment/cluster/rabbitmq.conf").lines();
+    let since_3_10 = |line: &&str| {
+        !line.starts_with("cluster_formation.")
+            && !line.starts_with("quorum_queue.")
+            && !line.starts_with("default_queue_type")
+    };
+    lines.filter(since_3_10).collect::<Vec<_>>().join("\n")
+}
+
+/// What `doctor` says, with the rabbitmqctl of the first node.
+fn doctor(cluster: &Cluster, variables: &[(&str, &str)]) -> String {
+    let tool = format!(
+        "{}/run.sh private ctl {}",
+        env!("CARGO_MANIFEST_DIR"),
+        cluster.one.folder_of(Server::RabbitMq).display()
+    );
+    let mut command = cluster.one.command(&["doctor", "--rabbitmqctl", &tool]);
+    command.env("PATH", std::env::var("PATH").unwrap());
+    let output = command.envs(variables.iter().copied()).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const EXAMPLE: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/examples/deployment/cluster/definitions.json"
+);
+
+#[test]
+fn the_example_of_a_cluster_lives_through_the_loss_of_each_node() {
+    let cluster = Cluster::of_three(&example_configuration());
+    // Where RabbitMQ's own user may read it.
+    let file = cluster.one.folder_of(Server::RabbitMq).join("import.json");
+    std::fs::copy(EXAMPLE, &file).unwrap();
+    cluster
+        .one
+        .rabbitmqctl(&["import_definitions", file.to_str().unwrap()]);
+    let list = [
+        "list_queues",
+        "-q",
+        "--no-table-headers",
+        "-p",
+        "omotes",
+        "name",
+        "type",
+        "policy",
+    ];
+    let queues = cluster.one.rabbitmqctl(&list);
+    for line in [
+        "job_submissions\tquorum\tomotes-core",
+        "job_deletions\tquorum\tomotes-core",
+        "omotes_dead_letters\tquorum\tomotes-dead-letters",
+    ] {
+        assert!(queues.contains(line), "{queues}");
+    }
+    let variables = cluster.all_nodes();
+    let variables: Vec<_> = variables
+        .iter()
+        .map(|(name, hosts)| (name.as_str(), hosts.as_str()))
+        .collect();
+    let _replicas = [
+        cluster.one.start_with(&variables),
+        cluster.one.start_with(&variables),
+    ];
+    let said = doctor(&cluster, &variables);
+    // This version of RabbitMQ has no relaxed checks.
+    assert!(
+        said.contains("job_submissions is a quorum queue, which clients"),
+        "{said}"
+    );
+    assert!(!said.contains("RabbitMQ drops"), "{said}");
+    assert!(!said.contains("does not answer"), "{said}");
+    cluster
+        .one
+        .rabbitmqctl(&["clear_policy", "-p", "omotes", "omotes-core"]);
+    let limit = [
+        "set_policy",
+        "-p",
+        "omotes",
+        "omotes-core",
+        "^job_",
+        "{\"delivery-limit\":20}",
+    ];
+    cluster.one.rabbitmqctl(&limit);
+    let said = doctor(&cluster, &variables);
+    assert!(
+        said.contains("job_submissions: RabbitMQ drops a message that it has delivered 20 times"),
+        "{said}"
+    );
+    cluster
+        .one
+        .rabbitmqctl(&["import_definitions", file.to_str().unwrap()]);
+    let third = cluster.third.as_ref().unwrap();
+    // Its queues are on a node that stays, for they are classic.
+    for (lost, stays) in [
+        (&cluster.other, &cluster.one),
+        (third, &cluster.other),
+        (&cluster.one, third),
+    ] {
+        let client = Client::of_existing(stays);
+        let worker = Worker::of_existing(stays, "workflow_1");
+        let before: Vec<_> = (0..JOBS).map(|_| client.submit("workflow_1")).collect();
+        lost.kill_server(Server::RabbitMq);
+        let said = doctor(&cluster, &variables);
+        let silent = format!(
+            "127.0.0.1:{}, one of 3 nodes, does not answer",
+            lost.rabbitmq_port()
+        );
+        assert!(said.contains(&silent), "{said}");
+        let after: Vec<_> = (0..JOBS).map(|_| client.submit("workflow_1")).collect();
+        let mut left: HashSet<_> = before.into_iter().chain(after).collect();
+        // Of some jobs there may be a task more, which is revoked.
+        eventually("all of them succeed", || {
+            if let Some(message) = worker.peer.poll("workflow_1") {
+                let task = Task::of(&message);
+                worker.start(&task);
+                worker.succeed(&task, OUTPUT);
+            }
+            left.retain(|job| {
+                let waits = client.peer.queue_length(&format!("jobs.{job}.result")) == 0;
+                assert!(waits || client.outcome(*job).0 == ResultType::Succeeded);
+                waits
+            });
+            left.is_empty().then_some(())
+        });
+        worker.peer.delete_queue("workflow_1");
+        lost.start_server(Server::RabbitMq);
+        cluster.all_run();
+    }
 }

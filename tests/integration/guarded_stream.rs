@@ -3,15 +3,16 @@
 
 use std::collections::HashSet;
 
-use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable};
+use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, QueueDeclareOptions};
 use omotes_orchestrator::wire::{
     DEAD_LETTERS_QUEUE, job_result::ResultType, job_status_update::JobStatus, task_result,
 };
 use prost::Message;
 use rstest::rstest;
+use serde_json::json;
 use uuid::Uuid;
 
-use crate::harness::deployment::Deployment;
+use crate::harness::deployment::{Deployment, eventually, management};
 use crate::harness::peers::{Client, Peer, Worker, kept_its_session};
 use crate::harness::raw::{Properties, RawPublisher, entry, long};
 
@@ -205,7 +206,7 @@ fn poisoned_properties_harm_nobody(#[case] poison: Poison) {
             .output()
             .unwrap()
     };
-    crate::harness::deployment::eventually("both letters are listed", || {
+    eventually("both letters are listed", || {
         let list = list();
         let text = String::from_utf8([list.stdout, list.stderr].concat()).unwrap();
         assert!(list.status.success(), "{text}");
@@ -218,6 +219,7 @@ fn poisoned_properties_harm_nobody(#[case] poison: Poison) {
 pub fn send_submissions(
     deployment: &Deployment,
     client: &Client,
+    queue: &str,
     poison: Poison,
     count: usize,
 ) -> HashSet<Uuid> {
@@ -225,13 +227,13 @@ pub fn send_submissions(
         deployment,
         &deployment.sdk_vhost(),
         &client.peer,
-        &[SUBMISSIONS],
+        &[queue],
         poison,
     );
     (0..count)
         .map(|_| {
             let (job, submission) = client.submission("workflow_1");
-            poisoner.send(SUBMISSIONS, &submission.encode_to_vec());
+            poisoner.send(queue, &submission.encode_to_vec());
             job
         })
         .collect()
@@ -245,14 +247,36 @@ fn large_headers_pass_in_bounded_memory(#[case] poison: Poison) {
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    assert!(deployment.start().stop().success());
-    let jobs = send_submissions(&deployment, &client, poison, JOBS);
+    let service = deployment.start();
+    client.peer.widen(SUBMISSIONS, JOBS);
+    // Writing them takes minutes; from there RabbitMQ itself hands them on.
+    let long_text = |text: &str| AmqpValue::LongString(text.to_owned());
+    let options = QueueDeclareOptions {
+        durable: true,
+        arguments: FieldTable::from([
+            ("x-dead-letter-exchange".to_owned(), long_text("")),
+            (
+                "x-dead-letter-routing-key".to_owned(),
+                long_text(SUBMISSIONS),
+            ),
+        ]),
+        ..QueueDeclareOptions::default()
+    };
+    client.peer.channel.queue_declare("ready", options).unwrap();
+    let jobs = send_submissions(&deployment, &client, "ready", poison, JOBS);
+    eventually("all are there", || {
+        (client.peer.queue_length("ready") as usize == JOBS).then_some(())
+    });
     // Nothing gets through for a while, and all of it would like to come in.
     let mut sql = deployment.sql();
     let mut lock = sql.transaction().unwrap();
     lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")
         .unwrap();
-    let service = deployment.start();
+    let policy = json!({
+        "pattern": "^ready$", "definition": {"max-length": 0}, "apply-to": "queues",
+    });
+    let path = format!("policies/{}/none", deployment.sdk_vhost());
+    management("PUT", &path, Some(policy));
     service.logged("has been waiting for Postgres");
     lock.rollback().unwrap();
     let tasks: HashSet<Uuid> = (0..JOBS).map(|_| worker.take().job).collect();

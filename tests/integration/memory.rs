@@ -185,6 +185,7 @@ fn long_references(deployment: &Deployment, client: &Client, worker: &Worker) {
     let mut sql = deployment.sql();
     sql.batch_execute("UPDATE job SET job_reference = repeat(job_reference, 8192)")
         .unwrap();
+    client.peer.widen("job_deletions", JOBS);
     let mut lock = sql.transaction().unwrap();
     lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")
         .unwrap();
@@ -206,6 +207,7 @@ fn long_references(deployment: &Deployment, client: &Client, worker: &Worker) {
 fn large_headers(deployment: &Deployment, confined: &Confined, client: &Client) {
     const MESSAGES: usize = 400;
     let text = AmqpValue::LongString("h".repeat(130_000));
+    client.peer.widen("job_submissions", MESSAGES);
     let mut sql = deployment.sql();
     let mut lock = sql.transaction().unwrap();
     lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")

@@ -270,25 +270,24 @@ fn large_messages_pass_in_bounded_memory() {
     let tasks: Vec<_> = (0..RESULTS)
         .map(|_| running_job(&client, &worker, None))
         .collect();
-    assert!(service.stop().success());
     let output = format!("<e id='out-1'>{}</e>", "x".repeat(64 * MIB));
-    for task in &tasks {
-        worker.succeed(task, &output);
-    }
+    worker.peer.widen("omotes_task_result_events", RESULTS);
     // Nothing gets through for a while, and all of it would like to come in.
     let mut sql = deployment.sql();
     let mut lock = sql.transaction().unwrap();
     lock.batch_execute("LOCK TABLE job IN ACCESS EXCLUSIVE MODE")
         .unwrap();
-    let service = deployment.start();
+    for task in &tasks {
+        worker.succeed(task, &output);
+    }
     service.logged("has been waiting for Postgres");
     // A stop hears all that RabbitMQ has sent already, and keeps none of it.
     let (status, peak) = service.stop_watched();
     eprintln!("peak memory at a stop: {peak} MiB");
     assert!(status.success());
     assert!(peak < 512, "{peak} MiB");
-    let service = deployment.start();
-    service.logged("has been waiting for Postgres");
+    let service = deployment.launch(&[]);
+    service.logged("somebody has locked the tables");
     lock.rollback().unwrap();
     for task in &tasks {
         let result = client.result(task.job);

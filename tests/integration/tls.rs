@@ -201,7 +201,7 @@ fn poisoned_properties_harm_nobody_in_tls_either() {
     let client = Client::new(deployment);
     let worker = Worker::new(deployment, "workflow_1");
     for poison in Poison::ALL {
-        let mut jobs = send_submissions(deployment, &client, poison, 3);
+        let mut jobs = send_submissions(deployment, &client, "job_submissions", poison, 3);
         let behind = client.submit("workflow_1");
         jobs.insert(behind);
         let tasks: Vec<_> = jobs.iter().map(|_| worker.take()).collect();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
-use omotes_orchestrator::broker::{self, Handled, Link, Publisher};
+use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Source};
 use omotes_orchestrator::config;
 use omotes_orchestrator::telemetry::report::{one_line, readable};
 use omotes_orchestrator::threads::{Calls, Signal, within_deadline};
@@ -179,7 +179,7 @@ fn follow(
     done: &Receiver<Handled>,
     update: &Sender<(u64, Update)>,
 ) {
-    let queues = queues.each_ref().map(|queue| (queue.as_str(), 10));
+    let queues = queues.each_ref().map(|queue| Source::new(queue, 10));
     let consumed = broker::consume(link, &queues, stopped, done, |place, received| {
         let body = received.body.as_slice();
         let decoded = match place {

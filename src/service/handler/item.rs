@@ -282,16 +282,12 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Returns the message's inbox and tag if its body was dropped.
-    pub(super) fn add(&mut self, mut item: Item, wait: Duration) -> Option<(Inbox, u64)> {
+    /// Returns whether the message's body was dropped.
+    pub(super) fn add(&mut self, mut item: Item, wait: Duration) -> bool {
         let released = item.rest();
-        let place = match &item.work {
-            Work::Message { inbox, received } if released => Some((*inbox, received.tag)),
-            Work::Message { .. } | Work::Finding { .. } | Work::WorkflowsChanged => None,
-        };
         self.count += 1;
         self.items.insert((Instant::now() + wait, self.count), item);
-        place
+        released
     }
 
     /// When the first of them is due.

@@ -1,19 +1,29 @@
-//! A cluster of two RabbitMQ nodes for one test, which may stop each of them.
+//! A cluster of RabbitMQ nodes for one test, which may stop each of them.
 
 use std::fs;
 use std::path::Path;
 
 use super::deployment::{Deployment, Server, eventually, free_port};
 
-/// Two nodes. A classic queue is on the node that it was declared on.
+/// Two nodes or three. A classic queue is on the node that it was declared on.
 pub struct Cluster {
     /// With the test's Postgres.
     pub one: Deployment,
     pub other: Deployment,
+    pub third: Option<Deployment>,
 }
 
 impl Cluster {
     pub fn start() -> Cluster {
+        Cluster::with(false, "")
+    }
+
+    /// With these lines in the configuration of each.
+    pub fn of_three(configuration: &str) -> Cluster {
+        Cluster::with(true, configuration)
+    }
+
+    fn with(has_third: bool, configuration: &str) -> Cluster {
         let names = free_port();
         let prepare = |folder: &Path| {
             // As they would be on one host, and in one deployment.
@@ -23,25 +33,41 @@ impl Cluster {
                  export RABBITMQ_CTL_ERL_ARGS='-setcookie omotes'\n"
             );
             fs::write(folder.join("exports"), exports).unwrap();
+            fs::write(folder.join("conf"), configuration).unwrap();
         };
         let one = Deployment::with_own(&Server::ALL, |one| {
             prepare(&one.extra_folder(Server::RabbitMq));
         });
-        let other = Deployment::with_own(&[Server::RabbitMq], |other| {
-            let folder = other.extra_folder(Server::RabbitMq);
-            prepare(&folder);
-            let nodes = format!(
-                "cluster_formation.peer_discovery_backend = classic_config\n\
-                 cluster_formation.classic_config.nodes.1 = {}\n\
-                 cluster_formation.classic_config.nodes.2 = {}\n",
-                node(&one),
-                node(other)
-            );
-            fs::write(folder.join("conf"), nodes).unwrap();
-        });
-        let cluster = Cluster { one, other };
-        assert_eq!(cluster.running(), "2");
+        let join = || {
+            Deployment::with_own(&[Server::RabbitMq], |joining| {
+                let folder = joining.extra_folder(Server::RabbitMq);
+                prepare(&folder);
+                let nodes = format!(
+                    "{configuration}\n\
+                     cluster_formation.peer_discovery_backend = classic_config\n\
+                     cluster_formation.classic_config.nodes.1 = {}\n\
+                     cluster_formation.classic_config.nodes.2 = {}\n",
+                    node(&one),
+                    node(joining)
+                );
+                fs::write(folder.join("conf"), nodes).unwrap();
+            })
+        };
+        let other = join();
+        let third = has_third.then(join);
+        let cluster = Cluster { one, other, third };
+        cluster.all_run();
         cluster
+    }
+
+    /// Variables that name all nodes for each vhost.
+    pub fn all_nodes(&self) -> Vec<(String, String)> {
+        let nodes = [&self.one, &self.other].into_iter().chain(&self.third);
+        let hosts: Vec<_> = nodes
+            .map(|node| format!("127.0.0.1:{}", node.rabbitmq_port()))
+            .collect();
+        let names = ["SDK", "TASK", "CELERY"].map(|vhost| format!("{vhost}_RABBITMQ_HOSTNAME"));
+        names.map(|name| (name, hosts.join(","))).into()
     }
 
     fn running(&self) -> String {
@@ -82,9 +108,11 @@ impl Cluster {
         assert_eq!(self.eval(&code), "ok");
     }
 
-    pub fn kill_other(&self) {
-        self.other.kill_server(Server::RabbitMq);
-        eventually("it is missed", || (self.running() == "1").then_some(()));
+    pub fn all_run(&self) {
+        let all = 2 + usize::from(self.third.is_some());
+        eventually("all nodes run", || {
+            (self.running() == all.to_string()).then_some(())
+        });
     }
 
     pub fn start_other(&self) {

@@ -180,7 +180,10 @@ impl Deployment {
 
     /// Makes the vhost of the tasks anew, with these settings.
     pub fn make_celery_vhost_anew(&self, settings: &Value) {
-        let vhost = self.celery_vhost();
+        self.make_vhost_anew(&self.celery_vhost(), settings);
+    }
+
+    pub fn make_vhost_anew(&self, vhost: &str, settings: &Value) {
         management("DELETE", &format!("vhosts/{vhost}"), None);
         management("PUT", &format!("vhosts/{vhost}"), Some(settings.clone()));
         let all = json!({"configure": ".*", "write": ".*", "read": ".*"});

@@ -131,6 +131,16 @@ impl Peer {
         }
     }
 
+    /// Lets enough through that the service takes so many messages of this queue at once.
+    pub fn widen(&self, queue: &str, messages: usize) {
+        for _ in 0..2 * messages {
+            self.send(queue, b"\xff");
+        }
+        for _ in 0..2 * messages {
+            self.next(wire::DEAD_LETTERS_QUEUE);
+        }
+    }
+
     pub fn queue_length(&self, queue: &str) -> u32 {
         let queue = self.channel.queue_declare_passive(queue).unwrap();
         queue.declared_message_count().unwrap()
@@ -151,12 +161,18 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(deployment: &Deployment) -> Client {
+    /// One that finds the core queues, and declares none of them.
+    pub fn of_existing(deployment: &Deployment) -> Client {
         let peer = Peer::new(deployment, &deployment.sdk_vhost());
         let exchange = ExchangeDeclareOptions::default();
         peer.channel
             .exchange_declare(ExchangeType::Direct, "omotes_exchange", exchange)
             .unwrap();
+        Client { peer }
+    }
+
+    pub fn new(deployment: &Deployment) -> Client {
+        let Client { peer } = Client::of_existing(deployment);
         for queue in ["job_submissions", "job_deletions"] {
             peer.declare(queue);
             peer.channel
@@ -331,6 +347,15 @@ impl Task {
 
 impl Worker {
     pub fn new(deployment: &Deployment, workflow: &str) -> Worker {
+        let worker = Worker::of_existing(deployment, workflow);
+        for queue in ["omotes_task_result_events", "omotes_task_progress_events"] {
+            worker.peer.declare(queue);
+        }
+        worker
+    }
+
+    /// One that finds the queues of its events, and declares only that of its tasks.
+    pub fn of_existing(deployment: &Deployment, workflow: &str) -> Worker {
         let peer = Peer::new(deployment, &deployment.celery_vhost());
         let options = QueueDeclareOptions {
             durable: true,
@@ -338,9 +363,6 @@ impl Worker {
             ..QueueDeclareOptions::default()
         };
         peer.channel.queue_declare(workflow, options).unwrap();
-        for queue in ["omotes_task_result_events", "omotes_task_progress_events"] {
-            peer.declare(queue);
-        }
         let exchange = ExchangeDeclareOptions::default();
         peer.channel
             .exchange_declare(ExchangeType::Fanout, "celery.pidbox", exchange)

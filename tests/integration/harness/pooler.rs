@@ -16,21 +16,26 @@ impl Pooler {
     /// Gives each transaction another session, as far as there are several.
     pub fn before(deployment: &Deployment, sessions: usize) -> Pooler {
         let port = free_port();
-        let database = deployment.database();
+        let user = setting("POSTGRES_USER");
+        let users = deployment.folder.join("pgbouncer.users");
+        let password = setting("POSTGRES_PASSWORD");
+        fs::write(&users, format!("\"{user}\" \"{password}\"\n")).unwrap();
+        // It knows the other roles from Postgres, and tries it again before a minute is over.
         let settings = format!(
             "[databases]\n\
-             {database} = host=127.0.0.1 port={} user={} password={}\n\
+             * = host=127.0.0.1 port={} auth_user={user}\n\
              [pgbouncer]\n\
              listen_addr = 127.0.0.1\n\
              listen_port = {port}\n\
              unix_socket_dir =\n\
-             auth_type = any\n\
+             auth_type = scram-sha-256\n\
+             auth_file = {}\n\
              pool_mode = transaction\n\
              default_pool_size = {sessions}\n\
-             server_round_robin = 1\n",
+             server_round_robin = 1\n\
+             server_login_retry = 1\n",
             deployment.postgres_port(),
-            setting("POSTGRES_USER"),
-            setting("POSTGRES_PASSWORD"),
+            users.display(),
         );
         let file = deployment.folder.join("pgbouncer.ini");
         fs::write(&file, settings).unwrap();

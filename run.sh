@@ -219,6 +219,7 @@ export RABBITMQ_DIST_PORT=$(free_port) ERL_EPMD_PORT=$(free_port) ERL_EPMD_ADDRE
 export RABBITMQ_MNESIA_BASE=$folder/mnesia RABBITMQ_LOG_BASE=$folder/log
 export RABBITMQ_CONFIG_FILE=$folder/rabbitmq.conf RABBITMQ_PID_FILE=$folder/pid
 export RABBITMQ_ENABLED_PLUGINS_FILE=$folder/enabled_plugins RABBITMQ_CONF_ENV_FILE=/dev/null
+export OMOTES_RABBITMQ_TREE=${OMOTES_RABBITMQ_TREE:-}
 EOF
   if [ -f "$folder/exports" ]; then cat "$folder/exports" >>"$folder/environment"; fi
   if is_root; then chown -R rabbitmq "$folder"; fi
@@ -683,19 +684,19 @@ use_servers() {
 }
 
 run_tests() {
-  local servers='' short=''
+  local servers='' targets=(--all-targets)
   while :; do
     case ${1:-} in
       --stop) stop_test_services; return ;;
       --keep) kept=yes ;;
       --pooler) export OMOTES_TEST_POOLER=transaction ;;
-      --short) short=yes ;;
+      --short) targets=(--test integration) ;;
       --servers) servers=${2:?the versions of RabbitMQ and Postgres}; shift ;;
       *) break ;;
     esac
     shift
   done
-  [ -z "$short" ] || set -- --test integration "$@" -- pipeline:: crashes:: servers::
+  if [ "${targets[0]}" = --test ]; then set -- "$@" -- pipeline:: crashes:: servers:: rabbitmq4::; fi
   need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver pgbouncer \
     prometheus
   if [ -n "$servers" ]; then use_servers "$servers" || return 0; fi
@@ -707,7 +708,7 @@ run_tests() {
   wait "$venvs" || die "the Python environments could not be made"
   start_test_services
   # Most of a test is waiting, so more of them than there are cores.
-  RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
+  RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked "${targets[@]}" "$@"
 }
 
 # Servers of its own for a program that drives replicas, and the environment of those; none for

@@ -16,9 +16,9 @@ const OUTPUT: &str = "<e id='out-1'/>";
 /// What the first node does about queues of the node that is down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Manner {
-    /// Of RabbitMQ 3.
+    /// Of RabbitMQ that has Mnesia.
     Forgets,
-    /// Of RabbitMQ 4.
+    /// Of RabbitMQ that has Khepri, which has no other.
     Presumes,
 }
 
@@ -163,8 +163,7 @@ fn a_service_moves_to_another_node_of_the_cluster() {
         .map(|(name, hosts)| (name.as_str(), *hosts));
     let mut service = cluster.one.start_with(&variables);
     // It has chosen at random, for each of its connections.
-    let of_service = "length(rabbit_networking:connections_local()).";
-    while cluster.other.rabbitmqctl(&["eval", of_service]).trim() == "0" {
+    while cluster.connections_of_other() == 0 {
         assert!(service.stop().success());
         service = cluster.one.start_with(&variables);
     }

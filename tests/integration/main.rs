@@ -28,6 +28,7 @@ mod outcome_delay;
 mod pipeline;
 mod pooler;
 mod python;
+mod rabbitmq4;
 mod requests;
 mod servers;
 mod stalled;

@@ -3,13 +3,15 @@
 use std::fs;
 use std::path::Path;
 
-use super::deployment::{Deployment, Server, eventually, free_port};
+use super::deployment::{Deployment, Server, eventually, free_port, has_khepri};
 
 /// Two nodes. A classic queue is on the node that it was declared on.
 pub struct Cluster {
     /// With the test's Postgres.
     pub one: Deployment,
     pub other: Deployment,
+    /// With Khepri what the nodes know of each other takes a majority of them.
+    third: Option<Deployment>,
 }
 
 impl Cluster {
@@ -27,21 +29,27 @@ impl Cluster {
         let one = Deployment::with_own(&Server::ALL, |one| {
             prepare(&one.extra_folder(Server::RabbitMq));
         });
-        let other = Deployment::with_own(&[Server::RabbitMq], |other| {
-            let folder = other.extra_folder(Server::RabbitMq);
+        let join = |joining: &Deployment| {
+            let folder = joining.extra_folder(Server::RabbitMq);
             prepare(&folder);
             let nodes = format!(
                 "cluster_formation.peer_discovery_backend = classic_config\n\
                  cluster_formation.classic_config.nodes.1 = {}\n\
                  cluster_formation.classic_config.nodes.2 = {}\n",
                 node(&one),
-                node(other)
+                node(joining)
             );
             fs::write(folder.join("conf"), nodes).unwrap();
-        });
-        let cluster = Cluster { one, other };
-        assert_eq!(cluster.running(), "2");
+        };
+        let other = Deployment::with_own(&[Server::RabbitMq], join);
+        let third = has_khepri().then(|| Deployment::with_own(&[Server::RabbitMq], join));
+        let cluster = Cluster { one, other, third };
+        assert_eq!(cluster.running(), cluster.nodes());
         cluster
+    }
+
+    fn nodes(&self) -> String {
+        (2 + usize::from(self.third.is_some())).to_string()
     }
 
     fn running(&self) -> String {
@@ -71,10 +79,23 @@ impl Cluster {
         self.other.kill_server(Server::RabbitMq);
     }
 
+    /// How many connections of clients the other node has.
+    pub fn connections_of_other(&self) -> usize {
+        // It is named otherwise since RabbitMQ 4.0.
+        let code = "length(case erlang:function_exported(rabbit_networking, local_connections, 0) of \
+                        true -> rabbit_networking:local_connections(); \
+                        false -> rabbit_networking:connections_local() end).";
+        let count = self.other.rabbitmqctl(&["eval", code]);
+        count.trim().parse().unwrap()
+    }
+
     /// Lets the first node look for the process of a queue whose node it knows to be down, as
-    /// RabbitMQ 4 does: it rejects what is published, and whoever asks about the queue waits for a
-    /// minute.
+    /// RabbitMQ does of itself that has Khepri: it rejects what is published, and whoever asks about
+    /// the queue waits for a minute.
     pub fn presume(&self, vhost: &str, queue: &str) {
+        if has_khepri() {
+            return;
+        }
         let code = format!(
             "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
              [Q] = mnesia:dirty_read(rabbit_durable_queue, N), mnesia:dirty_write(rabbit_queue, Q)."
@@ -84,7 +105,8 @@ impl Cluster {
 
     pub fn kill_other(&self) {
         self.other.kill_server(Server::RabbitMq);
-        eventually("it is missed", || (self.running() == "1").then_some(()));
+        let all = self.nodes();
+        eventually("it is missed", || (self.running() != all).then_some(()));
     }
 
     pub fn start_other(&self) {

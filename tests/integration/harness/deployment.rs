@@ -137,6 +137,16 @@ impl Deployment {
         self.private("ctl", Server::RabbitMq, arguments)
     }
 
+    /// Lets its RabbitMQ take messages of up to so many bytes.
+    pub fn limit_messages(&self, bytes: usize) {
+        // The second is what RabbitMQ 3 looks at.
+        let script = format!(
+            "persistent_term:put(max_message_size, {bytes}), \
+             application:set_env(rabbit, max_message_size, {bytes})."
+        );
+        self.rabbitmqctl(&["eval", &script]);
+    }
+
     /// Sends its RabbitMQ a signal.
     pub fn signal_rabbitmq(&self, name: &str) {
         self.private("signal", Server::RabbitMq, &[name]);
@@ -598,6 +608,19 @@ pub fn management(method: &str, path: &str, body: Option<Value>) -> Value {
     let mut response = ureq::run(request).unwrap_or_else(|error| panic!("{method} {url}: {error}"));
     let text = response.body_mut().read_to_string().unwrap();
     serde_json::from_str(&text).unwrap_or(Value::Null)
+}
+
+/// Which RabbitMQ the tests run on.
+pub fn rabbitmq_version() -> [u32; 2] {
+    let overview = management("GET", "overview?columns=rabbitmq_version", None);
+    let version = overview["rabbitmq_version"].as_str().unwrap();
+    let mut parts = version.split('.').map(|part| part.parse().unwrap());
+    [(); 2].map(|()| parts.next().unwrap())
+}
+
+/// Whether it knows its queues by Khepri, and no longer by Mnesia.
+pub fn has_khepri() -> bool {
+    rabbitmq_version() >= [4, 3]
 }
 
 /// A superuser's connection to a database of the server that all tests share.

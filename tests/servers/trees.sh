@@ -9,7 +9,7 @@ release_with() {
   case $1-$2 in
     rabbitmq-server-3.10 | postgresql-15) echo bookworm ;;
     rabbitmq-server-4.0 | postgresql-17) echo trixie ;;
-    # Not released, so what it has changes: see `has_version`.
+    # Not released, so what it has changes: see `tree_with`.
     rabbitmq-server-4.3 | postgresql-18 | *-newest) echo forky ;;
     *) return 1 ;;
   esac
@@ -73,7 +73,7 @@ make_tree() {
 # tree_with PACKAGE VERSION: the same for the Debian that has it, or had when its tree was made.
 tree_with() {
   local release tree version
-  release=$(release_with "$1" "$2") || { say "no Debian is known here that has $1 $2"; return 1; }
+  release=$(release_with "$1" "$2")
   tree=$(make_tree "$release") || return 1
   version=$(version_in "$tree" "$1") || return 1
   case $2 in

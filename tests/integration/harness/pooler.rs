@@ -40,15 +40,7 @@ impl Pooler {
         let file = deployment.folder.join("pgbouncer.ini");
         fs::write(&file, settings).unwrap();
         let log = File::create(deployment.folder.join("pgbouncer.log")).unwrap();
-        let mut command = Command::new("pgbouncer");
-        // Debian's is not where everybody looks.
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{path}:/usr/sbin"));
-        if is_root() {
-            // It refuses to run as root.
-            command.args(["-u", "postgres"]);
-        }
-        let child = command
+        let child = program()
             .arg(&file)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -69,6 +61,26 @@ impl Pooler {
             ("POSTGRESQL_POOLER", "transaction".to_owned()),
         ]
     }
+}
+
+/// PgBouncer, of the Debian that Postgres is of.
+fn program() -> Command {
+    let tree = std::env::var("OMOTES_POSTGRES_TREE").unwrap_or_default();
+    if !tree.is_empty() {
+        let mut command = Command::new("unshare");
+        let enter = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers/enter");
+        command.args(["--mount", enter, &tree, "postgres", "pgbouncer"]);
+        return command;
+    }
+    let mut command = Command::new("pgbouncer");
+    // Debian's is not where everybody looks.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin"));
+    if is_root() {
+        // It refuses to run as root.
+        command.args(["-u", "postgres"]);
+    }
+    command
 }
 
 fn is_root() -> bool {

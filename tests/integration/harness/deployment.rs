@@ -201,6 +201,12 @@ impl Deployment {
         deployment
     }
 
+    /// With the service beside the pooler, for tests of what a pooler does otherwise.
+    pub fn without_pooler(mut self) -> Deployment {
+        self.pooler = None;
+        self
+    }
+
     pub fn sdk_vhost(&self) -> String {
         match self.own {
             None => self.name.clone(),

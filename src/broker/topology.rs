@@ -122,15 +122,6 @@ impl Link {
         }
     }
 
-    /// Declares a queue on a channel of its own, since a refusal closes the channel. Returns its
-    /// name.
-    fn declare(&self, queue: &str, options: QueueDeclareOptions) -> Result<String, amiquip::Error> {
-        let channel = self.channel()?;
-        let name = channel.queue_declare(queue, options)?.name().to_owned();
-        channel.close()?;
-        Ok(name)
-    }
-
     /// Declares a client's own queue: durable, bound to the exchange under its own name, and gone
     /// when unused for `expires`.
     ///
@@ -169,16 +160,32 @@ impl Link {
     /// # Errors
     /// The connection is lost.
     pub fn claim_queue(&self, queue: &str, mark: Mark) -> anyhow::Result<Claim> {
-        let claimed = self.claim(queue, mark);
+        // Its node may be down, and nothing else is to wait for it.
+        let name = queue.to_owned();
+        let asked = self.ask_apart(move |channel| {
+            let options = exclusive(FieldTable::new());
+            channel.queue_declare(name, options).map(drop)
+        })?;
+        let claimed = match asked.answer() {
+            Err(Unanswered::Silent) => return Ok(Claim::Refused(silence())),
+            Err(Unanswered::Error(error)) => self.claim(queue, Err(error), mark),
+            Ok(()) => self.claim(queue, Ok(()), mark),
+        };
         claimed.or_else(|error| match closed(&error) {
             Some((_, message)) => Ok(Claim::Refused(message.to_owned())),
             None => Err(anyhow!(error).context(format!("{}: {queue}", self.name))),
         })
     }
 
-    fn claim(&self, queue: &str, mark: Mark) -> Result<Claim, amiquip::Error> {
-        match self.declare(queue, exclusive(FieldTable::new())) {
-            Ok(_) => {}
+    /// `declared` is what the broker has said to its declaration.
+    fn claim(
+        &self,
+        queue: &str,
+        declared: Result<(), amiquip::Error>,
+        mark: Mark,
+    ) -> Result<Claim, amiquip::Error> {
+        match declared {
+            Ok(()) => {}
             Err(error) => {
                 let Some((RESOURCE_LOCKED | PRECONDITION_FAILED, _)) = closed(&error) else {
                     return Err(error);

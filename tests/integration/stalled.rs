@@ -2,7 +2,7 @@
 
 use amiquip::{AmqpValue, FieldTable};
 use omotes_orchestrator::wire::{
-    DEAD_LETTERS_QUEUE, job_result::ResultType, job_status_update::JobStatus,
+    DEAD_LETTERS_QUEUE, WORKFLOW_REQUESTS_KEY, job_result::ResultType, job_status_update::JobStatus,
 };
 use prost::Message;
 use rstest::rstest;
@@ -488,6 +488,25 @@ fn a_task_that_its_queue_rejects_is_sent_again_unless_that_is_full() {
 }
 
 /// The queue that it must have is named.
+/// It belonged to a replica whose node of the cluster went down.
+#[test]
+fn a_queue_of_requests_whose_node_is_down_holds_up_nobody() {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let vhost = deployment.sdk_vhost();
+    client.peer.declare(WORKFLOW_REQUESTS_KEY);
+    take_down(&deployment, &vhost, WORKFLOW_REQUESTS_KEY, Down::Presumed);
+    let service = deployment.start();
+    let line = service.logged("request_available_workflows: not ours for now");
+    assert_tells_why(&line, Down::Presumed);
+    one_job_goes_through(&client, &worker);
+    bring_up(&deployment, &vhost, WORKFLOW_REQUESTS_KEY);
+    service.logged("requests that are sent to request_available_workflows are answered here");
+    assert_one_session(&service);
+    assert!(service.stop().success());
+}
+
 #[test]
 fn what_rabbitmq_does_not_say_a_word_about_is_told() {
     let deployment = Deployment::with_own_servers();

@@ -744,7 +744,10 @@ drive() {
    "workflow_parameters": [{"key_name": "first", "parameter_type": "string"},
                            {"key_name": "second", "parameter_type": "string"}],
    "steps": [{"task": "$name", "parameters": {"behaviour": "first", "step": {"value": 1}}},
-             {"task": "$name", "parameters": {"behaviour": "second", "step": {"value": 2}}}]}
+             {"task": "$name", "parameters": {"behaviour": "second", "step": {"value": 2}}}]},
+  {"workflow_type_name": "${name}_held", "workflow_type_description_name": "Paused", "paused": true},
+  {"workflow_type_name": "${name}_seats", "workflow_type_description_name": "With seats",
+   "max_running": 1000000}
 ]
 JSON
 }

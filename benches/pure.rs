@@ -114,6 +114,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
         outcome_delay: Duration::from_secs(1),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
+        fair_share_separator: String::new(),
     };
     bencher.bench(|| {
         let context = Context {
@@ -122,6 +123,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
             new_task_id: Uuid::nil(),
             catalogue: &catalogue,
             is_closed: &|_| false,
+            has_limits: &|_| false,
             rules: &rules,
         };
         let decision = decide(Uuid::nil(), &State::Unknown, black_box(&command), &context);

@@ -27,6 +27,7 @@ mod jobs;
 mod queues;
 mod submit;
 mod time_series;
+mod turns;
 mod workflows;
 
 /// The OMOTES job orchestrator, between SDK clients and Celery workers.
@@ -46,7 +47,7 @@ enum Command {
     Run,
     /// Ask the running service whether it is ready; exits with 0 if it is.
     Healthcheck,
-    /// List, show, watch and cancel jobs.
+    /// List, show, watch, hold, reorder and cancel jobs.
     #[command(subcommand)]
     Jobs(jobs::Action),
     /// Show the depth of RabbitMQ's queues, their consumers, and how both change.
@@ -69,7 +70,7 @@ enum Command {
     /// Show or change the revision of the database's tables.
     #[command(subcommand)]
     Db(db::Action),
-    /// The workflow definitions.
+    /// The workflow definitions, and what is allowed at their task queues.
     #[command(subcommand)]
     Workflows(workflows::Action),
     /// The time series of output ESDLs: list, keep, drop.
@@ -104,7 +105,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Queues(queues) => queues::run(&config()?, &queues),
         Command::Completions { shell } => complete(shell),
         Command::Db(command) => db::run(command, config),
-        Command::Workflows(command) => workflows::run(&command),
+        Command::Workflows(command) => workflows::run(&command, config),
         Command::TimeSeries(command) => time_series::run(&config()?, &command),
         Command::DeadLetters(command) => dead_letters::run(&config()?, &command),
         Command::Submit(submit) => submit::run(&config()?, submit),
@@ -166,7 +167,9 @@ pub(crate) fn overview(
     connection: &mut Connection,
     watch: Option<&Watch>,
 ) -> anyhow::Result<Overview> {
-    let (defined, tasks) = workflows::defined(config);
+    let (defined, tasks, limits) = workflows::defined(config);
+    let limits = connection.queue_limits(limits)?;
+    let turns = connection.turns(&limits, config.priority_aging)?;
     let rows = connection.workflows(&defined)?;
     let mut names: Vec<_> = rows.keys().cloned().collect();
     names.extend(tasks.values().flatten().cloned());
@@ -178,6 +181,7 @@ pub(crate) fn overview(
         rows,
         defined,
         tasks,
+        turns,
         queues: queues.map(|queues| Queues {
             at: jiff::Timestamp::now(),
             queues,

@@ -54,6 +54,11 @@ pub struct Config {
     pub reject_invalid_params: bool,
     /// Whether clients whose jobs wait without a worker are told so, by a progress of 0.0.
     pub no_worker_notice: bool,
+    /// With each such time that a task has waited for its turn, its priority rises by one level;
+    /// never if it is zero.
+    pub priority_aging: Duration,
+    /// Ends the owner at the beginning of a job's reference.
+    pub fair_share_separator: String,
     /// How long the history of a finished job is kept.
     pub history_retention: Duration,
     /// Starts allowed per job; the next one ends it.

@@ -9,5 +9,6 @@ pub mod overview;
 pub mod parameters;
 pub mod text;
 pub mod time_series;
+pub mod turns;
 pub mod vhost;
 pub mod workflow;

@@ -326,6 +326,7 @@ fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
         "parts": parts.collect::<Vec<_>>(),
         "workflows": overview.workflows(),
         "queues": overview.queues,
+        "turns": overview.turns,
     })
 }
 

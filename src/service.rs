@@ -11,3 +11,4 @@ pub mod session;
 pub mod shared;
 mod stuck;
 pub mod time_series;
+pub mod turns;

@@ -17,7 +17,8 @@ use uuid::Uuid;
 pub use self::batch::Loaded;
 pub use self::connect::Session;
 use self::connect::{Access, ConnectError, Connector, noted};
-pub use self::upkeep::{Around, Overdue, Sign, Upkeep};
+pub use self::turns::{LimitChange, LostGrant, QueueChange, TurnChange};
+pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 
@@ -30,6 +31,7 @@ mod rows;
 mod starts;
 mod steps;
 mod time_series;
+mod turns;
 mod upkeep;
 pub mod views;
 
@@ -209,7 +211,8 @@ impl Connection {
             }
             true => {
                 "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1)),
-                      inputs AS (DELETE FROM job_input WHERE job_id = ANY($1))
+                      inputs AS (DELETE FROM job_input WHERE job_id = ANY($1)),
+                      turns AS (DELETE FROM job_turn WHERE job_id = ANY($1))
                  DELETE FROM job WHERE job_id = ANY($1)"
             }
         };

@@ -159,6 +159,7 @@ static RULES: Rules = Rules {
     outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: true,
+    fair_share_separator: String::new(),
 };
 
 /// A job whose task the events come from.
@@ -170,6 +171,7 @@ static RUNNING: LazyLock<State> = LazyLock::new(|| {
         reference: None,
         priority: Priority::Medium,
         timeout_ms: None,
+        sender: None,
     };
     let submitted = take(
         Uuid::nil(),
@@ -199,6 +201,7 @@ fn take(id: Uuid, state: &State, command: &Command, second: i64) -> State {
         new_task_id: Uuid::nil(),
         catalogue: &CATALOGUE,
         is_closed: &|_| false,
+        has_limits: &|_| false,
         rules: &RULES,
     };
     let decision = decide(id, state, command, &context);

@@ -11,7 +11,7 @@ use omotes_orchestrator::config::Config;
 use omotes_orchestrator::threads::Calls;
 use uuid::Uuid;
 
-use crate::load::{CLIENTS, Kind, Load, WORKFLOW, open, submission, task_of};
+use crate::load::{CLIENTS, Kind, Load, open, submission, submission_to, task_of};
 use crate::site::pause;
 
 const SAMPLES: usize = 500;
@@ -22,24 +22,34 @@ pub struct Latencies {
     pub results: Vec<Duration>,
 }
 
-/// Measures beside `background` other submissions per second.
+/// Measures jobs of this workflow, beside `background` other submissions per second.
 ///
 /// # Errors
 /// RabbitMQ is gone.
-pub fn measure(config: &Config, load: &Load, background: f64) -> anyhow::Result<Latencies> {
+pub fn measure(
+    config: &Config,
+    load: &Load,
+    workflow: &str,
+    background: f64,
+) -> anyhow::Result<Latencies> {
     let jobs: Vec<Uuid> = (0..SAMPLES).map(|_| Uuid::new_v4()).collect();
     load.listen(&jobs, Kind::Result)?;
     let stopped = AtomicBool::new(false);
     thread::scope(|scope| {
         let others = scope.spawn(|| bother(config, background, &stopped));
-        let latencies = sample(config, load, &jobs);
+        let latencies = sample(config, load, workflow, &jobs);
         stopped.store(true, Ordering::Relaxed);
         others.join().expect("it does not panic")?;
         latencies
     })
 }
 
-fn sample(config: &Config, load: &Load, jobs: &[Uuid]) -> anyhow::Result<Latencies> {
+fn sample(
+    config: &Config,
+    load: &Load,
+    workflow: &str,
+    jobs: &[Uuid],
+) -> anyhow::Result<Latencies> {
     let sdk = Link::open(&config.sdk_rabbitmq, "bench")?;
     let task = Link::open(&config.task_rabbitmq, "bench")?;
     let calls = Calls::default();
@@ -48,7 +58,7 @@ fn sample(config: &Config, load: &Load, jobs: &[Uuid]) -> anyhow::Result<Latenci
     let mut celery = open(&config.celery_rabbitmq)?;
     let celery_channel = celery.open_channel(None)?;
     let tasks = celery_channel.basic_consume(
-        WORKFLOW,
+        workflow,
         ConsumerOptions {
             no_ack: true,
             ..ConsumerOptions::default()
@@ -69,7 +79,7 @@ fn sample(config: &Config, load: &Load, jobs: &[Uuid]) -> anyhow::Result<Latenci
     };
     for job in jobs {
         let began = Instant::now();
-        to_sdk.send(&[submission(*job, ESDL)])?;
+        to_sdk.send(&[submission_to(workflow, *job, ESDL)])?;
         let task = loop {
             let ConsumerMessage::Delivery(delivery) = tasks.receiver().recv()? else {
                 bail!("the tasks' queue is gone");

@@ -23,6 +23,10 @@ use crate::site::{Site, pause};
 pub const WORKFLOW: &str = "bench";
 /// Two steps, both of which are tasks of that one.
 const STEPS: &str = "bench_steps";
+/// A paused queue.
+pub const HELD: &str = "bench_held";
+/// One with more seats than are ever needed.
+pub const SEATS: &str = "bench_seats";
 /// What all clients together hear.
 pub const CLIENTS: &str = "bench.clients";
 /// How long a backlog may take.
@@ -40,6 +44,10 @@ pub enum Kind {
     Steps,
     /// The result of the first of them.
     HandOver,
+    /// A submission whose task waits for its turn.
+    Held,
+    /// Its turn, when the queue is resumed.
+    Turn,
 }
 
 impl Kind {
@@ -57,14 +65,30 @@ impl Kind {
             Kind::Result => "results",
             Kind::Steps => "submissions of two steps",
             Kind::HandOver => "hand-overs",
+            Kind::Held => "submissions that wait for their turn",
+            Kind::Turn => "turns",
         }
     }
 
     /// Whether it causes a task.
     pub fn has_task(self) -> bool {
         match self {
-            Kind::Submission | Kind::Steps | Kind::HandOver => true,
-            Kind::Refused | Kind::Start | Kind::Progress | Kind::Result => false,
+            Kind::Submission | Kind::Steps | Kind::HandOver | Kind::Turn => true,
+            Kind::Refused | Kind::Start | Kind::Progress | Kind::Result | Kind::Held => false,
+        }
+    }
+
+    /// The queue of its task.
+    fn queue(self) -> &'static str {
+        match self {
+            Kind::Held | Kind::Turn => HELD,
+            Kind::Submission
+            | Kind::Refused
+            | Kind::Start
+            | Kind::Progress
+            | Kind::Result
+            | Kind::Steps
+            | Kind::HandOver => WORKFLOW,
         }
     }
 }
@@ -125,6 +149,8 @@ impl Load {
         match kind {
             Kind::Submission => Box::new(jobs.iter().map(move |job| submission(*job, esdl))),
             Kind::Steps => Box::new(jobs.iter().map(move |job| submission_to(STEPS, *job, esdl))),
+            Kind::Held => Box::new(jobs.iter().map(move |job| submission_to(HELD, *job, esdl))),
+            Kind::Turn => Box::new(std::iter::empty()),
             Kind::Refused => Box::new(
                 jobs.iter()
                     .map(move |job| submission_to("none", *job, esdl)),
@@ -159,13 +185,18 @@ impl Load {
         wire::worker_event(&self.results, &result)
     }
 
-    /// Declares the workers' queue, whose depth is looked at before there is a task.
+    /// Declares the workers' queues, whose depths are looked at before there is a task.
     ///
     /// # Errors
     /// RabbitMQ is gone.
     pub fn declare(&self) -> anyhow::Result<()> {
         let link = Link::open(&self.celery, "bench")?;
-        Ok(Publisher::new(&link, &Calls::default()).declare_task_queue(WORKFLOW)?)
+        let calls = Calls::default();
+        let publisher = Publisher::new(&link, &calls);
+        for queue in [WORKFLOW, HELD, SEATS] {
+            publisher.declare_task_queue(queue)?;
+        }
+        Ok(())
     }
 
     /// Publishes a backlog. Clients listen for what will come of it.
@@ -177,7 +208,7 @@ impl Load {
     ) -> anyhow::Result<()> {
         self.listen(jobs, kind)?;
         let config = match kind {
-            Kind::Submission | Kind::Steps | Kind::Refused => &self.sdk,
+            Kind::Submission | Kind::Steps | Kind::Refused | Kind::Held | Kind::Turn => &self.sdk,
             Kind::Start | Kind::Progress | Kind::Result | Kind::HandOver => &self.task,
         };
         let link = Link::open(config, "bench")?;
@@ -206,9 +237,9 @@ impl Load {
         };
         channel.queue_declare(CLIENTS, options)?;
         let what = match kind {
-            Kind::Submission | Kind::Steps | Kind::Start => "status",
+            Kind::Submission | Kind::Steps | Kind::Start | Kind::Held => "status",
             Kind::Progress | Kind::HandOver => "progress",
-            Kind::Refused | Kind::Result => "result",
+            Kind::Refused | Kind::Result | Kind::Turn => "result",
         };
         for job in jobs {
             let key = format!("jobs.{job}.{what}");
@@ -222,7 +253,7 @@ impl Load {
     /// on, since the first ones meet prepared statements and the like for the first time.
     pub fn measure(&self, kind: Kind, messages: usize, site: &Site) -> anyhow::Result<Measured> {
         let (config, queue) = match kind.has_task() {
-            true => (&self.celery, WORKFLOW),
+            true => (&self.celery, kind.queue()),
             false => (&self.sdk, CLIENTS),
         };
         let mut connection = open(config)?;
@@ -260,7 +291,7 @@ impl Load {
         Ok(Samples {
             incoming: self.incoming.load(Ordering::Relaxed),
             task: match kind.has_task() {
-                true => Some(first(&self.celery, WORKFLOW)?),
+                true => Some(first(&self.celery, kind.queue())?),
                 false => None,
             },
             client: first(&self.sdk, CLIENTS)?,
@@ -268,11 +299,11 @@ impl Load {
     }
 
     /// Takes all tasks: each one's job and id.
-    pub fn take_tasks(&self, count: usize) -> anyhow::Result<Vec<(Uuid, String)>> {
+    pub fn take_tasks(&self, kind: Kind, count: usize) -> anyhow::Result<Vec<(Uuid, String)>> {
         let mut connection = open(&self.celery)?;
         let channel = connection.open_channel(None)?;
         let mut tasks = Vec::with_capacity(count);
-        while let Some(got) = channel.basic_get(WORKFLOW, true)? {
+        while let Some(got) = channel.basic_get(kind.queue(), true)? {
             tasks.push(task_of(
                 &got.delivery.body,
                 got.delivery.properties.correlation_id().as_deref(),
@@ -383,7 +414,7 @@ pub fn submission(job: Uuid, esdl: usize) -> Outgoing {
     submission_to(WORKFLOW, job, esdl)
 }
 
-fn submission_to(workflow: &str, job: Uuid, esdl: usize) -> Outgoing {
+pub fn submission_to(workflow: &str, job: Uuid, esdl: usize) -> Outgoing {
     let params = json!({"a number": 1.5, "a text": "value", "a list": [1, 2, 3]});
     let params = params.as_object().map(wire::protobuf_struct);
     wire::job_submission(&JobSubmission {

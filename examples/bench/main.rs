@@ -24,7 +24,7 @@ use clap::Parser;
 use omotes_orchestrator::config::Config;
 use uuid::Uuid;
 
-use crate::load::{Kind, Load};
+use crate::load::{HELD, Kind, Load, SEATS, WORKFLOW};
 use crate::report::Report;
 use crate::site::Site;
 
@@ -45,7 +45,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, steps, refusals, replicas, history, backlog, latency, page.
+    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, page.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -94,6 +94,9 @@ fn main() -> anyhow::Result<()> {
         }
         if wanted("steps") || wanted(&format!("{name} steps")) {
             bench.steps(name, bytes, (messages / fewer).max(20))?;
+        }
+        if wanted("turns") || wanted(&format!("{name} turns")) {
+            bench.turns(name, bytes, (messages / fewer).max(20))?;
         }
         if wanted("refusals") || wanted(&format!("{name} refusals")) {
             bench.refusals(name, bytes, (messages / fewer).max(20))?;
@@ -181,6 +184,27 @@ impl Bench {
         Ok(())
     }
 
+    /// Submissions whose tasks have to wait for their turn, and their turns.
+    fn turns(&mut self, name: &str, esdl: usize, jobs: usize) -> anyhow::Result<()> {
+        let ids: Vec<Uuid> = (0..jobs).map(|_| Uuid::new_v4()).collect();
+        let prepared = self.load.prepare(Kind::Held, &ids, &[], esdl);
+        self.load.publish(Kind::Held, &ids, prepared)?;
+        let what = format!("{name}: {}", Kind::Held.name());
+        self.backlog(&what, Kind::Held, jobs, 1)?;
+        self.site.command(&["workflows", "resume", HELD])?;
+        self.site.start(1)?;
+        let measured = self.load.measure(Kind::Turn, jobs, &self.site)?;
+        self.site.stop()?;
+        self.load.take_tasks(Kind::Turn, jobs)?;
+        self.site.command(&["workflows", "pause", HELD])?;
+        let what = format!("{name}: {}", Kind::Turn.name());
+        self.report
+            .bare_rate(&format!("{what} per second"), measured.rate);
+        let peak = self.site.peak_memory();
+        self.report.cost(&format!("{what}, peak RSS, MiB"), peak);
+        self.site.fill_jobs(&self.config.postgres, 0, 0)
+    }
+
     /// Submissions that are refused, whose clients are told so after a while, and at once.
     fn refusals(&mut self, name: &str, esdl: usize, jobs: usize) -> anyhow::Result<()> {
         for delay in ["1000", "0"] {
@@ -210,7 +234,7 @@ impl Bench {
         let measured = self.load.measure(kind, jobs, &self.site)?;
         self.site.stop()?;
         let samples = self.load.samples(kind)?;
-        let tasks = kind.has_task().then(|| self.load.take_tasks(jobs));
+        let tasks = kind.has_task().then(|| self.load.take_tasks(kind, jobs));
         self.load.purge()?;
         let floor = floor::run(&self.config, jobs, &samples)?;
         self.report
@@ -234,8 +258,12 @@ impl Bench {
             .value("2 kB: submissions per second")
             .unwrap_or(3000.0)
             / 2.0;
-        for (name, rate) in [("idle", 0.0), ("half load", half)] {
-            let latencies = latency::measure(&self.config, &self.load, rate)?;
+        for (name, workflow, rate) in [
+            ("idle", WORKFLOW, 0.0),
+            ("idle, with turns", SEATS, 0.0),
+            ("half load", WORKFLOW, half),
+        ] {
+            let latencies = latency::measure(&self.config, &self.load, workflow, rate)?;
             for (way, times) in [
                 ("submission to task", latencies.submissions),
                 ("result to client", latencies.results),

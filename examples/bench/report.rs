@@ -28,6 +28,11 @@ impl Report {
         self.add(name, value, Some(floor), true);
     }
 
+    /// A rate to which no floor compares.
+    pub fn bare_rate(&mut self, name: &str, value: f64) {
+        self.add(name, value, None, true);
+    }
+
     /// Something that is better smaller.
     pub fn cost(&mut self, name: &str, value: f64) {
         self.add(name, value, None, false);

@@ -143,6 +143,16 @@ impl Site {
         Ok(url.trim().to_owned())
     }
 
+    /// Runs a command of the service.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn command(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let done = Command::new(&self.program).args(arguments).status()?;
+        ensure!(done.success(), "{arguments:?}: {done}");
+        Ok(())
+    }
+
     /// Makes so many jobs be there, a few of them running, and as many in the history; or none.
     pub fn fill_jobs(
         &self,
@@ -151,7 +161,9 @@ impl Site {
         finished: i32,
     ) -> anyhow::Result<()> {
         let mut client = sql(config)?;
-        client.batch_execute("TRUNCATE job_history; DELETE FROM job")?;
+        client.batch_execute(
+            "TRUNCATE job_history, job_step, job_input, job_turn; DELETE FROM job",
+        )?;
         client.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
                               submitted_at, running_at, timeout_after_ms, job_reference, priority,

@@ -131,6 +131,26 @@ impl Site {
         Ok(site)
     }
 
+    /// Lets only so many tasks of a queue run at once, as soon as the tables are there.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn limit(&self, queue: &str, tasks: usize) -> anyhow::Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let done = Command::new(&self.program)
+                .args(["workflows", "limit", queue, "--max-running"])
+                .arg(tasks.to_string())
+                .stderr(Stdio::null())
+                .status()?;
+            if done.success() {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the limit cannot be set");
+            pause(Duration::from_millis(200));
+        }
+    }
+
     /// Starts replicas that do not run.
     pub fn start_missing(&mut self) -> anyhow::Result<()> {
         for (number, replica) in self.replicas.iter_mut().enumerate() {

@@ -31,6 +31,22 @@ pub enum Plan {
 }
 
 impl Plan {
+    /// Whether nothing but its tasks ends it.
+    pub fn runs_to_its_end(self) -> bool {
+        match self {
+            Plan::Plain
+            | Plan::Fails
+            | Plan::Steps
+            | Plan::FirstStepFails
+            | Plan::SecondStepFails => true,
+            Plan::Cancelled
+            | Plan::StepsCancelled
+            | Plan::TooSlow
+            | Plan::Crashes
+            | Plan::UnknownWorkflow => false,
+        }
+    }
+
     pub fn has_steps(self) -> bool {
         match self {
             Plan::Steps | Plan::StepsCancelled | Plan::FirstStepFails | Plan::SecondStepFails => {

@@ -56,6 +56,9 @@ struct Options {
     /// does for two days.
     #[arg(long, default_value_t = 0)]
     idle_clients: usize,
+    /// How many tasks may run at once.
+    #[arg(long)]
+    seats: Option<usize>,
     /// Writes a row with the figures of this run into this README, between its markers, in place of
     /// the one with the same command line.
     #[arg(long)]
@@ -86,6 +89,9 @@ fn main() -> anyhow::Result<ExitCode> {
         config.postgres.servers[0].port,
         options.replicas,
     )?;
+    if let Some(seats) = options.seats {
+        site.limit(WORKFLOW, seats)?;
+    }
     let idle = world.declare_idle_clients(options.idle_clients)?;
     let mut random = Rng::with_seed(options.seed);
     let length = Duration::from_secs_f64(options.minutes * 60.0);
@@ -105,6 +111,13 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut violations = settle(world, &mut site, &config)?;
     let (summary, wrong) = report(world, &counts, &site.rabbitmq_kills, began.elapsed())?;
     violations.extend(wrong);
+    if let Some(seats) = options.seats {
+        let most = world.seats.lock().unwrap_or_else(PoisonError::into_inner).1;
+        println!("at most {most} tasks at once, of {seats} allowed");
+        if most > seats {
+            violations.push(format!("{most} tasks ran at once"));
+        }
+    }
     let missing = world.missing(&idle)?;
     println!("{} queues of idle clients", idle.len());
     violations.extend(
@@ -218,12 +231,14 @@ fn what_is_left(world: &World, config: &Config) -> anyhow::Result<Vec<String>> {
     let rows: i64 = client
         .query_one(
             "SELECT (SELECT count(*) FROM job) + (SELECT count(*) FROM job_starts)
-                    + (SELECT count(*) FROM job_input)",
+                    + (SELECT count(*) FROM job_input) + (SELECT count(*) FROM job_turn)",
             &[],
         )?
         .get(0);
     if rows > 0 {
-        left.push(format!("{rows} rows in job, job_starts and job_input"));
+        left.push(format!(
+            "{rows} rows in job, job_starts, job_input and job_turn"
+        ));
     }
     Ok(left)
 }

@@ -64,6 +64,8 @@ pub struct World {
     crashed: Mutex<HashSet<String>>,
     /// Tasks that are being computed.
     pub computing: AtomicUsize,
+    /// Those of them that hold a seat, and the most that did at once.
+    pub seats: Mutex<(BTreeSet<String>, usize)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -86,7 +88,27 @@ impl World {
             revoked: Mutex::default(),
             crashed: Mutex::default(),
             computing: AtomicUsize::new(0),
+            seats: Mutex::default(),
         }
+    }
+
+    /// Counts a task that holds a seat until this is dropped. One whose job may be ended while it
+    /// runs, or that RabbitMQ has given out before, is not counted: its seat may be another's.
+    fn seat<'w>(&'w self, job: Uuid, task: &str) -> Option<Seat<'w>> {
+        let records = lock(&self.records);
+        let (plan, record) = records.get(&job)?;
+        let is_alone = record.starts.get(task) == Some(&1);
+        if !plan.runs_to_its_end() || !is_alone {
+            return None;
+        }
+        let mut seats = lock(&self.seats);
+        let (held, most) = &mut *seats;
+        held.insert(task.to_owned());
+        *most = held.len().max(*most);
+        Some(Seat {
+            world: self,
+            task: task.to_owned(),
+        })
     }
 
     fn note(&self, job: Uuid, change: impl FnOnce(&mut Record)) {
@@ -403,6 +425,7 @@ impl World {
             return Ok(false);
         }
         let time = if behaviour == "slow" { SLOW_TASK } else { TASK };
+        let _seat = self.seat(job, &task);
         let end = Instant::now() + time;
         while Instant::now() < end {
             if revoked() {
@@ -444,6 +467,18 @@ impl World {
         });
         publisher.publish(&[wire::worker_event(RESULTS, &result)])?;
         Ok(true)
+    }
+}
+
+/// A task that is being computed.
+struct Seat<'w> {
+    world: &'w World,
+    task: String,
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        lock(&self.world.seats).0.remove(&self.task);
     }
 }
 

@@ -63,6 +63,13 @@ impl Received {
         self.properties.message_id().as_deref()
     }
 
+    /// Who sent it: its `user-id`, which RabbitMQ has checked, or its `app-id`.
+    pub fn sender(&self) -> Option<&str> {
+        let properties = [self.properties.user_id(), self.properties.app_id()];
+        let texts = properties.into_iter().flatten().map(String::as_str);
+        texts.into_iter().find(|text| !text.trim().is_empty())
+    }
+
     pub fn correlation_id(&self) -> Option<&str> {
         self.properties.correlation_id().as_deref()
     }

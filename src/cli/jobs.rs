@@ -10,7 +10,6 @@ use comfy_table::{Cell, Table};
 use console::{Style, Term, style};
 use crossbeam_channel::{after, select, unbounded};
 use jiff::{SignedDuration, Timestamp};
-use omotes_orchestrator::broker::{Delivered, Link, Publisher};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{
     AttemptView, Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken,
@@ -18,12 +17,12 @@ use omotes_orchestrator::domain::overview::{
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::{one_line, percent};
-use omotes_orchestrator::threads::Calls;
-use omotes_orchestrator::wire::{self, Outgoing};
 use signal_hook::consts::SIGINT;
 use uuid::Uuid;
 
-use super::{connect, overview, print, table};
+use super::{Agreed, connect, overview, print, table, turns};
+
+mod cancel;
 
 const WATCH_PERIOD: Duration = Duration::from_secs(2);
 
@@ -51,10 +50,44 @@ pub(crate) enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Cancel jobs, as their clients would. Exits with 1 when one of them is not known or has ended.
+    /// Cancel jobs, as their clients would: those with these ids, or all that match.
+    ///
+    /// Exits with 1 when one of the ids is not known or has ended. All that match are only listed
+    /// without --yes.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator jobs cancel 0e9b…\n  \
+        omotes-orchestrator jobs cancel --reference study-7/ --state registered --yes\n  \
+        omotes-orchestrator jobs cancel --workflow simulator --older-than 2h")]
     Cancel {
+        #[arg(required_unless_present_any = ["reference", "workflow", "state", "older_than"])]
+        ids: Vec<Uuid>,
+        #[command(flatten)]
+        matching: cancel::Matching,
+    },
+    /// Change the priority of a job that waits for its turn.
+    Priority { id: Uuid, level: turns::Level },
+    /// Move a job that waits for its turn.
+    Move {
+        id: Uuid,
+        /// Before all others of its queue, of whatever owner and priority.
+        #[arg(long, required = true)]
+        first: bool,
+    },
+    /// Do not let jobs go that wait for their turn.
+    Hold {
         #[arg(required = true)]
         ids: Vec<Uuid>,
+    },
+    /// Let jobs wait for their turn again that are on hold.
+    Release {
+        #[arg(required_unless_present = "all")]
+        ids: Vec<Uuid>,
+        /// Hand everything over that waits for its turn, whatever is allowed: before the Python
+        /// service takes over, which knows nothing of turns.
+        #[arg(long, conflicts_with = "ids")]
+        all: bool,
+        #[command(flatten)]
+        agreed: Agreed,
     },
     /// Show the list and keep it up to date, until Ctrl-C.
     Watch(Selection),
@@ -116,7 +149,14 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Show { id, json } => show(config, id, json),
-        Action::Cancel { ids } => cancel(config, &ids),
+        Action::Cancel { ids, matching } => cancel::run(config, &ids, &matching),
+        Action::Priority { id, level } => turns::priority(config, id, level),
+        Action::Move { id, first: _ } => turns::first(config, id),
+        Action::Hold { ids } => turns::hold(config, &ids, true),
+        Action::Release {
+            all: true, agreed, ..
+        } => turns::release_all(config, agreed),
+        Action::Release { ids, .. } => turns::hold(config, &ids, false),
         Action::Watch(list) => watch(config, &list),
     }
 }
@@ -327,43 +367,6 @@ fn colour(state: JobState) -> Style {
         Tone::Dim => Style::new().dim(),
         Tone::Bad => Style::new().red(),
     }
-}
-
-fn cancel(config: &Config, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
-    let mut connection = connect(config)?;
-    let mut code = ExitCode::SUCCESS;
-    let mut text = String::new();
-    let mut messages = Vec::new();
-    for id in ids {
-        let state = connection.story(*id)?.map(|story| story.job.state);
-        let what = match state {
-            Some(JobState::Live(_)) => {
-                messages.push(Outgoing {
-                    // Without the orchestrator's queue the message would vanish.
-                    mandatory: true,
-                    ..wire::job_delete(*id)
-                });
-                "is asked to end"
-            }
-            Some(JobState::Ended(_)) => "has ended already",
-            None => "is unknown",
-        };
-        if !matches!(state, Some(JobState::Live(_))) {
-            code = ExitCode::FAILURE;
-        }
-        let _ = writeln!(text, "job {id} {what}");
-    }
-    if !messages.is_empty() {
-        let link = Link::open(&config.sdk_rabbitmq, "cancelling")?;
-        let calls = Calls::default();
-        let delivered = Publisher::new(&link, &calls).publish(&messages)?;
-        link.close()?;
-        if !delivered.iter().all(|one| *one == Delivered::Yes) {
-            bail!("RabbitMQ has not taken the cancels: is an orchestrator running on this vhost?");
-        }
-    }
-    print(&text)?;
-    Ok(code)
 }
 
 /// Overwrites the list with the next one, on a terminal.

@@ -36,7 +36,10 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
         connect(config).and_then(|mut connection| overview(config, &mut connection, None));
     let (workflows, tasks) = match of_jobs {
         Ok(overview) => (overview.rows.into_keys().collect(), overview.tasks),
-        Err(_) => defined(config),
+        Err(_) => {
+            let (workflows, tasks, _) = defined(config);
+            (workflows, tasks)
+        }
     };
     let mut workflows: Vec<String> = workflows;
     workflows.extend(tasks.into_values().flatten());

@@ -9,34 +9,66 @@ use clap::Subcommand;
 use jiff::SignedDuration;
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::overview::{shares, spoken};
+use omotes_orchestrator::domain::turns::Limits;
 use omotes_orchestrator::domain::workflow::{
     Argument, Catalogue, OnError, Step, StepParameters, Steps,
 };
 use omotes_orchestrator::telemetry::report::{harmless, percent};
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
 
-use super::say;
+use super::{say, turns};
 
 #[derive(Subcommand)]
 pub(super) enum Action {
     /// Check a definition file and print what clients would see.
     Check { file: PathBuf },
+    /// Show what is allowed at task queues, and what waits for its turn there.
+    Limits,
+    /// Let no more tasks go to a queue: they wait for their turn. What is there goes on.
+    Pause {
+        /// The task queue: the workflow's name, or the task of one of its steps.
+        name: String,
+    },
+    /// Let tasks go to a queue again.
+    Resume {
+        /// As for `pause`.
+        name: String,
+    },
+    /// Limit how many tasks go to a queue; the others wait for their turn. All replicas heed it at
+    /// once.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator workflows limit optimizer --max-running 1\n  \
+        omotes-orchestrator workflows limit simulator --window 4\n  \
+        omotes-orchestrator workflows limit simulator --window default --max-running unlimited")]
+    Limit(turns::Limit),
 }
 
 /// # Errors
-/// All that is wrong with the definitions.
-pub(super) fn run(action: &Action) -> anyhow::Result<ExitCode> {
+/// All that is wrong with the definitions; nobody knows the queue; Postgres is not there.
+pub(super) fn run(
+    action: &Action,
+    config: impl FnOnce() -> anyhow::Result<Config>,
+) -> anyhow::Result<ExitCode> {
     match action {
-        Action::Check { file } => show(&config::read_catalogue(file)?)?,
+        Action::Check { file } => {
+            show(&config::read_catalogue(file)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Limits => turns::limits(&config()?),
+        Action::Pause { name } => turns::pause(&config()?, name, true),
+        Action::Resume { name } => turns::pause(&config()?, name, false),
+        Action::Limit(limit) => turns::limit(&config()?, limit),
     }
-    Ok(ExitCode::SUCCESS)
 }
 
-/// The workflows that the definitions have, and the tasks of those that do not have just the one of
-/// their own name. None where the definitions cannot be read.
-pub(super) fn defined(config: &Config) -> (Vec<String>, BTreeMap<String, Vec<String>>) {
+/// The workflows that the definitions have, the tasks of those that do not have just the one of
+/// their own name, and what is allowed at queues. Nothing where the definitions cannot be read.
+pub(super) fn defined(config: &Config) -> (Vec<String>, BTreeMap<String, Vec<String>>, Limits) {
     let catalogue = config::read_catalogue(&config.workflow_config_path).ok();
-    let known = catalogue.map(|catalogue| (catalogue.names(), catalogue.tasks_by_workflow()));
+    let known = catalogue.map(|catalogue| {
+        let tasks = catalogue.tasks_by_workflow();
+        (catalogue.names(), tasks, catalogue.queue_limits())
+    });
     known.unwrap_or_default()
 }
 

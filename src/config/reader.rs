@@ -94,6 +94,8 @@ impl<'a> Reader<'a> {
             timeout_result: reader.timeout_result(),
             reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
             no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
+            priority_aging: reader.seconds("PRIORITY_AGING_SEC", 3600),
+            fair_share_separator: reader.text("FAIR_SHARE_SEPARATOR", "/"),
             history_retention: reader.seconds("JOB_HISTORY_RETENTION_SEC", 30 * 24 * 60 * 60),
             workflow_config_path: reader
                 .text("WORKFLOW_CONFIG_PATH", "config/workflow_config.json")

@@ -36,6 +36,8 @@ pub struct Plan<'a> {
     pub ending: BTreeSet<Uuid>,
     /// Those jobs of the batch that have a course, of which settling removes more.
     pub with_course: BTreeSet<Uuid>,
+    /// Whether a job of it waits for its turn, or had one: there may be something to grant.
+    pub concerns_turns: bool,
     pub waits: Vec<Wait>,
     pub stalled: Vec<Stalled>,
     pub reports: Vec<Report<'a>>,
@@ -151,6 +153,7 @@ pub fn decide<'a, 'c>(
         if next.job().is_some_and(|job| job.course.is_some()) {
             plan.with_course.insert(job_id);
         }
+        plan.concerns_turns |= has_turn(state) || has_turn(next);
         let subject = subject(job_id, next, command);
         if let Some(next) = plan.add(&asked, subject, decision) {
             after.insert(job_id, next);
@@ -269,6 +272,11 @@ impl Plan<'_> {
                 .skip(ended_before)
         })
     }
+}
+
+fn has_turn(state: &State) -> bool {
+    let course = state.job().and_then(|job| job.course.as_ref());
+    course.is_some_and(|course| course.turn.is_some())
 }
 
 fn ended_attempts(job: &Job) -> usize {

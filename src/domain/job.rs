@@ -31,7 +31,7 @@ mod hand_over;
 mod starts;
 
 pub use self::command::{Command, Completion, Submission};
-pub use self::course::{Attempt, Course, Input, Position, Report};
+pub use self::course::{Attempt, Course, Grant, Input, Position, Report, Turn};
 pub use self::decide::decide;
 pub use self::decision::{
     Assignment, ClientStatus, Context, Decision, Event, Publication, ResultType, Rules, TaskInput,
@@ -122,8 +122,9 @@ impl Progress {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobStatus {
-    /// Known but without a task. Only the Python service leaves such rows, when it is killed
-    /// between its two writes; the broker then redelivers the submission.
+    /// Known but without a task: its first task waits for its turn. The Python service leaves such
+    /// rows too, without a course, when it is killed between its two writes; the broker then
+    /// redelivers the submission.
     Registered,
     Submitted,
     Running,
@@ -255,6 +256,15 @@ impl Priority {
             Priority::Low => "LOW",
             Priority::Medium => "MEDIUM",
             Priority::High => "HIGH",
+        }
+    }
+
+    /// From 0, the lowest.
+    pub fn level(self) -> u8 {
+        match self {
+            Priority::Low => 0,
+            Priority::Medium => 1,
+            Priority::High => 2,
         }
     }
 }

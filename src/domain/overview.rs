@@ -14,8 +14,10 @@ use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 
 pub use self::steps::{AttemptView, StepView, shares};
+pub use self::turns::{QueueView, TOLD, TurnView};
 
 mod steps;
+mod turns;
 
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -223,6 +225,9 @@ pub struct JobView {
     /// Where it is, if its workflow has more than one plain step and it has not ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<StepView>,
+    /// While its task waits for its turn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub turn: Option<TurnView>,
 }
 
 fn priority<S: serde::Serializer>(
@@ -257,16 +262,19 @@ pub struct Story {
 impl JobView {
     /// Its state, with its step where there are several.
     pub fn state_text(&self) -> String {
-        match &self.step {
-            Some(step) => format!("{}, {}", step.activity(), step.name()),
-            None => self.state.text().to_owned(),
+        match (&self.step, &self.turn) {
+            (Some(step), Some(turn)) => format!("{}, {}", turn.text(), step.name()),
+            (Some(step), None) => format!("{}, {}", step.activity(), step.name()),
+            (None, Some(turn)) => turn.text().to_owned(),
+            (None, None) => self.state.text().to_owned(),
         }
     }
 
-    /// How long it waited for a worker, so far or until it was taken.
+    /// How long it waited for a worker, or has waited for its turn.
     pub fn waited(&self, now: Timestamp) -> Option<SignedDuration> {
         let until = self.running_at.or(self.finished_at).unwrap_or(now);
-        Some(until.duration_since(self.submitted_at?))
+        let held_since = self.turn.as_ref().map(|turn| turn.since);
+        Some(until.duration_since(self.submitted_at.or(held_since)?))
     }
 
     /// How long it ran, so far or until it ended.
@@ -416,6 +424,8 @@ pub struct Overview {
     pub tasks: BTreeMap<String, Vec<String>>,
     /// None before RabbitMQ has been looked at.
     pub queues: Option<Queues>,
+    /// The queues where tasks wait for their turn, or might have to.
+    pub turns: Vec<QueueView>,
     /// When each maintenance task was last begun.
     pub maintenance: Vec<(String, Timestamp)>,
     /// Connections to Postgres, of which so many are idle.
@@ -467,6 +477,15 @@ impl Overview {
 
     /// Adds its estimate to each of these jobs.
     pub fn estimate(&self, jobs: &mut [JobView], now: Timestamp) {
+        for job in &mut *jobs {
+            if let Some(turn) = job.turn.as_ref().filter(|turn| !turn.on_hold) {
+                let before = self.turns.iter().find(|queue| queue.name == turn.queue);
+                let before = before.map_or(0, |queue| queue.waiting);
+                job.position = turn
+                    .place(job.id, &self.turns)
+                    .map(|place| before.saturating_add(place));
+            }
+        }
         let mut waits: BTreeMap<&str, Option<Vec<Span>>> = BTreeMap::new();
         let last = |workflow: &str| {
             let positions = jobs
@@ -481,6 +500,8 @@ impl Overview {
                 .as_ref()
                 .and_then(|queues| queues.workers(workflow));
             let workers = workers.map_or(0, |workers| workers as usize);
+            let queue = self.turns.iter().find(|queue| queue.name == *workflow);
+            let workers = queue.map_or(workers, |queue| queue.workers(workers));
             let last = usize::try_from(last(workflow)).unwrap_or(0);
             waits.insert(workflow, runs.waits(workers, &rows.elapsed, last));
         }
@@ -620,6 +641,7 @@ mod tests {
             position: Some(position),
             estimate: None,
             step: None,
+            turn: None,
         }
     }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
 pub(crate) use self::node::found;
+use crate::domain::turns;
 use crate::proto::{AvailableWorkflows, WorkflowParameter};
 
 pub use self::steps::{Argument, OnError, Step, StepParameters, Steps};
@@ -115,6 +116,17 @@ impl Catalogue {
         definitions
             .filter(|(_, definition)| is_its(definition))
             .map(|(name, _)| name.as_str())
+            .collect()
+    }
+
+    /// What the definitions allow at task queues; those without limits are not among them.
+    pub fn queue_limits(&self) -> turns::Limits {
+        let definitions = self.definitions.values();
+        definitions
+            .flat_map(|definition| definition.steps.all())
+            .flat_map(Step::alternatives)
+            .filter(|step| step.limit.holds())
+            .map(|step| (step.task.clone(), step.limit))
             .collect()
     }
 

@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use crate::domain::job::Priority;
 use crate::domain::overview::{
-    AttemptView, Filter, JobState, JobView, MAX_COUNT, Overview, Page, Queues, Story, Tone,
-    WorkflowView, spoken,
+    AttemptView, Filter, JobState, JobView, MAX_COUNT, Overview, Page, QueueView, Queues, Story,
+    Tone, WorkflowView, spoken,
 };
 use crate::telemetry::health::PartView;
 use crate::telemetry::report::{harmless, one_line, percent, readable};
@@ -70,6 +70,7 @@ pub(super) fn overview(
                 }
             }
             (workflow_table(&shown, workflows.len() - shown.len(), now))
+            @if !overview.turns.is_empty() { (turns_table(&overview.turns)) }
             (filters(filter, &names))
             nav {
                 (tab("Not finished", !filter.finished, "/"))
@@ -316,6 +317,26 @@ fn tab(title: &str, current: bool, target: &str) -> Markup {
     html! { @if current { b { (title) } } @else { a href=(target) { (title) } } }
 }
 
+fn turns_table(queues: &[QueueView]) -> Markup {
+    html! {
+        h2 { "Turns" }
+        div.card { table {
+            thead { tr {
+                th { "Task queue" } th { "Limits" } th.number { "Held" } th.number { "On hold" }
+                th.number { "Waiting" } th.number { "Running" }
+            } }
+            tbody { @for queue in queues { tr {
+                td { (harmless(&queue.name)) }
+                td class=[queue.limit.is_paused.then_some("warn")] { (queue.limit) }
+                td.number { (queue.held) }
+                td.number { (queue.on_hold) }
+                td.number { (queue.waiting) }
+                td.number { (queue.running) }
+            } } }
+        } }
+    }
+}
+
 fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
     html! {
         div.card { table.jobs {
@@ -456,9 +477,9 @@ fn steps_bar(job: &JobView, fraction: f64) -> Markup {
 /// The state of a job, with its step.
 fn live_state(job: &JobView) -> Markup {
     html! {
-        @match &job.step {
-            Some(_) => (harmless(&job.state_text())),
-            None => (state(job.state)),
+        @match (&job.step, &job.turn) {
+            (Some(_), _) | (None, Some(_)) => (harmless(&job.state_text())),
+            (None, None) => (state(job.state)),
         }
     }
 }

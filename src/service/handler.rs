@@ -43,10 +43,6 @@ const LAST_RETRY: Duration = Duration::from_secs(5);
 const CUT_OFF: Duration = Duration::from_secs(20);
 
 /// Something to handle.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly all of it is messages, which should not take a detour"
-)]
 pub enum Work {
     /// A message, which is to be acknowledged.
     Message { inbox: Inbox, received: Received },
@@ -68,6 +64,8 @@ pub struct Common<'s> {
     pub service: &'s Service,
     /// Wakes the inquiry thread, which asks the workers about suspected starts.
     pub inquiry: Sender<()>,
+    /// Wakes the thread that grants turns.
+    pub turns: Sender<()>,
     /// The queue behind each inbox.
     pub queue_names: HashMap<Inbox, String>,
     pub closed: ClosedQueues,

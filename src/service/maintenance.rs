@@ -19,7 +19,7 @@ use crate::domain::job::Command;
 use crate::fault_point;
 use crate::service::handler::{self, Work};
 use crate::service::shared::Service;
-use crate::store::{Around, Connection, Overdue, Sign, Store, StoreError, Upkeep};
+use crate::store::{Around, Connection, KnownQueues, Overdue, Sign, Store, StoreError, Upkeep};
 use crate::threads::Signal;
 
 /// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
@@ -114,6 +114,13 @@ pub fn run(
     }
 }
 
+/// What is due because time has passed.
+enum Due {
+    Overdue(Overdue),
+    /// Jobs past their retention.
+    Expired(KnownQueues),
+}
+
 /// The time from one beat to the next.
 struct Beat {
     asked: Duration,
@@ -168,7 +175,9 @@ impl Maintenance<'_> {
         let turns = connection.due_attempts(self.last_turn, MAX_FINDINGS.into())?;
         let is_page = turns.len() == usize::from(MAX_FINDINGS);
         self.last_turn = turns.last().copied().filter(|_| is_page);
-        let turns = turns.into_iter().map(|(_, id)| (id, Command::TakeTurn));
+        let turns = turns
+            .into_iter()
+            .map(|(_, id)| (id, Command::TakeTurn { grant: None }));
         let mut findings: Vec<_> = turns.collect();
         if is_round {
             self.limits.fall_due();
@@ -319,38 +328,75 @@ impl Maintenance<'_> {
         }
         // Timeouts always come first: a job past both its timeout and its retention has one
         // outcome, also when it is looked at again after a crash.
-        for (overdue, command) in [
-            (Overdue::Timeout { grace: GRACE }, Command::TimeOut),
-            (Overdue::StepTimeout { grace: GRACE }, Command::TimeOut),
-            (Overdue::Retention(config.job_retention), Command::Expire),
-            (Overdue::OutcomeLost(config.outcome_lost), Command::Expire),
+        for what in [
+            Due::Overdue(Overdue::Timeout { grace: GRACE }),
+            Due::Overdue(Overdue::StepTimeout { grace: GRACE }),
+            Due::Expired(self.known_queues()),
+            Due::Overdue(Overdue::OutcomeLost(config.outcome_lost)),
         ] {
             // Which jobs' outcomes they are is known to the handlers alone that have them.
-            if matches!(overdue, Overdue::OutcomeLost(_))
+            if matches!(what, Due::Overdue(Overdue::OutcomeLost(_)))
                 && (stalled_outcomes() || self.others_have_stalled_outcomes)
             {
                 continue;
             }
-            let mut last = None;
-            loop {
-                let asked = Instant::now();
-                let page = connection.overdue(overdue, last, MAX_FINDINGS.into())?;
-                if asked.elapsed() > STANDSTILL {
-                    // How long ago this was true is not known.
-                    return Ok(());
-                }
-                let Some(end) = page.last().copied() else {
-                    break;
-                };
-                last = Some(end);
-                let findings = page.into_iter().map(|id| (id, command.clone()));
-                if !self.hand_over(findings) || self.stop.is_given() {
-                    return Ok(());
-                }
+            if !self.hand_over_pages(connection, &what)? {
+                return Ok(());
             }
         }
         self.limits = Chore::Done;
         Ok(())
+    }
+
+    /// Finds all that is due in this way, page by page. Returns whether the handlers took it.
+    fn hand_over_pages(&self, connection: &mut Connection, what: &Due) -> Result<bool, StoreError> {
+        let retention = self.service.config.job_retention;
+        let limit = MAX_FINDINGS.into();
+        let mut last = None;
+        loop {
+            let asked = Instant::now();
+            let (page, command) = match what {
+                Due::Overdue(overdue @ Overdue::OutcomeLost(_)) => {
+                    (connection.overdue(*overdue, last, limit)?, Command::Expire)
+                }
+                Due::Overdue(overdue @ (Overdue::Timeout { .. } | Overdue::StepTimeout { .. })) => {
+                    (connection.overdue(*overdue, last, limit)?, Command::TimeOut)
+                }
+                Due::Expired(queues) => {
+                    let page = connection.expired(retention, queues, last, limit)?;
+                    (page, Command::Expire)
+                }
+            };
+            if asked.elapsed() > STANDSTILL {
+                // How long ago this was true is not known.
+                return Ok(false);
+            }
+            let Some(end) = page.last().copied() else {
+                return Ok(true);
+            };
+            last = Some(end);
+            let findings = page.into_iter().map(|id| (id, command.clone()));
+            if !self.hand_over(findings) || self.stop.is_given() {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn known_queues(&self) -> KnownQueues {
+        let catalogue = self.service.catalogue.get();
+        let single = catalogue.tasks_by_workflow().into_iter();
+        let single = single.filter_map(|(workflow, tasks)| match tasks.as_slice() {
+            [task] => Some((workflow, task.clone())),
+            _ => None,
+        });
+        let (workflows, tasks) = single.unzip();
+        let limits = self.service.limits.get();
+        let paused = limits.iter().filter(|(_, limit)| limit.is_paused);
+        KnownQueues {
+            workflows,
+            tasks,
+            paused: paused.map(|(queue, _)| queue.clone()).collect(),
+        }
     }
 
     /// Deletes some of the history that is too old.

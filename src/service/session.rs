@@ -27,6 +27,7 @@ use crate::service::inquiry::{self, Inquiry};
 use crate::service::maintenance::{self, Backlog};
 use crate::service::requests;
 use crate::service::shared::Service;
+use crate::service::turns::{self, Turns, Wakes};
 use crate::telemetry::health::Part;
 use crate::threads::{Calls, Signal, within_deadline};
 use crate::wire::{self, Inbox};
@@ -129,7 +130,10 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
     let claim = requests::claim(&links.sdk_in)?;
     let announcement = wire::available_workflows(service.catalogue.get().announcement());
     // Before anything is consumed, so that it separates the starts before from those after.
-    service.store.connection()?.session_begins()?;
+    let mut connection = service.store.connection()?;
+    connection.session_begins()?;
+    service.read_limits(&mut connection)?;
+    drop(connection);
     Publisher::new(&links.sdk_out, &Calls::default())
         .publish(&[announcement])
         .context("telling clients the workflows")?;
@@ -158,6 +162,7 @@ struct Shared<'s> {
     /// Calls of the maintenance to Postgres.
     maintenance: Arc<Calls>,
     inquiry: inquiry::Watched,
+    turns: turns::Watched,
 }
 
 fn work(
@@ -169,10 +174,12 @@ fn work(
 ) -> anyhow::Result<()> {
     let Prepared { queue_names, claim } = prepared;
     let (nudge, nudges) = bounded(1);
+    let (wake_turns, woken) = bounded(1);
     let shared = Shared {
         common: Common {
             service,
             inquiry: nudge,
+            turns: wake_turns,
             queue_names,
             closed: closed_queues(),
         },
@@ -184,6 +191,7 @@ fn work(
         pulse: Pulse::default(),
         maintenance: Arc::default(),
         inquiry: inquiry::Watched::default(),
+        turns: turns::Watched::default(),
     };
     thread::scope(|scope| {
         let mut recruits = Recruits::new(scope);
@@ -203,6 +211,7 @@ fn work(
         let pulse = move || pulse.run(links, &nobody_answers, &stop_pulse);
         recruits.start("pulse", pulse)?;
         start_inquiry(&shared, &mut recruits, findings.clone(), nudges)?;
+        start_turns(&shared, &mut recruits, findings.clone(), woken)?;
         start_maintenance(&shared, &mut recruits, findings, unread)?;
         service.metrics.session_begun();
         info!(
@@ -339,6 +348,42 @@ fn start_inquiry<'scope>(
     })
 }
 
+fn start_turns<'scope>(
+    shared: &'scope Shared<'_>,
+    recruits: &mut Recruits<'scope, '_>,
+    handlers: Vec<Sender<Work>>,
+    woken: Receiver<()>,
+) -> anyhow::Result<()> {
+    let service = shared.common.service;
+    let store = service.store.watched_by(&shared.turns.postgres);
+    let stop = recruits.stop.clone();
+    let (news, operators) = bounded(1);
+    recruits.start("turns", move || {
+        let turns = Turns {
+            service,
+            store,
+            handlers,
+            behind: &|| shared.is_held_up() || shared.has_events_to_come(),
+            is_empty: &|queue| shared.is_empty(queue),
+            stop,
+        };
+        turns.run(&Wakes {
+            handlers: woken,
+            operators,
+        });
+        Ok(())
+    })?;
+    if service.config.postgres.is_pooled {
+        // Through a pooler nothing can be heard, and the thread looks by itself.
+        return Ok(());
+    }
+    let (store, stop) = (service.store.clone(), recruits.stop.clone());
+    recruits.start("turns-news", move || {
+        turns::listen(&store, &news, &stop);
+        Ok(())
+    })
+}
+
 fn start_maintenance<'scope>(
     shared: &'scope Shared<'_>,
     recruits: &mut Recruits<'scope, '_>,
@@ -367,6 +412,15 @@ impl Shared<'_> {
     /// at once.
     fn is_held_up(&self) -> bool {
         self.watched.iter().any(Watched::is_held_up) || self.intake.is_full()
+    }
+
+    /// Whether nothing is ready in a task queue, or there is no such queue.
+    fn is_empty(&self, queue: &str) -> bool {
+        let _call = self.turns.celery.begin();
+        match self.links.celery_out.depths(&[queue]) {
+            Ok(depths) => depths.iter().flatten().all(|depth| depth.messages == 0),
+            Err(_) => false,
+        }
     }
 
     /// Whether RabbitMQ has worker events that nobody has been given.

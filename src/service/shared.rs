@@ -6,11 +6,13 @@ use std::sync::{Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
+use log::info;
 use uuid::Uuid;
 
 use crate::config::Config;
 use crate::domain::job::Rules;
 use crate::domain::overview::{Overview, Queues};
+use crate::domain::turns::{self, CurrentLimits};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
 use crate::store::{Connection, Store, StoreError, Upkeep};
 use crate::telemetry::health::{Health, Part};
@@ -28,6 +30,8 @@ pub struct Service {
     pub catalogue: CurrentCatalogue,
     /// Receives something when the catalogue has been replaced.
     pub catalogue_news: Receiver<()>,
+    /// What is allowed at task queues.
+    pub limits: CurrentLimits,
     pub health: Health,
     pub metrics: Metrics,
     /// RabbitMQ's queues, as last seen.
@@ -46,8 +50,9 @@ impl Service {
     /// # Errors
     /// There are too many handlers to count.
     pub fn new(config: Config, catalogue: Catalogue) -> anyhow::Result<(Service, Sender<()>)> {
-        // One for each handler; one each for the probe, maintenance, time series and the inquiry.
-        let connections = u32::try_from(config.handler_threads)? + 4;
+        // One for each handler; one each for the probe, maintenance, time series, the inquiry, and
+        // for granting turns and hearing of them.
+        let connections = u32::try_from(config.handler_threads)? + 6;
         // Behind a pooler the maintenance has two.
         let connections = connections + u32::from(config.postgres.is_pooled);
         let host = gethostname::gethostname().to_string_lossy().into_owned();
@@ -58,6 +63,7 @@ impl Service {
             can_look_on: AtomicBool::default(),
             catalogue: CurrentCatalogue::new(catalogue),
             catalogue_news,
+            limits: CurrentLimits::default(),
             health: Health::starting(Timestamp::now()),
             metrics: Metrics::default(),
             queues: Mutex::default(),
@@ -74,10 +80,24 @@ impl Service {
                 outcome_delay: config.outcome_delay,
                 timeout_result: config.timeout_result,
                 reject_invalid_params: config.reject_invalid_params,
+                fair_share_separator: config.fair_share_separator.clone(),
             },
             config,
         };
         Ok((service, catalogue_changed))
+    }
+
+    /// Reads what is allowed at task queues.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn read_limits(&self, connection: &mut Connection) -> Result<(), StoreError> {
+        let limits = connection.queue_limits(self.catalogue.get().queue_limits())?;
+        if limits != *self.limits.get() {
+            info!("limits of task queues: {}", turns::in_words(&limits));
+            self.limits.replace(limits);
+        }
+        Ok(())
     }
 
     /// Reports that there is no session, and that what only a session can tell is not known.
@@ -105,6 +125,7 @@ impl Service {
         Ok(Overview {
             has_rows: true,
             rows: connection.workflows(&overview.defined)?,
+            turns: connection.turns(&self.limits.get(), self.config.priority_aging)?,
             maintenance,
             ..overview
         })

@@ -5,12 +5,15 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 13] = [
     "job",
     "job_starts",
     "job_history",
     "job_step",
     "job_input",
+    "job_turn",
+    "turn_owner",
+    "queue_limit",
     "esdl_time_series_info",
     "maintenance_run",
     "broker_session",

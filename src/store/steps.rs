@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::rows::{named, seconds};
+use super::turns::{self, TurnChanges};
 use super::{Connection, StoreError, Transaction};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{Attempt, Course, Input, Job, Outcome, Position, Report};
@@ -26,27 +27,35 @@ pub(super) struct CourseChanges<'a> {
     inputs: Vec<(Uuid, Option<&'a str>)>,
     /// New ones, and those to which something has happened.
     attempts: Vec<(Uuid, &'a Course, &'a Attempt)>,
+    turns: TurnChanges<'a>,
 }
 
 impl<'a> CourseChanges<'a> {
     pub(super) fn is_empty(&self) -> bool {
-        self.begun.is_empty() && self.inputs.is_empty() && self.attempts.is_empty()
+        let CourseChanges {
+            begun,
+            inputs,
+            attempts,
+            turns,
+        } = self;
+        begun.is_empty() && inputs.is_empty() && attempts.is_empty() && turns.is_empty()
     }
 
     /// A job that has no row yet.
     pub(super) fn add_new(&mut self, job_id: Uuid, after: &'a Job) {
         if let Some(course) = &after.course {
             self.begun.push((job_id, course));
+            self.turns.add(job_id, None, after);
             let attempts = course.attempts();
             self.attempts
                 .extend(attempts.map(|attempt| (job_id, &**course, attempt)));
         }
     }
 
-    pub(super) fn add(&mut self, job_id: Uuid, before: &'a Job, after: &'a Job) {
-        let (before, course) = match (&before.course, &after.course) {
+    pub(super) fn add(&mut self, job_id: Uuid, before: &'a Job, job: &'a Job) {
+        let (before, course) = match (&before.course, &job.course) {
             (_, None) => return,
-            (None, Some(_)) => return self.add_new(job_id, after),
+            (None, Some(_)) => return self.add_new(job_id, job),
             (Some(before), Some(after)) => (before, after),
         };
         match (&before.input, &course.input) {
@@ -54,6 +63,7 @@ impl<'a> CourseChanges<'a> {
             (Input::Kept | Input::New(_), Input::NotKept) => self.inputs.push((job_id, None)),
             (_, Input::Kept) | (Input::NotKept, Input::NotKept) => {}
         }
+        self.turns.add(job_id, before.turn.as_ref(), job);
         let known = before.earlier.len();
         let changed = course.attempts().enumerate().skip(known);
         let changed = changed.filter(|(place, now)| *place > known || before.current != **now);
@@ -74,10 +84,11 @@ impl Transaction<'_> {
         }
         let mut attempts = self.load_attempts(job_ids, whole)?;
         let rows = self.query(
-            "SELECT job_id, steps, esdl IS NOT NULL AS has_input,
+            "SELECT job_id, steps, esdl IS NOT NULL AS has_input, job_input.owner,
                     CASE WHEN job_id = ANY($2) THEN parameters END AS parameters,
-                    CASE WHEN job_id = ANY($2) THEN reference END AS reference
-             FROM job_input WHERE job_id = ANY($1)",
+                    CASE WHEN job_id = ANY($2) THEN reference END AS reference,
+                    held_at, granted_at, taken_at, celery_id
+             FROM job_input LEFT JOIN job_turn USING (job_id) WHERE job_id = ANY($1)",
             &[&job_ids, &whole],
         )?;
         rows.iter()
@@ -147,7 +158,8 @@ impl Transaction<'_> {
     pub(super) fn write_courses(&mut self, changes: &CourseChanges<'_>) -> Result<(), StoreError> {
         self.insert_inputs(&changes.begun)?;
         self.update_inputs(&changes.inputs)?;
-        self.write_attempts(&changes.attempts)
+        self.write_attempts(&changes.attempts)?;
+        self.write_turns(&changes.turns)
     }
 
     fn insert_inputs(&mut self, begun: &[(Uuid, &Course)]) -> Result<(), StoreError> {
@@ -174,14 +186,16 @@ impl Transaction<'_> {
                 Input::Kept | Input::NotKept => None,
             })
             .collect();
+        let owners: Vec<_> = begun.iter().map(|(_, course)| &course.owner).collect();
         // What a job of the same id has left that another service has ended.
         self.execute(
-            "INSERT INTO job_input (job_id, steps, parameters, reference, esdl)
-             SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[])
+            "INSERT INTO job_input (job_id, steps, parameters, reference, esdl, owner)
+             SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[],
+                                  $6::varchar[])
              ON CONFLICT (job_id) DO UPDATE
              SET steps = excluded.steps, parameters = excluded.parameters,
-                 reference = excluded.reference, esdl = excluded.esdl",
-            &[&ids, &steps, &parameters, &references, &inputs],
+                 reference = excluded.reference, esdl = excluded.esdl, owner = excluded.owner",
+            &[&ids, &steps, &parameters, &references, &inputs, &owners],
         )?;
         self.execute("DELETE FROM job_step WHERE job_id = ANY($1)", &[&ids])?;
         Ok(())
@@ -339,6 +353,12 @@ impl Connection {
             "WITH inputs AS (
                  DELETE FROM job_input
                  WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_input.job_id)
+             ), turns AS (
+                 DELETE FROM job_turn
+                 WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_turn.job_id)
+             ), owners AS (
+                 -- An owner who has had no turn for so long has no claim to be the last.
+                 DELETE FROM turn_owner WHERE served_at < now() - interval '1 day'
              )
              DELETE FROM job_step
              WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_step.job_id)
@@ -358,13 +378,18 @@ pub(super) fn view(row: &Row) -> anyhow::Result<Option<StepView>> {
     let Some(number) = row.try_get::<_, Option<i16>>("step_number")? else {
         return Ok(None);
     };
+    let steps = Steps::from_source(source)?;
+    if steps.plain().is_some() {
+        // It has one only because its task had to wait for its turn.
+        return Ok(None);
+    }
     Ok(Some(StepView {
         number: usize::try_from(number)?,
         title: row.try_get("step_title")?,
         task: row.try_get("step_task")?,
         submitted_at: row.try_get("step_submitted_at")?,
         started_at: row.try_get("step_started_at")?,
-        shares: shares(&Steps::from_source(source)?),
+        shares: shares(&steps),
     }))
 }
 
@@ -384,6 +409,8 @@ fn course(row: &Row, mut attempts: Vec<Attempt>) -> anyhow::Result<Course> {
         },
         earlier: attempts,
         current,
+        owner: row.try_get::<_, Option<_>>("owner")?.unwrap_or_default(),
+        turn: turns::turn(row)?,
     })
 }
 

@@ -36,11 +36,19 @@ pub enum Overdue {
     Timeout { grace: Duration },
     /// Its step has been running for longer than its own timeout and this time.
     StepTimeout { grace: Duration },
-    /// It has been in its state for longer than this.
-    Retention(Duration),
     /// It ended longer than this ago and its client has not been told; except for jobs that the
     /// other reasons find again.
     OutcomeLost(Duration),
+}
+
+/// What is known of task queues beside what the database has.
+#[derive(Debug, Clone, Default)]
+pub struct KnownQueues {
+    /// Workflows of one task of another name than theirs, and those tasks.
+    pub workflows: Vec<String>,
+    pub tasks: Vec<String>,
+    /// Queues that are paused.
+    pub paused: Vec<String>,
 }
 
 /// What a replica can see of the others.
@@ -236,22 +244,6 @@ impl Connection {
                  ORDER BY job_id LIMIT $3",
                 grace,
             ),
-            Overdue::Retention(retention) => (
-                "SELECT job_id FROM job
-                 WHERE CASE status WHEN 'REGISTERED' THEN registered_at
-                                   WHEN 'SUBMITTED' THEN coalesce(submitted_at, registered_at)
-                                   WHEN 'RUNNING' THEN coalesce(running_at, registered_at)
-                       END <= now() - $1 * interval '1 second'
-                   AND ($2::uuid IS NULL OR job_id > $2)
-                   AND NOT EXISTS (
-                       SELECT FROM job_step
-                       WHERE job_step.job_id = job.job_id AND finished_at IS NULL
-                         AND coalesce(started_at, job_step.submitted_at, due_at)
-                             > now() - $1 * interval '1 second'
-                   )
-                 ORDER BY job_id LIMIT $3",
-                retention,
-            ),
             Overdue::OutcomeLost(telling) => (
                 "SELECT job_id FROM job JOIN job_history USING (job_id)
                  WHERE finished_at <= now() - $1 * interval '1 second'
@@ -264,6 +256,85 @@ impl Connection {
         let rows = self
             .client
             .query(sql, &[&time.as_secs_f64(), &after, &limit])?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// Jobs that have been in one state for longer than `retention`, in the order of their ids, after
+    /// `after`, at most `limit`. One that waits is not among them while its queue moves: if something
+    /// there was started, or operators changed what is allowed there, within that time, or do not
+    /// let it go.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn expired(
+        &mut self,
+        retention: Duration,
+        queues: &KnownQueues,
+        after: Option<Uuid>,
+        limit: i64,
+    ) -> Result<Vec<Uuid>, StoreError> {
+        let KnownQueues {
+            workflows,
+            tasks,
+            paused,
+        } = queues;
+        let rows = self.client.query(
+            "WITH plain (workflow, task) AS (SELECT * FROM unnest($4::varchar[], $5::varchar[])),
+                  since (at) AS (SELECT now() - $1 * interval '1 second')
+             SELECT job_id FROM job, since
+             WHERE CASE status WHEN 'REGISTERED' THEN registered_at
+                               WHEN 'SUBMITTED' THEN coalesce(submitted_at, registered_at)
+                               WHEN 'RUNNING' THEN coalesce(running_at, registered_at)
+                   END <= since.at
+               AND ($2::uuid IS NULL OR job_id > $2)
+               AND NOT EXISTS (
+                   SELECT FROM job_step
+                   WHERE job_step.job_id = job.job_id AND finished_at IS NULL
+                     AND coalesce(started_at, job_step.submitted_at, due_at) > since.at
+               )
+               AND NOT EXISTS (
+                   SELECT FROM job_turn WHERE job_turn.job_id = job.job_id AND on_hold
+               )
+               -- Rarely looked at, since little is as old.
+               AND NOT EXISTS (
+                   SELECT FROM (SELECT coalesce(
+                       (SELECT queue FROM job_turn WHERE job_turn.job_id = job.job_id),
+                       (SELECT task FROM job_step
+                        WHERE job_step.job_id = job.job_id AND finished_at IS NULL),
+                       (SELECT task FROM plain WHERE workflow = job.workflow_type),
+                       job.workflow_type
+                   ) AS queue) AS its
+                   WHERE (status <> 'RUNNING' OR EXISTS (
+                       SELECT FROM job_step
+                       WHERE job_step.job_id = job.job_id AND finished_at IS NULL
+                         AND started_at IS NULL
+                   )) AND (
+                      queue = ANY($6)
+                      OR EXISTS (SELECT FROM queue_limit
+                                 WHERE queue_limit.queue = its.queue AND changed_at > since.at)
+                      OR EXISTS (SELECT FROM job_step
+                                 WHERE task = its.queue AND job_step.started_at > since.at)
+                      OR EXISTS (SELECT FROM job AS other
+                                     LEFT JOIN plain ON workflow = other.workflow_type
+                                 WHERE coalesce(task, other.workflow_type) = its.queue
+                                   AND other.running_at > since.at)
+                      OR EXISTS (SELECT FROM job_history AS ended
+                                     LEFT JOIN plain ON workflow = ended.workflow_type
+                                 WHERE coalesce(task, ended.workflow_type) = its.queue
+                                   AND ended.finished_at > since.at
+                                   AND ended.running_at > since.at)
+                   )
+               )
+             ORDER BY job_id LIMIT $3",
+            &[
+                &retention.as_secs_f64(),
+                &after,
+                &limit,
+                workflows,
+                tasks,
+                paused,
+            ],
+        )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 

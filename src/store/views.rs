@@ -7,7 +7,7 @@ use postgres::Row;
 use uuid::Uuid;
 
 use super::rows::{named, progress, seconds};
-use super::{Connection, StoreError, steps};
+use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
@@ -51,8 +51,10 @@ const LIVE: &str = "
     SELECT page.*, (SELECT count(*) FROM wanted) AS total,
            (SELECT count(*) FROM job_starts WHERE job_starts.job_id = page.job_id) AS starts,
            (SELECT steps FROM job_input WHERE job_input.job_id = page.job_id) AS steps,
+           turn.queue AS turn_queue, turn.owner AS turn_owner, turn.held_at, turn.on_hold,
            ended.outcome, ended.finished_at, ended.result_bytes
     FROM page LEFT JOIN job_history AS ended USING (job_id)
+              LEFT JOIN job_turn AS turn ON turn.job_id = page.job_id AND granted_at IS NULL
     ORDER BY place";
 
 const FINISHED: &str = "
@@ -67,7 +69,7 @@ const FINISHED: &str = "
            left(job_reference, 300) AS job_reference, NULL AS status, NULL AS priority, celery_id,
            registered_at, submitted_at, running_at, NULL::bigint AS timeout_after_ms,
            NULL::float8 AS progress, NULL AS progress_message, NULL::timestamptz AS progress_at,
-           NULL AS steps, NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
+           NULL AS steps, NULL AS turn_queue, NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
            starts::bigint AS starts, outcome, finished_at, result_bytes
     FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5";
 
@@ -307,5 +309,6 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
         position: row.try_get("position")?,
         estimate: None,
         step: steps::view(row)?,
+        turn: turns::view(row)?,
     })
 }

@@ -24,6 +24,7 @@ pub(super) fn read(health: &Health, overview: &Overview, now: Timestamp) -> Regi
     // What is not known is left out: a zero would say that all is well.
     if overview.has_rows {
         gauges.add_jobs(&workflows, overview.oldest_waiting(), now);
+        gauges.add_turns(overview);
     }
     gauges.add_workers(&workflows);
     gauges.add_queues(overview);
@@ -99,6 +100,28 @@ impl Gauges {
             "How long the job has been waiting that has been waiting longest",
             Some(Unit::Seconds),
             [(vec![], age)],
+        );
+    }
+
+    fn add_turns(&mut self, overview: &Overview) {
+        let held = overview.turns.iter().flat_map(|queue| {
+            let labels =
+                |state: &str| vec![("queue", queue.name.clone()), ("state", state.to_owned())];
+            [
+                (labels("held"), queue.held as f64),
+                (labels("on_hold"), queue.on_hold as f64),
+            ]
+        });
+        self.add("held_jobs", "Jobs that wait for their turn", None, held);
+        let paused = overview.turns.iter().map(|queue| {
+            let labels = vec![("queue", queue.name.clone())];
+            (labels, truth(queue.limit.is_paused))
+        });
+        self.add(
+            "queue_paused",
+            "Whether a task queue is paused",
+            None,
+            paused,
         );
     }
 

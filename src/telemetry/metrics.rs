@@ -227,6 +227,7 @@ impl Metrics {
     pub fn message(&self, inbox: Option<Inbox>, event: &Event) {
         let outcome = match event {
             Event::Submitted { .. } => "submitted",
+            Event::Held { .. } => "held",
             Event::Started { .. } => "started",
             Event::HandedOver { .. } => "handed_over",
             Event::Postponed { .. } => "postponed",

@@ -103,6 +103,7 @@ pub fn log(report: &Report<'_>) {
             new_task = task_id.to_string();
             (Some(new_task.as_str()), faults.as_slice())
         }
+        Event::Held { faults, .. } => (command.task_id(), faults.as_slice()),
         Event::HandedOver { task_id, .. } => {
             new_task = task_id.to_string();
             (Some(new_task.as_str()), [].as_slice())
@@ -148,6 +149,13 @@ fn line(report: &Report<'_>) -> String {
             let workflow = command.workflow_type().map(one_line).unwrap_or_default();
             format!("submitted to {workflow} as task {task_id}")
         }
+        Event::Held { what, queue, .. } => {
+            let queue = one_line(queue);
+            match what {
+                None => format!("accepted, and waits for its turn at {queue}"),
+                Some(what) => format!("{} waits for its turn at {queue}", one_line(what)),
+            }
+        }
         Event::HandedOver { task_id, to, task } => {
             let (to, task) = (one_line(to), one_line(task));
             format!("goes on with {to}: submitted to {task} as task {task_id}")
@@ -183,6 +191,7 @@ fn line(report: &Report<'_>) -> String {
 fn level(event: &Event, command: &Command) -> Level {
     match event {
         Event::Submitted { .. }
+        | Event::Held { .. }
         | Event::HandedOver { .. }
         | Event::Started { starts: 1 }
         | Event::CancelNoted => Level::Info,
@@ -205,7 +214,7 @@ fn level(event: &Event, command: &Command) -> Level {
             // Every job's last progress trails its result.
             Command::Progress { .. }
             | Command::NoWorker
-            | Command::TakeTurn
+            | Command::TakeTurn { .. }
             | Command::Judge { .. } => Level::Debug,
             Command::Submit(_)
             | Command::Refuse { .. }
@@ -244,7 +253,7 @@ fn reason(report: &Report<'_>) -> Option<String> {
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker
-        | Command::TakeTurn
+        | Command::TakeTurn { .. }
         | Command::Judge { .. } => None,
     }
 }

@@ -128,6 +128,8 @@ fn decode_submission(body: &[u8]) -> Result<Request, Undecodable> {
             params,
             reference: message.job_reference,
             timeout_ms: message.timeout_ms,
+            // It stands in the message's properties.
+            sender: None,
         }),
         (Some(reason), _) | (None, Err(reason)) => Command::Refuse {
             reason,

@@ -114,6 +114,7 @@ fn a_submission_is_read_whole() {
         reference: Some("ref".to_owned()),
         priority: Priority::High,
         timeout_ms: Some(u32::MAX),
+        sender: None,
     });
     assert_eq!(
         decoded(Inbox::Submissions, &full_submission()),

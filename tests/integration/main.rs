@@ -36,6 +36,7 @@ mod steps;
 mod stopping;
 mod time_series;
 mod tls;
+mod turns;
 mod unacked;
 mod views;
 mod watchdog;

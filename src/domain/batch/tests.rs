@@ -28,6 +28,7 @@ fn submit(workflow: &str) -> Command {
         reference: Some("ours".to_owned()),
         priority: Priority::Medium,
         timeout_ms: None,
+        sender: None,
     })
 }
 
@@ -90,6 +91,7 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
         outcome_delay: Duration::from_secs(10),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
+        fair_share_separator: String::new(),
     };
     let before = HashMap::from([(Uuid::from_u128(1), before)]);
     let batch = asked.iter().enumerate();
@@ -108,6 +110,7 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
             new_task_id: Uuid::from_u128(tasks),
             catalogue: &catalogue,
             is_closed: &|queue| queue == CLOSED,
+            has_limits: &|_| false,
             rules: &rules,
         }
     };

@@ -38,8 +38,11 @@ pub enum Command {
     Expire,
     /// Somebody has seen that the job waits for a worker and that there is none.
     NoWorker,
-    /// Somebody has seen that the job's step may be tried again.
-    TakeTurn,
+    /// Somebody has seen that the job's next task may be put on its queue: as granted at this time,
+    /// or, without one, because it has waited long enough.
+    TakeTurn {
+        grant: Option<Timestamp>,
+    },
     /// The workers have been asked who runs the task, because of its start at this time: a
     /// [`super::Suspicion`].
     Judge {
@@ -66,6 +69,8 @@ pub struct Submission {
     pub reference: Option<String>,
     pub priority: Priority,
     pub timeout_ms: Option<u32>,
+    /// Who sent it, where the message says that.
+    pub sender: Option<String>,
 }
 
 /// How a task has ended.
@@ -100,7 +105,7 @@ impl Command {
             Command::TimeOut => "a timeout",
             Command::Expire => "the end of its retention",
             Command::NoWorker => "the lack of a worker",
-            Command::TakeTurn => "the turn of its next attempt",
+            Command::TakeTurn { .. } => "the turn of its next attempt",
             Command::Judge { .. } => "what the workers say of a start",
         }
     }
@@ -117,7 +122,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn
+            | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => "",
         }
@@ -135,7 +140,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn
+            | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => None,
         }
@@ -155,7 +160,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn => None,
+            | Command::TakeTurn { .. } => None,
         }
     }
 
@@ -171,7 +176,7 @@ impl Command {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn
+            | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => 0,
         }
@@ -186,7 +191,7 @@ impl Command {
             | Command::Fail { .. }
             | Command::TimeOut
             | Command::Expire
-            | Command::TakeTurn => true,
+            | Command::TakeTurn { .. } => true,
             Command::Submit(_)
             | Command::Refuse { .. }
             | Command::Cancel
@@ -212,7 +217,7 @@ impl Command {
                 task_id: Some(completion.task_id.clone()),
             }),
             // They would be found again and again.
-            Command::TakeTurn | Command::TimeOut => Some(Command::Fail {
+            Command::TakeTurn { .. } | Command::TimeOut => Some(Command::Fail {
                 reason,
                 task_id: None,
             }),

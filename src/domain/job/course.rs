@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
 use super::{Completion, Outcome, to_i64};
 use crate::domain::workflow::{OnError, Step, Steps};
@@ -29,6 +30,29 @@ pub struct Course {
     /// The attempts that have ended, oldest first.
     pub earlier: Vec<Attempt>,
     pub current: Attempt,
+    /// Whose job it is, where tasks wait for their turn.
+    pub owner: String,
+    /// Of the current attempt, from when it has to wait for its turn until it has ended.
+    pub turn: Option<Turn>,
+}
+
+/// A task's turn at a queue with limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Turn {
+    /// Since when the task waits, or has waited, for it.
+    pub since: Timestamp,
+    pub grant: Option<Grant>,
+}
+
+/// The turn that a task has been granted. From then on it counts as handed over, whether or not it
+/// has reached its queue yet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Grant {
+    /// When it was granted, or when somebody last took it on to hand it over.
+    pub at: Timestamp,
+    /// The task's id, fixed before it is published: what a crash leaves in the queue is the job's
+    /// own task then, and not a second one beside it.
+    pub task_id: Uuid,
 }
 
 /// An attempt's input ESDL, which is kept only as long as another one may need it.
@@ -166,10 +190,19 @@ impl Attempt {
     /// One that is put on its queue now.
     pub(super) fn submitted(position: Position, task_id: String, now: Timestamp) -> Attempt {
         Attempt {
-            position,
             task_id: Some(task_id),
-            due_at: None,
             submitted_at: Some(now),
+            ..Attempt::to_come(position)
+        }
+    }
+
+    /// One that has no task yet.
+    pub(super) fn to_come(position: Position) -> Attempt {
+        Attempt {
+            position,
+            task_id: None,
+            due_at: None,
+            submitted_at: None,
             started_at: None,
             report: None,
         }
@@ -286,6 +319,18 @@ impl Course {
     /// Whether the current attempt waits for a worker.
     pub(super) fn waits(&self) -> bool {
         self.current.waits()
+    }
+
+    /// The turn that the current attempt waits for, or has been granted without its task being
+    /// known to be on its queue.
+    pub(super) fn turn_to_come(&self) -> Option<&Turn> {
+        let is_to_come = self.current.submitted_at.is_none() && self.current.report.is_none();
+        self.turn.as_ref().filter(|_| is_to_come)
+    }
+
+    /// Its granted turn, if its task is not known to be on its queue.
+    pub(super) fn grant_to_take(&self) -> Option<Grant> {
+        self.turn_to_come()?.grant
     }
 
     /// The progress of the whole when the current step's is `fraction`.

@@ -27,9 +27,16 @@ pub fn decide<'a>(
     command: &'a Command,
     context: &Context<'_>,
 ) -> Decision<'a> {
+    let taken;
     let standing = match state {
         State::Unknown => Standing::Unknown,
-        State::Live(job) => Standing::Live(job),
+        State::Live(job) => match command.task_id().and_then(|task| job.with_granted(task)) {
+            Some(job) => {
+                taken = job;
+                Standing::Live(&taken)
+            }
+            None => Standing::Live(job),
+        },
         State::Ending(ending) => return decide_again(job_id, ending, command, context),
         State::Ended(ended) => Standing::Ended(ended),
     };
@@ -76,12 +83,14 @@ fn decide_again<'a>(
         },
         Event::Ended(_) if ending.may_still_end_by(command) => again,
         // The workflow definitions have changed since it was refused.
-        Event::Submitted { .. } if ended.outcome == Outcome::Rejected => {
+        Event::Submitted { .. } | Event::Held { what: None, .. }
+            if ended.outcome == Outcome::Rejected =>
+        {
             let reason = "The orchestrator refused this job when it was submitted.";
             job.rejected(job_id, reason, context)
         }
         // So was its next task.
-        Event::HandedOver { .. } | Event::Postponed { .. }
+        Event::HandedOver { .. } | Event::Postponed { .. } | Event::Held { .. }
             if ended.outcome == Outcome::Rejected =>
         {
             let reason = "The orchestrator could not go on with this job.";
@@ -92,6 +101,7 @@ fn decide_again<'a>(
             }
         }
         Event::Submitted { .. }
+        | Event::Held { .. }
         | Event::Started { .. }
         | Event::HandedOver { .. }
         | Event::Postponed { .. }
@@ -122,7 +132,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn
+            | Command::TakeTurn { .. }
             | Command::Judge { .. } => false,
         }
     }
@@ -138,7 +148,7 @@ impl Ending {
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
-            | Command::TakeTurn
+            | Command::TakeTurn { .. }
             | Command::Judge { .. }
             | Command::Fail { .. } => false,
         };
@@ -204,8 +214,8 @@ fn decide_for<'a>(
         Command::TimeOut => time_out(job_id, standing, context),
         Command::Expire => expire(job_id, standing, context),
         Command::NoWorker => no_worker(job_id, standing, context),
-        Command::TakeTurn => match standing {
-            Standing::Live(job) => hand_over::take_turn(job_id, job, context),
+        Command::TakeTurn { grant } => match standing {
+            Standing::Live(job) => hand_over::take_turn(job_id, job, *grant, context),
             Standing::Unknown | Standing::Ended(_) => Decision::ignored("the job has ended"),
         },
         Command::Start {
@@ -338,7 +348,7 @@ fn submit<'a>(
     }
 }
 
-/// Gives a job to the workers. `faults` is in what its parameters do not fit its workflow.
+/// Gives a job to the workers, or lets it wait for its turn. `faults` is in what its parameters do not fit its workflow.
 fn accept<'a>(
     job_id: Uuid,
     submission: &'a Submission,
@@ -347,32 +357,48 @@ fn accept<'a>(
     faults: Vec<String>,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    let task_id = context.new_task_id;
     let timeout_ms = submission
         .timeout_ms
         .or(definition.limits.default_timeout_ms);
-    let (assignment, course) = hand_over::submit(submission, &definition.steps, context);
     let job = Job {
-        status: JobStatus::Submitted,
-        task_id: Some(task_id.to_string()),
-        submitted_at: Some(context.now),
         timeout_ms: timeout_ms.map(i64::from),
         priority: Some(submission.priority),
-        course,
         ..Job::without_task(
             &submission.workflow_type,
             &submission.reference,
             registered_at,
         )
     };
+    let enqueued = Publication::Status {
+        job_id,
+        status: ClientStatus::Enqueued,
+    };
+    let queue = &definition.steps.all()[0].task;
+    if (context.has_limits)(queue) {
+        let course = Some(hand_over::hold(submission, &definition.steps, context));
+        return Decision {
+            next: Some(State::Live(Job { course, ..job })),
+            publications: vec![enqueued],
+            ..Decision::nothing(Event::Held {
+                what: None,
+                queue: queue.clone(),
+                faults,
+            })
+        };
+    }
+    let task_id = context.new_task_id;
+    let (assignment, course) = hand_over::submit(submission, &definition.steps, context);
+    let job = Job {
+        status: JobStatus::Submitted,
+        task_id: Some(task_id.to_string()),
+        submitted_at: Some(context.now),
+        course,
+        ..job
+    };
     let task = Publication::Task {
         job_id,
         task_id,
         assignment,
-    };
-    let enqueued = Publication::Status {
-        job_id,
-        status: ClientStatus::Enqueued,
     };
     Decision {
         next: Some(State::Live(job)),
@@ -418,10 +444,10 @@ fn submission_expected(standing: Standing<'_>) -> Expected {
             registered_at: None,
         },
         Standing::Live(job) => match job.status {
-            JobStatus::Registered => Expected::Yes {
+            JobStatus::Registered if job.course.is_none() => Expected::Yes {
                 registered_at: Some(job.registered_at),
             },
-            JobStatus::Submitted | JobStatus::Running => {
+            JobStatus::Registered | JobStatus::Submitted | JobStatus::Running => {
                 Expected::No("the job was submitted already")
             }
         },
@@ -530,13 +556,13 @@ impl Job {
             JobStatus::Running => (self.running_at, "running"),
         };
         let (since, what) = match &self.course {
-            Some(course) => {
-                let what = match course.waits() {
-                    true => "waiting for a worker",
-                    false => what,
-                };
-                (course.current.since().or(since), what)
-            }
+            Some(course) => match course.turn_to_come() {
+                Some(turn) => (Some(turn.since), "waiting for its turn"),
+                None if course.waits() => {
+                    (course.current.since().or(since), "waiting for a worker")
+                }
+                None => (course.current.since().or(since), what),
+            },
             None => (since, what),
         };
         (since.unwrap_or(self.registered_at), what)

@@ -24,6 +24,8 @@ pub struct Context<'a> {
     pub catalogue: &'a Catalogue,
     /// Whether a task queue takes nothing for now.
     pub is_closed: &'a dyn Fn(&str) -> bool,
+    /// Whether the tasks of a queue have to wait for their turn.
+    pub has_limits: &'a dyn Fn(&str) -> bool,
     /// What holds for every job.
     pub rules: &'a Rules,
 }
@@ -46,6 +48,8 @@ pub struct Rules {
     /// Whether a job whose parameters do not fit its workflow's definition is refused, instead of
     /// left to its worker.
     pub reject_invalid_params: bool,
+    /// Ends the owner at the beginning of a job's reference; empty if there is none.
+    pub fair_share_separator: String,
 }
 
 /// How a timeout is reported to the client.
@@ -145,6 +149,7 @@ impl Submission {
             reference,
             priority,
             timeout_ms: _,
+            sender: _,
         } = self;
         Assignment {
             // As a rule it is the workflow's name, and need not be copied.
@@ -229,6 +234,14 @@ pub enum Event {
     Submitted {
         task_id: Uuid,
         /// How its parameters do not fit the workflow's definition.
+        faults: Vec<String>,
+    },
+    /// The job's next task waits for its turn.
+    Held {
+        /// Which step it is; None for a submission.
+        what: Option<String>,
+        queue: String,
+        /// As with [`Event::Submitted`].
         faults: Vec<String>,
     },
     Started {
@@ -345,7 +358,12 @@ impl Job {
     /// Revokes its task, which has come to this end, where it or a copy of it may run on.
     pub(super) fn revocation<'a>(&self, outcome: Outcome) -> Option<Publication<'a>> {
         let runs = !outcome.by_its_task() || self.starts.len() > 1;
-        let task = self.task_id.clone().filter(|_| runs);
+        // It may be in its queue, or will be in a moment.
+        let granted = || {
+            let course = self.course.as_ref()?;
+            Some(course.grant_to_take()?.task_id.to_string())
+        };
+        let task = self.task_id.clone().or_else(granted).filter(|_| runs);
         task.map(|task_id| Publication::Revoke {
             task_id: Cow::Owned(task_id),
         })

@@ -13,12 +13,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::course::{Attempt, Course, Input, Next, Position, Report, kept_logs};
+use super::course::{Attempt, Course, Input, Next, Position, Report, Turn, kept_logs};
 use super::decision::{Assignment, TaskInput};
 use super::{
     Completion, Context, Decision, Event, Job, JobStatus, Outcome, Priority, Progress, Publication,
     ResultType, State, Submission, TimeSeries,
 };
+use crate::domain::turns;
 use crate::domain::workflow::{StepParameters, Steps};
 
 /// What the client is told of a step that is put on its queue.
@@ -27,6 +28,8 @@ const WAITS: &str = "waiting for a worker";
 const TRIED_AGAIN: &str = "it failed, and is tried again";
 /// The same of one whose queue's node is down, say.
 const CLOSED: &str = "its queue takes nothing for now";
+/// The same of one that waits for its turn.
+const HELD: &str = "waiting for its turn";
 /// Why nothing can be handed over.
 const NO_COURSE: &str = "its workflow has one step";
 /// Of a worker's success that is none.
@@ -38,12 +41,7 @@ pub(super) fn submit<'a>(
     steps: &Steps,
     context: &Context<'_>,
 ) -> (Assignment<'a>, Option<Box<Course>>) {
-    let Submission {
-        esdl,
-        params,
-        reference,
-        ..
-    } = submission;
+    let Submission { esdl, params, .. } = submission;
     let step = &steps.all()[0];
     let mut assignment = submission.assignment(&step.task);
     if step.parameters != StepParameters::All {
@@ -51,20 +49,24 @@ pub(super) fn submit<'a>(
     }
     let course = steps.plain().is_none().then(|| {
         let task_id = context.new_task_id.to_string();
-        let mut course = Course {
-            steps: Arc::new(steps.clone()),
-            parameters: Arc::new(params.clone()),
-            reference: reference.clone(),
-            input: Input::NotKept,
-            earlier: Vec::new(),
-            current: Attempt::submitted(Position::FIRST, task_id, context.now),
-        };
+        let attempt = Attempt::submitted(Position::FIRST, task_id, context.now);
+        let mut course = Course::beginning(submission, steps, attempt, context);
         if course.may_need_its_input_again() {
             course.input = Input::New(Arc::from(esdl.as_str()));
         }
         Box::new(course)
     });
     (assignment, course)
+}
+
+/// The course of a job whose first task waits for its turn. It has one also for a single plain
+/// step: what its task is to be given has to be kept.
+pub(super) fn hold(submission: &Submission, steps: &Steps, context: &Context<'_>) -> Box<Course> {
+    let attempt = Attempt::to_come(Position::FIRST);
+    let mut course = Course::beginning(submission, steps, attempt, context);
+    course.input = Input::New(Arc::from(submission.esdl.as_str()));
+    course.turn = Some(Turn::begun(context.now));
+    Box::new(course)
 }
 
 /// A worker has ended the current task of `job`.
@@ -234,7 +236,9 @@ fn go_on<'a>(
     context: &Context<'_>,
 ) -> Decision<'a> {
     let course = job.course.as_ref();
-    if course.is_some_and(|course| (context.is_closed)(&course.step_at(position).task)) {
+    let task = course.map_or("", |course| &course.step_at(position).task);
+    let has_limits = (context.has_limits)(task);
+    if !has_limits && (context.is_closed)(task) {
         let later = (CLOSED, context.now);
         return postpone(job_id, job, report, position, &input, later);
     }
@@ -243,7 +247,36 @@ fn go_on<'a>(
     Decision {
         announcements,
         time_series,
-        ..put_on_queue(job_id, next, input, context)
+        ..match has_limits {
+            true => wait_for_turn(job_id, next, &input, context),
+            false => put_on_queue(job_id, next, context.new_task_id, input, context),
+        }
+    }
+}
+
+/// Lets the current attempt, which has no task yet, wait for its turn at its queue.
+fn wait_for_turn<'a>(
+    job_id: Uuid,
+    mut job: Job,
+    input: &TaskInput<'_>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let Some(course) = &mut job.course else {
+        return Decision::ignored(NO_COURSE);
+    };
+    course.input = input.to_be_kept();
+    course.current.due_at = None;
+    course.turn = Some(Turn::begun(context.now));
+    let event = Event::Held {
+        what: Some(course.name(course.current.position)),
+        queue: course.step().task.clone(),
+        faults: Vec::new(),
+    };
+    let progress = job.tells_progress(job_id, 0.0, HELD, context.now);
+    Decision {
+        next: Some(State::Live(job)),
+        publications: vec![progress],
+        ..Decision::nothing(event)
     }
 }
 
@@ -274,22 +307,56 @@ fn postpone<'a>(
     }
 }
 
-/// Puts the task of a postponed attempt on its queue when its time has come.
-pub(super) fn take_turn<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> Decision<'a> {
-    let is_due = |course: &Course| {
-        let Attempt {
-            due_at,
-            submitted_at,
-            ..
-        } = course.current;
-        submitted_at.is_none() && due_at.is_some_and(|due| due <= context.now)
+/// Puts the task of a postponed attempt on its queue when its time has come, or one that was held
+/// when it has been granted its turn at the time `grant`.
+///
+/// A granted task is published once: whoever has begun that and does not know how it ended leaves it
+/// to those who look for it ([`Job::with_granted`]), for there must not be two of it.
+pub(super) fn take_turn<'a>(
+    job_id: Uuid,
+    job: &Job,
+    grant: Option<Timestamp>,
+    context: &Context<'_>,
+) -> Decision<'a> {
+    let Some(course) = &job.course else {
+        return Decision::ignored(NO_COURSE);
     };
-    match &job.course {
-        Some(course) if is_due(course) => match (context.is_closed)(&course.step().task) {
-            true => Decision::ignored(CLOSED),
-            false => put_on_queue(job_id, job.clone(), course.kept_input(), context),
-        },
-        Some(_) | None => Decision::ignored("no step's turn has come"),
+    let closed = (context.is_closed)(&course.step().task);
+    match (course.turn_to_come(), course.current.due_at) {
+        (Some(Turn { grant: None, .. }), _) => Decision::ignored("its turn has not come"),
+        (
+            Some(Turn {
+                grant: Some(granted),
+                ..
+            }),
+            _,
+        ) if grant != Some(granted.at) => Decision::ignored("somebody else hands it over"),
+        (Some(_), _) if closed => Decision::ignored(CLOSED),
+        (
+            Some(Turn {
+                grant: Some(granted),
+                ..
+            }),
+            _,
+        ) => put_on_queue(
+            job_id,
+            job.clone(),
+            granted.task_id,
+            course.kept_input(),
+            context,
+        ),
+        (None, Some(due_at)) if course.current.submitted_at.is_none() && due_at <= context.now => {
+            let input = course.kept_input();
+            match (context.has_limits)(&course.step().task) {
+                true => wait_for_turn(job_id, job.clone(), &input, context),
+                false if closed => Decision::ignored(CLOSED),
+                false => {
+                    let task_id = context.new_task_id;
+                    put_on_queue(job_id, job.clone(), task_id, input, context)
+                }
+            }
+        }
+        (None, _) => Decision::ignored("no step's turn has come"),
     }
 }
 
@@ -297,35 +364,105 @@ pub(super) fn take_turn<'a>(job_id: Uuid, job: &Job, context: &Context<'_>) -> D
 fn put_on_queue<'a>(
     job_id: Uuid,
     mut job: Job,
+    task_id: Uuid,
     input: TaskInput<'a>,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    let task_id = context.new_task_id;
-    let Some(course) = &mut job.course else {
+    let priority = job.priority.unwrap_or_default();
+    let is_first = job.status == JobStatus::Registered;
+    let Some(course) = &job.course else {
         return Decision::ignored(NO_COURSE);
-    };
-    course.current.task_id = Some(task_id.to_string());
-    course.current.submitted_at = Some(context.now);
-    course.input = match course.may_need_its_input_again() {
-        true => input.to_be_kept(),
-        false => Input::NotKept,
     };
     let task = Publication::Task {
         job_id,
         task_id,
-        assignment: course.assignment(input, job.priority.unwrap_or_default()),
+        assignment: course.assignment(input.clone(), priority),
     };
     let event = Event::HandedOver {
         task_id,
         to: course.name(course.current.position),
         task: course.step().task.clone(),
     };
-    job.task_id = Some(task_id.to_string());
-    let progress = job.tells_progress(job_id, 0.0, WAITS, context.now);
+    job.has_task(task_id, &input, context.now);
+    let mut publications = vec![task];
+    if !is_first {
+        publications.push(job.tells_progress(job_id, 0.0, WAITS, context.now));
+    }
     Decision {
         next: Some(State::Live(job)),
-        publications: vec![task, progress],
+        publications,
         ..Decision::nothing(event)
+    }
+}
+
+impl Turn {
+    fn begun(now: Timestamp) -> Turn {
+        Turn {
+            since: now,
+            grant: None,
+        }
+    }
+}
+
+impl Course {
+    /// That of a new job which begins with this attempt.
+    fn beginning(
+        submission: &Submission,
+        steps: &Steps,
+        current: Attempt,
+        context: &Context<'_>,
+    ) -> Course {
+        let Submission {
+            params,
+            reference,
+            sender,
+            ..
+        } = submission;
+        Course {
+            steps: Arc::new(steps.clone()),
+            parameters: Arc::new(params.clone()),
+            reference: reference.clone(),
+            input: Input::NotKept,
+            earlier: Vec::new(),
+            current,
+            owner: turns::owner(
+                sender.as_deref(),
+                reference.as_deref(),
+                &context.rules.fair_share_separator,
+            ),
+            turn: None,
+        }
+    }
+}
+
+impl Job {
+    /// The same with the task on its queue that has been granted its turn, if this is that task and
+    /// it is not known to be there: what its worker says shows that it is.
+    pub(super) fn with_granted(&self, task_id: &str) -> Option<Job> {
+        let grant = self.course.as_ref()?.grant_to_take()?;
+        if grant.task_id.to_string() != task_id {
+            return None;
+        }
+        let mut job = self.clone();
+        job.has_task(grant.task_id, &TaskInput::Kept, grant.at);
+        Some(job)
+    }
+
+    /// Notes that the current attempt's task is on its queue since `at`.
+    fn has_task(&mut self, task_id: Uuid, input: &TaskInput<'_>, at: Timestamp) {
+        if let Some(course) = &mut self.course {
+            course.current.task_id = Some(task_id.to_string());
+            course.current.submitted_at = Some(at);
+            course.input = match course.may_need_its_input_again() {
+                true => input.to_be_kept(),
+                false => Input::NotKept,
+            };
+        }
+        self.task_id = Some(task_id.to_string());
+        if self.status == JobStatus::Registered {
+            self.status = JobStatus::Submitted;
+            self.submitted_at = Some(at);
+        }
     }
 }
 
@@ -379,13 +516,10 @@ impl Job {
         job.starts.clear();
         if let Some(course) = &mut job.course {
             let next = Attempt {
-                position,
-                task_id: None,
                 due_at,
-                submitted_at: None,
-                started_at: None,
-                report: None,
+                ..Attempt::to_come(position)
             };
+            course.turn = None;
             let ended = mem::replace(&mut course.current, next);
             course.earlier.push(ended);
         }

@@ -244,7 +244,7 @@ pub(super) fn may_end(job: &Job, command: &Command) -> bool {
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker
-        | Command::TakeTurn
+        | Command::TakeTurn { .. }
         | Command::Fail { .. } => false,
     }
 }

@@ -39,6 +39,7 @@ static RULES: Rules = Rules {
     outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
+    fair_share_separator: String::new(),
 };
 
 /// Knows one workflow, the simulator, which has these keys too.
@@ -58,6 +59,7 @@ fn context() -> Context<'static> {
         new_task_id: new_task(),
         catalogue: &CATALOGUE,
         is_closed: &|_| false,
+        has_limits: &|_| false,
         rules: &RULES,
     }
 }
@@ -124,6 +126,7 @@ fn submission(workflow: &str) -> Command {
         reference: Some("ref".to_owned()),
         priority: Priority::Medium,
         timeout_ms: Some(1000),
+        sender: None,
     })
 }
 
@@ -676,6 +679,7 @@ fn a_workflow_has_its_own_limits() {
     let own = Context {
         catalogue: &own,
         is_closed: &|_| false,
+        has_limits: &|_| false,
         ..context()
     };
     let running = State::Live(job(JobStatus::Running));
@@ -706,6 +710,7 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
     let lenient = Context {
         catalogue: &strict,
         is_closed: &|_| false,
+        has_limits: &|_| false,
         ..context()
     };
     let command = submission("simulator");
@@ -721,6 +726,7 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
 
     let rules = Rules {
         reject_invalid_params: true,
+        fair_share_separator: String::new(),
         ..RULES.clone()
     };
     let rejecting = Context {
@@ -1094,6 +1100,7 @@ impl World {
             new_task_id: Uuid::from_u128(self.tasks),
             catalogue: &CATALOGUE,
             is_closed: &|_| false,
+            has_limits: &|_| false,
             rules: &rules,
         };
         let state = self.state.clone().unwrap_or(State::Unknown);

@@ -1,11 +1,11 @@
 //! Reads a definition file: a JSON list of workflows, with every fault by its path in the file.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::Value;
 
-use super::node::{Node, check_queue_name, delivery_limit, timeout_ms, whole_number};
-use super::steps::Steps;
+use super::node::{Node, check_queue_name, delivery_limit, queue_limit, timeout_ms, whole_number};
+use super::steps::{Step, Steps};
 use super::{Definition, Limits};
 use crate::proto::{
     AvailableWorkflows, BooleanParameter, DateTimeParameter, DurationParameter, FloatParameter,
@@ -47,7 +47,28 @@ pub(super) fn read(
         }
         workflows.push(workflow);
     }
+    check_limits(&definitions, faults);
     (AvailableWorkflows { workflows }, definitions)
+}
+
+/// A queue that several workflows share has the same limits in all of them that state any.
+fn check_limits(definitions: &HashMap<String, Definition>, faults: &mut Vec<String>) {
+    let mut stated = BTreeMap::new();
+    let mut by_name: Vec<_> = definitions.iter().collect();
+    by_name.sort_by_key(|(name, _)| *name);
+    for (name, definition) in by_name {
+        let steps = definition.steps.all().iter().flat_map(Step::alternatives);
+        for step in steps.filter(|step| step.limit.holds()) {
+            let (first, limit) = *stated.entry(&step.task).or_insert((name, step.limit));
+            if limit != step.limit {
+                faults.push(format!(
+                    "$: window, max_running or paused of the task {:?} differ between the \
+                     workflows {first:?} and {name:?}",
+                    step.task
+                ));
+            }
+        }
+    }
 }
 
 fn workflow(node: &Node<'_>, faults: &mut Vec<String>) -> Option<Workflow> {
@@ -97,9 +118,16 @@ fn steps_of(node: &Node<'_>, workflow: &Workflow, faults: &mut Vec<String>) -> S
     let declared = parameters
         .map(|parameter| parameter.key_name.as_str())
         .collect();
+    let limit = queue_limit(node, faults);
+    if node.get("steps").is_some() && limit.holds() {
+        faults.push(format!(
+            "{}: window, max_running and paused stand in the step whose queue they are for",
+            node.path
+        ));
+    }
     node.get("steps")
         .and_then(|steps| Steps::read(&steps, &declared, faults))
-        .unwrap_or_else(|| Steps::of_workflow(&workflow.type_name))
+        .unwrap_or_else(|| Steps::of_workflow(&workflow.type_name, limit))
 }
 
 fn parameter(node: &Node<'_>, faults: &mut Vec<String>) -> Option<WorkflowParameter> {
@@ -260,6 +288,23 @@ mod tests {
         assert_eq!(limits("A"), None);
     }
 
+    #[test]
+    fn what_is_allowed_at_queues_is_known() {
+        let catalogue = Catalogue::parse(
+            r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+                 "max_running": 1},
+                {"workflow_type_name": "b", "workflow_type_description_name": "B",
+                 "steps": [{"task": "a"}, {"task": "c", "paused": true,
+                            "on_error": {"fallback": {"task": "d", "window": 2}}}]}]"#,
+        )
+        .unwrap();
+        let limits = crate::domain::turns::in_words(&catalogue.queue_limits());
+        assert_eq!(
+            limits,
+            "a at most 1 running; c paused; d at most 2 waiting in RabbitMQ"
+        );
+    }
+
     /// `parameter` put into an otherwise faultless file.
     fn with_parameter(parameter: &str) -> String {
         format!(
@@ -304,6 +349,30 @@ mod tests {
         r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
              "default_timeout_sec": 1e10}]"#,
         "$[0].default_timeout_sec: found 10000000000.0, expected a number of seconds above 0, up to 49 days"
+    )]
+    #[case::no_task_allowed(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "window": 0}]"#,
+        "$[0].window: found 0, expected a whole number of tasks, at least 1"
+    )]
+    #[case::negative_limit(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",
+             "max_running": -1}]"#,
+        "$[0].max_running: found -1, expected a whole number of tasks, at least 1"
+    )]
+    #[case::pause_of_wrong_type(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "paused": 1}]"#,
+        "$[0].paused: found 1, expected true or false"
+    )]
+    #[case::limit_of_no_queue(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "window": 1,
+             "steps": [{"task": "b"}]}]"#,
+        "$[0]: window, max_running and paused stand in the step whose queue they are for"
+    )]
+    #[case::two_limits_of_a_queue(
+        r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A", "window": 1},
+            {"workflow_type_name": "b", "workflow_type_description_name": "B",
+             "steps": [{"task": "a", "window": 2}]}]"#,
+        r#"$: window, max_running or paused of the task "a" differ between the workflows "a" and "b""#
     )]
     #[case::parameters_no_list(
         r#"[{"workflow_type_name": "a", "workflow_type_description_name": "A",

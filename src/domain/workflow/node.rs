@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::domain::text::excerpt;
+use crate::domain::turns::QueueLimit;
 
 /// A workflow's name is also the name of its task queue, which AMQP limits to this many bytes.
 const MAX_TYPE_NAME: usize = 255;
@@ -128,6 +129,25 @@ pub(super) fn delivery_limit(node: &Node<'_>, faults: &mut Vec<String>) -> Optio
         let limit = usize::try_from(whole_number(value)?).ok()?;
         (limit > 0).then_some(limit)
     })
+}
+
+/// What is allowed at a task queue.
+pub(super) fn queue_limit(node: &Node<'_>, faults: &mut Vec<String>) -> QueueLimit {
+    let mut tasks = |key| {
+        let expected = "a whole number of tasks, at least 1";
+        node.optional(key, expected, faults, |value| {
+            // Postgres's integers have a sign.
+            let limit = i32::try_from(whole_number(value)?).ok()?;
+            u32::try_from(limit).ok().filter(|limit| *limit > 0)
+        })
+    };
+    QueueLimit {
+        window: tasks("window"),
+        max_running: tasks("max_running"),
+        is_paused: node
+            .optional("paused", "true or false", faults, Value::as_bool)
+            .unwrap_or(false),
+    }
 }
 
 /// A time in seconds, as milliseconds.

@@ -4,10 +4,11 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::DefinitionFaults;
-use super::node::{Node, check_queue_name, delivery_limit, timeout_ms};
+use super::node::{Node, check_queue_name, delivery_limit, queue_limit, timeout_ms};
+use crate::domain::turns::QueueLimit;
 
 /// How many steps a workflow may have.
 const MAX_STEPS: usize = 20;
@@ -20,7 +21,7 @@ const MAX_TITLE: usize = 100;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Steps {
     steps: Vec<Step>,
-    /// The definition that they come from; null for a workflow without `steps`.
+    /// The definition that they come from, or one that says the same.
     source: Value,
 }
 
@@ -45,6 +46,8 @@ pub struct Step {
     pub on_error: OnError,
     /// Whether the time series of its output are kept when the job succeeds.
     pub keep_time_series: bool,
+    /// What is allowed at its queue, unless an operator has set something else.
+    pub limit: QueueLimit,
 }
 
 /// Which of a job's parameters a step's task gets.
@@ -76,7 +79,7 @@ pub enum OnError {
 
 impl Steps {
     /// The single step of a workflow that has none defined: the task of the workflow's own name.
-    pub(super) fn of_workflow(name: &str) -> Steps {
+    pub(super) fn of_workflow(name: &str, limit: QueueLimit) -> Steps {
         Steps {
             steps: vec![Step {
                 task: name.to_owned(),
@@ -89,8 +92,9 @@ impl Steps {
                 retry_wait: Duration::ZERO,
                 on_error: OnError::Fail,
                 keep_time_series: true,
+                limit,
             }],
-            source: Value::Null,
+            source: json!([{ "task": name }]),
         }
     }
 
@@ -215,6 +219,9 @@ const STEP_KEYS: &[&str] = &[
     "retry",
     "on_error",
     "keep_time_series",
+    "window",
+    "max_running",
+    "paused",
 ];
 
 struct Reader<'r> {
@@ -300,6 +307,7 @@ impl Reader<'_> {
                     Value::as_bool,
                 )
                 .unwrap_or(true),
+            limit: queue_limit(node, self.faults),
             task,
         })
     }
@@ -479,13 +487,18 @@ mod tests {
         let steps = steps(
             r#"[{"task": "a", "title": "A", "parameters": ["p"], "weight": 3, "timeout_sec": 1.5,
                  "delivery_limit": 4, "retry": {"attempts": 2, "wait_sec": 0.5},
-                 "on_error": "continue", "keep_time_series": false},
+                 "on_error": "continue", "keep_time_series": false, "window": 3, "paused": true},
                 {"task": "b", "parameters": {"x": "q", "y": {"value": [1]}},
                  "on_error": {"fallback": {"task": "c", "on_error": {"fallback": {"task": "d"}}}}}]"#,
         );
         let [a, b] = steps.all() else { panic!() };
         let p = StepParameters::These(vec![("p".to_owned(), Argument::OfJob("p".to_owned()))]);
         let whole = Step {
+            limit: QueueLimit {
+                window: Some(3),
+                max_running: None,
+                is_paused: true,
+            },
             task: "a".to_owned(),
             title: "A".to_owned(),
             parameters: p,
@@ -548,7 +561,7 @@ mod tests {
     )]
     #[case::unknown_key(
         r#"[{"task": "a", "wieght": 1}]"#,
-        r#"$[0].steps[0]: "wieght" is unknown here, expected task, title, parameters, weight, timeout_sec, delivery_limit, retry, on_error, keep_time_series"#
+        r#"$[0].steps[0]: "wieght" is unknown here, expected task, title, parameters, weight, timeout_sec, delivery_limit, retry, on_error, keep_time_series, window, max_running, paused"#
     )]
     #[case::title(
         r#"[{"task": "a", "title": "two\nlines"}]"#,

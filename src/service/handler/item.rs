@@ -73,7 +73,12 @@ impl Item {
             wire::decode(*inbox, &received.body, id, received.redelivered)
         });
         match decoded {
-            Ok(Ok(Request::Job { id, command })) => self.job = Some((id, command)),
+            Ok(Ok(Request::Job { id, mut command })) => {
+                if let Command::Submit(submission) = &mut command {
+                    submission.sender = received.sender().map(str::to_owned);
+                }
+                self.job = Some((id, command));
+            }
             Ok(Ok(Request::ListWorkflows)) => self.list_workflows = true,
             Ok(Err(undecodable)) => self.cannot_be_read(undecodable),
             Err(panic) => {
@@ -126,8 +131,11 @@ impl Item {
     /// It is tried again, and may have been committed. What tells a START from its repetition is
     /// its message id or, without one, AMQP's redelivered flag.
     pub(super) fn repeat(&mut self) {
-        if let Some((_, Command::Start { redelivered, .. })) = &mut self.job {
-            *redelivered = true;
+        match &mut self.job {
+            Some((_, Command::Start { redelivered, .. })) => *redelivered = true,
+            // Its task may be on its queue; it is looked for.
+            Some((_, Command::TakeTurn { grant })) => *grant = None,
+            Some(_) | None => {}
         }
     }
 
@@ -261,7 +269,7 @@ fn size(command: &Command) -> usize {
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker
-        | Command::TakeTurn => 0,
+        | Command::TakeTurn { .. } => 0,
     }
 }
 

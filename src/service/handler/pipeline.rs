@@ -58,6 +58,7 @@ impl Handler<'_> {
         let Committed {
             ending,
             with_course,
+            concerns_turns,
             waits,
             stalled,
         } = self.transact(batch, announcements, &mut connection)?;
@@ -66,7 +67,13 @@ impl Handler<'_> {
         }
         fault_point::reached("after commit");
         let mut stopwatch = self.common.service.metrics.stopwatch();
-        let unavailable = self.publish(announcements)?;
+        let unavailable = self.publish(announcements);
+        if concerns_turns {
+            // After the revocation of a task whose place is free now. Full when it has been woken
+            // already.
+            let _ = self.common.turns.try_send(());
+        }
+        let unavailable = unavailable?;
         stopwatch.lap(Stage::Tell);
         fault_point::reached("after telling");
         let (announced, stalled): (Vec<_>, Vec<_>) = ending
@@ -223,6 +230,7 @@ impl Handler<'_> {
         self.report(batch, &plan, &catalogue);
         self.write_out(plan.announcements, HashMap::new(), announcements)?;
         Ok(Committed {
+            concerns_turns: plan.concerns_turns,
             with_course: !plan.with_course.is_disjoint(&plan.ending),
             ending: plan.ending.into_iter().collect(),
             waits: plan.waits,
@@ -248,12 +256,15 @@ impl Handler<'_> {
                 common.closed.is_closed(&queue, Instant::now())
             }
         };
+        let limits = common.service.limits.get();
+        let has_limits = |queue: &str| limits.contains_key(queue);
         let context = || Context {
             now: loaded.now,
             session_begun: loaded.session_begun,
             new_task_id: Uuid::new_v4(),
             catalogue,
             is_closed: &is_closed,
+            has_limits: &has_limits,
             rules: &common.service.rules,
         };
         let plan = batch::decide(asked, &loaded.states, context);
@@ -290,6 +301,8 @@ struct Committed {
     ending: Vec<Uuid>,
     /// Whether some of them have a course.
     with_course: bool,
+    /// As in the plan.
+    concerns_turns: bool,
     waits: Vec<Wait>,
     stalled: Vec<Stalled>,
 }

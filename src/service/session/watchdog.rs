@@ -171,7 +171,7 @@ impl Watchdog<'_> {
             .iter()
             .flat_map(|watched| [&watched.sdk, &watched.celery, &watched.task])
             .chain([&self.shared.pulse.publishing, &self.shared.pulse.consuming])
-            .chain([&self.shared.inquiry.celery]);
+            .chain([&self.shared.inquiry.celery, &self.shared.turns.celery]);
         let longest = to_broker.filter_map(Calls::current).max();
         if let Some(wait) = longest.filter(|wait| *wait > DEADLINE) {
             self.fail(anyhow!("RabbitMQ has not answered for {wait:.0?}"));
@@ -193,7 +193,11 @@ impl Watchdog<'_> {
         self.report(Part::Publishing, fault);
         self.look_at_handlers();
         let in_postgres = self.shared.watched.iter().map(|watched| &watched.postgres);
-        let aside = [&self.shared.maintenance, &self.shared.inquiry.postgres];
+        let aside = [
+            &self.shared.maintenance,
+            &self.shared.inquiry.postgres,
+            &self.shared.turns.postgres,
+        ];
         let stuck = in_postgres.chain(aside).any(|calls| {
             let wait = calls.current();
             wait.is_some_and(|wait| wait > STUCK)

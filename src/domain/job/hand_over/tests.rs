@@ -8,7 +8,9 @@ use rstest::rstest;
 use serde_json::{Map, json};
 
 use super::super::decision::TimeoutResult;
-use super::super::{CRASH_LOOP_LOGS, ClientStatus, Command, Rules, Submission, Verdict, decide};
+use super::super::{
+    CRASH_LOOP_LOGS, ClientStatus, Command, Grant, Rules, Submission, Verdict, decide,
+};
 use super::*;
 use crate::domain::workflow::Catalogue;
 use crate::proto::EsdlMessage;
@@ -22,6 +24,7 @@ static RULES: Rules = Rules {
     outcome_delay: Duration::ZERO,
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
+    fair_share_separator: String::new(),
 };
 
 fn at(second: i64) -> Timestamp {
@@ -71,6 +74,7 @@ impl Story {
             new_task_id: Uuid::from_u128(self.second.unsigned_abs().into()),
             catalogue: &self.catalogue,
             is_closed: &|task| self.closed.contains(&task),
+            has_limits: &|_| false,
             rules: &RULES,
         };
         let decision = decide(job_id(), &self.state, command, &context);
@@ -103,6 +107,7 @@ impl Story {
             reference: Some("ref".to_owned()),
             priority: Priority::High,
             timeout_ms: Some(60_000),
+            sender: None,
         }))
     }
 
@@ -337,17 +342,23 @@ fn a_step_is_tried_again_at_once_or_after_a_while() {
         ["0.25 a: it failed, and is tried again"]
     );
     assert_eq!(story.task(), "");
-    assert_eq!(story.tell(&Command::TakeTurn), ["no step's turn has come"]);
+    assert_eq!(
+        story.tell(&Command::TakeTurn { grant: None }),
+        ["no step's turn has come"]
+    );
     story.second += 10;
     let all = r#"{"p":"1","q":"2"}"#;
     assert_eq!(
-        story.tell(&Command::TakeTurn),
+        story.tell(&Command::TakeTurn { grant: None }),
         [
             format!(r#"task 116 for a: {all} ref High Held("<esdl id='input'/>")"#),
             "0.25 a: waiting for a worker".to_owned()
         ]
     );
-    assert_eq!(story.tell(&Command::TakeTurn), ["no step's turn has come"]);
+    assert_eq!(
+        story.tell(&Command::TakeTurn { grant: None }),
+        ["no step's turn has come"]
+    );
     story.start();
     story.result(None);
     story.second += 10;
@@ -355,7 +366,7 @@ fn a_step_is_tried_again_at_once_or_after_a_while() {
     if let Some(course) = story.state.job_mut().and_then(|job| job.course.as_mut()) {
         course.input = Input::Kept;
     }
-    let told = story.tell(&Command::TakeTurn);
+    let told = story.tell(&Command::TakeTurn { grant: None });
     assert!(told[0].ends_with("Kept"), "{told:?}");
     assert_eq!(story.course().input, Input::NotKept);
     story.start();
@@ -386,9 +397,9 @@ fn a_step_whose_queue_takes_nothing_for_now_waits_in_the_database() {
         Input::New(Arc::from("<esdl id='one'/>"))
     );
     let waits = ["its queue takes nothing for now"];
-    assert_eq!(story.tell(&Command::TakeTurn), waits);
+    assert_eq!(story.tell(&Command::TakeTurn { grant: None }), waits);
     story.closed.clear();
-    let told = story.tell(&Command::TakeTurn);
+    let told = story.tell(&Command::TakeTurn { grant: None });
     assert!(told[0].contains("for simulator"), "{told:?}");
     assert!(told[0].ends_with(r#"Held("<esdl id='one'/>")"#), "{told:?}");
     assert_eq!(story.course().input, Input::NotKept);
@@ -431,7 +442,7 @@ fn an_attempt_that_cannot_be_made_ends_the_job() {
     story.submit();
     story.start();
     story.result(None);
-    let instead = Command::TakeTurn.instead("it is refused".to_owned(), true);
+    let instead = Command::TakeTurn { grant: None }.instead("it is refused".to_owned(), true);
     let told = story.tell(&instead.unwrap());
     assert!(told[0].contains("it is refused"), "{told:?}");
     let State::Ending(ending) = &story.state else {
@@ -638,6 +649,10 @@ enum Happening {
     /// A message is handled, and is not delivered again unless the orchestrator dies or `twice`.
     Delivered(Index, Death, bool),
     Seconds(i64),
+    /// Tasks have to wait for their turn from now on, or no longer.
+    Limits(bool),
+    /// A task that waits for its turn is granted it, and handed over.
+    Granted(Death),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -647,14 +662,17 @@ enum Answer {
     NoOutput,
 }
 
-fn happening() -> impl Strategy<Value = Happening> {
-    let index = any::<Index>;
-    let death = prop_oneof![
+fn death() -> impl Strategy<Value = Death> {
+    prop_oneof![
         6 => Just(Death::Never),
         1 => Just(Death::AfterPublish),
         1 => Just(Death::AfterCommit),
         1 => Just(Death::AfterTelling),
-    ];
+    ]
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let index = any::<Index>;
     let answer = prop_oneof![
         4 => Just(Answer::Success),
         3 => Just(Answer::Error),
@@ -666,9 +684,11 @@ fn happening() -> impl Strategy<Value = Happening> {
         6 => index().prop_map(Happening::Taken),
         1 => index().prop_map(Happening::Died),
         6 => (index(), answer).prop_map(|(task, answer)| Happening::Done(task, answer)),
-        12 => (index(), death, prop::bool::weighted(0.2))
+        12 => (index(), death(), prop::bool::weighted(0.2))
             .prop_map(|(message, death, twice)| Happening::Delivered(message, death, twice)),
         2 => (1..30_i64).prop_map(Happening::Seconds),
+        1 => any::<bool>().prop_map(Happening::Limits),
+        4 => death().prop_map(Happening::Granted),
     ]
 }
 
@@ -703,6 +723,7 @@ struct World {
     last_progress: f64,
     statuses: Vec<ClientStatus>,
     deaths: usize,
+    limited: bool,
 }
 
 impl World {
@@ -724,6 +745,7 @@ impl World {
             last_progress: 0.0,
             statuses: Vec::new(),
             deaths: 0,
+            limited: false,
         }
     }
 
@@ -736,6 +758,7 @@ impl World {
                 reference: None,
                 priority: Priority::Medium,
                 timeout_ms: Some(200_000),
+                sender: None,
             })),
             Happening::Cancel => self.messages.push(Command::Cancel),
             Happening::Taken(index) if !self.queued.is_empty() => {
@@ -759,15 +782,53 @@ impl World {
             }
             Happening::Seconds(seconds) => {
                 self.second += seconds;
-                for finding in [Command::TakeTurn, Command::TimeOut, Command::NoWorker] {
+                for finding in [
+                    Command::TakeTurn { grant: None },
+                    Command::TimeOut,
+                    Command::NoWorker,
+                ] {
                     self.handle(&finding, Death::Never);
                 }
             }
+            Happening::Limits(limited) => self.limited = *limited,
+            Happening::Granted(death) => self.grant(*death),
             Happening::Taken(_)
             | Happening::Died(_)
             | Happening::Done(..)
             | Happening::Delivered(..) => {}
         }
+    }
+
+    /// What the granting thread does, and what it does about a grant that somebody died over.
+    fn grant(&mut self, death: Death) {
+        let at = at(self.second);
+        let turn = self.state.job_mut().and_then(|job| {
+            let course = job.course.as_mut()?;
+            course.turn_to_come()?;
+            course.turn.as_mut()
+        });
+        let Some(turn) = turn else {
+            return;
+        };
+        self.count += 1;
+        match &mut turn.grant {
+            None => {
+                let task_id = Uuid::from_u128(self.count);
+                turn.grant = Some(Grant { at, task_id });
+            }
+            Some(grant) => {
+                let task = grant.task_id.to_string();
+                let says = |message: &Command| message.task_id() == Some(&task);
+                let may_be_there = self.queued.contains(&task)
+                    || self.running.contains(&task)
+                    || self.messages.iter().any(says);
+                if may_be_there {
+                    return;
+                }
+                grant.at = at;
+            }
+        }
+        self.handle(&Command::TakeTurn { grant: Some(at) }, death);
     }
 
     fn take(&mut self, task_id: String) {
@@ -809,6 +870,7 @@ impl World {
             new_task_id: Uuid::from_u128(self.count),
             catalogue: &catalogue,
             is_closed: &|_| false,
+            has_limits: &|_| self.limited,
             rules: &RULES,
         };
         self.deaths += usize::from(death != Death::Never);
@@ -853,7 +915,10 @@ impl World {
                         TaskInput::Kept => self.kept.clone().expect("an input"),
                     };
                     let task = task_id.to_string();
-                    self.inputs.insert(task.clone(), input);
+                    let before = self.inputs.insert(task.clone(), input);
+                    // Of one that was granted nobody may know whether it is on its queue.
+                    let is_known = self.queued.contains(&task) || self.running.contains(&task);
+                    assert!(before.is_none() || !is_known, "one task twice");
                     self.queued.push(task.clone());
                     tasks.push(task);
                 }
@@ -948,6 +1013,7 @@ proptest! {
                 world.handle(&message, Death::Never);
             }
             world.run(&Happening::Seconds(1));
+            world.run(&Happening::Granted(Death::Never));
             while let Some(task) = world.queued.pop() {
                 world.take(task);
             }

@@ -1,0 +1,74 @@
+//! What operators see of turns: queues with limits, and what waits there.
+
+use jiff::Timestamp;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::domain::turns::QueueLimit;
+
+/// Of how many tasks that wait for their turn the order is told.
+pub const TOLD: usize = 200;
+
+/// A queue with limits, or at which tasks wait for their turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct QueueView {
+    pub name: String,
+    #[serde(flatten)]
+    pub limit: QueueLimit,
+    /// Tasks that wait for their turn.
+    pub held: i64,
+    /// Those that operators do not let go.
+    pub on_hold: i64,
+    /// Tasks that are handed over and not started, as far as turns are counted here.
+    pub waiting: i64,
+    /// Those that have been started and have not ended.
+    pub running: i64,
+    /// The jobs that are next, in their order, at most [`TOLD`].
+    #[serde(skip)]
+    pub order: Vec<Uuid>,
+}
+
+/// A job's turn, as long as it waits for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TurnView {
+    pub queue: String,
+    /// Whose it is; empty if nobody says.
+    pub owner: String,
+    pub since: Timestamp,
+    /// Whether an operator does not let it go.
+    pub on_hold: bool,
+}
+
+impl TurnView {
+    pub fn text(&self) -> &'static str {
+        match self.on_hold {
+            true => "on hold",
+            false => "held",
+        }
+    }
+
+    /// Its place among those that are next at its queue, from 1.
+    pub(super) fn place(&self, job_id: Uuid, queues: &[QueueView]) -> Option<i64> {
+        let queue = queues.iter().find(|queue| queue.name == self.queue)?;
+        let place = queue.order.iter().position(|id| *id == job_id)?;
+        i64::try_from(place + 1).ok()
+    }
+}
+
+impl QueueView {
+    /// How many of `workers` may work at once.
+    pub(super) fn workers(&self, workers: usize) -> usize {
+        match self.limit {
+            QueueLimit {
+                is_paused: true, ..
+            } => 0,
+            QueueLimit {
+                max_running: Some(seats),
+                ..
+            } => workers.min(usize::try_from(seats).unwrap_or(usize::MAX)),
+            QueueLimit {
+                max_running: None, ..
+            } => workers,
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Grants tasks their turn at queues with limits, and has them handed over.
+//!
+//! Handlers write what has to wait and wake this thread whenever something waits, has started or has
+//! ended; operators' commands wake those of all replicas. One decision is made at a time for each
+//! queue, under a lock in the database and from what is in it: so any number of replicas keep the
+//! limits, and nothing has to be given back when one of them dies. A granted task is put on its
+//! queue by its job's handler, like any other.
+//!
+//! A grant whose task is not on its queue, as far as the database knows, may have been published by
+//! somebody who died before the commit. It is published again only when it is not in the queue and
+//! nothing that a worker says of it is on its way: of a task with a seat there must not be two.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, select};
+use jiff::Timestamp;
+use log::{debug, info, warn};
+use uuid::Uuid;
+
+use crate::domain::job::Command;
+use crate::domain::turns::{self, MAX_GRANTS, QueueLimit};
+use crate::service::handler::{self, Work};
+use crate::service::maintenance::MAX_FINDINGS;
+use crate::service::shared::Service;
+use crate::store::{Connection, LostGrant, Store, StoreError};
+use crate::threads::{Calls, Signal};
+
+/// How often this looks for what nobody has told it of.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How long a granted task may take to reach its queue before somebody else takes it on.
+const HAND_OVER: Duration = Duration::from_secs(2);
+/// How often a queue with limits is searched for tasks that have not waited for their turn.
+const COUNT_IN: Duration = Duration::from_secs(60);
+/// After a change of the limits such tasks may still be on their way for so long.
+const AFTER_CHANGE: Duration = Duration::from_secs(10);
+
+/// The thread's part of the session.
+pub struct Turns<'s> {
+    pub service: &'s Service,
+    /// Its calls are under the watchdog.
+    pub store: Store,
+    pub handlers: Vec<Sender<Work>>,
+    /// Whether what workers say may still be on its way to their jobs.
+    pub behind: &'s dyn Fn() -> bool,
+    /// Whether nothing is ready in a task queue.
+    pub is_empty: &'s dyn Fn(&str) -> bool,
+    pub stop: Signal,
+}
+
+/// What there is to do, and who says so.
+pub struct Wakes {
+    /// A handler: something waits, or there may be room.
+    pub handlers: Receiver<()>,
+    /// An operator: limits or turns have been changed.
+    pub operators: Receiver<()>,
+}
+
+/// What the thread knows from one round to the next.
+struct Memory {
+    connection: Option<Connection>,
+    next_tick: Instant,
+    /// When tasks were last counted in that have not waited.
+    counted_in: Option<Instant>,
+    limits: Arc<turns::Limits>,
+    limits_changed: Instant,
+    /// Grants that were lost at the last look and might have been published again, but for that it
+    /// takes two looks: what was on its way at the first has arrived by the second.
+    suspects: HashSet<Uuid>,
+    is_failing: bool,
+}
+
+impl Turns<'_> {
+    /// Grants turns until `stop` is given.
+    pub fn run(&self, wakes: &Wakes) {
+        let now = Instant::now();
+        let mut memory = Memory {
+            connection: None,
+            next_tick: now,
+            counted_in: None,
+            limits: self.service.limits.get(),
+            limits_changed: now,
+            suspects: HashSet::new(),
+            is_failing: false,
+        };
+        loop {
+            let pause = memory.next_tick.saturating_duration_since(Instant::now());
+            let is_tick = select! {
+                recv(self.stop.receiver()) -> _ => return,
+                recv(wakes.handlers) -> _ => false,
+                recv(wakes.operators) -> _ => true,
+                default(pause) => true,
+            };
+            if is_tick {
+                memory.next_tick = Instant::now() + PERIOD;
+            } else if memory.is_failing {
+                // It is tried again at the next tick.
+                continue;
+            }
+            let done = self.round(&mut memory, is_tick);
+            let was_failing = memory.is_failing;
+            memory.is_failing = done.is_err();
+            match done {
+                Ok(()) => {}
+                Err(error) if was_failing => debug!("no turns are granted yet: {error:#}"),
+                Err(error) => warn!("no turns are granted, which is tried again: {error:#}"),
+            }
+        }
+    }
+
+    fn round(&self, memory: &mut Memory, is_tick: bool) -> Result<(), StoreError> {
+        let mut connection = match memory.connection.take() {
+            Some(connection) => connection,
+            None => self.store.connection()?,
+        };
+        if is_tick {
+            self.service.read_limits(&mut connection)?;
+            self.count_in(memory, &mut connection)?;
+            self.look_for_lost(memory, &mut connection)?;
+        }
+        let limits = self.service.limits.get();
+        for queue in connection.queues_with_held()? {
+            let limit = limits.get(&queue).copied().unwrap_or_default();
+            while !self.stop.is_given() && self.grant(&mut connection, &queue, limit)? {}
+        }
+        memory.connection = Some(connection);
+        Ok(())
+    }
+
+    /// Grants some of those that wait at a queue their turn. Returns whether there may be more to
+    /// grant at once.
+    fn grant(
+        &self,
+        connection: &mut Connection,
+        queue: &str,
+        limit: QueueLimit,
+    ) -> Result<bool, StoreError> {
+        // What a handler has no room for would be found again as lost.
+        let free = self.handlers.iter().map(|handler| {
+            let capacity = handler.capacity().unwrap_or(usize::MAX);
+            capacity.saturating_sub(handler.len())
+        });
+        let most = free.min().unwrap_or(0).min(MAX_GRANTS);
+        let mut transaction = connection.transaction()?;
+        let now = transaction.lock_queue(queue)?;
+        let mut jobs = transaction.released(queue, most)?;
+        if jobs.is_empty() {
+            let handed_over = transaction.handed_over(queue)?;
+            let room = limit.room(&handed_over).min(most);
+            if room == 0 {
+                return Ok(false);
+            }
+            let waiting = transaction.waiting(queue, room)?;
+            let aging = self.service.config.priority_aging;
+            jobs = turns::next(waiting, &handed_over, room, aging, now);
+        }
+        if jobs.is_empty() {
+            return Ok(false);
+        }
+        let turns: Vec<_> = jobs.iter().map(|id| (*id, Uuid::new_v4())).collect();
+        let granted = transaction.grant(queue, &turns)?;
+        transaction.commit()?;
+        debug!("{queue}: {} tasks have their turn", granted.len());
+        let is_page = jobs.len() == MAX_GRANTS;
+        self.hand_over(granted);
+        Ok(is_page)
+    }
+
+    /// Has granted tasks put on their queues. What a handler has no room for is found again.
+    fn hand_over(&self, granted: Vec<(Uuid, Timestamp)>) {
+        for (job_id, at) in granted {
+            let handler = &self.handlers[handler::index(job_id, self.handlers.len())];
+            let command = Command::TakeTurn { grant: Some(at) };
+            let _ = handler.try_send(Work::Finding { job_id, command });
+        }
+    }
+
+    /// Counts in what has reached queues with limits without waiting for its turn.
+    fn count_in(&self, memory: &mut Memory, connection: &mut Connection) -> Result<(), StoreError> {
+        let limits = self.service.limits.get();
+        if limits != memory.limits {
+            memory.limits_changed = Instant::now();
+            memory.limits = Arc::clone(&limits);
+        }
+        let is_due = memory.limits_changed.elapsed() < AFTER_CHANGE
+            || memory
+                .counted_in
+                .is_none_or(|last| last.elapsed() >= COUNT_IN);
+        if !is_due {
+            return Ok(());
+        }
+        let catalogue = self.service.catalogue.get();
+        for queue in limits.keys() {
+            let plain = catalogue.plain_workflows_of(queue);
+            let found = connection.count_in(queue, &plain)?;
+            if found > 0 {
+                info!("{queue}: {found} tasks count that have not waited for their turn");
+            }
+        }
+        memory.counted_in = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Has granted tasks put on their queues that somebody else was to put there.
+    fn look_for_lost(
+        &self,
+        memory: &mut Memory,
+        connection: &mut Connection,
+    ) -> Result<(), StoreError> {
+        let lost = connection.lost_grants(HAND_OVER, MAX_FINDINGS.into())?;
+        let before = std::mem::take(&mut memory.suspects);
+        if lost.is_empty() || (self.behind)() {
+            return Ok(());
+        }
+        let mut empty = HashSet::new();
+        let mut full = HashSet::new();
+        let is_not_there = |lost: &&LostGrant| {
+            if lost.is_overtaken || empty.contains(&lost.queue) {
+                return true;
+            }
+            if full.contains(&lost.queue) {
+                return false;
+            }
+            let is_empty = (self.is_empty)(&lost.queue);
+            let known = if is_empty { &mut empty } else { &mut full };
+            known.insert(lost.queue.clone());
+            is_empty
+        };
+        memory.suspects = lost
+            .iter()
+            .filter(is_not_there)
+            .map(|lost| lost.job_id)
+            .collect();
+        let again: Vec<_> = memory.suspects.intersection(&before).copied().collect();
+        if again.is_empty() {
+            return Ok(());
+        }
+        let mut transaction = connection.transaction()?;
+        transaction.lock(&again)?;
+        let taken = transaction.take_on(&again, HAND_OVER)?;
+        transaction.commit()?;
+        for (job_id, _) in &taken {
+            debug!("job {job_id}: its turn was granted, but nobody has handed it over");
+            memory.suspects.remove(job_id);
+        }
+        self.hand_over(taken);
+        Ok(())
+    }
+}
+
+/// Wakes the granting thread whenever an operator changes something, until `stop` is given.
+pub fn listen(store: &Store, news: &Sender<()>, stop: &Signal) {
+    let mut connection: Option<Connection> = None;
+    loop {
+        let heard = match connection.as_mut() {
+            Some(connection) => connection.heard(PERIOD),
+            None => store.connection().and_then(|mut new| {
+                new.listen()?;
+                connection = Some(new);
+                // Something may have been said before.
+                Ok(true)
+            }),
+        };
+        match heard {
+            // Full when it has been woken already.
+            Ok(true) => drop(news.try_send(())),
+            Ok(false) => {}
+            Err(error) => {
+                debug!("operators' changes are seen a little later: {error:#}");
+                connection = None;
+                if stop.comes_within(PERIOD) {
+                    return;
+                }
+            }
+        }
+        if stop.is_given() {
+            return;
+        }
+    }
+}
+
+/// The thread's calls, for the watchdog.
+#[derive(Debug, Default)]
+pub struct Watched {
+    pub postgres: Arc<Calls>,
+    pub celery: Calls,
+}

@@ -1,0 +1,590 @@
+//! Tasks that wait for their turn: limits, fair turns, operators' commands, and that no task is lost
+//! or put on its queue twice, whatever is killed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use rstest::rstest;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::crashes::Held;
+use crate::harness::deployment::{Deployment, Server, Service, eventually};
+use crate::harness::peers::{Client, Task, Worker};
+use crate::python::{CeleryWorker, SdkClient};
+
+const TASK: &str = "workflow_1";
+
+const HELD: &str = "SELECT count(*) FROM job_turn JOIN job USING (job_id)
+                    WHERE granted_at IS NULL AND status = 'REGISTERED'";
+
+/// Rows that say of turns what no job needs any more.
+const LEFT: &str = "SELECT (SELECT count(*) FROM job_input) + (SELECT count(*) FROM job_turn)";
+
+/// A client and a worker, on a deployment whose one workflow has these keys.
+struct Scene {
+    deployment: Deployment,
+    client: Client,
+    worker: Worker,
+    file: PathBuf,
+}
+
+impl Scene {
+    fn new(keys: &Value) -> Scene {
+        Scene::on(Deployment::new(), keys)
+    }
+
+    fn on(deployment: Deployment, keys: &Value) -> Scene {
+        let file = deployment.folder.join("workflows.json");
+        let mut workflow = json!({
+            "workflow_type_name": TASK, "workflow_type_description_name": "One",
+        });
+        let keys = keys.as_object().unwrap().clone();
+        workflow.as_object_mut().unwrap().extend(keys);
+        let other = json!({
+            "workflow_type_name": "chain", "workflow_type_description_name": "Chain",
+            "steps": [{"task": "first"}, {"task": TASK}],
+        });
+        fs::write(&file, json!([workflow, other]).to_string()).unwrap();
+        Scene {
+            client: Client::new(&deployment),
+            worker: Worker::new(&deployment, TASK),
+            file,
+            deployment,
+        }
+    }
+
+    fn variables(&self) -> [(&'static str, &str); 3] {
+        [
+            ("WORKFLOW_CONFIG_PATH", self.file.to_str().unwrap()),
+            ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+            ("OUTCOME_DELAY_MS", "0"),
+        ]
+    }
+
+    fn start(&self) -> Service {
+        self.deployment.start_with(&self.variables())
+    }
+
+    /// What a command says, and whether it succeeds.
+    fn run(&self, arguments: &[&str]) -> (bool, String) {
+        let mut command = self.deployment.command(arguments);
+        let output = command.envs(self.variables()).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(said).unwrap())
+    }
+
+    fn does(&self, arguments: &[&str]) -> String {
+        let (succeeded, said) = self.run(arguments);
+        assert!(succeeded, "{arguments:?}: {said}");
+        said
+    }
+
+    /// A job whose reference says whose it is.
+    fn submit_as(&self, owner: &str) -> Uuid {
+        let (job, mut submission) = self.client.submission(TASK);
+        self.client.listen(job);
+        submission.job_reference = Some(format!("{owner}/a job"));
+        self.client.send(&submission);
+        // Handlers may take the next one first.
+        let known = format!("SELECT count(*) FROM job WHERE job_id = '{job}'");
+        self.deployment.comes_to(1, &known);
+        job
+    }
+
+    fn submit(&self, count: usize) -> Vec<Uuid> {
+        (0..count).map(|_| self.submit_as("owner")).collect()
+    }
+
+    fn held(&self, count: i64) {
+        self.deployment.comes_to(count, HELD);
+    }
+
+    fn runs(&self) -> Task {
+        let task = self.worker.take();
+        self.worker.start(&task);
+        task
+    }
+
+    fn ends(&self, task: &Task) {
+        self.worker.succeed(task, "<e id='out'/>");
+        assert_eq!(self.client.outcome(task.job).0, ResultType::Succeeded);
+    }
+
+    fn nothing_is_left(&self) {
+        self.deployment.no_jobs_left();
+        self.deployment.comes_to(0, LEFT);
+    }
+}
+
+#[test]
+fn so_many_wait_in_rabbitmq_as_the_window_has_room_for() {
+    let scene = Scene::new(&json!({"window": 2}));
+    let _service = scene.start();
+    let jobs = scene.submit(4);
+    for job in &jobs {
+        assert_eq!(scene.client.status(*job), JobStatus::Enqueued);
+    }
+    scene.held(2);
+    eventually("two tasks", || (scene.worker.waiting() == 2).then_some(()));
+    let first = scene.runs();
+    assert_eq!(scene.client.status(first.job), JobStatus::Running);
+    scene.held(1);
+    let second = scene.runs();
+    scene.held(0);
+    assert_eq!(
+        BTreeSet::from([first.job, second.job]),
+        jobs[..2].iter().copied().collect()
+    );
+    scene.ends(&first);
+    scene.ends(&second);
+    for _ in &jobs[2..] {
+        let task = scene.runs();
+        assert!(jobs[2..].contains(&task.job));
+        scene.ends(&task);
+    }
+    scene.nothing_is_left();
+}
+
+#[test]
+fn no_more_run_than_there_are_seats() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let _services = [scene.start(), scene.start(), scene.start()];
+    let jobs = scene.submit(5);
+    let mut done = BTreeSet::new();
+    for count in (0..jobs.len()).rev() {
+        let task = scene.worker.take();
+        scene.held(i64::try_from(count).unwrap());
+        scene.worker.start(&task);
+        assert_eq!(scene.worker.waiting(), 0);
+        scene.ends(&task);
+        done.insert(task.job);
+    }
+    assert_eq!(done, jobs.into_iter().collect());
+    scene.nothing_is_left();
+}
+
+#[test]
+fn a_paused_queue_keeps_all_until_it_is_resumed() {
+    let scene = Scene::new(&json!({}));
+    let service = scene.start();
+    let before = scene.submit(1);
+    let task = scene.runs();
+    assert_eq!(task.job, before[0]);
+    assert_eq!(
+        scene.does(&["workflows", "pause", TASK]),
+        "workflow_1: paused\n"
+    );
+    service.logged("limits of task queues: workflow_1 paused");
+    let jobs = scene.submit(3);
+    scene.held(3);
+    // What runs goes on.
+    scene.ends(&task);
+    service.kill();
+    let service = scene.start();
+    assert_eq!(scene.worker.waiting(), 0);
+    let shown = scene.does(&["workflows", "limits"]);
+    assert!(shown.contains("workflow_1  paused  3"), "{shown}");
+    assert_eq!(
+        scene.does(&["workflows", "resume", TASK]),
+        "workflow_1: unlimited\n"
+    );
+    for _ in &jobs {
+        let task = scene.runs();
+        assert!(jobs.contains(&task.job));
+        scene.ends(&task);
+    }
+    scene.nothing_is_left();
+    drop(service);
+}
+
+#[test]
+fn what_was_handed_over_before_there_was_a_limit_counts() {
+    let scene = Scene::new(&json!({}));
+    let service = scene.start();
+    scene.submit(2);
+    let running = scene.runs();
+    scene.does(&["workflows", "limit", TASK, "--max-running", "2"]);
+    service.logged("2 running");
+    eventually("both are counted", || {
+        let shown = scene.does(&["workflows", "limits"]);
+        let row = shown.lines().last().unwrap().to_owned();
+        let figures: Vec<_> = row.split_whitespace().rev().take(4).collect();
+        (figures == ["1", "1", "0", "0"]).then_some(())
+    });
+    scene.submit(1);
+    scene.held(1);
+    scene.ends(&running);
+    let waiting = scene.runs();
+    let held = scene.runs();
+    scene.ends(&waiting);
+    scene.ends(&held);
+    scene.deployment.no_jobs_left();
+}
+
+#[test]
+fn a_step_waits_for_its_turn_too() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let first = Worker::new(&scene.deployment, "first");
+    let _service = scene.start();
+    scene.submit(1);
+    let plain = scene.runs();
+    let job = scene.client.submit("chain");
+    let task = first.take();
+    first.start(&task);
+    first.succeed(&task, "<e id='one'/>");
+    let (fraction, message) = scene.client.progress(job);
+    assert_eq!(
+        (fraction, message.as_str()),
+        (0.5, "workflow_1: waiting for its turn")
+    );
+    assert_eq!(scene.worker.waiting(), 0);
+    scene.ends(&plain);
+    let message = scene.worker.take_message();
+    assert_eq!(message.json()[0][2], "<e id='one'/>");
+    let task = Task::of(&message);
+    scene.worker.start(&task);
+    scene.ends(&task);
+    scene.nothing_is_left();
+}
+
+#[test]
+fn a_job_that_waits_for_its_turn_can_be_cancelled() {
+    let scene = Scene::new(&json!({"paused": true}));
+    let _service = scene.start();
+    let jobs = scene.submit(2);
+    scene.held(2);
+    scene.client.cancel(jobs[0]);
+    assert_eq!(scene.client.status(jobs[0]), JobStatus::Enqueued);
+    assert_eq!(scene.client.status(jobs[0]), JobStatus::Cancelled);
+    assert_eq!(scene.client.outcome(jobs[0]).0, ResultType::Cancelled);
+    let asked = scene.run(&[
+        "jobs",
+        "cancel",
+        "--reference",
+        "owner/",
+        "--state",
+        "registered",
+    ]);
+    assert!(!asked.0);
+    assert!(asked.1.contains("1 job would be cancelled"), "{}", asked.1);
+    assert!(asked.1.contains(&jobs[1].to_string()), "{}", asked.1);
+    let none = scene.does(&["jobs", "cancel", "--older-than", "2h", "--yes"]);
+    assert!(none.contains("0 jobs asked to end"), "{none}");
+    scene.does(&["jobs", "cancel", "--reference", "owner/", "--yes"]);
+    assert_eq!(scene.client.outcome(jobs[1]).0, ResultType::Cancelled);
+    scene.nothing_is_left();
+}
+
+/// Killed at each point at which a task that has its turn is put on its queue: with a seat for one,
+/// there is never a second one.
+#[rstest]
+#[case::before_publish("before publish", 1)]
+#[case::after_publish("after publish", 1)]
+#[case::after_publish_of_three("after publish", 3)]
+#[case::after_commit("after commit", 1)]
+fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let service = scene.start();
+    scene.does(&["workflows", "pause", TASK]);
+    service.logged("workflow_1 paused");
+    let jobs = scene.submit(2);
+    scene.held(2);
+    assert!(service.stop().success());
+    let held = Held::at(point, &scene.deployment, &scene.variables());
+    scene.does(&["workflows", "resume", TASK]);
+    held.reached();
+    let others: Vec<_> = (1..replicas).map(|_| scene.start()).collect();
+    held.kill();
+    let _next = others.is_empty().then(|| scene.start());
+    // No worker is free for long enough that somebody takes it for forgotten.
+    scene.deployment.comes_to(
+        1,
+        "SELECT count(*) FROM job_turn WHERE granted_at < clock_timestamp() - interval '5 s'",
+    );
+    let task = scene.worker.take();
+    assert_eq!(task.job, jobs[0]);
+    scene.worker.start(&task);
+    assert_eq!(scene.client.status(task.job), JobStatus::Enqueued);
+    assert_eq!(scene.client.status(task.job), JobStatus::Running);
+    assert_eq!(scene.worker.waiting(), 0);
+    scene.ends(&task);
+    let task = scene.runs();
+    assert_eq!(task.job, jobs[1]);
+    scene.ends(&task);
+    scene.nothing_is_left();
+}
+
+#[rstest]
+fn a_turn_survives_the_loss_of_postgres(
+    #[values("before publish", "after publish", "after commit")] point: &str,
+) {
+    let scene = Scene::on(Deployment::with_own_servers(), &json!({"max_running": 1}));
+    let service = scene.start();
+    scene.does(&["workflows", "pause", TASK]);
+    service.logged("workflow_1 paused");
+    let jobs = scene.submit(2);
+    scene.held(2);
+    assert!(service.stop().success());
+    let held = Held::at(point, &scene.deployment, &scene.variables());
+    scene.does(&["workflows", "resume", TASK]);
+    held.reached();
+    scene.deployment.kill_server(Server::Postgres);
+    let _service = held.go_on();
+    // It is running before Postgres is back.
+    let early = (point == "after publish").then(|| scene.runs());
+    scene.deployment.start_server(Server::Postgres);
+    let task = early.unwrap_or_else(|| scene.runs());
+    assert_eq!(task.job, jobs[0]);
+    assert_eq!(scene.client.status(task.job), JobStatus::Enqueued);
+    assert_eq!(scene.client.status(task.job), JobStatus::Running);
+    assert_eq!(scene.worker.waiting(), 0);
+    scene.ends(&task);
+    let task = scene.runs();
+    assert_eq!(task.job, jobs[1]);
+    scene.ends(&task);
+    scene.nothing_is_left();
+}
+
+#[test]
+fn a_new_owner_goes_before_the_second_half_of_a_flood() {
+    let scene = Scene::new(&json!({"window": 2}));
+    let _service = scene.start();
+    for _ in 0..30 {
+        scene.submit_as("flood");
+    }
+    scene.held(28);
+    let flood: Vec<_> = (0..2).map(|_| scene.runs()).collect();
+    scene.held(26);
+    let new = scene.submit_as("new");
+    scene.held(27);
+    let mut running = flood;
+    let place = (1..=3).find(|_| {
+        let task = scene.runs();
+        let is_new = task.job == new;
+        running.push(task);
+        is_new
+    });
+    assert!(place.is_some());
+}
+
+#[test]
+fn operators_change_what_is_next() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let service = scene.start();
+    let running = scene.submit(1)[0];
+    let task = scene.runs();
+    assert_eq!(task.job, running);
+    let jobs = scene.submit(4);
+    scene.held(4);
+    let ids: Vec<_> = jobs.iter().map(Uuid::to_string).collect();
+    let said = scene.does(&["jobs", "hold", &ids[0]]);
+    assert_eq!(
+        said,
+        format!("job {} is held until it is released\n", ids[0])
+    );
+    scene.does(&["jobs", "priority", &ids[2], "high"]);
+    scene.does(&["jobs", "move", &ids[3], "--first"]);
+    let known = scene.run(&[
+        "jobs",
+        "hold",
+        &running.to_string(),
+        &Uuid::nil().to_string(),
+    ]);
+    assert!(!known.0);
+    assert!(
+        known.1.contains("has been handed over to RabbitMQ"),
+        "{}",
+        known.1
+    );
+    assert!(known.1.contains("is unknown"), "{}", known.1);
+    scene.ends(&task);
+    for job in [jobs[3], jobs[2], jobs[1]] {
+        let message = scene.worker.take_message();
+        let task = Task::of(&message);
+        assert_eq!(task.job, job);
+        let priority = if job == jobs[2] { 6 } else { 4 };
+        assert_eq!(message.properties.priority(), &Some(priority));
+        scene.worker.start(&task);
+        scene.ends(&task);
+    }
+    assert_eq!(scene.worker.waiting(), 0);
+    scene.does(&["jobs", "release", &ids[0]]);
+    let task = scene.runs();
+    assert_eq!(task.job, jobs[0]);
+    scene.ends(&task);
+    scene.nothing_is_left();
+    drop(service);
+}
+
+#[test]
+fn all_is_handed_over_before_another_service_takes_over() {
+    let scene = Scene::new(&json!({"paused": true}));
+    let _service = scene.start();
+    let jobs = scene.submit(5);
+    scene.held(5);
+    scene.does(&["jobs", "hold", &jobs[1].to_string()]);
+    let asked = scene.run(&["jobs", "release", "--all"]);
+    assert!(!asked.0);
+    assert!(asked.1.contains("workflow_1: 5 held"), "{}", asked.1);
+    let said = scene.does(&["jobs", "release", "--all", "--yes"]);
+    assert!(said.contains("5 jobs are released"), "{said}");
+    eventually("all tasks", || (scene.worker.waiting() == 5).then_some(()));
+    scene
+        .deployment
+        .comes_to(5, "SELECT count(*) FROM job WHERE status = 'SUBMITTED'");
+}
+
+#[rstest]
+#[case::unknown(&["workflows", "pause", "no_such"], "no workflow has the task no_such; there are first, workflow_1")]
+#[case::of_steps(&["workflows", "pause", "chain"], "chain has steps: name one of their tasks, first, workflow_1")]
+#[case::negative(&["workflows", "limit", TASK, "--window=-1"], "expected a number of tasks, at least 1, unlimited or default")]
+#[case::zero(&["workflows", "limit", TASK, "--max-running", "0"], "expected a number of tasks, at least 1, unlimited or default")]
+#[case::nothing(&["workflows", "limit", TASK], "--window")]
+#[case::not_first(&["jobs", "move", "9b2f1a54-9b35-4a5c-8b1e-6a3d7d3f3b8e"], "--first")]
+#[case::age(&["jobs", "cancel", "--older-than", "old"], "expected 90min, 2h, 3d or the like")]
+#[case::ended(&["jobs", "cancel", "--state", "failed"], "have ended already")]
+fn a_command_says_what_is_wrong(#[case] arguments: &[&str], #[case] said: &str) {
+    let scene = Scene::new(&json!({}));
+    let service = scene.start();
+    let (succeeded, all) = scene.run(arguments);
+    assert!(!succeeded);
+    assert!(all.contains(said), "{all}");
+    drop(service);
+}
+
+#[test]
+fn two_operators_at_once_both_get_what_they_set() {
+    let scene = Scene::new(&json!({}));
+    let service = scene.start();
+    let setting = |key: &str, number: u32| {
+        let number = number.to_string();
+        let mut command = scene
+            .deployment
+            .command(&["workflows", "limit", TASK, key, &number]);
+        command.envs(scene.variables()).spawn().unwrap()
+    };
+    let commands: Vec<_> = (1..=3)
+        .flat_map(|number| {
+            [
+                setting("--window", number),
+                setting("--max-running", number),
+            ]
+        })
+        .collect();
+    for mut command in commands {
+        assert!(command.wait().unwrap().success());
+    }
+    let shown = scene.does(&["workflows", "limits"]);
+    assert!(shown.contains("waiting in RabbitMQ, at most"), "{shown}");
+    drop(service);
+}
+
+/// What another service has ended, or has never known of, leaves nothing.
+#[test]
+fn turns_of_jobs_that_are_gone_are_forgotten() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let _service = scene.start();
+    scene.submit(2);
+    let task = scene.runs();
+    scene.held(1);
+    for table in ["job_starts", "job"] {
+        let gone = format!("DELETE FROM {table} WHERE job_id = $1");
+        scene.deployment.sql().execute(&gone, &[&task.job]).unwrap();
+    }
+    // Its seat is free.
+    let task = scene.runs();
+    scene.ends(&task);
+    scene.nothing_is_left();
+}
+
+#[test]
+fn a_job_whose_queue_moves_is_not_given_up() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let variables = [
+        ("JOB_RETENTION_SEC", "3600"),
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+    ];
+    let service = scene
+        .deployment
+        .start_with(&[&scene.variables()[..], &variables].concat());
+    let jobs = scene.submit(3);
+    let age = |what: &str| scene.deployment.sql().batch_execute(what).unwrap();
+    scene.held(2);
+    let task = scene.runs();
+    scene.client.status(task.job);
+    assert_eq!(scene.client.status(task.job), JobStatus::Running);
+    age(
+        "UPDATE job SET registered_at = registered_at - interval '2 h';
+         UPDATE job_turn SET held_at = held_at - interval '2 h'",
+    );
+    scene.deployment.looked_for_what_is_due();
+    scene.held(2);
+    scene.ends(&task);
+    let task = scene.runs();
+    assert_eq!(task.job, jobs[1]);
+    scene.client.status(task.job);
+    assert_eq!(scene.client.status(task.job), JobStatus::Running);
+    scene.deployment.looked_for_what_is_due();
+    scene.held(1);
+    // Now nothing has been started for long.
+    age("UPDATE job SET running_at = running_at - interval '2 h';
+         UPDATE job_step SET started_at = started_at - interval '2 h';
+         UPDATE job_history SET running_at = running_at - interval '2 h'");
+    let (result, logs) = scene.client.outcome(jobs[2]);
+    assert_eq!(result, ResultType::Error);
+    assert!(logs.contains("waiting for its turn"), "{logs}");
+    drop(service);
+}
+
+/// With the SDK's clients and Celery's workers.
+#[test]
+fn one_job_beside_a_flood_of_five_hundred() {
+    let deployment = Deployment::new();
+    let file = deployment.folder.join("workflows.json");
+    let mut workflows: Value =
+        serde_json::from_str(include_str!("../python/workflows.json")).unwrap();
+    for workflow in workflows.as_array_mut().unwrap() {
+        workflow["window"] = json!(2);
+    }
+    fs::write(&file, workflows.to_string()).unwrap();
+    let _service = deployment.start_with(&[("WORKFLOW_CONFIG_PATH", file.to_str().unwrap())]);
+    let order = |owner: &str| {
+        json!({
+            "workflow": "steerable",
+            "params": {"behaviour": "succeed", "number": 1.5},
+            "reference": format!("{owner}/a job"),
+        })
+    };
+    let flood = SdkClient::new(&deployment, "4.3", &vec![order("flood"); 500]);
+    deployment.comes_to(498, HELD);
+    let _workers = [
+        CeleryWorker::new(&deployment, "4.3"),
+        CeleryWorker::new(&deployment, "4.3"),
+    ];
+    deployment.at_least(
+        20,
+        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
+    );
+    let one = SdkClient::new(&deployment, "4.3", &[order("new")]);
+    for client in [one, flood] {
+        for story in client.stories() {
+            assert_eq!(story["result"], "SUCCEEDED", "{story}");
+        }
+    }
+    deployment.comes_to(
+        501,
+        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
+    );
+    let starts = deployment.count(
+        "SELECT count(*) FROM job_history AS other, job_history AS new
+         WHERE new.job_reference = 'new/a job'
+           AND other.running_at BETWEEN new.registered_at AND new.running_at",
+    );
+    assert!(
+        starts <= 3,
+        "{starts} starts from its submission to its own"
+    );
+}

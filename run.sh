@@ -2,6 +2,7 @@
 # The one script of the project; `./run.sh --help` says what it does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+HERE=$PWD
 
 usage() {
   cat <<'EOF'
@@ -17,6 +18,11 @@ Usage: ./run.sh [COMMAND]
        --keep [ARGS]   The same, leaving the services for the next run; source
                        target/test-services/env to run `cargo test` by hand.
        --stop          Stop what --keep has left.
+       --servers RABBITMQ,POSTGRES
+                       On these versions, each in the tree of a Debian that has it, as root on a
+                       Debian: 3.10, 4.0 or 4.3, and 15, 17 or 18, such as 4.0,17; or `newest`.
+       --pooler        With a PgBouncer in transaction mode between the service and Postgres.
+       --short         The main way of a job, crashes and the servers' failures alone.
   chaos [--jobs N] [--replicas R] [--minutes M] [--seed S] [--idle-clients N] [--figures README]
         [--cluster]    Load on replicas while they and all around them fail; whether anything was
                        lost.
@@ -65,17 +71,27 @@ free_port() {
 
 # --- Programs ---------------------------------------------------------------------------------
 
+# tree_of USER: the tree of another Debian whose programs run as that user, if these do.
+tree_of() {
+  case $1 in
+    rabbitmq) echo "${OMOTES_RABBITMQ_TREE:-}" ;;
+    postgres) echo "${OMOTES_POSTGRES_TREE:-}" ;;
+  esac
+}
+
 # The newest PostgreSQL's program of that name; Debian keeps them out of PATH.
 postgres_program() {
-  local newest
-  newest=$(find /usr/lib/postgresql -path "*/bin/$1" 2>/dev/null | sort -V | tail -n 1)
+  local newest tree
+  tree=$(tree_of postgres)
+  newest=$(find "$tree/usr/lib/postgresql" -path "*/bin/$1" 2>/dev/null | sort -V | tail -n 1)
   [ -n "$newest" ] || newest=$(command -v "$1" || true)
-  [ -n "$newest" ] && echo "$newest"
+  [ -n "$newest" ] && echo "${newest#"$tree"}"
 }
 
 # Debian's own rabbitmq-server refuses users other than root and rabbitmq; the one behind it doesn't.
 rabbitmq_program() {
-  if [ -x "/usr/lib/rabbitmq/bin/$1" ]; then echo "/usr/lib/rabbitmq/bin/$1"; else command -v "$1"; fi
+  local program=/usr/lib/rabbitmq/bin/$1
+  if [ -x "$(tree_of rabbitmq)$program" ]; then echo "$program"; else command -v "$1"; fi
 }
 
 has_program() {
@@ -86,7 +102,7 @@ has_program() {
     chromium-driver) command -v chromedriver >/dev/null ;;
     pgbouncer) command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] ;;
     prometheus) command -v promtool >/dev/null ;;
-    chromium | curl | make) command -v "$1" >/dev/null ;;
+    chromium | curl | debootstrap | make) command -v "$1" >/dev/null ;;
     python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
   esac
 }
@@ -114,16 +130,28 @@ need() {
 
 # --- Private services: one folder each, holding data, log and process id --------------------------
 
-# Servers refuse to run as root; they get a user of their own then.
+# becomes USER: puts into `become` what a command begins with that is run by this user: servers refuse to
+# run as root, and may be those of another Debian.
+becomes() {
+  local tree
+  tree=$(tree_of "$1")
+  become=()
+  if [ -n "$tree" ]; then become=(unshare --mount "$HERE/tests/servers/enter" "$tree" "$1")
+  elif is_root; then become=(runuser -u "$1" --)
+  fi
+}
+
 as_user() {
-  local user=$1; shift
-  if is_root; then runuser -u "$user" -- "$@"; else "$@"; fi
+  local become
+  becomes "$1"; shift
+  "${become[@]}" "$@"
 }
 
 # The same in a session of its own, so that a signal to this script's group is not for the service.
 as_user_apart() {
-  local user=$1; shift
-  if is_root; then setsid runuser -u "$user" -- "$@"; else setsid "$@"; fi
+  local become
+  becomes "$1"; shift
+  setsid "${become[@]}" "$@"
 }
 
 # Makes a folder for a service. A checkout below /root cannot be entered by the services' users:
@@ -192,6 +220,7 @@ export RABBITMQ_DIST_PORT=$(free_port) ERL_EPMD_PORT=$(free_port) ERL_EPMD_ADDRE
 export RABBITMQ_MNESIA_BASE=$folder/mnesia RABBITMQ_LOG_BASE=$folder/log
 export RABBITMQ_CONFIG_FILE=$folder/rabbitmq.conf RABBITMQ_PID_FILE=$folder/pid
 export RABBITMQ_ENABLED_PLUGINS_FILE=$folder/enabled_plugins RABBITMQ_CONF_ENV_FILE=/dev/null
+export OMOTES_RABBITMQ_TREE=${OMOTES_RABBITMQ_TREE:-}
 EOF
   if [ -f "$folder/exports" ]; then cat "$folder/exports" >>"$folder/environment"; fi
   if is_root; then chown -R rabbitmq "$folder"; fi
@@ -322,6 +351,12 @@ private() {
         # One of the children may have ended since; a new one has it from its parent.
         as_user postgres prlimit --pid "$pid" "--fsize=$1:" || ! kill -0 "$pid" 2>/dev/null
       done ;;
+    # One of Postgres's programs, from the server's folder.
+    run-postgres)
+      local program
+      program=$(postgres_program "$1"); shift
+      cd "$folder"
+      as_user postgres "$program" "$@" ;;
     ctl-rabbitmq)
       # shellcheck source=/dev/null
       . "$folder/environment"
@@ -611,8 +646,13 @@ make_venvs() {
   make_venv alembic 'alembic==1.13.*' 'sqlalchemy==2.0.*' 'psycopg2-binary==2.9.*'
 }
 
+test_trees() {
+  echo "export OMOTES_RABBITMQ_TREE=${OMOTES_RABBITMQ_TREE:-} OMOTES_POSTGRES_TREE=${OMOTES_POSTGRES_TREE:-}"
+}
+
 start_test_services() {
-  if [ -f "$TESTS/env" ]; then
+  # Those that were kept may be of another version.
+  if grep -qxF "$(test_trees)" "$TESTS/env" 2>/dev/null; then
     # shellcheck source=/dev/null
     . "$TESTS/env"
     if answers "$OMOTES_TEST_RABBITMQ_PORT" && answers "$OMOTES_TEST_POSTGRES_PORT" \
@@ -629,6 +669,7 @@ export OMOTES_TEST_RABBITMQ_USER=omotes OMOTES_TEST_RABBITMQ_PASSWORD=secret
 export OMOTES_TEST_POSTGRES_PORT=$POSTGRES OMOTES_TEST_POSTGRES_USER=omotes OMOTES_TEST_POSTGRES_PASSWORD=secret
 export OMOTES_TEST_INFLUXDB_PORT=$INFLUXDB OMOTES_TEST_INFLUXDB_USER=omotes OMOTES_TEST_INFLUXDB_PASSWORD=secret
 export OMOTES_TEST_VENVS=$PWD/target/venv
+$(test_trees)
 EOF
   # shellcheck source=/dev/null
   . "$TESTS/env"
@@ -641,13 +682,40 @@ stop_test_services() {
 
 kept='' # Whether the test services outlive this run.
 
+# use_servers RABBITMQ,POSTGRES, or `newest`: those of the Debians that have these versions.
+use_servers() {
+  local rabbitmq=${1%,*} postgres=${1#*,} rabbitmq_tree postgres_tree
+  # shellcheck source=tests/servers/trees.sh
+  . tests/servers/trees.sh
+  release_with rabbitmq-server "$rabbitmq" >/dev/null && release_with postgresql "$postgres" >/dev/null \
+    || die "--servers $1: expected such as 4.0,17, or newest; see ./run.sh --help"
+  if ! is_root || ! command -v apt-get >/dev/null || ! command -v unshare >/dev/null; then
+    say "left out: the tests on $1: only root on a Debian can make trees of others"
+    return 1
+  fi
+  (need debootstrap) && rabbitmq_tree=$(tree_with rabbitmq-server "$rabbitmq") && postgres_tree=$(tree_with postgresql "$postgres") \
+    || { say "left out: the tests on $1"; return 1; }
+  export OMOTES_RABBITMQ_TREE=$rabbitmq_tree OMOTES_POSTGRES_TREE=$postgres_tree
+  say "RabbitMQ $(version_in "$rabbitmq_tree" rabbitmq-server), Postgres $(version_in "$postgres_tree" postgresql)"
+}
+
 run_tests() {
-  case ${1:-} in
-    --stop) stop_test_services; return ;;
-    --keep) kept=yes; shift ;;
-  esac
+  local servers='' targets=(--all-targets)
+  while :; do
+    case ${1:-} in
+      --stop) stop_test_services; return ;;
+      --keep) kept=yes ;;
+      --pooler) export OMOTES_TEST_POOLER=transaction ;;
+      --short) targets=(--test integration) ;;
+      --servers) servers=${2:?the versions of RabbitMQ and Postgres}; shift ;;
+      *) break ;;
+    esac
+    shift
+  done
+  if [ "${targets[0]}" = --test ]; then set -- "$@" -- pipeline:: crashes:: servers:: rabbitmq4::; fi
   need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver pgbouncer \
     prometheus
+  if [ -n "$servers" ]; then use_servers "$servers" || return 0; fi
   mkdir -p "$TESTS"
   trap '[ -n "$kept" ] || stop_test_services' EXIT
   trap 'exit 130' INT TERM
@@ -656,7 +724,7 @@ run_tests() {
   wait "$venvs" || die "the Python environments could not be made"
   start_test_services
   # Most of a test is waiting, so more of them than there are cores.
-  RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked --all-targets "$@"
+  RUST_BACKTRACE=1 RUST_TEST_THREADS=${RUST_TEST_THREADS:-6} cargo test --locked "${targets[@]}" "$@"
 }
 
 # Servers of its own for a program that drives replicas, and the environment of those; none for

@@ -439,7 +439,12 @@ fn delivered(
     match message {
         Some(ConsumerMessage::Delivery(delivery)) => Ok(delivery),
         Some(ConsumerMessage::ServerCancelled) => {
-            bail!("{}: the queue {queue} was deleted", link.name)
+            bail!(
+                "{}: RabbitMQ has cancelled the consumer of {queue}: the queue was deleted, its node is \
+                 down, or, from RabbitMQ 4.3 on, it is a quorum queue and a message in hand was not \
+                 acknowledged within its consumer_timeout",
+                link.name
+            )
         }
         Some(
             ConsumerMessage::ServerClosedChannel(error)

@@ -6,7 +6,7 @@ use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, Queue
 use anyhow::{Context, anyhow};
 
 use super::link::Link;
-use super::presence::{Asked, Unanswered, depth, silence};
+use super::presence::{Asked, Found, Unanswered, depth, silence};
 use super::refusals::{
     NOT_FOUND, NOT_OURS, PRECONDITION_FAILED, PublishError, RESOURCE_LOCKED, closed, explained,
     is_replicated, task_queue_refusal, unavailable,
@@ -172,29 +172,43 @@ impl Link {
     /// # Errors
     /// The connection is lost.
     pub fn claim_queue(&self, queue: &str, mark: Mark) -> anyhow::Result<Claim> {
-        let claimed = self.claim(queue, mark);
-        claimed.or_else(|error| match closed(&error) {
-            Some((_, message)) => Ok(Claim::Refused(message.to_owned())),
-            None => Err(anyhow!(error).context(format!("{}: {queue}", self.name))),
+        if let Some(why) = self.why_not_claimed(queue)? {
+            return Ok(Claim::Refused(why));
+        }
+        self.declare_mark(mark)
+            .or_else(|error| match closed(&error) {
+                Some((_, message)) => Ok(Claim::Refused(message.to_owned())),
+                None => Err(anyhow!(error).context(format!("{}: the mark of {queue}", self.name))),
+            })
+    }
+
+    /// Declares the queue. Its node may be down, and nothing else is to wait for that.
+    fn why_not_claimed(&self, queue: &str) -> anyhow::Result<Option<String>> {
+        let name = queue.to_owned();
+        let asked = self.ask_apart(move |channel| {
+            let options = exclusive(FieldTable::new());
+            channel.queue_declare(name, options).map(drop)
+        })?;
+        let error = match asked.answer() {
+            Ok(()) => return Ok(None),
+            Err(Unanswered::Silent) => return Ok(Some(silence())),
+            Err(Unanswered::Error(error)) => error,
+        };
+        let Some((code, message)) = closed(&error) else {
+            return Err(anyhow!(error).context(format!("{}: {queue}", self.name)));
+        };
+        if !matches!(code, RESOURCE_LOCKED | PRECONDITION_FAILED) {
+            return Ok(Some(message.to_owned()));
+        }
+        Ok(match self.look_for(&[queue])?.remove(0) {
+            Found::There => None,
+            Found::Silent => Some(silence()),
+            // The first refusal says more.
+            Found::Missing | Found::NotOurs | Found::Unavailable(_) => Some(message.to_owned()),
         })
     }
 
-    fn claim(&self, queue: &str, mark: Mark) -> Result<Claim, amiquip::Error> {
-        match self.declare(queue, exclusive(FieldTable::new())) {
-            Ok(_) => {}
-            Err(error) => {
-                let Some((RESOURCE_LOCKED | PRECONDITION_FAILED, _)) = closed(&error) else {
-                    return Err(error);
-                };
-                let channel = self.channel()?;
-                match channel.queue_declare_passive(queue) {
-                    Ok(_) => channel.close()?,
-                    // The first refusal says more.
-                    Err(again) if closed(&again).is_some() => return Err(error),
-                    Err(lost) => return Err(lost),
-                }
-            }
-        }
+    fn declare_mark(&self, mark: Mark) -> Result<Claim, amiquip::Error> {
         // It takes messages and drops them.
         let nothing = [("x-max-length".to_owned(), AmqpValue::LongInt(0))];
         let channel = self.channel()?;

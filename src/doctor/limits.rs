@@ -41,7 +41,8 @@ pub(super) fn limits(
         remedy: "Put --rabbitmqctl right: the command has to work in a shell on this machine."
             .to_owned(),
     };
-    findings.0.push(match setting(command, "consumer_timeout") {
+    let timeout = evaluate(command, CONSUMER_TIMEOUT).and_then(|text| parse_timeout(&text));
+    findings.0.push(match timeout {
         Ok(timeout) => judge_consumer_timeout(timeout, longest, retention),
         Err(error) => unknown("its consumer_timeout is", &error),
     });
@@ -52,6 +53,20 @@ pub(super) fn limits(
     });
 }
 
+/// An Erlang expression for the shortest consumer timeout of a task queue: these are the queues with
+/// priorities, which no quorum queue takes as workers want them; and since RabbitMQ 4.3 a classic queue
+/// has no timeout. Since 3.12 a policy may set it. The texts are "4.3", "consumer-timeout" and
+/// "x-max-priority", without quotes that a shell could take away.
+const CONSUMER_TIMEOUT: &str = "\
+    Set = application:get_env(rabbit, consumer_timeout), \
+    Timeouts = [case rabbit_policy:get(<<99,111,110,115,117,109,101,114,45,116,105,109,101,111,117,116>>, Q) of \
+            undefined -> Set; Timeout -> {ok, Timeout} end \
+        || Q <- rabbit_amqqueue:list(), \
+           lists:keymember(<<120,45,109,97,120,45,112,114,105,111,114,105,116,121>>, 1, amqqueue:get_arguments(Q))], \
+    case rabbit_misc:version_compare(rabbit_misc:version(), [52,46,51], lt) of \
+        false -> {ok, classic}; \
+        true when Timeouts =:= [] -> Set; \
+        true -> lists:min(Timeouts) end.";
 /// An Erlang expression for how many files RabbitMQ may open, and how many queues it has in all
 /// vhosts.
 const FILES_AND_QUEUES: &str = "{proplists:get_value(max_fds, lists:flatten(erlang:system_info(check_io))), \
@@ -104,27 +119,34 @@ fn parse_pair(text: &str) -> anyhow::Result<(u64, u64)> {
     }
 }
 
-/// A value of RabbitMQ's own configuration.
+/// How long RabbitMQ waits for a worker to acknowledge its task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Value {
+enum Timeout {
     Milliseconds(i64),
     /// Switched off.
     None,
+    /// Not for queues of their type.
+    NotForTasks,
     Default,
 }
 
 fn judge_consumer_timeout(
-    timeout: Value,
+    timeout: Timeout,
     longest: Option<(i64, &'static str)>,
     retention: Duration,
 ) -> Finding {
-    const REMEDY: &str = "Raise consumer_timeout in rabbitmq.conf above the longest job. A worker acknowledges its task \
-         when that is done; past the timeout it loses the task, which starts again.";
+    const REMEDY: &str = "Raise consumer_timeout in rabbitmq.conf above the longest job, or consumer-timeout in a policy \
+         for the task queues where there is one. A worker acknowledges its task when that is done; past the timeout \
+         it loses the task, which starts again.";
     let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-    let timeout = match timeout {
-        Value::Milliseconds(timeout) => Some(timeout),
-        Value::Default => Some(DEFAULT_CONSUMER_TIMEOUT_MS),
-        Value::None => None,
+    let (timeout, no_timeout) = match timeout {
+        Timeout::Milliseconds(timeout) => (Some(timeout), ""),
+        Timeout::Default => (Some(DEFAULT_CONSUMER_TIMEOUT_MS), ""),
+        Timeout::None => (None, "there is no consumer_timeout"),
+        Timeout::NotForTasks => (
+            None,
+            "it has no consumer_timeout for task queues, which are classic ones",
+        ),
     };
     let text = |time| spoken(SignedDuration::from_millis(time));
     let finding = |severity, found, remedy: &str| Finding {
@@ -134,7 +156,7 @@ fn judge_consumer_timeout(
         remedy: remedy.to_owned(),
     };
     match (timeout, longest) {
-        (None, _) => finding(Severity::Ok, "there is no consumer_timeout".to_owned(), ""),
+        (None, _) => finding(Severity::Ok, no_timeout.to_owned(), ""),
         (Some(timeout), Some((longest, what))) if longest >= timeout => finding(
             Severity::Warning,
             format!(
@@ -159,12 +181,6 @@ fn judge_consumer_timeout(
             "",
         ),
     }
-}
-
-/// RabbitMQ's configuration value of this name.
-fn setting(command: &str, name: &str) -> anyhow::Result<Value> {
-    let answer = evaluate(command, &format!("application:get_env(rabbit, {name})."))?;
-    parse_setting(&answer)
 }
 
 /// RabbitMQ's answer to an Erlang expression.
@@ -204,16 +220,17 @@ pub(super) fn rabbitmqctl(command: &str, arguments: &str) -> anyhow::Result<Stri
 }
 
 /// Reads Erlang's `{ok,1800000}` or `undefined`.
-fn parse_setting(text: &str) -> anyhow::Result<Value> {
+fn parse_timeout(text: &str) -> anyhow::Result<Timeout> {
     let text = text.trim();
     let value = text
         .strip_prefix("{ok,")
         .and_then(|text| text.strip_suffix('}'));
     match value {
-        None if text == "undefined" => Ok(Value::Default),
+        None if text == "undefined" => Ok(Timeout::Default),
         None => bail!("{text:?} is no setting"),
-        Some("undefined" | "infinity" | "false") => Ok(Value::None),
-        Some(number) => Ok(Value::Milliseconds(
+        Some("undefined" | "infinity" | "false") => Ok(Timeout::None),
+        Some("classic") => Ok(Timeout::NotForTasks),
+        Some(number) => Ok(Timeout::Milliseconds(
             number.parse().context(number.to_owned())?,
         )),
     }
@@ -225,24 +242,26 @@ mod tests {
     use rstest::rstest;
 
     #[rstest]
-    #[case("{ok,1800000}\n", Some(Value::Milliseconds(1_800_000)))]
-    #[case("undefined", Some(Value::Default))]
-    #[case("{ok,undefined}", Some(Value::None))]
+    #[case("{ok,1800000}\n", Some(Timeout::Milliseconds(1_800_000)))]
+    #[case("undefined", Some(Timeout::Default))]
+    #[case("{ok,undefined}", Some(Timeout::None))]
+    #[case("{ok,classic}", Some(Timeout::NotForTasks))]
     #[case("Error: unable to perform an operation", None)]
     #[case("{ok,soon}", None)]
-    fn settings_are_read_as_erlang_writes_them(#[case] text: &str, #[case] value: Option<Value>) {
-        assert_eq!(parse_setting(text).ok(), value);
+    fn timeouts_are_read_as_erlang_writes_them(#[case] text: &str, #[case] value: Option<Timeout>) {
+        assert_eq!(parse_timeout(text).ok(), value);
     }
 
     #[rstest]
-    #[case::none(Value::None, Some(i64::MAX), 6, Severity::Ok)]
-    #[case::longer_than_all(Value::Milliseconds(5000), Some(4999), 5, Severity::Ok)]
-    #[case::longer_than_all_so_far(Value::Milliseconds(5000), Some(4999), 6, Severity::Note)]
-    #[case::as_long(Value::Milliseconds(5000), Some(5000), 6, Severity::Warning)]
-    #[case::default(Value::Default, Some(1_800_001), 6, Severity::Warning)]
-    #[case::no_jobs(Value::Default, None, 1801, Severity::Note)]
+    #[case::not_for_tasks(Timeout::NotForTasks, Some(i64::MAX), 6, Severity::Ok)]
+    #[case::none(Timeout::None, Some(i64::MAX), 6, Severity::Ok)]
+    #[case::longer_than_all(Timeout::Milliseconds(5000), Some(4999), 5, Severity::Ok)]
+    #[case::longer_than_all_so_far(Timeout::Milliseconds(5000), Some(4999), 6, Severity::Note)]
+    #[case::as_long(Timeout::Milliseconds(5000), Some(5000), 6, Severity::Warning)]
+    #[case::default(Timeout::Default, Some(1_800_001), 6, Severity::Warning)]
+    #[case::no_jobs(Timeout::Default, None, 1801, Severity::Note)]
     fn a_consumer_timeout_is_held_against_the_longest_job(
-        #[case] timeout: Value,
+        #[case] timeout: Timeout,
         #[case] longest: Option<i64>,
         #[case] retention: u64,
         #[case] severity: Severity,

@@ -18,9 +18,9 @@ const JOBS: usize = 20;
 /// What the first node does about queues of the node that is down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Manner {
-    /// Of RabbitMQ 3.
+    /// Of RabbitMQ that has Mnesia.
     Forgets,
-    /// Of RabbitMQ 4.
+    /// Of RabbitMQ that has Khepri, which has no other.
     Presumes,
 }
 

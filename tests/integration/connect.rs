@@ -119,7 +119,8 @@ fn commits_wait_for_the_disk_and_for_what_else_they_are_set_to(
 
 #[test]
 fn no_setting_of_the_role_gets_in_the_way() {
-    let deployment = Deployment::new();
+    // A pooler's sessions with Postgres begin with them before any transaction can say otherwise.
+    let deployment = Deployment::new().without_pooler();
     let role = Role::new(&deployment, "odd");
     for setting in [
         "default_transaction_isolation = 'serializable'",
@@ -173,7 +174,8 @@ fn no_setting_of_the_role_gets_in_the_way() {
 #[test]
 fn a_replica_whose_postgres_takes_no_writes_leaves_messages_to_others() {
     const JOBS: usize = 20;
-    let deployment = Deployment::new();
+    // PgBouncer gives a new session what its first one had, writes included.
+    let deployment = Deployment::new().without_pooler();
     let role = Role::new(&deployment, "reader");
     let healthy = deployment.start();
     let reading = deployment.start_with(&role.variables());
@@ -210,7 +212,8 @@ fn a_replica_whose_postgres_takes_no_writes_leaves_messages_to_others() {
 /// As a managed Postgres becomes whose disk is nearly full.
 #[test]
 fn a_database_that_turns_read_only_is_told_and_survived() {
-    let deployment = Deployment::new();
+    // As above, by a pooler it would stay as it was.
+    let deployment = Deployment::new().without_pooler();
     let service = deployment.start();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");

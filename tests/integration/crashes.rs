@@ -515,7 +515,7 @@ fn a_replica_without_postgres_lets_go_of_its_messages(#[case] weather: Weather) 
     let deployment = Deployment::new();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    let proxy = Proxy::new(deployment.postgres_port()).unwrap();
+    let proxy = Proxy::new(deployment.postgres_door()).unwrap();
     let port = proxy.port().to_string();
     let cut_off = deployment.start_with(&[("POSTGRESQL_PORT", &port)]);
     proxy.set(weather);

@@ -29,6 +29,7 @@ mod pipeline;
 mod pooler;
 mod python;
 mod quorum;
+mod rabbitmq4;
 mod requests;
 mod servers;
 mod stalled;

@@ -362,7 +362,7 @@ fn what_came_in_time_counts_although_a_replica_is_held_up(#[case] waits: bool) {
         .collect();
     let running = "SELECT count(*) FROM job WHERE status = 'RUNNING'";
     deployment.comes_to(JOBS, running);
-    let proxy = Proxy::new(deployment.postgres_port()).unwrap();
+    let proxy = Proxy::new(deployment.postgres_door()).unwrap();
     let port = proxy.port().to_string();
     let variables = [("HANDLER_THREADS", "1"), ("POSTGRESQL_PORT", &port)];
     let held = match waits {

@@ -275,11 +275,7 @@ fn many_remarks(client: &Client, worker: &Worker) {
 #[test]
 fn a_small_container_has_memory_enough_for_whatever_is_sent() {
     let deployment = Deployment::with_own_servers();
-    let limit = format!(
-        "application:set_env(rabbit, max_message_size, {}).",
-        128 * MIB
-    );
-    deployment.rabbitmqctl(&["eval", &limit]);
+    deployment.limit_messages(128 * MIB);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let confined = Confined::start(&deployment);

@@ -143,7 +143,8 @@ fn python_turn(deployment: &Deployment, turn: &Value) -> Value {
 #[case::on_the_upgraded_tables(false)]
 #[case::on_its_own_tables(true)]
 fn jobs_in_every_state_survive_the_python_services_turn(#[case] downgraded: bool) {
-    let deployment = Deployment::new();
+    // A downgrade takes the connections that a pooler keeps for replicas.
+    let deployment = Deployment::new().without_pooler();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     alembic(&deployment, &["upgrade", "head"]);
@@ -247,7 +248,8 @@ fn downgrade(deployment: &Deployment, revision: &str) {
 
 #[test]
 fn nothing_is_downgraded_unasked() {
-    let deployment = Deployment::new();
+    // It takes the connections that a pooler keeps for replicas.
+    let deployment = Deployment::new().without_pooler();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let service = deployment.start();

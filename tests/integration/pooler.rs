@@ -2,7 +2,7 @@
 
 use omotes_orchestrator::wire::job_result::ResultType;
 
-use crate::harness::deployment::{Deployment, Service};
+use crate::harness::deployment::{self, Deployment, Service};
 use crate::harness::peers::{Client, Worker, kept_its_session, running_job};
 use crate::harness::pooler::Pooler;
 
@@ -97,13 +97,7 @@ fn settings_hold_for_each_transaction_through_a_pooler() {
     assert_eq!(client.outcome(task.job).0, ResultType::Succeeded);
     deployment.no_jobs_left();
     // Nothing of the service's is left behind for others.
-    let left = postgres::Config::new()
-        .host("127.0.0.1")
-        .port(pooler.port)
-        .user("anybody")
-        .dbname(deployment.database())
-        .connect(postgres::NoTls)
-        .unwrap()
+    let left = deployment::client(pooler.port, deployment.database())
         .simple_query("SHOW lock_timeout")
         .unwrap();
     let left = left.iter().find_map(|message| match message {

@@ -158,7 +158,7 @@ impl SdkClient {
     }
 }
 
-fn order(behaviour: &str) -> Value {
+pub fn order(behaviour: &str) -> Value {
     json!({
         "workflow": "steerable",
         "params": {"behaviour": behaviour, "number": 1.5},

@@ -259,11 +259,7 @@ fn large_messages_pass_in_bounded_memory() {
     const RESULTS: usize = 20;
     const MIB: usize = 1024 * 1024;
     let deployment = Deployment::with_own_servers();
-    let limit = format!(
-        "application:set_env(rabbit, max_message_size, {}).",
-        128 * MIB
-    );
-    deployment.rabbitmqctl(&["eval", &limit]);
+    deployment.limit_messages(128 * MIB);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
     let service = deployment.start();

@@ -2,13 +2,13 @@
 
 use amiquip::{AmqpValue, FieldTable};
 use omotes_orchestrator::wire::{
-    DEAD_LETTERS_QUEUE, job_result::ResultType, job_status_update::JobStatus,
+    DEAD_LETTERS_QUEUE, WORKFLOW_REQUESTS_KEY, job_result::ResultType, job_status_update::JobStatus,
 };
 use prost::Message;
 use rstest::rstest;
 use serde_json::json;
 
-use crate::harness::deployment::{Deployment, Service, eventually, management};
+use crate::harness::deployment::{Deployment, Service, eventually, has_khepri, management};
 use crate::harness::peers::{Client, Peer, Taken, Task, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -202,10 +202,7 @@ fn a_message_above_a_lowered_limit_has_a_dead_letter_of_its_beginning() {
     let client = Client::new(&deployment);
     let body = vec![b'\xff'; 1024 * 1024];
     client.peer.send_as("job_submissions", &body, "large");
-    deployment.rabbitmqctl(&[
-        "eval",
-        "application:set_env(rabbit, max_message_size, 262144).",
-    ]);
+    deployment.limit_messages(256 * 1024);
     let service = deployment.start();
     let letter = client.peer.next(DEAD_LETTERS_QUEUE);
     assert_eq!(letter.body, body[..letter.body.len()]);
@@ -227,49 +224,60 @@ fn a_message_above_a_lowered_limit_has_a_dead_letter_of_its_beginning() {
 enum Down {
     /// It knows that, so what is published is returned, and whoever asks is told at once.
     Known,
-    /// It looks for its process, as it does right after the node's end, and as RabbitMQ 4 does: it
-    /// rejects what is published, and whoever asks waits for a minute.
+    /// It looks for its process, as it does right after the node's end, and as RabbitMQ that
+    /// has Khepri does: it rejects what is published, and whoever asks waits for a minute.
     Presumed,
+}
+
+impl Down {
+    /// As far as RabbitMQ still has it: one that has Khepri never knows.
+    fn as_here(self) -> Down {
+        if has_khepri() { Down::Presumed } else { self }
+    }
+}
+
+/// Runs Erlang code about a queue's name, `N`, with what reads and writes RabbitMQ's record of it.
+fn change_record(deployment: &Deployment, vhost: &str, queue: &str, change: &str) {
+    let read_and_write = if has_khepri() {
+        "Read = fun(Name) -> {ok, Q} = rabbit_db_queue:get(Name), Q end, \
+         Write = fun(Q) -> rabbit_db_queue:set(Q) end"
+    } else {
+        "Read = fun(Name) -> [Q] = mnesia:dirty_read(rabbit_queue, Name), Q end, \
+         Write = fun(Q) -> mnesia:dirty_write(rabbit_queue, Q) end"
+    };
+    let code = format!(
+        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), {read_and_write}, {change}."
+    );
+    deployment.rabbitmqctl(&["eval", &code]);
 }
 
 fn take_down(deployment: &Deployment, vhost: &str, queue: &str, down: Down) {
     let change = match down {
         Down::Known => "mnesia:dirty_delete(rabbit_queue, N)",
-        Down::Presumed => {
-            "mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, spawn(fun() -> ok end)))"
-        }
+        Down::Presumed => "Write(amqqueue:set_pid(Read(N), spawn(fun() -> ok end)))",
     };
-    let code = format!(
-        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
-         [Q] = mnesia:dirty_read(rabbit_queue, N), persistent_term:put(N, Q), {change}."
-    );
-    deployment.rabbitmqctl(&["eval", &code]);
+    let change = format!("persistent_term:put(N, Read(N)), {change}");
+    change_record(deployment, vhost, queue, &change);
 }
 
 /// Lets a queue's process die of the next message, and another one take its place at once.
 fn let_crash(deployment: &Deployment, vhost: &str, queue: &str) {
-    let code = format!(
-        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
-         [Q] = mnesia:dirty_read(rabbit_queue, N), \
-         Dies = fun() -> receive {{'$gen_cast', C}} when element(1, C) =:= deliver -> \
-            mnesia:dirty_write(rabbit_queue, Q), exit(crashed) end end, \
-         mnesia:dirty_write(rabbit_queue, amqqueue:set_pid(Q, spawn(Dies)))."
-    );
-    deployment.rabbitmqctl(&["eval", &code]);
+    let change = "Whole = Read(N), \
+         Dies = fun() -> receive {'$gen_cast', C} when element(1, C) =:= deliver -> \
+            Write(Whole), exit(crashed) end end, \
+         Write(amqqueue:set_pid(Whole, spawn(Dies)))";
+    change_record(deployment, vhost, queue, change);
 }
 
 fn bring_up(deployment: &Deployment, vhost: &str, queue: &str) {
-    let code = format!(
-        "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
-         mnesia:dirty_write(rabbit_queue, persistent_term:get(N))."
-    );
-    deployment.rabbitmqctl(&["eval", &code]);
+    change_record(deployment, vhost, queue, "Write(persistent_term:get(N))");
 }
 
 #[rstest]
 #[case(Down::Known)]
 #[case(Down::Presumed)]
 fn a_task_queue_whose_node_is_down_holds_up_its_own_jobs_alone(#[case] down: Down) {
+    let down = down.as_here();
     let deployment = Deployment::with_own_servers();
     let client = Client::new(&deployment);
     let one = Worker::new(&deployment, "workflow_1");
@@ -325,6 +333,7 @@ fn a_result_waits_for_its_clients_queue_whose_node_is_down(
     #[case] size: usize,
     #[case] state: Down,
 ) {
+    let state = state.as_here();
     let deployment = Deployment::with_own_servers();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
@@ -412,6 +421,7 @@ fn dead_letters_declared_otherwise_are_used_as_they_are() {
 #[case(Down::Known)]
 #[case(Down::Presumed)]
 fn dead_letters_whose_queues_node_is_down_hold_up_nobody(#[case] down: Down) {
+    let down = down.as_here();
     let deployment = Deployment::with_own_servers();
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
@@ -478,6 +488,25 @@ fn a_task_that_its_queue_rejects_is_sent_again_unless_that_is_full() {
 }
 
 /// The queue that it must have is named.
+/// It belonged to a replica whose node of the cluster went down.
+#[test]
+fn a_queue_of_requests_whose_node_is_down_holds_up_nobody() {
+    let deployment = Deployment::with_own_servers();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let vhost = deployment.sdk_vhost();
+    client.peer.declare(WORKFLOW_REQUESTS_KEY);
+    take_down(&deployment, &vhost, WORKFLOW_REQUESTS_KEY, Down::Presumed);
+    let service = deployment.start();
+    let line = service.logged("request_available_workflows: not ours for now");
+    assert_tells_why(&line, Down::Presumed);
+    one_job_goes_through(&client, &worker);
+    bring_up(&deployment, &vhost, WORKFLOW_REQUESTS_KEY);
+    service.logged("requests that are sent to request_available_workflows are answered here");
+    assert_one_session(&service);
+    assert!(service.stop().success());
+}
+
 #[test]
 fn what_rabbitmq_does_not_say_a_word_about_is_told() {
     let deployment = Deployment::with_own_servers();

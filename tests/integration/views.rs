@@ -100,7 +100,7 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
 #[test]
 fn a_page_that_is_open_and_metrics_tell_of_an_outage() {
     let deployment = Deployment::new();
-    let proxy = Proxy::new(deployment.postgres_port()).unwrap();
+    let proxy = Proxy::new(deployment.postgres_door()).unwrap();
     let port = proxy.port().to_string();
     let service = deployment.start_with(&[("POSTGRESQL_PORT", &port)]);
     let browser = Browser::new(1400, 900, false);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::deployment::{Deployment, Server, eventually, free_port};
+use super::deployment::{Deployment, Server, eventually, free_port, has_khepri};
 
 /// Two nodes or three. A classic queue is on the node that it was declared on.
 pub struct Cluster {
@@ -54,7 +54,7 @@ impl Cluster {
             })
         };
         let other = join();
-        let third = has_third.then(join);
+        let third = (has_third || has_khepri()).then(join);
         let cluster = Cluster { one, other, third };
         cluster.all_run();
         cluster
@@ -98,9 +98,12 @@ impl Cluster {
     }
 
     /// Lets the first node look for the process of a queue whose node it knows to be down, as
-    /// RabbitMQ 4 does: it rejects what is published, and whoever asks about the queue waits for a
-    /// minute.
+    /// RabbitMQ does of itself that has Khepri: it rejects what is published, and whoever asks about
+    /// the queue waits for a minute.
     pub fn presume(&self, vhost: &str, queue: &str) {
+        if has_khepri() {
+            return;
+        }
         let code = format!(
             "N = rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"{queue}\">>), \
              [Q] = mnesia:dirty_read(rabbit_durable_queue, N), mnesia:dirty_write(rabbit_queue, Q)."

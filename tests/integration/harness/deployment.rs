@@ -3,13 +3,15 @@
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::NoTls;
 use serde_json::{Value, json};
 use uuid::Uuid;
+
+use super::pooler::Pooler;
 
 /// How long a condition may take to come true on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -45,6 +47,8 @@ pub struct Deployment {
     pub folder: PathBuf,
     /// None where the servers are those that all tests share.
     own: Option<OwnServers>,
+    /// What the service reaches Postgres through, with `./run.sh test --pooler`.
+    pooler: Option<Pooler>,
 }
 
 /// Servers of one test alone, which may break them.
@@ -76,7 +80,16 @@ impl Deployment {
         let name = format!("test_{}", Uuid::new_v4().simple());
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&name);
         fs::create_dir_all(&folder).unwrap();
-        Deployment { name, folder, own }
+        let mut deployment = Deployment {
+            name,
+            folder,
+            own,
+            pooler: None,
+        };
+        if std::env::var("OMOTES_TEST_POOLER").is_ok_and(|mode| mode == "transaction") {
+            deployment.pooler = Some(Pooler::before(&deployment, 20));
+        }
+        deployment
     }
 
     /// One with servers of its own.
@@ -124,6 +137,16 @@ impl Deployment {
         self.private("ctl", Server::RabbitMq, arguments)
     }
 
+    /// Lets its RabbitMQ take messages of up to so many bytes.
+    pub fn limit_messages(&self, bytes: usize) {
+        // The second is what RabbitMQ 3 looks at.
+        let script = format!(
+            "persistent_term:put(max_message_size, {bytes}), \
+             application:set_env(rabbit, max_message_size, {bytes})."
+        );
+        self.rabbitmqctl(&["eval", &script]);
+    }
+
     /// Sends its RabbitMQ a signal.
     pub fn signal_rabbitmq(&self, name: &str) {
         self.private("signal", Server::RabbitMq, &[name]);
@@ -140,17 +163,28 @@ impl Deployment {
         self.folder.join(server.name())
     }
 
+    /// Runs one of its Postgres's programs as the server's user, in the server's folder.
+    pub fn run_postgres(&self, program: &str, arguments: &[&str]) -> Output {
+        let arguments = [&[program], arguments].concat();
+        self.private_output("run", Server::Postgres, &arguments)
+    }
+
     fn private(&self, command: &str, server: Server, arguments: &[&str]) -> String {
-        let folder = self.folder_of(server);
-        let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
-            .args(["private", command, folder.to_str().unwrap()])
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+        let output = self.private_output(command, server, arguments);
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{command} {server:?}: {text}");
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn private_output(&self, command: &str, server: Server, arguments: &[&str]) -> Output {
+        let folder = self.folder_of(server);
+        Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run.sh"))
+            .args(["private", command, folder.to_str().unwrap()])
+            .args(arguments)
+            .env("PGPASSWORD", setting("POSTGRES_PASSWORD"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
     }
 
     pub fn new() -> Deployment {
@@ -165,6 +199,12 @@ impl Deployment {
             .batch_execute(&format!("CREATE DATABASE {}", deployment.name))
             .unwrap();
         deployment
+    }
+
+    /// With the service beside the pooler, for tests of what a pooler does otherwise.
+    pub fn without_pooler(mut self) -> Deployment {
+        self.pooler = None;
+        self
     }
 
     pub fn sdk_vhost(&self) -> String {
@@ -202,6 +242,14 @@ impl Deployment {
         match &self.own {
             None => setting("POSTGRES_PORT").parse().unwrap(),
             Some(own) => own.postgres,
+        }
+    }
+
+    /// Where the service reaches Postgres.
+    pub fn postgres_door(&self) -> u16 {
+        match &self.pooler {
+            None => self.postgres_port(),
+            Some(pooler) => pooler.port,
         }
     }
 
@@ -284,7 +332,7 @@ impl Deployment {
     /// The environment of a service or a command on this deployment.
     pub fn variables(&self) -> Vec<(String, String)> {
         let mut variables = vec![
-            ("POSTGRESQL_PORT", self.postgres_port().to_string()),
+            ("POSTGRESQL_PORT", self.postgres_door().to_string()),
             ("POSTGRESQL_USERNAME", setting("POSTGRES_USER")),
             ("POSTGRESQL_PASSWORD", setting("POSTGRES_PASSWORD")),
             ("POSTGRESQL_DATABASE", self.database().to_owned()),
@@ -309,6 +357,10 @@ impl Deployment {
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect::<Vec<_>>();
+        if let Some(pooler) = &self.pooler {
+            let more = pooler.variables();
+            variables.extend(more.map(|(name, value)| (name.to_owned(), value)));
+        }
         for (prefix, vhost) in [
             ("SDK", self.sdk_vhost()),
             ("TASK", self.celery_vhost()),
@@ -566,6 +618,19 @@ pub fn management(method: &str, path: &str, body: Option<Value>) -> Value {
     let mut response = ureq::run(request).unwrap_or_else(|error| panic!("{method} {url}: {error}"));
     let text = response.body_mut().read_to_string().unwrap();
     serde_json::from_str(&text).unwrap_or(Value::Null)
+}
+
+/// Which RabbitMQ the tests run on.
+pub fn rabbitmq_version() -> [u32; 2] {
+    let overview = management("GET", "overview?columns=rabbitmq_version", None);
+    let version = overview["rabbitmq_version"].as_str().unwrap();
+    let mut parts = version.split('.').map(|part| part.parse().unwrap());
+    [(); 2].map(|()| parts.next().unwrap())
+}
+
+/// Whether it knows its queues by Khepri, and no longer by Mnesia.
+pub fn has_khepri() -> bool {
+    rabbitmq_version() >= [4, 3]
 }
 
 /// A superuser's connection to a database of the server that all tests share.

@@ -91,6 +91,8 @@ pub struct Handler<'s> {
     done: HashMap<Inbox, Sender<Handled>>,
     waiting: Waiting,
     connection: Option<Connection>,
+    /// Whether the current attempt at a batch has begun to publish what goes before its commit.
+    has_published: bool,
     /// Task queues known to exist.
     declared: HashSet<String>,
     /// Task queues that have rejected a task since they took one.
@@ -122,6 +124,7 @@ impl<'s> Handler<'s> {
             done,
             waiting: Waiting::default(),
             connection: None,
+            has_published: false,
             declared: HashSet::new(),
             rejecting: HashSet::new(),
             letters_taken: HashSet::new(),
@@ -251,9 +254,10 @@ impl<'s> Handler<'s> {
         let mut trouble_since = None;
         loop {
             // A bug of ours that one message triggers must not hold up the others.
+            self.has_published = false;
             let attempt = catch_unwind(AssertUnwindSafe(|| self.attempt(batch)));
             self.watched.goes_on();
-            if !matches!(attempt, Ok(Ok(()))) {
+            if !matches!(attempt, Ok(Ok(()))) && self.has_published {
                 batch.iter_mut().for_each(Item::repeat);
             }
             let trouble = match attempt {

@@ -8,6 +8,7 @@
 //! their end. When one of them does not hold, nothing counts as overdue for a while: see `Quiet`.
 
 use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -41,6 +42,22 @@ const AFTER_STANDSTILL: Duration = Duration::from_secs(5);
 /// sign either, and gives them back within that time.
 const GONE: Duration = Duration::from_secs(60);
 
+/// Whether the quiet time is over, for somebody who asks now and then: what workers have said has
+/// been handled, by whatever replica.
+#[derive(Debug, Default)]
+pub struct Calm {
+    is_wanted: AtomicBool,
+    holds: AtomicBool,
+}
+
+impl Calm {
+    /// Whether it was so at the last beat, since this was last asked.
+    pub fn holds(&self) -> bool {
+        self.is_wanted.store(true, Ordering::Relaxed);
+        self.holds.swap(false, Ordering::Relaxed)
+    }
+}
+
 /// Tells what may still be waiting of what workers have said.
 pub struct Backlog<'b> {
     /// Whether this replica has messages in flight that it does not get to handle.
@@ -49,6 +66,8 @@ pub struct Backlog<'b> {
     pub stalled_outcomes: &'b dyn Fn() -> bool,
     /// Whether there is something in RabbitMQ's queues.
     pub in_queues: &'b dyn Fn() -> bool,
+    /// Tells others whether there is nothing.
+    pub calm: &'b Calm,
 }
 
 /// Looks for what is due, once per [`crate::config::Config::timeout_check_period`] among all
@@ -73,6 +92,7 @@ pub fn run(
         others_have_stalled_outcomes: false,
         database_time: None,
         quiet: Quiet::new(Instant::now(), service.config.timeout_start_buffer),
+        is_quiet_over: None,
         limits: Chore::default(),
         history: Chore::default(),
         last_turn: None,
@@ -144,6 +164,8 @@ struct Maintenance<'s> {
     /// As of the last beat.
     database_time: Option<Timestamp>,
     quiet: Quiet,
+    /// Whether that is over, if this beat has looked.
+    is_quiet_over: Option<bool>,
     limits: Chore,
     history: Chore,
     /// The last one of the attempts found at the last beat, if there are more.
@@ -166,6 +188,11 @@ impl Maintenance<'_> {
         };
         self.show(&mut presence)?;
         self.notice_standstills(&mut presence, beat)?;
+        self.is_quiet_over = None;
+        let calm = self.backlog.calm;
+        if calm.is_wanted.swap(false, Ordering::Relaxed) {
+            calm.holds.store(self.is_quiet_over(), Ordering::Relaxed);
+        }
         let mut apart = match presence.shows_nothing_but_presence() {
             true => Some(self.store.connection()?),
             false => None,
@@ -309,19 +336,24 @@ impl Maintenance<'_> {
         !full.contains(&true)
     }
 
+    fn is_quiet_over(&mut self) -> bool {
+        let Backlog {
+            held_up, in_queues, ..
+        } = self.backlog;
+        let quiet = &mut self.quiet;
+        *self
+            .is_quiet_over
+            .get_or_insert_with(|| quiet.is_over(Instant::now(), || held_up() || in_queues()))
+    }
+
     /// Finds what is overdue, unless something may still be on its way. What the handlers have no
     /// room for is found again at the next beat.
     fn look_for_overdue(&mut self, connection: &mut Connection) -> Result<(), StoreError> {
-        let config = &self.service.config;
-        let Backlog {
-            held_up,
-            stalled_outcomes,
-            in_queues,
-        } = self.backlog;
-        let behind = || held_up() || in_queues();
-        if self.limits == Chore::Done || !self.quiet.is_over(Instant::now(), behind) {
+        let stalled_outcomes = self.backlog.stalled_outcomes;
+        if self.limits == Chore::Done || !self.is_quiet_over() {
             return Ok(());
         }
+        let config = &self.service.config;
         let period = config.timeout_check_period;
         if !self.limits.go_on(connection, Upkeep::Limits, period)? {
             return Ok(());

@@ -24,7 +24,7 @@ use crate::service::handler::{
     self, ClosedQueues, Common, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
 };
 use crate::service::inquiry::{self, Inquiry};
-use crate::service::maintenance::{self, Backlog};
+use crate::service::maintenance::{self, Backlog, Calm};
 use crate::service::requests;
 use crate::service::shared::Service;
 use crate::service::turns::{self, Turns, Wakes};
@@ -175,6 +175,7 @@ struct Shared<'s> {
     maintenance: Arc<Calls>,
     inquiry: inquiry::Watched,
     turns: turns::Watched,
+    calm: Calm,
 }
 
 fn work(
@@ -204,6 +205,7 @@ fn work(
         maintenance: Arc::default(),
         inquiry: inquiry::Watched::default(),
         turns: turns::Watched::default(),
+        calm: Calm::default(),
     };
     thread::scope(|scope| {
         let mut recruits = Recruits::new(scope);
@@ -374,7 +376,7 @@ fn start_turns<'scope>(
             service,
             store,
             handlers,
-            behind: &|| shared.is_held_up() || shared.has_events_to_come(),
+            calm: &shared.calm,
             is_empty: &|queue| shared.is_empty(queue),
             stop,
         };
@@ -412,6 +414,7 @@ fn start_maintenance<'scope>(
             },
             stalled_outcomes: &|| shared.common.closed.has_stalled_outcomes(),
             in_queues: &|| shared.has_events_to_come(),
+            calm: &shared.calm,
         };
         maintenance::run(service, &store, &handlers, &backlog, &stop);
         Ok(())

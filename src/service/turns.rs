@@ -10,7 +10,7 @@
 //! somebody who died before the commit. It is published again only when it is not in the queue and
 //! nothing that a worker says of it is on its way: of a task with a seat there must not be two.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,9 @@ use log::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::domain::job::Command;
-use crate::domain::turns::{self, MAX_GRANTS, QueueLimit};
+use crate::domain::turns::{self, MAX_GRANTS};
 use crate::service::handler::{self, Work};
-use crate::service::maintenance::MAX_FINDINGS;
+use crate::service::maintenance::{Calm, MAX_FINDINGS};
 use crate::service::shared::Service;
 use crate::store::{Connection, LostGrant, Store, StoreError};
 use crate::threads::{Calls, Signal};
@@ -42,8 +42,8 @@ pub struct Turns<'s> {
     /// Its calls are under the watchdog.
     pub store: Store,
     pub handlers: Vec<Sender<Work>>,
-    /// Whether what workers say may still be on its way to their jobs.
-    pub behind: &'s dyn Fn() -> bool,
+    /// Whether nothing of what workers say is on its way to their jobs.
+    pub calm: &'s Calm,
     /// Whether nothing is ready in a task queue.
     pub is_empty: &'s dyn Fn(&str) -> bool,
     pub stop: Signal,
@@ -117,12 +117,23 @@ impl Turns<'_> {
         if is_tick {
             self.service.read_limits(&mut connection)?;
             self.count_in(memory, &mut connection)?;
-            self.look_for_lost(memory, &mut connection)?;
         }
-        let limits = self.service.limits.get();
         for queue in connection.queues_with_held()? {
-            let limit = limits.get(&queue).copied().unwrap_or_default();
-            while !self.stop.is_given() && self.grant(&mut connection, &queue, limit)? {}
+            loop {
+                match self.grant(&mut connection, &queue) {
+                    Ok(true) if !self.stop.is_given() => {}
+                    Ok(_) => break,
+                    // Its other replica has stopped in the middle of a decision.
+                    Err(StoreError::Locked(error)) => {
+                        debug!("{queue}: somebody decides about it: {error:#}");
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        if is_tick {
+            self.look_for_lost(memory, &mut connection)?;
         }
         memory.connection = Some(connection);
         Ok(())
@@ -130,12 +141,9 @@ impl Turns<'_> {
 
     /// Grants some of those that wait at a queue their turn. Returns whether there may be more to
     /// grant at once.
-    fn grant(
-        &self,
-        connection: &mut Connection,
-        queue: &str,
-        limit: QueueLimit,
-    ) -> Result<bool, StoreError> {
+    fn grant(&self, connection: &mut Connection, queue: &str) -> Result<bool, StoreError> {
+        let defined = self.service.catalogue.get().queue_limits();
+        let defined = defined.get(queue).copied().unwrap_or_default();
         // What a handler has no room for would be found again as lost.
         let free = self.handlers.iter().map(|handler| {
             let capacity = handler.capacity().unwrap_or(usize::MAX);
@@ -146,6 +154,8 @@ impl Turns<'_> {
         let now = transaction.lock_queue(queue)?;
         let mut jobs = transaction.released(queue, most)?;
         if jobs.is_empty() {
+            // Not as it was a moment ago.
+            let limit = transaction.limit(queue, defined)?;
             let handed_over = transaction.handed_over(queue)?;
             let room = limit.room(&handed_over).min(most);
             if room == 0 {
@@ -202,6 +212,19 @@ impl Turns<'_> {
         Ok(())
     }
 
+    /// Those of these whose tasks are not on their queues.
+    fn not_there(&self, lost: &[LostGrant]) -> HashSet<Uuid> {
+        let mut known: HashMap<&str, bool> = HashMap::new();
+        let mut not_there = HashSet::new();
+        for one in lost {
+            let is_empty = || (self.is_empty)(&one.queue);
+            if one.is_overtaken || *known.entry(&one.queue).or_insert_with(is_empty) {
+                not_there.insert(one.job_id);
+            }
+        }
+        not_there
+    }
+
     /// Has granted tasks put on their queues that somebody else was to put there.
     fn look_for_lost(
         &self,
@@ -210,36 +233,19 @@ impl Turns<'_> {
     ) -> Result<(), StoreError> {
         let lost = connection.lost_grants(HAND_OVER, MAX_FINDINGS.into())?;
         let before = std::mem::take(&mut memory.suspects);
-        if lost.is_empty() || (self.behind)() {
+        if lost.is_empty() {
             return Ok(());
         }
-        let mut empty = HashSet::new();
-        let mut full = HashSet::new();
-        let is_not_there = |lost: &&LostGrant| {
-            if lost.is_overtaken || empty.contains(&lost.queue) {
-                return true;
-            }
-            if full.contains(&lost.queue) {
-                return false;
-            }
-            let is_empty = (self.is_empty)(&lost.queue);
-            let known = if is_empty { &mut empty } else { &mut full };
-            known.insert(lost.queue.clone());
-            is_empty
-        };
-        memory.suspects = lost
-            .iter()
-            .filter(is_not_there)
-            .map(|lost| lost.job_id)
-            .collect();
+        let (taken, new): (Vec<_>, Vec<_>) = lost.into_iter().partition(|lost| lost.is_taken);
+        let new: Vec<_> = new.iter().map(|lost| lost.job_id).collect();
+        // From now on nobody hands them over who had them first.
+        take_on(connection, &new)?;
+        if taken.is_empty() || !self.calm.holds() {
+            return Ok(());
+        }
+        memory.suspects = self.not_there(&taken);
         let again: Vec<_> = memory.suspects.intersection(&before).copied().collect();
-        if again.is_empty() {
-            return Ok(());
-        }
-        let mut transaction = connection.transaction()?;
-        transaction.lock(&again)?;
-        let taken = transaction.take_on(&again, HAND_OVER)?;
-        transaction.commit()?;
+        let taken = take_on(connection, &again)?;
         for (job_id, _) in &taken {
             debug!("job {job_id}: its turn was granted, but nobody has handed it over");
             memory.suspects.remove(job_id);
@@ -247,6 +253,21 @@ impl Turns<'_> {
         self.hand_over(taken);
         Ok(())
     }
+}
+
+/// Takes on those of these jobs that nobody works on.
+fn take_on(
+    connection: &mut Connection,
+    jobs: &[Uuid],
+) -> Result<Vec<(Uuid, Timestamp)>, StoreError> {
+    if jobs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut transaction = connection.transaction()?;
+    let jobs = transaction.try_lock(jobs)?;
+    let taken = transaction.take_on(&jobs, HAND_OVER)?;
+    transaction.commit()?;
+    Ok(taken)
 }
 
 /// Wakes the granting thread whenever an operator changes something, until `stop` is given.

@@ -1,7 +1,7 @@
 //! The transaction of a batch: locks its jobs, loads their states and writes what has become of them,
 //! each with one statement for all jobs.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -143,6 +143,27 @@ impl Transaction<'_> {
             &[&keys],
         )?;
         Ok(())
+    }
+
+    /// The same for those on which nobody works just now, without waiting for the others. Returns them.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn try_lock(&mut self, job_ids: &[Uuid]) -> Result<Vec<Uuid>, StoreError> {
+        let mut keys: Vec<i64> = job_ids.iter().map(lock_key).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let rows = self.query(
+            "SELECT key FROM (
+                 SELECT key, pg_try_advisory_xact_lock(key) AS is_locked
+                 FROM unnest($1::bigint[]) AS key OFFSET 0
+             ) AS tried WHERE is_locked",
+            &[&keys],
+        )?;
+        let locked = rows.iter().map(|row| row.try_get(0));
+        let locked = locked.collect::<Result<BTreeSet<i64>, _>>()?;
+        let is_locked = |id: &&Uuid| locked.contains(&lock_key(id));
+        Ok(job_ids.iter().filter(is_locked).copied().collect())
     }
 
     /// Allows a longer pause between two statements of this transaction.

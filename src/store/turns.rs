@@ -11,7 +11,7 @@ use super::rows::named;
 use super::{Connection, StoreError, Transaction};
 use crate::domain::job::{Grant, Job, Priority, Turn};
 use crate::domain::overview::{QueueView, TOLD, TurnView};
-use crate::domain::turns::{self, HandedOver, Held, Limits, Waiting};
+use crate::domain::turns::{self, HandedOver, Held, Limits, QueueLimit, Waiting};
 
 /// Tells all replicas that something has changed that they decide turns by.
 const CHANNEL: &str = "omotes_turns";
@@ -83,21 +83,34 @@ impl Transaction<'_> {
     }
 
     /// Excludes other decisions about who is next at this queue, of any replica, until this
-    /// transaction ends. It need not be on disk before it counts: the task is published by another
-    /// transaction, which is, and for which this one is a condition. Returns the database's time.
+    /// transaction ends. Returns the database's time.
     ///
     /// # Errors
     /// The wait took longer than the connection's `lock_timeout`, or the connection is lost.
     pub fn lock_queue(&mut self, queue: &str) -> Result<Timestamp, StoreError> {
-        // The locks of jobs have one key, and those of replicas another first one.
         let rows = self.query(
-            "SELECT pg_advisory_xact_lock(x'6f6d7475'::integer, hashtext($1))::text,
-                    set_config('synchronous_commit', 'off', true), clock_timestamp() AS now",
+            // Nobody holds it for long but who has been stopped, and other queues are not to wait.
+            "SELECT set_config('lock_timeout', '1s', true),
+                    -- The locks of jobs have one key, and those of replicas another first one.
+                    pg_advisory_xact_lock(x'6f6d7475'::integer, hashtext($1))::text,
+                    clock_timestamp() AS now",
             &[&queue],
         )?;
         Ok(rows
             .first()
             .map_or(Ok(Timestamp::UNIX_EPOCH), |row| row.try_get("now"))?)
+    }
+
+    /// What is allowed at a queue where the definition file has this.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn limit(&mut self, queue: &str, defined: QueueLimit) -> Result<QueueLimit, StoreError> {
+        let rows = self.query(
+            "SELECT max_waiting, max_running, paused FROM queue_limit WHERE queue = $1",
+            &[&queue],
+        )?;
+        rows.first().map_or(Ok(defined), |row| limit(row, defined))
     }
 
     /// Those of a queue that operators let go whatever is allowed, at most `most`.
@@ -109,6 +122,8 @@ impl Transaction<'_> {
         let rows = self.query(
             "SELECT job_id FROM job_turn
              WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold AND released
+               AND (SELECT true FROM job_history AS ended
+                    WHERE ended.job_id = job_turn.job_id) IS NULL
              ORDER BY held_at, job_id LIMIT $2",
             &[&queue, &most],
         )?;
@@ -133,8 +148,12 @@ impl Transaction<'_> {
                  ) AS started
                  FROM job_turn AS turn
                  WHERE queue = $1 AND granted_at IS NOT NULL
-                   AND (SELECT true FROM job_history AS ended
-                        WHERE ended.job_id = turn.job_id) IS NULL
+                   -- One that its task has not ended itself is told to end after its outcome is
+                   -- committed.
+                   AND (SELECT outcome IN ('SUCCEEDED', 'FAILED')
+                               OR ended.finished_at < clock_timestamp() - interval '10 s'
+                        FROM job_history AS ended
+                        WHERE ended.job_id = turn.job_id) IS NOT TRUE
              ) AS granted
              WHERE started IS NOT NULL
              GROUP BY owner",
@@ -180,6 +199,8 @@ impl Transaction<'_> {
                      SELECT job_id, owner, priority, held_at, moved_at FROM job_turn
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
                        AND owner = looked_at.owner AND priority = levels.priority
+                       AND (SELECT true FROM job_history AS ended
+                            WHERE ended.job_id = job_turn.job_id) IS NULL
                      ORDER BY held_at, job_id LIMIT $2
                  ) AS line
                  UNION
@@ -187,6 +208,8 @@ impl Transaction<'_> {
                      SELECT job_id, owner, priority, held_at, moved_at FROM job_turn
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
                        AND priority = levels.priority
+                       AND (SELECT true FROM job_history AS ended
+                            WHERE ended.job_id = job_turn.job_id) IS NULL
                      ORDER BY held_at, job_id LIMIT $2
                  ) AS oldest
                  UNION
@@ -194,6 +217,8 @@ impl Transaction<'_> {
                      SELECT job_id, owner, priority, held_at, moved_at FROM job_turn
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
                        AND moved_at IS NOT NULL
+                       AND (SELECT true FROM job_history AS ended
+                            WHERE ended.job_id = job_turn.job_id) IS NULL
                      ORDER BY moved_at DESC LIMIT $2
                  ) AS moved
              ) AS held",
@@ -276,8 +301,10 @@ impl Transaction<'_> {
 pub struct LostGrant {
     pub job_id: Uuid,
     pub queue: String,
-    /// Whether a task of the same queue and priority that was put on it later has been started: then
-    /// this one is not on it.
+    /// Whether somebody has taken it on, so that whoever had it first no longer hands it over.
+    pub is_taken: bool,
+    /// Whether a task of the same queue and priority that was put on it after that has been started:
+    /// then this one is not on it.
     pub is_overtaken: bool,
 }
 
@@ -330,18 +357,8 @@ impl Connection {
             &[],
         )?;
         for row in &rows {
-            let limit = defined.entry(row.try_get("queue")?).or_default();
-            let set = |column, to: &mut Option<u32>| -> Result<(), StoreError> {
-                if let Some(number) = row.try_get::<_, Option<i32>>(column)? {
-                    *to = u32::try_from(number).ok().filter(|number| *number > 0);
-                }
-                Ok(())
-            };
-            set("max_waiting", &mut limit.window)?;
-            set("max_running", &mut limit.max_running)?;
-            if let Some(paused) = row.try_get("paused")? {
-                limit.is_paused = paused;
-            }
+            let its = defined.entry(row.try_get("queue")?).or_default();
+            *its = limit(row, *its)?;
         }
         defined.retain(|_, limit| limit.holds());
         Ok(defined)
@@ -471,12 +488,12 @@ impl Connection {
         limit: i64,
     ) -> Result<Vec<LostGrant>, StoreError> {
         let rows = self.client.query(
-            "SELECT job_id, queue, EXISTS (
+            "SELECT job_id, queue, taken_at IS NOT NULL AS is_taken, EXISTS (
                  SELECT FROM job_turn AS later JOIN job_step AS step USING (job_id)
                  WHERE later.queue = turn.queue AND later.granted_at IS NOT NULL
                    AND later.priority = turn.priority
                    AND step.finished_at IS NULL AND step.started_at IS NOT NULL
-                   AND step.submitted_at > turn.granted_at
+                   AND step.submitted_at > turn.taken_at
              ) AS is_overtaken
              FROM job_turn AS turn
              WHERE granted_at IS NOT NULL
@@ -494,6 +511,7 @@ impl Connection {
                 Ok(LostGrant {
                     job_id: row.try_get("job_id")?,
                     queue: row.try_get("queue")?,
+                    is_taken: row.try_get("is_taken")?,
                     is_overtaken: row.try_get("is_overtaken")?,
                 })
             })
@@ -501,30 +519,58 @@ impl Connection {
     }
 
     /// Counts what has reached a queue with limits without waiting for its turn: before it had
-    /// limits, or from another service. `plain` are the workflows whose one plain task it is.
+    /// limits, or from another service. What somebody is working on is left for the next time.
+    /// `plain` are the workflows whose one plain task it is.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn count_in(&mut self, queue: &str, plain: &[&str]) -> Result<u64, StoreError> {
-        Ok(self.client.execute(
+        let mut transaction = self.transaction()?;
+        let rows = transaction.query(
+            "SELECT job_id FROM (
+                 SELECT job_id FROM job
+                 WHERE workflow_type = ANY($2) AND status IN ('SUBMITTED', 'RUNNING')
+                   AND NOT EXISTS (SELECT FROM job_input AS input
+                                   WHERE input.job_id = job.job_id)
+                 UNION ALL
+                 SELECT job_id FROM job_step JOIN job USING (job_id)
+                 WHERE task = $1 AND job_step.submitted_at IS NOT NULL AND finished_at IS NULL
+             ) AS direct
+             WHERE NOT EXISTS (SELECT FROM job_turn WHERE job_turn.job_id = direct.job_id)
+             LIMIT 1000",
+            &[&queue, &plain],
+        )?;
+        let found = rows.iter().map(|row| row.try_get(0));
+        let found = found.collect::<Result<Vec<Uuid>, _>>()?;
+        if found.is_empty() {
+            return Ok(0);
+        }
+        let found = transaction.try_lock(&found)?;
+        // Once more, for it may have gone on before it was locked.
+        let counted = transaction.execute(
             "INSERT INTO job_turn (job_id, queue, owner, priority, held_at, granted_at, celery_id)
              SELECT job_id, $1, '', coalesce(priority, 'MEDIUM'), at, at, celery_id::uuid
              FROM (
                  SELECT job_id, priority, submitted_at AS at, celery_id FROM job
-                 WHERE workflow_type = ANY($2) AND status IN ('SUBMITTED', 'RUNNING')
+                 WHERE job_id = ANY($3) AND workflow_type = ANY($2)
+                   AND status IN ('SUBMITTED', 'RUNNING')
                    AND NOT EXISTS (SELECT FROM job_input AS input
                                    WHERE input.job_id = job.job_id)
                  UNION ALL
                  SELECT job_id, priority, step.submitted_at, step.celery_id
                  FROM job_step AS step JOIN job USING (job_id)
-                 WHERE task = $1 AND step.submitted_at IS NOT NULL AND finished_at IS NULL
+                 WHERE job_id = ANY($3) AND task = $1 AND step.submitted_at IS NOT NULL
+                   AND finished_at IS NULL
              ) AS direct
              WHERE at IS NOT NULL AND celery_id ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
                AND NOT EXISTS (SELECT FROM job_history AS ended
                                WHERE ended.job_id = direct.job_id)
+             ORDER BY job_id
              ON CONFLICT (job_id) DO NOTHING",
-            &[&queue, &plain],
-        )?)
+            &[&queue, &plain, &found],
+        )?;
+        transaction.commit()?;
+        Ok(counted)
     }
 
     /// The queues with limits, and those at which tasks wait for their turn.
@@ -626,6 +672,23 @@ impl Transaction<'_> {
         self.execute("SELECT pg_notify($1, '')", &[&CHANNEL])?;
         Ok(())
     }
+}
+
+/// What an operator has set in this row, and what is `defined` where that is nothing.
+fn limit(row: &Row, defined: QueueLimit) -> Result<QueueLimit, StoreError> {
+    let tasks = |column, defined| -> Result<Option<u32>, StoreError> {
+        let set: Option<i32> = row.try_get(column)?;
+        Ok(match set {
+            Some(tasks) => u32::try_from(tasks).ok().filter(|tasks| *tasks > 0),
+            None => defined,
+        })
+    };
+    let paused: Option<bool> = row.try_get("paused")?;
+    Ok(QueueLimit {
+        window: tasks("max_waiting", defined.window)?,
+        max_running: tasks("max_running", defined.max_running)?,
+        is_paused: paused.unwrap_or(defined.is_paused),
+    })
 }
 
 fn held(row: &Row, owner: String) -> anyhow::Result<Held> {

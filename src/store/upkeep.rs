@@ -219,12 +219,16 @@ impl Connection {
                    AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
                                            - $1 * interval '1 second'
                    AND ($2::uuid IS NULL OR job_id > $2)
-                   -- What its later steps have waited in their queues does not count.
+                   -- What its later steps have waited for their turn and in their queues does not
+                   -- count.
                    AND running_at <= now() - timeout_after_ms * interval '1 millisecond'
                                            - $1 * interval '1 second' - coalesce((
-                       SELECT sum(coalesce(started_at, finished_at, now()) - submitted_at)
-                       FROM job_step
-                       WHERE job_step.job_id = job.job_id AND submitted_at >= running_at
+                       SELECT sum(coalesce(started_at, finished_at, now()) - coalesce(
+                           due_at, job_step.submitted_at, turn.held_at))
+                       FROM job_step LEFT JOIN job_turn AS turn
+                           ON turn.job_id = job_step.job_id AND finished_at IS NULL
+                       WHERE job_step.job_id = job.job_id
+                         AND coalesce(job_step.submitted_at, turn.held_at) >= running_at
                    ), interval '0')
                  ORDER BY job_id LIMIT $3",
                 grace,
@@ -295,9 +299,11 @@ impl Connection {
                    WHERE job_step.job_id = job.job_id AND finished_at IS NULL
                      AND coalesce(started_at, job_step.submitted_at, due_at) > since.at
                )
-               AND NOT EXISTS (
-                   SELECT FROM job_turn WHERE job_turn.job_id = job.job_id AND on_hold
-               )
+               -- Of one that has ended the client is to be told, whatever its queue does.
+               AND (EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)
+                    OR NOT EXISTS (
+                        SELECT FROM job_turn WHERE job_turn.job_id = job.job_id AND on_hold
+                    )
                -- Rarely looked at, since little is as old.
                AND NOT EXISTS (
                    SELECT FROM (SELECT coalesce(
@@ -311,7 +317,19 @@ impl Connection {
                        SELECT FROM job_step
                        WHERE job_step.job_id = job.job_id AND finished_at IS NULL
                          AND started_at IS NULL
-                   )) AND (
+                   ))
+                   -- What the Python service has half registered is not in a queue.
+                   AND (status <> 'REGISTERED' OR EXISTS (
+                       SELECT FROM job_input WHERE job_input.job_id = job.job_id
+                   ))
+                   -- Its task is lost if one that was put on the queue after it was taken from it.
+                   AND NOT EXISTS (
+                       SELECT FROM job AS later
+                       WHERE later.workflow_type = job.workflow_type AND status = 'SUBMITTED'
+                         AND later.priority IS NOT DISTINCT FROM job.priority
+                         AND later.submitted_at > job.submitted_at + interval '1 min'
+                         AND later.running_at IS NOT NULL
+                   ) AND (
                       queue = ANY($6)
                       OR EXISTS (SELECT FROM queue_limit
                                  WHERE queue_limit.queue = its.queue AND changed_at > since.at)
@@ -327,7 +345,7 @@ impl Connection {
                                    AND ended.finished_at > since.at
                                    AND ended.running_at > since.at)
                    )
-               )
+               ))
              ORDER BY job_id LIMIT $3",
             &[
                 &retention.as_secs_f64(),

@@ -546,6 +546,62 @@ fn a_job_whose_queue_moves_is_not_given_up() {
     drop(service);
 }
 
+/// They do not fit into one batch of a handler.
+#[test]
+fn large_inputs_have_their_turns_at_once() {
+    let scene = Scene::new(&json!({"paused": true}));
+    let service = scene
+        .deployment
+        .start_with(&[&scene.variables()[..], &[("HANDLER_THREADS", "1")]].concat());
+    for _ in 0..20 {
+        let (_, mut submission) = scene.client.submission(TASK);
+        submission.esdl = "<e>".to_owned() + &"x".repeat(1_000_000) + "</e>";
+        scene.client.send(&submission);
+    }
+    scene.held(20);
+    scene.does(&["workflows", "resume", TASK]);
+    eventually("all tasks", || (scene.worker.waiting() == 20).then_some(()));
+    let log = service.log();
+    assert!(!log.contains("nobody has handed it over"), "{log}");
+}
+
+/// Nobody reads them all to find it.
+#[test]
+fn the_next_of_a_hundred_thousand_is_found_by_an_index() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    // What another service has left is looked for with that period.
+    let rarely = [("TIMEOUT_JOB_HANDLER_RERUN_SEC", "600")];
+    let _service = scene
+        .deployment
+        .start_with(&[&scene.variables()[..], &rarely].concat());
+    let first = scene.submit(1)[0];
+    let task = scene.runs();
+    assert_eq!(task.job, first);
+    let plant = "INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
+                 SELECT gen_random_uuid(), 'workflow_1', 'owner ' || number % 50, 'LOW', now()
+                 FROM generate_series(1, 100000) AS number";
+    scene.deployment.sql().execute(plant, &[]).unwrap();
+    let mut vacuum = scene.deployment.sql();
+    vacuum.batch_execute("VACUUM ANALYZE job_turn").unwrap();
+    let read = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'job_turn'";
+    let by_index = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'job_turn'";
+    let before = (
+        scene.deployment.count(read),
+        scene.deployment.count(by_index),
+    );
+    let jobs: Vec<_> = (0..3).map(|_| scene.client.submit(TASK)).collect();
+    let mut task = task;
+    for _ in &jobs {
+        scene.ends(&task);
+        task = scene.runs();
+        assert!(jobs.contains(&task.job));
+    }
+    // Each of the turns, and what each second looks for, has been counted by then.
+    scene.deployment.at_least(before.1 + 100, by_index);
+    let read = scene.deployment.count(read) - before.0;
+    assert!(read < 100_000, "{read} rows read one after the other");
+}
+
 /// With the SDK's clients and Celery's workers.
 #[test]
 fn one_job_beside_a_flood_of_five_hundred() {

@@ -71,7 +71,8 @@ pub struct Attempt {
     pub position: Position,
     /// None until its turn has come.
     pub task_id: Option<String>,
-    /// When it is its turn, if it has to wait for that.
+    /// When it is its turn, if it has to wait for that; of one that was held and has been handed
+    /// over, since when it was held.
     pub due_at: Option<Timestamp>,
     pub submitted_at: Option<Timestamp>,
     /// When a worker first started it.
@@ -224,11 +225,12 @@ impl Attempt {
         self.started_at.or(self.submitted_at).or(self.due_at)
     }
 
-    /// How long it has been in its queue by `now`.
+    /// How long it has been in its queue by `now`, or has waited for its turn there.
     fn time_in_queue(&self, now: Timestamp) -> SignedDuration {
         let Some(submitted_at) = self.submitted_at else {
             return SignedDuration::ZERO;
         };
+        let submitted_at = self.due_at.unwrap_or(submitted_at);
         let finished_at = self.report.as_ref().map(|report| report.finished_at);
         let end = self.started_at.or(finished_at).unwrap_or(now);
         end.duration_since(submitted_at).max(SignedDuration::ZERO)
@@ -307,12 +309,16 @@ impl Course {
         }
     }
 
-    /// How long the job's tasks have been in their queues since its first START, which does not
-    /// count against its timeout.
+    /// How long the job's tasks have waited for their turns and in their queues since its first START,
+    /// which does not count against its timeout.
     pub(super) fn idle(&self, running_at: Timestamp, now: Timestamp) -> SignedDuration {
         self.attempts()
             .filter(|one| one.submitted_at.is_some_and(|at| at >= running_at))
             .map(|one| one.time_in_queue(now))
+            .chain(
+                self.turn_to_come()
+                    .map(|turn| now.duration_since(turn.since)),
+            )
             .fold(SignedDuration::ZERO, SignedDuration::saturating_add)
     }
 

@@ -453,6 +453,9 @@ impl Job {
         if let Some(course) = &mut self.course {
             course.current.task_id = Some(task_id.to_string());
             course.current.submitted_at = Some(at);
+            if let Some(turn) = &course.turn {
+                course.current.due_at = Some(turn.since);
+            }
             course.input = match course.may_need_its_input_again() {
                 true => input.to_be_kept(),
                 false => Input::NotKept,

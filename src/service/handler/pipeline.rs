@@ -222,6 +222,7 @@ impl Handler<'_> {
         // commit, since a committed task must have been published.
         let mut outbox = Outbox::default();
         self.write_out(mem::take(&mut plan.publications), inputs, &mut outbox)?;
+        self.has_published = true;
         self.publish(&outbox)?;
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");

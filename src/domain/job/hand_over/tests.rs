@@ -53,6 +53,8 @@ struct Story {
     state: State,
     /// Task queues that take nothing for now.
     closed: Vec<&'static str>,
+    /// Those with limits.
+    limited: Vec<&'static str>,
 }
 
 impl Story {
@@ -62,6 +64,7 @@ impl Story {
             second: 100,
             state: State::Unknown,
             closed: Vec::new(),
+            limited: Vec::new(),
         }
     }
 
@@ -74,7 +77,7 @@ impl Story {
             new_task_id: Uuid::from_u128(self.second.unsigned_abs().into()),
             catalogue: &self.catalogue,
             is_closed: &|task| self.closed.contains(&task),
-            has_limits: &|_| false,
+            has_limits: &|task| self.limited.contains(&task),
             rules: &RULES,
         };
         let decision = decide(job_id(), &self.state, command, &context);
@@ -109,6 +112,15 @@ impl Story {
             timeout_ms: Some(60_000),
             sender: None,
         }))
+    }
+
+    /// Grants its task a turn, with this id, and hands it over.
+    fn take_turn(&mut self, id: u128) -> Vec<String> {
+        let at = at(self.second);
+        let task_id = Uuid::from_u128(id);
+        let course = self.state.job_mut().unwrap().course.as_mut().unwrap();
+        course.turn.as_mut().unwrap().grant = Some(Grant { at, task_id });
+        self.tell(&Command::TakeTurn { grant: Some(at) })
     }
 
     fn task(&self) -> String {
@@ -449,6 +461,64 @@ fn an_attempt_that_cannot_be_made_ends_the_job() {
         panic!("{:?}", story.state);
     };
     assert_eq!(ending.ended.outcome, Outcome::Rejected);
+}
+
+/// Neither before its turn nor between that and its start.
+#[test]
+fn the_wait_for_a_turn_does_not_count_against_the_timeout() {
+    let mut story = Story::new(r#"[{"task": "a"}, {"task": "b"}]"#);
+    story.limited = vec!["b"];
+    story.submit();
+    story.start();
+    story.result(Some("<one/>"));
+    assert_eq!(
+        story.tell(&Command::TakeTurn { grant: None }),
+        ["its turn has not come"]
+    );
+    // The timeout is a minute.
+    story.second += 1000;
+    assert_eq!(story.tell(&Command::TimeOut), ["it is within its timeout"]);
+    story.take_turn(7);
+    story.second += 1000;
+    assert_eq!(story.tell(&Command::TimeOut), ["it is within its timeout"]);
+    story.start();
+    story.second += 30;
+    assert_eq!(story.tell(&Command::TimeOut), ["it is within its timeout"]);
+    story.second += 40;
+    assert_ne!(story.tell(&Command::TimeOut), ["it is within its timeout"]);
+}
+
+/// Whoever has a grant of another time no longer hands it over, and what a worker says of the task
+/// shows that it is on its queue.
+#[test]
+fn a_granted_task_is_published_once() {
+    let mut story = Story::new(r#"[{"task": "a"}]"#);
+    story.limited = vec!["a"];
+    assert_eq!(story.submit(), ["Enqueued"]);
+    let earlier = Command::TakeTurn { grant: Some(at(1)) };
+    let published = story.state.clone();
+    story.take_turn(7);
+    let task = Uuid::from_u128(7).to_string();
+    assert_eq!(story.task(), task);
+    // As after a crash between publication and commit.
+    story.state = published;
+    let course = story.state.job_mut().unwrap().course.as_mut().unwrap();
+    course.turn.as_mut().unwrap().grant = Some(Grant {
+        at: at(2),
+        task_id: Uuid::from_u128(7),
+    });
+    let others = ["somebody else hands it over"];
+    assert_eq!(story.tell(&earlier), others);
+    assert_eq!(story.tell(&Command::TakeTurn { grant: None }), others);
+    let start = Command::Start {
+        task_id: task.clone(),
+        message_id: Some("one".to_owned()),
+        redelivered: false,
+    };
+    assert_eq!(story.tell(&start), ["Running"]);
+    assert_eq!(story.task(), task);
+    let late = Command::TakeTurn { grant: Some(at(2)) };
+    assert_eq!(story.tell(&late), ["no step's turn has come"]);
 }
 
 /// Killed before its client is told, and what was refused comes again.

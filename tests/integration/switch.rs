@@ -44,7 +44,7 @@ fn back(deployment: &Deployment) -> Vec<String> {
     let before = found.len();
     found.retain(|one| {
         let unread = one.starts_with("note Switch back: the Python service does not read ");
-        !(unread && one.ends_with(" OUTCOME_DELAY_MS"))
+        !(unread && one.ends_with(" OUTCOME_DELAY_MS, WORKERS_PERIOD_SEC"))
     });
     assert_eq!(found.len(), before - 1, "{found:#?}");
     found

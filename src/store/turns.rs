@@ -536,7 +536,8 @@ impl Connection {
                  SELECT job_id FROM job_step JOIN job USING (job_id)
                  WHERE task = $1 AND job_step.submitted_at IS NOT NULL AND finished_at IS NULL
              ) AS direct
-             WHERE NOT EXISTS (SELECT FROM job_turn WHERE job_turn.job_id = direct.job_id)
+             -- Looked up one by one, for there are few of these and may be many of those.
+             WHERE (SELECT true FROM job_turn WHERE job_turn.job_id = direct.job_id) IS NULL
              LIMIT 1000",
             &[&queue, &plain],
         )?;

@@ -14,6 +14,9 @@ const JOBS: usize = 30;
 /// More than a message may be delivered.
 const RESTARTS: usize = 25;
 
+/// Several addresses, as a cluster has.
+const CLUSTER: (&str, &str) = ("SDK_RABBITMQ_HOSTNAME", "127.0.0.1,localhost");
+
 #[derive(Debug, Clone, Copy)]
 enum End {
     Kill,
@@ -51,7 +54,7 @@ fn launch_that_waits(deployment: &Deployment) -> Service {
     // Those of earlier ones may not have noticed yet that they are alone.
     let now = sql.query_one("SELECT now()::text", &[]).unwrap();
     let now: String = now.get(0);
-    let service = deployment.launch(&[]);
+    let service = deployment.launch(&[CLUSTER]);
     let waiting = "SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid)
                    WHERE NOT granted AND datname = current_database() AND backend_start > $1::text::timestamptz";
     eventually("it waits for the lock", || {
@@ -67,7 +70,7 @@ fn restarts_while_postgres_is_locked_cost_no_delivery(#[case] end: End) {
     let deployment = Deployment::new();
     replicate(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    assert!(deployment.start().stop().success());
+    assert!(deployment.start_with(&[CLUSTER]).stop().success());
     let client = Client::new(&deployment);
     let mut sql = deployment.sql();
     let mut lock = sql.transaction().unwrap();
@@ -78,7 +81,7 @@ fn restarts_while_postgres_is_locked_cost_no_delivery(#[case] end: End) {
         (client.peer.queue_length("job_submissions") as usize == JOBS).then_some(())
     });
     for _ in 0..RESTARTS {
-        let service = deployment.launch(&[]);
+        let service = deployment.launch(&[CLUSTER]);
         eventually(
             "it waits for the lock, without any message or with some",
             || {
@@ -89,7 +92,7 @@ fn restarts_while_postgres_is_locked_cost_no_delivery(#[case] end: End) {
         end.of(service);
     }
     lock.rollback().unwrap();
-    let _service = deployment.start();
+    let _service = deployment.start_with(&[CLUSTER]);
     let tasks: HashSet<Uuid> = (0..JOBS).map(|_| worker.take().job).collect();
     assert_eq!(tasks, jobs);
     assert_eq!(client.peer.queue_length(DEAD_LETTERS_QUEUE), 0);
@@ -103,7 +106,7 @@ fn restarts_on_one_message_use_up_no_delivery_of_the_others(#[case] end: End) {
     let deployment = Deployment::new();
     replicate(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
-    assert!(deployment.start().stop().success());
+    assert!(deployment.start_with(&[CLUSTER]).stop().success());
     let client = Client::new(&deployment);
     let mut sql = deployment.sql();
     let mut lock = sql.transaction().unwrap();
@@ -134,7 +137,7 @@ fn restarts_on_one_message_use_up_no_delivery_of_the_others(#[case] end: End) {
     }
     assert_eq!(client.peer.queue_length("job_submissions") as usize, JOBS);
     lock.rollback().unwrap();
-    let _service = deployment.start();
+    let _service = deployment.start_with(&[CLUSTER]);
     let tasks: HashSet<Uuid> = (0..JOBS).map(|_| worker.take().job).collect();
     assert_eq!(tasks, jobs);
     assert_eq!(client.peer.queue_length(DEAD_LETTERS_QUEUE), 1);

@@ -271,6 +271,7 @@ fn metrics_are_prometheus_own_and_tell_what_happened() {
     let service = deployment.start_with(&[
         ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
         ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("WORKERS_PERIOD_SEC", "5"),
     ]);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "workflow_1");
@@ -297,6 +298,7 @@ fn metrics_are_prometheus_own_and_tell_what_happened() {
         let complete = expected
             .iter()
             .all(|line| text.lines().any(|one| one == *line));
+        let complete = complete && text.contains("omotes_orchestrator_lost_tasks");
         (status == 200 && complete).then_some(text)
     });
     assert_eq!(promtool(&["check", "metrics"], &text), "");

@@ -113,6 +113,18 @@ impl Scene {
         assert_eq!(self.client.outcome(task.job).0, ResultType::Succeeded);
     }
 
+    /// The task that runs has no copy, and the next one has its turn after it.
+    fn both_go_through(&self, running: &Task, next: Uuid) {
+        assert_eq!(self.client.status(running.job), JobStatus::Enqueued);
+        assert_eq!(self.client.status(running.job), JobStatus::Running);
+        assert_eq!(self.worker.waiting(), 0);
+        self.ends(running);
+        let task = self.runs();
+        assert_eq!(task.job, next);
+        self.ends(&task);
+        self.nothing_is_left();
+    }
+
     fn nothing_is_left(&self) {
         self.deployment.no_jobs_left();
         self.deployment.comes_to(0, LEFT);
@@ -307,14 +319,7 @@ fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
     let task = scene.worker.take();
     assert_eq!(task.job, jobs[0]);
     scene.worker.start(&task);
-    assert_eq!(scene.client.status(task.job), JobStatus::Enqueued);
-    assert_eq!(scene.client.status(task.job), JobStatus::Running);
-    assert_eq!(scene.worker.waiting(), 0);
-    scene.ends(&task);
-    let task = scene.runs();
-    assert_eq!(task.job, jobs[1]);
-    scene.ends(&task);
-    scene.nothing_is_left();
+    scene.both_go_through(&task, jobs[1]);
 }
 
 #[rstest]
@@ -338,14 +343,7 @@ fn a_turn_survives_the_loss_of_postgres(
     scene.deployment.start_server(Server::Postgres);
     let task = early.unwrap_or_else(|| scene.runs());
     assert_eq!(task.job, jobs[0]);
-    assert_eq!(scene.client.status(task.job), JobStatus::Enqueued);
-    assert_eq!(scene.client.status(task.job), JobStatus::Running);
-    assert_eq!(scene.worker.waiting(), 0);
-    scene.ends(&task);
-    let task = scene.runs();
-    assert_eq!(task.job, jobs[1]);
-    scene.ends(&task);
-    scene.nothing_is_left();
+    scene.both_go_through(&task, jobs[1]);
 }
 
 #[test]

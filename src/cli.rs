@@ -188,7 +188,12 @@ pub(crate) fn overview(
     names.sort_unstable();
     names.dedup();
     let queues = watch.and_then(|watch| watch.look(config, &names).ok());
+    let workers = match config.workers_period {
+        Some(_) => Some(connection.workers()?),
+        None => None,
+    };
     Ok(Overview {
+        workers,
         has_rows: true,
         rows,
         defined,

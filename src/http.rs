@@ -278,17 +278,17 @@ fn with_database(
         Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
         Route::Jobs(filter) => {
             let mut page = connection.jobs(filter)?;
-            overview.estimate(&mut page.jobs, now);
+            overview.explain(&mut page.jobs, now);
             json_response(200, &json!(page))
         }
         Route::Page(filter) => {
             let mut page = connection.jobs(filter)?;
-            overview.estimate(&mut page.jobs, now);
+            overview.explain(&mut page.jobs, now);
             html(200, frame, page::overview(frame, &overview, filter, &page))
         }
         Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
             Some(mut story) => {
-                overview.estimate(std::slice::from_mut(&mut story.job), now);
+                overview.explain(std::slice::from_mut(&mut story.job), now);
                 match route {
                     Route::JobPage(_) => html(200, frame, page::job(frame, &story)),
                     _ => json_response(200, &json!(story)),

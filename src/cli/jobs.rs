@@ -12,7 +12,7 @@ use crossbeam_channel::{after, select, unbounded};
 use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{
-    AttemptView, Filter, JobState, JobView, MAX_LIMIT, Page, Tone, spoken,
+    AttemptView, Filter, JobState, JobView, MAX_LIMIT, Overview, Page, Tone, Why, spoken,
 };
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::Connection;
@@ -168,9 +168,11 @@ fn jobs(
     filter: &Filter,
 ) -> anyhow::Result<Page> {
     let mut page = connection.jobs(filter)?;
-    if !filter.finished {
-        overview(config, connection, watch)?.estimate(&mut page.jobs, Timestamp::now());
-    }
+    let overview = match filter.finished {
+        true => Overview::default(),
+        false => overview(config, connection, watch)?,
+    };
+    overview.explain(&mut page.jobs, Timestamp::now());
     Ok(page)
 }
 
@@ -199,6 +201,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
         "for",
         "progress",
         "estimate",
+        "why",
     ]);
     for job in jobs {
         let progress = job.progress.as_ref().map_or_else(String::new, |progress| {
@@ -224,6 +227,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
             ),
             Cell::new(progress),
             Cell::new(job.expectation().unwrap_or_default()),
+            Cell::new(sentence(job)),
         ]);
     }
     table
@@ -238,6 +242,7 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
         "finished",
         "waited",
         "ran",
+        "why",
     ]);
     let time = |time: Option<SignedDuration>| time.map_or_else(String::new, spoken);
     for job in jobs {
@@ -252,9 +257,14 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
             Cell::new(finished),
             Cell::new(time(job.waited(now))),
             Cell::new(time(job.ran(now))),
+            Cell::new(sentence(job)),
         ]);
     }
     table
+}
+
+fn sentence(job: &JobView) -> &str {
+    job.why.as_ref().map_or("", |why| &why.sentence)
 }
 
 fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
@@ -265,12 +275,18 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
     let watch = Watch::open(config).ok();
     let now = Timestamp::now();
     let overview = overview(config, &mut connection, watch.as_ref())?;
-    overview.estimate(std::slice::from_mut(&mut story.job), now);
+    overview.explain(std::slice::from_mut(&mut story.job), now);
     if json {
         print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut text = format!("{:<19}{id}\n", "job");
+    if let Some(Why { sentence, evidence }) = &story.job.why {
+        let _ = writeln!(text, "{:<19}{sentence}", "why");
+        for fact in evidence {
+            let _ = writeln!(text, "{:<19}- {fact}", "");
+        }
+    }
     for (name, value) in facts(&story.job, now) {
         if let Some(value) = value.filter(|value| !value.is_empty()) {
             let _ = writeln!(text, "{name:<19}{value}");

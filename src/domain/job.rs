@@ -23,6 +23,8 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::domain::text;
+
 mod command;
 mod course;
 mod decide;
@@ -55,6 +57,7 @@ pub const LOST_LOGS: &str = "was lost when RabbitMQ was interrupted. Submit it a
 
 /// What the database knows of a job.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a batch has 200 of them at most")]
 pub enum State {
     /// Neither a row nor a history: never seen, or its history has expired.
     Unknown,
@@ -164,6 +167,9 @@ pub struct Ended {
     pub start_ids: Vec<String>,
     /// Size of the output ESDL and the logs together.
     pub result_bytes: i64,
+    /// The line of what its client is told that says most of why it failed. None of a success or a
+    /// cancel, and in rows of earlier versions.
+    pub why: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -325,6 +331,7 @@ impl Job {
             starts: self.all_starts(),
             start_ids: self.start_ids(),
             result_bytes: to_i64(result_bytes),
+            why: None,
         }
     }
 }
@@ -368,6 +375,15 @@ impl State {
 fn kept(text: &str, characters: usize) -> String {
     let storable = text.chars().filter(|character| *character != '\0');
     storable.take(characters).collect()
+}
+
+/// Characters that are kept of why a job failed.
+const MAX_WHY: usize = 300;
+
+/// What is kept of logs to say why a job failed.
+fn kept_why(logs: &str) -> Option<String> {
+    let line = kept(text::telling_line(logs), MAX_WHY);
+    (!line.is_empty()).then_some(line)
 }
 
 fn kept_reference(reference: Option<&str>) -> String {

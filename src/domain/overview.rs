@@ -14,11 +14,13 @@ use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
 
-pub use self::steps::{AttemptView, StepView, shares};
-pub use self::turns::{QueueView, TOLD, TurnView};
+pub use self::steps::{AttemptView, StepEnd, StepView, shares};
+pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
+pub use self::why::Why;
 
 mod steps;
 mod turns;
+mod why;
 
 /// Which jobs to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -229,6 +231,24 @@ pub struct JobView {
     /// While its task waits for its turn.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub turn: Option<TurnView>,
+    /// When its task was granted its turn, where tasks have to wait for that.
+    #[serde(skip)]
+    pub granted_at: Option<Timestamp>,
+    #[serde(skip)]
+    pub ends: End,
+    /// Why it waits, why it takes so long, or why it ended as it did.
+    pub why: Option<Why>,
+}
+
+/// What is known of how a job ended, or an attempt of it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct End {
+    /// Whether its client knows; false as long as it has not ended.
+    pub is_told: bool,
+    /// The line of what its client is told that says most.
+    pub why: Option<String>,
+    /// The attempt that ended last, if its workflow has more than one plain step.
+    pub step: Option<StepEnd>,
 }
 
 fn priority<S: serde::Serializer>(
@@ -479,7 +499,7 @@ impl Overview {
     }
 
     /// Adds its estimate to each of these jobs.
-    pub fn estimate(&self, jobs: &mut [JobView], now: Timestamp) {
+    fn estimate(&self, jobs: &mut [JobView], now: Timestamp) {
         for job in &mut *jobs {
             if let Some(turn) = job.turn.as_ref().filter(|turn| !turn.on_hold) {
                 let before = self.turns.iter().find(|queue| queue.name == turn.queue);
@@ -566,133 +586,4 @@ fn two(large: i64, large_unit: &str, small: i64, small_unit: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    #[rstest]
-    #[case(-3, "0 s")]
-    #[case(59, "59 s")]
-    #[case(60, "1 min")]
-    #[case(200, "3 min 20 s")]
-    #[case(600, "10 min")]
-    #[case(7259, "2 h")]
-    #[case(7500, "2 h 5 min")]
-    #[case(90_000, "1 d 1 h")]
-    fn times_are_spoken(#[case] seconds: i64, #[case] expected: &str) {
-        assert_eq!(spoken(SignedDuration::from_secs(seconds)), expected);
-    }
-
-    #[rstest]
-    #[case::nothing("", Filter::default())]
-    #[case::empty_fields("text=&state=&workflow=", Filter::default())]
-    #[case::all(
-        "text=a+b%25&state=running&workflow=simulator&limit=7&offset=14",
-        Filter {
-            text: Some("a b%".to_owned()),
-            state: Some(JobState::Live(JobStatus::Running)),
-            workflow: Some("simulator".to_owned()),
-            limit: 7,
-            offset: 14,
-            ..Filter::default()
-        }
-    )]
-    #[case::an_outcome_is_of_finished_jobs(
-        "state=SUCCEEDED",
-        Filter {
-            finished: true,
-            state: Some(JobState::Ended(Outcome::Succeeded)),
-            ..Filter::default()
-        }
-    )]
-    fn a_query_is_a_filter_and_back(#[case] query: &str, #[case] expected: Filter) {
-        let filter = Filter::parse(query).unwrap();
-        assert_eq!(filter, expected);
-        assert_eq!(
-            Filter::parse(&filter.query(filter.offset)).unwrap(),
-            expected
-        );
-    }
-
-    #[rstest]
-    #[case("state=done", "state=done: expected one of REGISTERED")]
-    #[case("limit=0", "limit=0: expected a number from 1 to 1000")]
-    #[case("offset=-1", "offset=-1: expected a whole number")]
-    #[case("finished=yes", "finished=yes: expected true or false")]
-    #[case("order=up", "order is not known here")]
-    fn a_faulty_query_is_told(#[case] query: &str, #[case] error: &str) {
-        let found = Filter::parse(query).unwrap_err();
-        assert!(found.starts_with(error), "{found}");
-    }
-
-    fn waiting(position: i64) -> JobView {
-        JobView {
-            id: Uuid::nil(),
-            reference: String::new(),
-            workflow: Some("simulator".to_owned()),
-            state: JobState::Live(JobStatus::Submitted),
-            priority: None,
-            task_id: None,
-            registered_at: None,
-            submitted_at: None,
-            running_at: None,
-            finished_at: None,
-            timeout_ms: None,
-            starts: 0,
-            progress: None,
-            result_bytes: None,
-            position: Some(position),
-            estimate: None,
-            step: None,
-            turn: None,
-        }
-    }
-
-    #[test]
-    fn jobs_are_estimated_by_their_place_and_what_runs() {
-        let at = |second| Timestamp::from_second(second).unwrap();
-        let run = Duration::from_secs(100);
-        let rows = WorkflowRows {
-            elapsed: vec![Duration::from_secs(40)],
-            runs: Runs::new(vec![run; 5]),
-            ..WorkflowRows::default()
-        };
-        let mut overview = Overview {
-            rows: BTreeMap::from([("simulator".to_owned(), rows)]),
-            ..Overview::default()
-        };
-        let running = JobView {
-            state: JobState::Live(JobStatus::Running),
-            running_at: Some(at(0)),
-            position: None,
-            ..waiting(0)
-        };
-        let mut jobs = [running, waiting(1), waiting(3)];
-        let span = |seconds| {
-            let time = Duration::from_secs(seconds);
-            Some(Span {
-                median: time,
-                p90: time,
-            })
-        };
-        // Nobody knows of workers.
-        overview.estimate(&mut jobs, at(40));
-        assert_eq!(jobs[0].estimate.unwrap().run, span(60));
-        assert_eq!(jobs[1].estimate.unwrap().wait, None);
-        overview.queues = Some(Queues {
-            at: at(0),
-            queues: vec![Queue {
-                vhost: Vhost::Celery,
-                name: "simulator".to_owned(),
-                depth: Some(Depth {
-                    messages: 3,
-                    consumers: 1,
-                }),
-            }],
-            without_worker: BTreeMap::new(),
-        });
-        overview.estimate(&mut jobs, at(40));
-        let waits: Vec<_> = jobs.iter().map(|job| job.estimate.unwrap().wait).collect();
-        assert_eq!(waits, [None, span(60), span(260)]);
-    }
-}
+mod tests;

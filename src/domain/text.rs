@@ -1,4 +1,5 @@
-//! Foreign texts, of which only the beginning is kept or repeated.
+//! Foreign texts: of which only the beginning is kept or repeated, and which must not pass for anything else where they
+//! are shown.
 
 use std::borrow::Cow;
 
@@ -18,6 +19,81 @@ pub fn excerpt(text: &str, characters: usize) -> Cow<'_, str> {
     }
 }
 
+/// How much of a foreign text a line repeats, in characters.
+const MAX_TEXT: usize = 300;
+
+/// A foreign text for a log line: shortened, and without anything that could pass for another line
+/// or another text.
+pub fn one_line(text: &str) -> String {
+    harmless(short(text))
+}
+
+/// A foreign text of any length, with its line breaks, and otherwise as [`one_line`].
+pub fn readable(text: &str) -> String {
+    text.split('\n')
+        .map(|line| harmless(line.strip_suffix('\r').unwrap_or(line)))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// A text with escapes for everything that is invisible or changes how its neighbours are
+/// displayed.
+pub fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if is_harmless(character) {
+            shown.push(character);
+        } else {
+            shown.extend(character.escape_default());
+        }
+    }
+    shown
+}
+
+fn is_harmless(character: char) -> bool {
+    match character {
+        ' '..='~' => true,
+        // Invisible letters and marks; Unicode calls them default-ignorable.
+        '\u{34f}'
+        | '\u{115f}'
+        | '\u{1160}'
+        | '\u{17b4}'
+        | '\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{2028}'
+        | '\u{2029}'
+        | '\u{2800}'
+        | '\u{3164}'
+        | '\u{fe00}'..='\u{fe0f}'
+        | '\u{ffa0}'
+        | '\u{e0000}'..='\u{e0fff}' => false,
+        // The standard library escapes controls, format characters (directions among them) and
+        // unassigned ones; tested as the second character, since it also escapes a leading mark.
+        // Spaces of other widths are harmless.
+        other => {
+            other.is_whitespace() && !other.is_control()
+                || !format!("a{other}").escape_debug().any(|one| one == '\\')
+        }
+    }
+}
+
+/// As much of a text as a line repeats.
+pub fn short(text: &str) -> &str {
+    beginning(text, MAX_TEXT)
+}
+
+/// The line of a task's logs that says most of why it failed: the first one, or of a stack trace of
+/// Python's the last, which names the exception. Empty if there is none.
+pub fn telling_line(logs: &str) -> &str {
+    let mut lines = logs.lines().map(str::trim).filter(|line| !line.is_empty());
+    let is_trace = logs.contains("Traceback (most recent call last):");
+    let line = match is_trace {
+        true => lines.next_back(),
+        false => lines.next(),
+    };
+    line.unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,5 +111,50 @@ mod tests {
     ) {
         assert_eq!(beginning(text, 3), first);
         assert_eq!(excerpt(text, 3), shown);
+    }
+
+    #[test]
+    fn a_text_cannot_pass_for_another_line() {
+        assert_eq!(
+            one_line("it's \"fine\" é\\ 日本語"),
+            "it's \"fine\" é\\ 日本語"
+        );
+        // As macOS writes them, with a mark of its own.
+        assert_eq!(one_line("e\u{301}"), "e\u{301}");
+        assert_eq!(one_line("10\u{a0}000"), "10\u{a0}000");
+        assert_eq!(
+            one_line("a\nb\u{1b}[0m\u{2028}"),
+            "a\\nb\\u{1b}[0m\\u{2028}"
+        );
+        assert_eq!(one_line(&"x".repeat(1000)).len(), MAX_TEXT);
+        assert_eq!(readable("a\r\nb\rc\t\u{1b}"), "a\nb\\rc\\t\\u{1b}");
+    }
+
+    /// Directions, joiners, spaces of no width, tags, fillers, selectors, and a byte order mark.
+    #[rstest]
+    fn a_text_cannot_pass_for_another(
+        #[values(
+            "202a", "202b", "202c", "202d", "202e", "2066", "2067", "2068", "2069", "200e", "200f",
+            "61c", "200b", "200c", "200d", "2060", "2061", "feff", "ad", "180e", "e0001", "e0041",
+            "3164", "115f", "ffa0", "34f", "fe0f", "e0100", "fff9", "85", "0", "7f", "2800"
+        )]
+        code: &str,
+    ) {
+        let character = char::from_u32(u32::from_str_radix(code, 16).unwrap()).unwrap();
+        let shown = format!("a\\u{{{code}}}b");
+        assert_eq!(one_line(&format!("a{character}b")), shown);
+        assert_eq!(readable(&format!("a{character}b")), shown);
+    }
+
+    #[rstest]
+    #[case::nothing("", "")]
+    #[case::blank(" \n\t\n", "")]
+    #[case::first_of_several("\n  no solution \r\nat all", "no solution")]
+    #[case::trace(
+        "went on\nTraceback (most recent call last):\n  File \"a\"\nValueError: no\n\n",
+        "ValueError: no"
+    )]
+    fn one_line_says_most(#[case] logs: &str, #[case] line: &str) {
+        assert_eq!(telling_line(logs), line);
     }
 }

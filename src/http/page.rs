@@ -140,6 +140,10 @@ pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
         html! {
             nav { a href="/" { "← all jobs" } }
             h2 { "Job " code { (job.id) } }
+            @if let Some(why) = &job.why {
+                p.why { b { (why.sentence) } }
+                @if !why.evidence.is_empty() { ul.why.dim { @for fact in &why.evidence { li { (fact) } } } }
+            }
             div.card { dl {
                 dt { "Reference" } dd { (or_dash(&job.reference)) }
                 dt { "Workflow" } dd { (job.workflow.as_deref().map_or(or_dash(""), or_dash)) }
@@ -350,7 +354,7 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
             } }
             tbody {
                 @for job in jobs { tr id={ "job-" (job.id) } {
-                    td data-label="Job" { (name(job)) }
+                    td data-label="Job" { span { (name(job)) (why(job)) } }
                     td data-label="Workflow" { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
                     td.nowrap data-label="State" {
                         span { (live_state(job))
@@ -386,7 +390,7 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Markup {
             } }
             tbody {
                 @for job in jobs { tr id={ "job-" (job.id) } {
-                    td data-label="Job" { (name(job)) }
+                    td data-label="Job" { span { (name(job)) (why(job)) } }
                     td data-label="Workflow" { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
                     td data-label="Outcome" { (state(job.state)) }
                     td.nowrap data-label="Finished" { @if let Some(at) = job.finished_at { span { (ago(at, now)) " ago" } } }
@@ -439,6 +443,11 @@ fn name(job: &JobView) -> Markup {
     let id = job.id.to_string();
     html! { a href={ "/jobs/" (id) } title=(id) {
     @if job.reference.is_empty() { code { (id[..8]) } } @else { (harmless(&job.reference)) } } }
+}
+
+/// Why it is as it is, below its name.
+fn why(job: &JobView) -> Markup {
+    html! { @if let Some(why) = &job.why { div.why.dim { (why.sentence) } } }
 }
 
 fn state(state: JobState) -> Markup {

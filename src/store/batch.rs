@@ -200,7 +200,7 @@ impl Transaction<'_> {
                     ended.registered_at AS ended_registered_at,
                     ended.submitted_at AS ended_submitted_at,
                     ended.running_at AS ended_running_at, ended.finished_at, ended.starts,
-                    ended.start_ids, ended.result_bytes,
+                    ended.start_ids, ended.result_bytes, ended.why,
                     job_input.job_id IS NOT NULL AS has_course
              FROM unnest($1::uuid[]) AS wanted (job_id)
              LEFT JOIN job USING (job_id)
@@ -370,18 +370,18 @@ impl Transaction<'_> {
         self.execute(
             "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
                                       registered_at, submitted_at, running_at, finished_at,
-                                      starts, outcome, result_bytes, start_ids)
+                                      starts, outcome, result_bytes, start_ids, why)
              SELECT * FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[],
                                   $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
                                   $8::timestamptz[], $9::integer[], $10::varchar[], $11::bigint[],
-                                  $12::varchar[])
+                                  $12::varchar[], $13::varchar[])
              ON CONFLICT (job_id) DO UPDATE
              SET job_reference = excluded.job_reference, workflow_type = excluded.workflow_type,
                  celery_id = excluded.celery_id, registered_at = excluded.registered_at,
                  submitted_at = excluded.submitted_at, running_at = excluded.running_at,
                  finished_at = excluded.finished_at, starts = excluded.starts,
                  outcome = excluded.outcome, result_bytes = excluded.result_bytes,
-                 start_ids = excluded.start_ids",
+                 start_ids = excluded.start_ids, why = excluded.why",
             &[
                 &columns.ids,
                 &columns.references,
@@ -395,6 +395,7 @@ impl Transaction<'_> {
                 &columns.outcomes,
                 &columns.sizes,
                 &columns.start_ids,
+                &columns.whys,
             ],
         )?;
         Ok(())
@@ -585,6 +586,7 @@ struct HistoryColumns<'a> {
     starts: Vec<i32>,
     start_ids: Vec<Option<String>>,
     sizes: Vec<i64>,
+    whys: Vec<Option<&'a str>>,
 }
 
 impl<'a> HistoryColumns<'a> {
@@ -603,8 +605,10 @@ impl<'a> HistoryColumns<'a> {
                 starts: counted,
                 start_ids,
                 result_bytes,
+                why,
             } = job;
             columns.ids.push(*id);
+            columns.whys.push(why.as_deref());
             columns.outcomes.push(outcome.name());
             columns.workflows.push(workflow_type.as_deref());
             columns.references.push(reference.as_deref());

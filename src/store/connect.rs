@@ -344,6 +344,7 @@ fn preamble(statement_timeout: &str) -> String {
          SET LOCAL lock_timeout = '30s';
          SET LOCAL statement_timeout = '{statement_timeout}';
          SET LOCAL idle_in_transaction_session_timeout = '1min';
+         SET LOCAL jit = off;
          {}",
         neutralised("true")
     )
@@ -522,11 +523,12 @@ fn client_config(
     // A pooler takes no options, and has a transaction begin with them; see `preamble`.
     if !config.is_pooled {
         // After waiting for a lock on a job, what its previous holder committed must be visible.
-        // The last setting releases the jobs that a hanging replica has locked.
+        // The last but one releases the jobs that a hanging replica has locked. To compile a
+        // statement takes longer than any of ours does.
         client.options(&format!(
             "-c default_transaction_isolation=read\\ committed \
              -c lock_timeout=30s -c statement_timeout={statement_timeout} \
-             -c idle_in_transaction_session_timeout=1min",
+             -c idle_in_transaction_session_timeout=1min -c jit=off",
         ));
     }
     if let Some(username) = &config.username {

@@ -97,6 +97,7 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
         starts: row.try_get("starts")?,
         start_ids: starts::ids_from_text(row.try_get("start_ids")?),
         result_bytes: row.try_get("result_bytes")?,
+        why: row.try_get("why")?,
     }))
 }
 

@@ -15,7 +15,8 @@ use super::turns::{self, TurnChanges};
 use super::{Connection, StoreError, Transaction};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{Attempt, Course, Input, Job, Outcome, Position, Report};
-use crate::domain::overview::{AttemptView, StepView, shares};
+use crate::domain::overview::{AttemptView, StepEnd, StepView, shares};
+use crate::domain::text::telling_line;
 use crate::domain::workflow::Steps;
 use crate::proto::EsdlMessage;
 
@@ -383,13 +384,35 @@ pub(super) fn view(row: &Row) -> anyhow::Result<Option<StepView>> {
         // It has one only because its task had to wait for its turn.
         return Ok(None);
     }
+    let attempt: i16 = row.try_get("step_attempt")?;
     Ok(Some(StepView {
         number: usize::try_from(number)?,
+        attempt: usize::try_from(attempt)?,
+        due_at: row.try_get("step_due_at")?,
+        timeout_ms: row.try_get("step_timeout_ms")?,
         title: row.try_get("step_title")?,
         task: row.try_get("step_task")?,
         submitted_at: row.try_get("step_submitted_at")?,
         started_at: row.try_get("step_started_at")?,
         shares: shares(&steps),
+    }))
+}
+
+/// The attempt of a job that ended last, in a row of jobs.
+pub(super) fn last_end(row: &Row) -> anyhow::Result<Option<StepEnd>> {
+    let Some(number) = row.try_get::<_, Option<i16>>("ended_number")? else {
+        return Ok(None);
+    };
+    let logs: Option<&str> = row.try_get("ended_logs")?;
+    let outcome = row.try_get("ended_outcome")?;
+    Ok(Some(StepEnd {
+        number: usize::try_from(number)?,
+        title: row.try_get("ended_title")?,
+        outcome: named(Outcome::ALL, Outcome::name, outcome)?,
+        why: logs
+            .map(telling_line)
+            .filter(|line| !line.is_empty())
+            .map(str::to_owned),
     }))
 }
 

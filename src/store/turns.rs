@@ -1,5 +1,6 @@
 //! Tasks that wait for their turn, and what operators allow at task queues.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -10,7 +11,7 @@ use uuid::Uuid;
 use super::rows::named;
 use super::{Connection, StoreError, Transaction};
 use crate::domain::job::{Grant, Job, Priority, Turn};
-use crate::domain::overview::{QueueView, TOLD, TurnView};
+use crate::domain::overview::{QueueView, SEATS, TOLD, TurnView};
 use crate::domain::turns::{self, HandedOver, Held, Limits, QueueLimit, Waiting};
 
 /// Tells all replicas that something has changed that they decide turns by.
@@ -123,7 +124,7 @@ impl Transaction<'_> {
             "SELECT job_id FROM job_turn
              WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold AND released
                AND (SELECT true FROM job_history AS ended
-                    WHERE ended.job_id = job_turn.job_id) IS NULL
+                    WHERE ended.job_id = job_turn.job_id) IS NOT TRUE
              ORDER BY held_at, job_id LIMIT $2",
             &[&queue, &most],
         )?;
@@ -177,6 +178,8 @@ impl Transaction<'_> {
     pub fn waiting(&mut self, queue: &str, most: usize) -> Result<Waiting, StoreError> {
         let most = i64::try_from(most).unwrap_or(i64::MAX);
         let rows = self.query(
+            // Postgres takes `IS NOT TRUE` for every second row and reads on in the index's order; of
+            // `IS NULL` it believes that it is rare, and sorts them all.
             "WITH RECURSIVE owners AS (
                  (SELECT owner FROM job_turn
                   WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
@@ -200,7 +203,7 @@ impl Transaction<'_> {
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
                        AND owner = looked_at.owner AND priority = levels.priority
                        AND (SELECT true FROM job_history AS ended
-                            WHERE ended.job_id = job_turn.job_id) IS NULL
+                            WHERE ended.job_id = job_turn.job_id) IS NOT TRUE
                      ORDER BY held_at, job_id LIMIT $2
                  ) AS line
                  UNION
@@ -209,7 +212,7 @@ impl Transaction<'_> {
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
                        AND priority = levels.priority
                        AND (SELECT true FROM job_history AS ended
-                            WHERE ended.job_id = job_turn.job_id) IS NULL
+                            WHERE ended.job_id = job_turn.job_id) IS NOT TRUE
                      ORDER BY held_at, job_id LIMIT $2
                  ) AS oldest
                  UNION
@@ -218,7 +221,7 @@ impl Transaction<'_> {
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
                        AND moved_at IS NOT NULL
                        AND (SELECT true FROM job_history AS ended
-                            WHERE ended.job_id = job_turn.job_id) IS NULL
+                            WHERE ended.job_id = job_turn.job_id) IS NOT TRUE
                      ORDER BY moved_at DESC LIMIT $2
                  ) AS moved
              ) AS held",
@@ -502,7 +505,7 @@ impl Connection {
                     WHERE step.job_id = turn.job_id AND finished_at IS NULL)
                AND (SELECT true FROM job WHERE job.job_id = turn.job_id)
                AND (SELECT true FROM job_history AS ended
-                    WHERE ended.job_id = turn.job_id) IS NULL
+                    WHERE ended.job_id = turn.job_id) IS NOT TRUE
              ORDER BY granted_at LIMIT $2",
             &[&time.as_secs_f64(), &limit],
         )?;
@@ -585,7 +588,7 @@ impl Connection {
     ) -> Result<Vec<QueueView>, StoreError> {
         let rows = self.client.query(
             "WITH granted AS (
-                 SELECT queue, (
+                 SELECT queue, job_id, granted_at, (
                      SELECT coalesce(
                          (SELECT started_at IS NOT NULL FROM job_step AS step
                           WHERE step.job_id = turn.job_id AND finished_at IS NULL),
@@ -595,22 +598,27 @@ impl Connection {
                  FROM job_turn AS turn
                  WHERE granted_at IS NOT NULL
                    AND (SELECT true FROM job_history AS ended
-                        WHERE ended.job_id = turn.job_id) IS NULL
+                        WHERE ended.job_id = turn.job_id) IS NOT TRUE
              ), held AS (
                  SELECT queue, count(*) FILTER (WHERE NOT on_hold) AS held,
                         count(*) FILTER (WHERE on_hold) AS on_hold
                  FROM job_turn WHERE granted_at IS NULL GROUP BY queue
              ), handed_over AS (
                  SELECT queue, count(*) FILTER (WHERE NOT started) AS waiting,
-                        count(*) FILTER (WHERE started) AS running
+                        count(*) FILTER (WHERE started) AS running,
+                        (array_agg(job_id ORDER BY granted_at, job_id)
+                             FILTER (WHERE started IS NOT NULL))[1:$2] AS seats
                  FROM granted GROUP BY queue
              )
              SELECT queue, coalesce(held, 0) AS held, coalesce(on_hold, 0) AS on_hold,
-                    coalesce(waiting, 0) AS waiting, coalesce(running, 0) AS running
-             FROM unnest($1::varchar[]) AS limited (queue)
-                  FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)
+                    coalesce(waiting, 0) AS waiting, coalesce(running, 0) AS running,
+                    coalesce(seats, '{}') AS seats,
+                    coalesce((SELECT paused FROM queue_limit
+                              WHERE queue_limit.queue = shown.queue), false) AS is_operators
+             FROM (unnest($1::varchar[]) AS limited (queue)
+                   FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)) AS shown
              ORDER BY queue",
-            &[&limits.keys().collect::<Vec<_>>()],
+            &[&limits.keys().collect::<Vec<_>>(), &SEATS],
         )?;
         let mut queues = Vec::with_capacity(rows.len());
         for row in &rows {
@@ -621,6 +629,8 @@ impl Connection {
                 on_hold: row.try_get("on_hold")?,
                 waiting: row.try_get("waiting")?,
                 running: row.try_get("running")?,
+                seats: row.try_get("seats")?,
+                is_paused_by_operator: row.try_get("is_operators")?,
                 order: Vec::new(),
                 name,
             });
@@ -632,12 +642,18 @@ impl Connection {
     }
 
     /// The jobs that are next at a queue, if there were room for all of them.
-    fn order(&mut self, queue: &str, aging: Duration) -> Result<Vec<Uuid>, StoreError> {
+    fn order(&mut self, queue: &str, aging: Duration) -> Result<Vec<(Uuid, String)>, StoreError> {
         let mut transaction = self.transaction()?;
         let waiting = transaction.waiting(queue, TOLD)?;
         let handed_over = transaction.handed_over(queue)?;
         let now = Timestamp::now();
-        Ok(turns::next(waiting, &handed_over, TOLD, aging, now))
+        let owners = waiting.held.iter();
+        let mut owners: HashMap<_, _> = owners
+            .map(|held| (held.job_id, held.owner.clone()))
+            .collect();
+        let order = turns::next(waiting, &handed_over, TOLD, aging, now);
+        let with_owner = |id| (id, owners.remove(&id).unwrap_or_default());
+        Ok(order.into_iter().map(with_owner).collect())
     }
 
     /// Receives what [`Connection::heard`] returns; not through a pooler that gives each
@@ -707,12 +723,24 @@ pub(super) fn view(row: &Row) -> anyhow::Result<Option<TurnView>> {
     let Some(queue) = row.try_get("turn_queue")? else {
         return Ok(None);
     };
+    if granted_at(row)?.is_some() {
+        return Ok(None);
+    }
     Ok(Some(TurnView {
         queue,
         owner: row.try_get("turn_owner")?,
         since: row.try_get("held_at")?,
         on_hold: row.try_get("on_hold")?,
     }))
+}
+
+/// When it was granted its turn, if it is one of those that have to wait for that.
+pub(super) fn granted_at(row: &Row) -> anyhow::Result<Option<Timestamp>> {
+    let queue: Option<&str> = row.try_get("turn_queue")?;
+    Ok(match queue {
+        Some(_) => row.try_get("granted_at")?,
+        None => None,
+    })
 }
 
 /// Its turn, in a row of a job's course.

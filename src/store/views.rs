@@ -10,18 +10,23 @@ use super::rows::{named, progress, seconds};
 use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
-use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows};
+use crate::domain::overview::{
+    End, Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows,
+};
 
 /// Live jobs, and those whose clients may not have been told yet: first those that workers have
-/// started, then the others in the order in which workers take them.
+/// started, then the others in the order in which workers take them, and then those that are not
+/// handed to them, of which there may be many: of these only the page is read.
+///
+/// The `step` of a job is its current task, if it has a course.
 const LIVE: &str = "
-    WITH live AS (
-        SELECT job.job_id, workflow_type, left(job_reference, 300) AS job_reference,
-               status::text AS status, priority, job.celery_id, registered_at,
-               job.submitted_at, running_at, timeout_after_ms, progress, progress_message,
-               progress_at, step.number AS step_number, step.title AS step_title,
-               step.task AS step_task, step.submitted_at AS step_submitted_at,
-               step.started_at AS step_started_at,
+    WITH standing AS MATERIALIZED (
+        SELECT job.job_id, registered_at, status = 'RUNNING' AS runs,
+               ($1::text IS NULL OR status::text = $1)
+                   AND ($2::text IS NULL OR workflow_type = $2)
+                   AND ($3::text IS NULL OR job.job_id::text ILIKE $3 OR job_reference ILIKE $3
+                        OR progress_message ILIKE $3)
+                   AND ($6::uuid IS NULL OR job.job_id = $6) AS is_wanted,
                CASE WHEN queue.waits THEN
                    row_number() OVER (
                        PARTITION BY coalesce(step.task, workflow_type), queue.waits
@@ -29,33 +34,70 @@ const LIVE: &str = "
                                 coalesce(step.submitted_at, job.submitted_at), job.job_id)
                END AS position
         FROM job LEFT JOIN LATERAL (
-            SELECT number, title, task, job_step.submitted_at, started_at,
+            SELECT task, job_step.submitted_at,
                    job_step.submitted_at IS NOT NULL AND started_at IS NULL
                        AND finished_at IS NULL AS waits
             FROM job_step
             WHERE job_step.job_id = job.job_id ORDER BY number DESC, attempt DESC LIMIT 1
         ) AS step ON true,
         LATERAL (SELECT coalesce(step.waits, status = 'SUBMITTED') AS waits) AS queue
-    ), wanted AS (
-        SELECT * FROM live
-        WHERE ($1::text IS NULL OR status = $1)
+        WHERE status <> 'REGISTERED'
+    ), registered AS NOT MATERIALIZED (
+        SELECT job_id, registered_at FROM job
+        WHERE status = 'REGISTERED'
+          AND ($1::text IS NULL OR status::text = $1)
           AND ($2::text IS NULL OR workflow_type = $2)
           AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3
                OR progress_message ILIKE $3)
           AND ($6::uuid IS NULL OR job_id = $6)
+    ), begun AS (
+        SELECT job_id, registered_at, runs, position FROM standing WHERE is_wanted
+        ORDER BY runs DESC, position, registered_at, job_id LIMIT $4 OFFSET $5
+    ), counted AS (
+        SELECT count(*) AS total FROM standing WHERE is_wanted
     ), page AS (
-        SELECT *, row_number() OVER (
-                   ORDER BY status = 'RUNNING' DESC, position, registered_at, job_id) AS place
-        FROM wanted ORDER BY place LIMIT $4 OFFSET $5
+        SELECT * FROM begun
+        UNION ALL
+        (SELECT job_id, registered_at, NULL, NULL FROM registered
+         ORDER BY registered_at, job_id
+         LIMIT $4 - (SELECT count(*) FROM begun)
+         OFFSET greatest($5 - (SELECT total FROM counted), 0))
     )
-    SELECT page.*, (SELECT count(*) FROM wanted) AS total,
+    SELECT job.job_id, workflow_type, left(job_reference, 300) AS job_reference,
+           status::text AS status, job.priority, job.celery_id, job.registered_at,
+           job.submitted_at,
+           job.running_at, timeout_after_ms, progress, progress_message, progress_at,
+           step.number AS step_number, step.attempt AS step_attempt, step.title AS step_title,
+           step.task AS step_task, step.timeout_ms AS step_timeout_ms, step.due_at AS step_due_at,
+           step.submitted_at AS step_submitted_at, step.started_at AS step_started_at,
+           page.position,
+           (SELECT total FROM counted) + (SELECT count(*) FROM registered) AS total,
            (SELECT count(*) FROM job_starts WHERE job_starts.job_id = page.job_id) AS starts,
            (SELECT steps FROM job_input WHERE job_input.job_id = page.job_id) AS steps,
            turn.queue AS turn_queue, turn.owner AS turn_owner, turn.held_at, turn.on_hold,
-           ended.outcome, ended.finished_at, ended.result_bytes
-    FROM page LEFT JOIN job_history AS ended USING (job_id)
-              LEFT JOIN job_turn AS turn ON turn.job_id = page.job_id AND granted_at IS NULL
-    ORDER BY place";
+           turn.granted_at, ended.outcome, ended.finished_at, ended.result_bytes, ended.why,
+           true AS is_live, last_end.number AS ended_number, last_end.title AS ended_title,
+           last_end.outcome AS ended_outcome, last_end.logs AS ended_logs
+    -- Each looked up for itself: these are few, whatever Postgres believes.
+    FROM page
+         JOIN LATERAL (SELECT * FROM job WHERE job.job_id = page.job_id LIMIT 1) AS job ON true
+         LEFT JOIN LATERAL (
+             SELECT * FROM job_step
+             WHERE job_step.job_id = page.job_id ORDER BY number DESC, attempt DESC LIMIT 1
+         ) AS step ON true
+         LEFT JOIN LATERAL (
+             SELECT number, title, outcome, left(logs, 2000) AS logs FROM job_step
+             WHERE job_step.job_id = page.job_id AND outcome IS NOT NULL
+             ORDER BY number DESC, attempt DESC LIMIT 1
+         ) AS last_end ON true
+         LEFT JOIN LATERAL (
+             SELECT outcome, finished_at, result_bytes, why FROM job_history
+             WHERE job_history.job_id = page.job_id LIMIT 1
+         ) AS ended ON true
+         LEFT JOIN LATERAL (
+             SELECT * FROM job_turn WHERE job_turn.job_id = page.job_id LIMIT 1
+         ) AS turn ON true
+    ORDER BY page.runs DESC NULLS LAST, page.position, page.registered_at, page.job_id";
 
 const FINISHED: &str = "
     WITH wanted AS NOT MATERIALIZED (
@@ -65,13 +107,25 @@ const FINISHED: &str = "
           AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3)
           AND ($7::uuid IS NULL OR job_id = $7)
     )
-    SELECT job_id, left(workflow_type, 300) AS workflow_type,
-           left(job_reference, 300) AS job_reference, NULL AS status, NULL AS priority, celery_id,
-           registered_at, submitted_at, running_at, NULL::bigint AS timeout_after_ms,
-           NULL::float8 AS progress, NULL AS progress_message, NULL::timestamptz AS progress_at,
-           NULL AS steps, NULL AS turn_queue, NULL::bigint AS position, (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
-           starts::bigint AS starts, outcome, finished_at, result_bytes
-    FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5";
+    SELECT page.job_id, left(workflow_type, 300) AS workflow_type,
+           left(job_reference, 300) AS job_reference, NULL AS status, NULL AS priority,
+           page.celery_id, registered_at, page.submitted_at, running_at,
+           NULL::bigint AS timeout_after_ms, NULL::float8 AS progress, NULL AS progress_message,
+           NULL::timestamptz AS progress_at, NULL AS steps, NULL AS turn_queue,
+           NULL::bigint AS position,
+           (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
+           page.starts::bigint AS starts, page.outcome, page.finished_at, page.result_bytes,
+           page.why, false AS is_live, last_end.number AS ended_number,
+           last_end.title AS ended_title, last_end.outcome AS ended_outcome,
+           last_end.logs AS ended_logs
+    FROM (
+        SELECT * FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5
+    ) AS page LEFT JOIN LATERAL (
+        SELECT number, title, outcome, left(logs, 2000) AS logs FROM job_step
+        WHERE job_step.job_id = page.job_id AND outcome IS NOT NULL
+        ORDER BY number DESC, attempt DESC LIMIT 1
+    ) AS last_end ON true
+    ORDER BY page.finished_at DESC, page.job_id";
 
 impl Connection {
     /// A page of the jobs that match `filter`.
@@ -310,5 +364,12 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
         estimate: None,
         step: steps::view(row)?,
         turn: turns::view(row)?,
+        ends: End {
+            is_told: !row.try_get::<_, bool>("is_live")?,
+            why: row.try_get("why")?,
+            step: steps::last_end(row)?,
+        },
+        granted_at: turns::granted_at(row)?,
+        why: None,
     })
 }

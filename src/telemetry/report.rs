@@ -6,65 +6,8 @@ use uuid::Uuid;
 
 use crate::domain::batch::Report;
 use crate::domain::job::{Command, Event, Outcome};
-use crate::domain::text::beginning;
-
-/// How much of a foreign text a line repeats, in characters.
-const MAX_TEXT: usize = 300;
-
-/// A foreign text for a log line: shortened, and without anything that could pass for another line
-/// or another text.
-pub fn one_line(text: &str) -> String {
-    harmless(short(text))
-}
-
-/// A foreign text of any length, with its line breaks, and otherwise as [`one_line`].
-pub fn readable(text: &str) -> String {
-    text.split('\n')
-        .map(|line| harmless(line.strip_suffix('\r').unwrap_or(line)))
-        .collect::<Vec<_>>()
-        .join("\n")
-}
-
-/// A text with escapes for everything that is invisible or changes how its neighbours are
-/// displayed.
-pub fn harmless(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for character in text.chars() {
-        if is_harmless(character) {
-            shown.push(character);
-        } else {
-            shown.extend(character.escape_default());
-        }
-    }
-    shown
-}
-
-fn is_harmless(character: char) -> bool {
-    match character {
-        ' '..='~' => true,
-        // Invisible letters and marks; Unicode calls them default-ignorable.
-        '\u{34f}'
-        | '\u{115f}'
-        | '\u{1160}'
-        | '\u{17b4}'
-        | '\u{17b5}'
-        | '\u{180b}'..='\u{180f}'
-        | '\u{2028}'
-        | '\u{2029}'
-        | '\u{2800}'
-        | '\u{3164}'
-        | '\u{fe00}'..='\u{fe0f}'
-        | '\u{ffa0}'
-        | '\u{e0000}'..='\u{e0fff}' => false,
-        // The standard library escapes controls, format characters (directions among them) and
-        // unassigned ones; tested as the second character, since it also escapes a leading mark.
-        // Spaces of other widths are harmless.
-        other => {
-            other.is_whitespace() && !other.is_control()
-                || !format!("a{other}").escape_debug().any(|one| one == '\\')
-        }
-    }
-}
+use crate::domain::text::short;
+pub use crate::domain::text::{harmless, one_line, readable};
 
 /// A job's progress for display, clamped to 0–100 %.
 pub fn percent(fraction: f64) -> String {
@@ -75,10 +18,6 @@ pub fn percent(fraction: f64) -> String {
         0.0
     };
     format!("{:.0} %", part * 100.0)
-}
-
-fn short(text: &str) -> &str {
-    beginning(text, MAX_TEXT)
 }
 
 /// How a line names a job.
@@ -277,39 +216,6 @@ fn outcome_text(outcome: Outcome) -> &'static str {
 mod tests {
     use super::*;
     use rstest::rstest;
-
-    #[test]
-    fn a_text_cannot_pass_for_another_line() {
-        assert_eq!(
-            one_line("it's \"fine\" é\\ 日本語"),
-            "it's \"fine\" é\\ 日本語"
-        );
-        // As macOS writes them, with a mark of its own.
-        assert_eq!(one_line("e\u{301}"), "e\u{301}");
-        assert_eq!(one_line("10\u{a0}000"), "10\u{a0}000");
-        assert_eq!(
-            one_line("a\nb\u{1b}[0m\u{2028}"),
-            "a\\nb\\u{1b}[0m\\u{2028}"
-        );
-        assert_eq!(one_line(&"x".repeat(1000)).len(), MAX_TEXT);
-        assert_eq!(readable("a\r\nb\rc\t\u{1b}"), "a\nb\\rc\\t\\u{1b}");
-    }
-
-    /// Directions, joiners, spaces of no width, tags, fillers, selectors, and a byte order mark.
-    #[rstest]
-    fn a_text_cannot_pass_for_another(
-        #[values(
-            "202a", "202b", "202c", "202d", "202e", "2066", "2067", "2068", "2069", "200e", "200f",
-            "61c", "200b", "200c", "200d", "2060", "2061", "feff", "ad", "180e", "e0001", "e0041",
-            "3164", "115f", "ffa0", "34f", "fe0f", "e0100", "fff9", "85", "0", "7f", "2800"
-        )]
-        code: &str,
-    ) {
-        let character = char::from_u32(u32::from_str_radix(code, 16).unwrap()).unwrap();
-        let shown = format!("a\\u{{{code}}}b");
-        assert_eq!(one_line(&format!("a{character}b")), shown);
-        assert_eq!(readable(&format!("a{character}b")), shown);
-    }
 
     #[rstest]
     #[case(0.254, "25 %")]

@@ -42,5 +42,6 @@ mod turns;
 mod unacked;
 mod views;
 mod watchdog;
+mod why;
 mod workers;
 mod workflow;

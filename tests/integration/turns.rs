@@ -24,15 +24,15 @@ const HELD: &str = "SELECT count(*) FROM job_turn JOIN job USING (job_id)
 const LEFT: &str = "SELECT (SELECT count(*) FROM job_input) + (SELECT count(*) FROM job_turn)";
 
 /// A client and a worker, on a deployment whose one workflow has these keys.
-struct Scene {
-    deployment: Deployment,
-    client: Client,
-    worker: Worker,
+pub(crate) struct Scene {
+    pub(crate) deployment: Deployment,
+    pub(crate) client: Client,
+    pub(crate) worker: Worker,
     file: PathBuf,
 }
 
 impl Scene {
-    fn new(keys: &Value) -> Scene {
+    pub(crate) fn new(keys: &Value) -> Scene {
         Scene::on(Deployment::new(), keys)
     }
 
@@ -56,7 +56,7 @@ impl Scene {
         }
     }
 
-    fn variables(&self) -> [(&'static str, &str); 3] {
+    pub(crate) fn variables(&self) -> [(&'static str, &str); 3] {
         [
             ("WORKFLOW_CONFIG_PATH", self.file.to_str().unwrap()),
             ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
@@ -64,7 +64,7 @@ impl Scene {
         ]
     }
 
-    fn start(&self) -> Service {
+    pub(crate) fn start(&self) -> Service {
         self.deployment.start_with(&self.variables())
     }
 
@@ -76,7 +76,7 @@ impl Scene {
         (output.status.success(), String::from_utf8(said).unwrap())
     }
 
-    fn does(&self, arguments: &[&str]) -> String {
+    pub(crate) fn does(&self, arguments: &[&str]) -> String {
         let (succeeded, said) = self.run(arguments);
         assert!(succeeded, "{arguments:?}: {said}");
         said
@@ -94,15 +94,15 @@ impl Scene {
         job
     }
 
-    fn submit(&self, count: usize) -> Vec<Uuid> {
+    pub(crate) fn submit(&self, count: usize) -> Vec<Uuid> {
         (0..count).map(|_| self.submit_as("owner")).collect()
     }
 
-    fn held(&self, count: i64) {
+    pub(crate) fn held(&self, count: i64) {
         self.deployment.comes_to(count, HELD);
     }
 
-    fn runs(&self) -> Task {
+    pub(crate) fn runs(&self) -> Task {
         let task = self.worker.take();
         self.worker.start(&task);
         task

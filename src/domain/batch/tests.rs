@@ -266,6 +266,7 @@ fn an_outcome_is_told_when_it_has_waited_and_is_no_news() {
         starts: 0,
         start_ids: Vec::new(),
         result_bytes: 0,
+        why: None,
     };
     let before = State::Ending(Ending { job, ended });
     assert_eq!(

@@ -9,6 +9,7 @@ use super::decision::{cancellation, error_result, revoke};
 use super::{
     Attempt, ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job,
     JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Publication, State, Submission, TimeSeries,
+    kept_why,
 };
 use super::{hand_over, starts};
 use crate::domain::parameters;
@@ -185,9 +186,10 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
         | Outcome::Lost => "was ended by the orchestrator, but why",
     };
     let logs = format!("The job {what} {LOST_LOGS}");
-    let result_bytes = logs.len();
+    let (result_bytes, why) = (logs.len(), kept_why(&logs));
     let to_client = [error_result(job_id, Cow::Owned(logs))];
     job.ends(Outcome::Lost, result_bytes, to_client, context)
+        .because(why)
 }
 
 /// The state that a decision sees: a job that is ending looks live to the message that led to its
@@ -493,6 +495,7 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
                 starts: 0,
                 start_ids: Vec::new(),
                 result_bytes: 0,
+                why: None,
             })),
             time_series: vec![TimeSeries::Retire],
             ..Decision::nothing(Event::CancelNoted)

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::course::Report;
-use super::{Ending, Job, Outcome, Priority, State, Submission};
+use super::{Ending, Job, Outcome, Priority, State, Submission, kept_why};
 use crate::domain::workflow::Catalogue;
 use crate::proto::EsdlMessage;
 
@@ -94,6 +94,14 @@ impl Decision<'_> {
 
     pub(super) fn ignored(why: &'static str) -> Self {
         Decision::nothing(Event::Ignored(why))
+    }
+
+    /// The same end, with what the history keeps of why.
+    pub(super) fn because(mut self, why: Option<String>) -> Self {
+        if let Some(State::Ending(Ending { ended, .. })) = &mut self.next {
+            ended.why = why;
+        }
+        self
     }
 }
 
@@ -378,6 +386,7 @@ impl Job {
         esdl_messages: &'a [EsdlMessage],
         context: &Context<'_>,
     ) -> Decision<'a> {
+        let why = kept_why(logs);
         let (logs, esdl_messages) = match &self.course {
             None => (Cow::Borrowed(logs), Cow::Borrowed(esdl_messages)),
             Some(course) => (
@@ -400,7 +409,7 @@ impl Job {
             esdl_messages,
         };
         let told = status.into_iter().chain([result]);
-        self.ends(outcome, result_bytes, told, context)
+        self.ends(outcome, result_bytes, told, context).because(why)
     }
 
     pub(super) fn rejected<'a>(

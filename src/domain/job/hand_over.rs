@@ -17,7 +17,7 @@ use super::course::{Attempt, Course, Input, Next, Position, Report, Turn, kept_l
 use super::decision::{Assignment, TaskInput};
 use super::{
     Completion, Context, Decision, Event, Job, JobStatus, Outcome, Priority, Progress, Publication,
-    ResultType, State, Submission, TimeSeries,
+    ResultType, State, Submission, TimeSeries, kept_why,
 };
 use crate::domain::turns;
 use crate::domain::workflow::{StepParameters, Steps};
@@ -124,6 +124,7 @@ fn end<'a>(
         esdl_messages,
     } = completion;
     let output_esdl = output_esdl.as_deref();
+    let why = kept_why(logs);
     let (logs, esdl_messages) = match &job.course {
         None => (Cow::from(logs), Cow::from(esdl_messages)),
         Some(course) => (
@@ -148,7 +149,7 @@ fn end<'a>(
             time_series: series_of_success(job, completion),
             ..ends
         },
-        false => ends,
+        false => ends.because(why),
     }
 }
 

@@ -607,6 +607,7 @@ fn the_history_tells_the_jobs_whole_story() {
         starts: 1,
         start_ids: vec!["start-1".to_owned()],
         result_bytes: i64::try_from(OUTPUT.len() + "logs".len()).unwrap(),
+        why: None,
     };
     let Some(State::Ending(ending)) = decision.next else {
         panic!("{decision:?}");

@@ -15,9 +15,15 @@ use crate::domain::workflow::Steps;
 pub struct StepView {
     /// From 1.
     pub number: usize,
+    /// Of the step with its fallbacks, from 1.
+    pub attempt: usize,
     pub title: String,
     /// The Celery task, and its queue; of the fallback, when that is its turn.
     pub task: String,
+    /// How long its task may run.
+    pub timeout_ms: Option<i64>,
+    /// When its task is put on its queue, if it has to wait for that.
+    pub due_at: Option<Timestamp>,
     /// When it was put on its queue; None while it waits to be tried again.
     pub submitted_at: Option<Timestamp>,
     /// When a worker first started it; None while it waits.
@@ -80,6 +86,17 @@ impl StepView {
             })
         }))
     }
+}
+
+/// How a job's attempt at a step ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepEnd {
+    /// The step's, from 1.
+    pub number: usize,
+    pub title: String,
+    pub outcome: Outcome,
+    /// The line of its logs that says most.
+    pub why: Option<String>,
 }
 
 /// The share of each step in the whole.
@@ -180,6 +197,9 @@ mod tests {
     fn view(number: usize, started_at: Option<Timestamp>) -> StepView {
         StepView {
             number,
+            attempt: 1,
+            timeout_ms: None,
+            due_at: None,
             title: "Simulate".to_owned(),
             task: "simulator".to_owned(),
             submitted_at: Some(at(0)),

@@ -9,6 +9,9 @@ use crate::domain::turns::QueueLimit;
 /// Of how many tasks that wait for their turn the order is told.
 pub const TOLD: usize = 200;
 
+/// How many of the jobs that have the seats of a queue are named.
+pub const SEATS: i32 = 3;
+
 /// A queue with limits, or at which tasks wait for their turn.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct QueueView {
@@ -23,9 +26,14 @@ pub struct QueueView {
     pub waiting: i64,
     /// Those that have been started and have not ended.
     pub running: i64,
-    /// The jobs that are next, in their order, at most [`TOLD`].
+    /// The jobs that are next with their owners, in their order, at most [`TOLD`].
     #[serde(skip)]
-    pub order: Vec<Uuid>,
+    pub order: Vec<(Uuid, String)>,
+    /// The jobs whose tasks are handed over, at most [`SEATS`].
+    pub seats: Vec<Uuid>,
+    /// Whether it is a command, and not the definition file, that pauses it.
+    #[serde(skip)]
+    pub is_paused_by_operator: bool,
 }
 
 /// A job's turn, as long as it waits for it.
@@ -50,7 +58,7 @@ impl TurnView {
     /// Its place among those that are next at its queue, from 1.
     pub(super) fn place(&self, job_id: Uuid, queues: &[QueueView]) -> Option<i64> {
         let queue = queues.iter().find(|queue| queue.name == self.queue)?;
-        let place = queue.order.iter().position(|id| *id == job_id)?;
+        let place = queue.order.iter().position(|(id, _)| *id == job_id)?;
         i64::try_from(place + 1).ok()
     }
 }

@@ -1,0 +1,511 @@
+//! Why a job waits, why it takes so long, or why it ended as it did: one sentence, and the facts that
+//! it is drawn from.
+//!
+//! Whatever is not known leaves its clause out: without a look at RabbitMQ nothing is said of workers,
+//! without five runs nothing of how long it takes.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::{JobState, JobView, Overview, QueueView, StepEnd, StepView, TurnView, spoken};
+use crate::domain::estimate::{Runs, Span};
+use crate::domain::job::{JobStatus, Outcome};
+use crate::domain::text::{excerpt, harmless};
+use crate::domain::turns::QueueLimit;
+use crate::domain::worker::{TaskView, WorkerState, WorkerView};
+
+/// Characters of a sentence, and of a fact.
+const MAX_SENTENCE: usize = 200;
+/// Characters of a name in it, and of what a worker says.
+const MAX_NAME: usize = 60;
+const MAX_WORDS: usize = 140;
+
+/// Why a job is as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Why {
+    /// Of at most about 200 characters, and without any that could pass for something else.
+    pub sentence: String,
+    /// What it is drawn from, each as short.
+    pub evidence: Vec<String>,
+}
+
+impl Overview {
+    /// Adds its estimate to each of these jobs, and why it is as it is.
+    pub fn explain(&self, jobs: &mut [JobView], now: Timestamp) {
+        self.estimate(jobs, now);
+        for job in jobs {
+            job.why = Some(why(job, self, now));
+        }
+    }
+}
+
+/// Why a job is as it is, as of what is known of the deployment.
+fn why(job: &JobView, overview: &Overview, now: Timestamp) -> Why {
+    let told = match job.state {
+        JobState::Ended(outcome) => Telling::default().ended(job, outcome, now),
+        JobState::Live(status) => Telling::default().live(job, status, overview, now),
+    };
+    told.done()
+}
+
+/// A sentence in the making: what comes first, what follows, and what it is drawn from.
+#[derive(Debug, Default)]
+struct Telling {
+    clauses: Vec<String>,
+    evidence: Vec<String>,
+}
+
+impl Telling {
+    fn say(mut self, clause: impl Into<String>) -> Telling {
+        self.clauses.push(clause.into());
+        self
+    }
+
+    fn may_say(self, clause: Option<String>) -> Telling {
+        match clause {
+            Some(clause) => self.say(clause),
+            None => self,
+        }
+    }
+
+    fn fact(mut self, fact: impl Into<String>) -> Telling {
+        self.evidence.push(fact.into());
+        self
+    }
+
+    fn may_show(self, fact: Option<String>) -> Telling {
+        match fact {
+            Some(fact) => self.fact(fact),
+            None => self,
+        }
+    }
+
+    fn done(self) -> Why {
+        let bounded = |text: &str| excerpt(text, MAX_SENTENCE).into_owned();
+        let sentence = self.clauses.join("; ");
+        let stop = match sentence.ends_with(['.', '…']) {
+            true => "",
+            false => ".",
+        };
+        Why {
+            sentence: bounded(&(sentence + stop)),
+            evidence: self.evidence.iter().map(|fact| bounded(fact)).collect(),
+        }
+    }
+
+    fn live(
+        self,
+        job: &JobView,
+        status: JobStatus,
+        overview: &Overview,
+        now: Timestamp,
+    ) -> Telling {
+        let telling = self.before(job);
+        if let Some(turn) = &job.turn {
+            return telling.held(job, turn, overview, now);
+        }
+        if let Some(step) = &job.step {
+            return match (step.submitted_at, step.started_at) {
+                (_, Some(since)) => telling.running(job, since, overview, now),
+                (Some(since), None) => telling.waiting(job, &step.task, since, overview, now),
+                (None, None) => telling.between(job, step, now),
+            };
+        }
+        match (status, job.running_at, job.submitted_at) {
+            (JobStatus::Running, Some(since), _) => telling.running(job, since, overview, now),
+            (JobStatus::Running, None, _) => telling.say("Runs"),
+            (JobStatus::Submitted, _, Some(since)) => {
+                let queue = job.workflow.as_deref().unwrap_or_default();
+                telling.waiting(job, queue, since, overview, now)
+            }
+            (JobStatus::Submitted, _, None) => telling.say("Waits for a worker"),
+            (JobStatus::Registered, ..) => telling.registered(job, now),
+        }
+    }
+
+    /// What has become of the attempt before.
+    fn before(self, job: &JobView) -> Telling {
+        let Some(end) = &job.ends.step else {
+            return self;
+        };
+        let words = end.why.as_deref().map(words);
+        let words = words.map(|words| format!(": {words}"));
+        self.fact(format!(
+            "step {}, {}, {}{}",
+            end.number,
+            name(&end.title),
+            end.outcome.in_words(),
+            words.unwrap_or_default()
+        ))
+    }
+
+    fn held(self, job: &JobView, turn: &TurnView, overview: &Overview, now: Timestamp) -> Telling {
+        let TurnView {
+            queue,
+            owner,
+            since,
+            on_hold,
+        } = turn;
+        let shown = name(queue);
+        let telling = self
+            .fact(format!("held at {shown} since {}", clock(*since, now)))
+            .may_show((!owner.is_empty()).then(|| format!("its owner is {}", name(owner))));
+        if *on_hold {
+            return telling.say("Held: an operator does not let it go");
+        }
+        let view = overview.turns.iter().find(|view| view.name == *queue);
+        let Some(view) = view else {
+            return telling.say(format!("Held: waits for its turn at `{shown}`"));
+        };
+        let telling = telling
+            .fact(format!(
+                "{shown}: {} held, {} waiting in RabbitMQ, {} running",
+                view.held, view.waiting, view.running
+            ))
+            .say(format!("Held: {}", obstacle(view, &shown)));
+        if view.limit.is_paused {
+            return telling;
+        }
+        let wait = job.estimate.and_then(|estimate| estimate.wait);
+        telling
+            .may_say(before_it(job.id, owner, view))
+            .may_say(wait.map(about))
+    }
+
+    /// In its queue, where a worker takes it.
+    fn waiting(
+        self,
+        job: &JobView,
+        queue: &str,
+        since: Timestamp,
+        overview: &Overview,
+        now: Timestamp,
+    ) -> Telling {
+        let shown = name(queue);
+        let telling = self.fact(format!("in the queue {shown} since {}", clock(since, now)));
+        let queues = overview.queues.as_ref();
+        let workers = queues.and_then(|queues| queues.workers(queue));
+        let telling = telling.may_show(workers.map(|workers| match workers {
+            1 => format!("{shown} has 1 worker"),
+            workers => format!("{shown} has {workers} workers"),
+        }));
+        if workers == Some(0) {
+            let without = queues.and_then(|queues| queues.without_worker.get(queue));
+            let since = without.map(|since| format!(" since {}", clock(*since, now)));
+            return telling
+                .say(format!(
+                    "Waits: no worker takes `{shown}`{}",
+                    since.unwrap_or_default()
+                ))
+                .may_say(last_seen(queue, overview, now));
+        }
+        let go_first = job.position.map(|position| match position {
+            ..=1 => format!("Waits: it is the next at `{shown}`"),
+            2 => format!("Waits: 1 job goes first at `{shown}`"),
+            more => format!("Waits: {} jobs go first at `{shown}`", more - 1),
+        });
+        let wait = job.estimate.and_then(|estimate| estimate.wait);
+        telling
+            .say(go_first.unwrap_or_else(|| format!("Waits for a worker of `{shown}`")))
+            .may_say(all_busy(queue, workers, overview))
+            .may_say(wait.map(about))
+    }
+
+    /// Its next attempt has no task yet.
+    fn between(self, job: &JobView, step: &StepView, now: Timestamp) -> Telling {
+        let before = job.ends.step.as_ref().map(|end| end.outcome.in_words());
+        let what = match step.attempt {
+            1 => step.name(),
+            attempt => format!("attempt {attempt} of {}", step.name()),
+        };
+        let what = name(&what);
+        let begins = match step.due_at {
+            Some(due) if due > now => format!(
+                "Waits between attempts: {what} begins in {}",
+                spoken(due.duration_since(now))
+            ),
+            Some(_) => format!("Waits: it is time for {what}, which is about to begin"),
+            None => format!("Waits: {what} has no task yet"),
+        };
+        let because = before.map(|before| format!("the one before it {before}"));
+        self.say(begins)
+            .may_say(because.filter(|_| step.attempt > 1))
+    }
+
+    fn registered(self, job: &JobView, now: Timestamp) -> Telling {
+        match job.granted_at {
+            Some(at) => self
+                .fact(format!("it has its turn since {}", clock(at, now)))
+                .say("Has its turn: its task is on its way to RabbitMQ"),
+            None => self.say("Registered without a task: its submission is not done with yet"),
+        }
+    }
+
+    fn running(
+        self,
+        job: &JobView,
+        since: Timestamp,
+        overview: &Overview,
+        now: Timestamp,
+    ) -> Telling {
+        let ran = now.duration_since(since);
+        let telling = self.fact(format!("runs since {}", clock(since, now)));
+        let again = (job.starts > 1).then(|| format!("started {} times", job.starts));
+        let lost = overview.workers.as_ref().and_then(|workers| {
+            let mut lost = workers.lost_tasks.iter();
+            lost.find(|lost| lost.job_id == job.id)
+        });
+        if let Some(lost) = lost {
+            return telling
+                .say(format!(
+                    "Its task is lost: no worker has had it since {}",
+                    clock(lost.since, now)
+                ))
+                .may_say(last_word(job, now))
+                .may_say(again);
+        }
+        let what = job.step.as_ref().filter(|step| step.shares.len() > 1);
+        let what = what.map(|step| format!(" {}", name(&step.name())));
+        let host = computing(job, overview).map(|(worker, _)| worker);
+        let silent = host.filter(|worker| worker.state == WorkerState::Silent);
+        let silent = silent.map(|worker| {
+            format!(
+                "its worker was last seen {} ago",
+                ago(worker.last_seen, now)
+            )
+        });
+        let host = host.map(|worker| format!(" on {}", name(&worker.host)));
+        let (what, host) = (what.unwrap_or_default(), host.unwrap_or_default());
+        telling
+            .say(format!("Runs{what}{host} for {}", spoken(ran)))
+            .may_say(silent)
+            .may_say(pace(job, ran, overview))
+            .may_say(last_word(job, now))
+            .may_say(deadline(job, since, now))
+            .may_say(again)
+    }
+
+    fn ended(self, job: &JobView, outcome: Outcome, now: Timestamp) -> Telling {
+        let ran = job.ran(now).map(spoken);
+        let after = ran.as_ref().map(|ran| format!(" after {ran}"));
+        let after = after.unwrap_or_default();
+        let step = job
+            .ends
+            .step
+            .as_ref()
+            .filter(|step| step.outcome == outcome);
+        let why = job.ends.why.as_deref();
+        let why = why.or_else(|| step.and_then(|step| step.why.as_deref()));
+        let reason = why.map(words);
+        let telling = self
+            .may_show(job.finished_at.map(|at| format!("ended at {at:.0}")))
+            .may_show(ran.map(|ran| format!("ran for {ran}")))
+            .may_show(reason.clone());
+        let said = reason.map(|reason| format!(": {reason}"));
+        let said = said.unwrap_or_default();
+        let place = step.and_then(|step| place(job, step)).unwrap_or_default();
+        let told = (!job.ends.is_told).then(|| "its client has not been told yet".to_owned());
+        let telling = match outcome {
+            Outcome::Succeeded => telling.say(format!("Succeeded{after}")),
+            Outcome::Failed => telling.say(format!("Failed{place}{said}")),
+            Outcome::Cancelled => telling.say(cancelled(job, &after)),
+            Outcome::CrashLoop => telling.say(format!("Crashed its workers{place}")).may_say(
+                (job.starts > 1).then(|| format!("its task was started {} times", job.starts)),
+            ),
+            Outcome::Rejected => telling.say(format!("Refused{said}")),
+            Outcome::TimedOut => telling.say(format!("Timed out{place}{after}{said}")),
+            Outcome::Expired => telling.say(format!("Given up{said}")),
+            Outcome::Lost => telling.say(format!("Lost{place}{said}")),
+        };
+        telling.may_say(told)
+    }
+}
+
+/// What keeps a queue from handing over more.
+fn obstacle(view: &QueueView, shown: &str) -> String {
+    let QueueLimit {
+        window,
+        max_running,
+        is_paused,
+    } = view.limit;
+    let is_full = |limit: Option<u32>, used: i64| limit.filter(|most| used >= i64::from(*most));
+    if is_paused {
+        return match view.is_paused_by_operator {
+            true => format!("`{shown}` is paused by an operator"),
+            false => format!("`{shown}` is paused by its definition"),
+        };
+    }
+    if let Some(most) = is_full(max_running, view.waiting.saturating_add(view.running)) {
+        return format!(
+            "`max_running` {most} of `{shown}` is used{}",
+            by(&view.seats, most)
+        );
+    }
+    match is_full(window, view.waiting) {
+        Some(most) => format!("`window` {most} of `{shown}` is full"),
+        None => format!("waits for its turn at `{shown}`"),
+    }
+}
+
+/// ` by job 1234abcd`, or by several.
+fn by(seats: &[Uuid], most: u32) -> String {
+    let short = |id: &Uuid| id.to_string()[..8].to_owned();
+    match (seats, most) {
+        ([], _) => String::new(),
+        ([one], ..=1) => format!(" by job {}", short(one)),
+        (some, _) => {
+            let ids: Vec<_> = some.iter().map(short).collect();
+            let rest = match u32::try_from(some.len()).is_ok_and(|count| count >= most) {
+                true => "",
+                false => " and others",
+            };
+            format!(" by jobs {}{rest}", ids.join(", "))
+        }
+    }
+}
+
+/// How many others are handed over before it.
+fn before_it(id: Uuid, owner: &str, view: &QueueView) -> Option<String> {
+    if view.order.is_empty() {
+        return None;
+    }
+    let Some(place) = view.order.iter().position(|(other, _)| *other == id) else {
+        return Some(format!("more than {} jobs go first", view.order.len()));
+    };
+    let others = view.order[..place]
+        .iter()
+        .filter(|(_, other)| other != owner);
+    Some(match (place, others.count()) {
+        (0, _) => "it is the next".to_owned(),
+        (1, 0) => "1 job goes first".to_owned(),
+        (1, _) => "1 job of another owner goes first".to_owned(),
+        (all, 0) => format!("{all} jobs go first"),
+        (all, others) if all == others => format!("{all} jobs of other owners go first"),
+        (all, others) => format!("{all} jobs go first, {others} of them of other owners"),
+    })
+}
+
+/// The worker that took from this queue last, if none does now.
+fn last_seen(queue: &str, overview: &Overview, now: Timestamp) -> Option<String> {
+    let workers = overview.workers.as_ref()?.workers.iter();
+    let its = workers.filter(|worker| worker.queues.iter().any(|one| one == queue));
+    let last = its.max_by_key(|worker| worker.last_seen)?;
+    let host = name(&last.host);
+    Some(match last.state {
+        WorkerState::Draining => format!("{host} takes no more, for an operator drains it"),
+        WorkerState::Drained => format!("{host} is drained"),
+        WorkerState::Idle
+        | WorkerState::Busy
+        | WorkerState::BusyAndDeaf
+        | WorkerState::Silent
+        | WorkerState::Gone => format!("last seen {host}, {} ago", ago(last.last_seen, now)),
+    })
+}
+
+/// That all workers of a queue have something to do, if all are known.
+fn all_busy(queue: &str, workers: Option<u32>, overview: &Overview) -> Option<String> {
+    let known = overview.workers.as_ref()?.workers.iter();
+    let its = known.filter(|worker| worker.queues.iter().any(|one| one == queue));
+    let busy = its.filter(|worker| match worker.state {
+        WorkerState::Busy | WorkerState::BusyAndDeaf => true,
+        WorkerState::Idle
+        | WorkerState::Draining
+        | WorkerState::Drained
+        | WorkerState::Silent
+        | WorkerState::Gone => false,
+    });
+    match (workers?, u32::try_from(busy.count()).ok()?) {
+        (1, 1) => Some("its worker is busy".to_owned()),
+        (all, busy) if all == busy => Some(format!("all {all} workers are busy")),
+        _ => None,
+    }
+}
+
+/// The worker that says it computes the job's task.
+fn computing<'o>(job: &JobView, overview: &'o Overview) -> Option<(&'o WorkerView, &'o TaskView)> {
+    let workers = overview.workers.as_ref()?.workers.iter();
+    let mut tasks = workers.flat_map(|worker| worker.tasks.iter().map(move |task| (worker, task)));
+    tasks.find(|(_, task)| job.task_id.as_deref() == Some(&task.id))
+}
+
+/// How it does beside those before it.
+fn pace(job: &JobView, ran: SignedDuration, overview: &Overview) -> Option<String> {
+    let rows = overview.rows.get(job.workflow.as_deref()?)?;
+    let runs: &Runs = match &job.step {
+        Some(step) => rows.step_runs.get(&step.number)?,
+        None => rows.runs.as_ref()?,
+    };
+    let ran = Duration::try_from(ran).unwrap_or_default();
+    match runs.remaining(ran) {
+        None => Some("longer than all of those before it".to_owned()),
+        Some(_) if ran >= runs.span().p90 => Some("longer than 90 % of those before it".to_owned()),
+        Some(left) => Some(format!("{} left", about(left))),
+    }
+}
+
+fn last_word(job: &JobView, now: Timestamp) -> Option<String> {
+    let progress = job.progress.as_ref()?;
+    Some(format!("last word {} ago", ago(progress.at, now)))
+}
+
+/// When its timeout ends it: of its step, or of a job whose one step runs. That of a job with several
+/// does not run while it waits, which is not known here.
+fn deadline(job: &JobView, since: Timestamp, now: Timestamp) -> Option<String> {
+    let timeout = match &job.step {
+        Some(step) => step.timeout_ms,
+        None => job.timeout_ms,
+    };
+    let timeout = SignedDuration::from_millis(timeout.filter(|timeout| *timeout > 0)?);
+    let left = timeout.saturating_sub(now.duration_since(since));
+    Some(match left.is_positive() {
+        true => format!("times out in {}", spoken(left)),
+        false => "its timeout is over".to_owned(),
+    })
+}
+
+fn cancelled(job: &JobView, after: &str) -> String {
+    match (job.registered_at, job.running_at) {
+        (None, _) => "Cancelled before it was submitted".to_owned(),
+        (Some(_), None) => "Cancelled while it waited".to_owned(),
+        (Some(_), Some(_)) => format!("Cancelled{after}"),
+    }
+}
+
+/// ` in step 2, Simulate`, of a job of several.
+fn place(job: &JobView, step: &StepEnd) -> Option<String> {
+    let is_only = step.number == 1 && job.workflow.as_ref() == Some(&step.title);
+    let place = || format!(" in step {}, {}", step.number, name(&step.title));
+    (!is_only).then(place)
+}
+
+/// `about 40 min`.
+fn about(span: Span) -> String {
+    let time = SignedDuration::try_from(span.median).unwrap_or(SignedDuration::MAX);
+    format!("about {}", spoken(time))
+}
+
+fn ago(time: Timestamp, now: Timestamp) -> String {
+    spoken(now.duration_since(time))
+}
+
+/// The time of day, with the day where that is not today's.
+fn clock(time: Timestamp, now: Timestamp) -> String {
+    let is_today = now.duration_since(time) < SignedDuration::from_hours(20);
+    let form = if is_today { "%H:%M" } else { "%Y-%m-%d %H:%M" };
+    time.strftime(form).to_string()
+}
+
+fn name(text: &str) -> String {
+    harmless(&excerpt(text, MAX_NAME))
+}
+
+fn words(text: &str) -> String {
+    let text = text.trim_end_matches('.');
+    harmless(&excerpt(text, MAX_WORDS))
+}
+
+#[cfg(test)]
+mod tests;

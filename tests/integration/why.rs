@@ -1,0 +1,222 @@
+//! The one sentence that says of a job why it is as it is: on the page, in the API, and on the command
+//! line.
+
+use amiquip::ConsumerOptions;
+use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Peer, Worker, running_job};
+use crate::turns::Scene;
+
+fn json(service: &Service, path: &str) -> Option<Value> {
+    let (status, body) = service.get(path)?;
+    (status == 200).then(|| serde_json::from_str(&body).unwrap())
+}
+
+/// Waits until a job's sentence begins with this, and has it in the list as well.
+fn says(service: &Service, job: Uuid, sentence: &str) -> Value {
+    eventually(&format!("{job}: {sentence}"), || {
+        let story = json(service, &format!("/api/jobs/{job}"))?;
+        let is = |why: &Value| why["sentence"].as_str().unwrap().starts_with(sentence);
+        let list = |finished| {
+            let page = json(service, &format!("/api/jobs?finished={finished}"))?;
+            let jobs = page["jobs"].as_array().unwrap();
+            let job = jobs.iter().find(|one| one["id"] == job.to_string())?;
+            is(&job["why"]).then_some(())
+        };
+        let is_listed = || list(false).or_else(|| list(true)).is_some();
+        (is(&story["why"]) && is_listed()).then(|| story["why"].clone())
+    })
+}
+
+#[test]
+fn a_held_job_names_what_holds_it() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let service = scene.start();
+    let jobs = scene.submit(3);
+    let task = scene.runs();
+    assert_eq!(task.job, jobs[0]);
+    scene.held(2);
+    let seat = format!(
+        "Held: `max_running` 1 of `workflow_1` is used by job {}",
+        &jobs[0].to_string()[..8]
+    );
+    let why = says(&service, jobs[1], &format!("{seat}; it is the next"));
+    let facts = why["evidence"].as_array().unwrap();
+    let owner = |fact: &Value| fact == "its owner is owner";
+    assert!(facts.iter().any(owner), "{facts:?}");
+    says(&service, jobs[2], &format!("{seat}; 1 job goes first."));
+    for arguments in [
+        &["jobs", "list"][..],
+        &["jobs", "show", &jobs[2].to_string()],
+    ] {
+        let said = scene.does(arguments);
+        assert!(
+            said.contains(&format!("{seat}; 1 job goes first.")),
+            "{said}"
+        );
+    }
+    for path in ["/".to_owned(), format!("/jobs/{}", jobs[2])] {
+        let (_, page) = service.get(&path).unwrap();
+        assert!(
+            page.contains(&format!("{seat}; 1 job goes first.")),
+            "{page}"
+        );
+    }
+
+    let paused = "Held: `workflow_1` is paused by an operator.";
+    scene.does(&["workflows", "pause", "workflow_1"]);
+    says(&service, jobs[1], paused);
+    scene.does(&["jobs", "hold", &jobs[1].to_string()]);
+    says(&service, jobs[1], "Held: an operator does not let it go.");
+    says(&service, jobs[2], paused);
+}
+
+#[test]
+fn a_waiting_job_tells_its_place_and_whether_anybody_takes_it() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    // It takes no messages but when it is told to.
+    let _worker = Worker::new(&deployment, "workflow_1");
+    let first = client.submit("workflow_1");
+    says(&service, first, "Waits: no worker takes `workflow_1`");
+    let peer = Peer::new(&deployment, &deployment.celery_vhost());
+    let options = ConsumerOptions::default();
+    let _consumer = peer.channel.basic_consume("workflow_1", options).unwrap();
+    says(&service, first, "Waits: it is the next at `workflow_1`.");
+    let second = client.submit("workflow_1");
+    says(&service, second, "Waits: 1 job goes first at `workflow_1`.");
+}
+
+#[test]
+fn a_running_job_tells_how_it_does() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let task = running_job(&client, &worker, Some(3_600_000));
+    worker.progress(&task, 0.5);
+    let why = eventually("its last word", || {
+        let why = says(&service, task.job, "Runs for ");
+        let said = why["sentence"].as_str().unwrap().to_owned();
+        said.contains("last word").then_some(said)
+    });
+    assert!(why.ends_with("; times out in 59 min."), "{why}");
+}
+
+#[test]
+fn a_job_that_failed_tells_its_logs() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let task = running_job(&client, &worker, None);
+    worker.fail(&task);
+    assert_eq!(client.outcome(task.job).0, ResultType::Error);
+    says(&service, task.job, "Failed: the worker's logs.");
+    let output = deployment.command(&["jobs", "list", "--finished"]).output();
+    let said = String::from_utf8(output.unwrap().stdout).unwrap();
+    assert!(said.contains("Failed: the worker's logs."), "{said}");
+
+    let (refused, submission) = client.submission("no such workflow");
+    client.listen(refused);
+    client.send(&submission);
+    says(&service, refused, "Refused: ");
+}
+
+#[test]
+fn a_job_that_failed_in_its_second_step_says_so() {
+    let scene = Scene::new(&json!({}));
+    let service = scene.start();
+    let first = Worker::new(&scene.deployment, "first");
+    let (job, submission) = scene.client.submission("chain");
+    scene.client.listen(job);
+    scene.client.send(&submission);
+    let task = first.take();
+    first.start(&task);
+    first.succeed(&task, "<e id='out'/>");
+    let task = scene.runs();
+    says(&service, job, "Runs step 2 of 2, workflow_1 for ");
+    scene.worker.fail(&task);
+    says(
+        &service,
+        job,
+        "Failed in step 2, workflow_1: the worker's logs.",
+    );
+}
+
+#[test]
+fn a_job_that_did_not_end_by_itself_tells_what_ended_it() {
+    let deployment = Deployment::new();
+    let variables = [
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+        ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
+    ];
+    let service = deployment.start_with(&variables);
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    let waiting = client.submit("workflow_1");
+    assert_eq!(client.status(waiting), JobStatus::Enqueued);
+    client.cancel(waiting);
+    says(&service, waiting, "Cancelled while it waited.");
+    worker.take();
+    let running = running_job(&client, &worker, None);
+    client.cancel(running.job);
+    says(&service, running.job, "Cancelled after ");
+    let slow = running_job(&client, &worker, Some(1));
+    says(&service, slow.job, "Timed out after ");
+    let deadly = running_job(&client, &worker, None);
+    worker.start(&deadly);
+    says(
+        &service,
+        deadly.job,
+        "Crashed its workers; its task was started",
+    );
+}
+
+/// Only those on the page are looked up, and not all that wait for their turn.
+#[test]
+fn a_page_of_a_hundred_thousand_is_read_by_an_index() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&[("TIMEOUT_JOB_HANDLER_RERUN_SEC", "600")]);
+    let mut sql = deployment.sql();
+    sql.batch_execute(
+        "CREATE TEMPORARY TABLE new AS
+             SELECT gen_random_uuid() AS id, number FROM generate_series(1, 100000) AS number;
+         INSERT INTO queue_limit (queue, paused, changed_at) VALUES ('workflow_1', true, now());
+         INSERT INTO job (job_id, workflow_type, status, registered_at, priority)
+             SELECT id, 'workflow_1', 'REGISTERED', now() + number * interval '1 ms', 'MEDIUM'
+             FROM new;
+         INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
+             SELECT id, 'workflow_1', 'owner ' || number % 50, 'MEDIUM', now() FROM new;
+         INSERT INTO job_input (job_id, steps, parameters, reference)
+             SELECT id, '[{\"task\": \"workflow_1\"}]', '{}', 'null' FROM new;
+         INSERT INTO job_step (job_id, number, attempt, fallback, title, task)
+             SELECT id, 1, 1, 0, 'workflow_1', 'workflow_1' FROM new;",
+    )
+    .unwrap();
+    sql.batch_execute("VACUUM ANALYZE job, job_turn, job_input, job_step")
+        .unwrap();
+    let looks = "SELECT sum(idx_scan)::bigint FROM pg_stat_user_tables
+                 WHERE relname IN ('job_input', 'job_step')";
+    let before = deployment.count(looks);
+    let pages =
+        "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'job_registered_idx'";
+    let scans = deployment.count(pages);
+    for offset in [0, 50, 90_000] {
+        let page = json(&service, &format!("/api/jobs?offset={offset}")).unwrap();
+        assert_eq!(page["total"], 100_000);
+        let jobs = page["jobs"].as_array().unwrap();
+        assert_eq!(jobs.len(), 50);
+        for job in jobs {
+            let sentence = job["why"]["sentence"].as_str().unwrap();
+            assert!(sentence.starts_with("Held: "), "{sentence}");
+        }
+    }
+    deployment.at_least(scans + 3, pages);
+    let looks = deployment.count(looks) - before;
+    assert!(looks < 10_000, "{looks} rows looked up for three pages");
+}

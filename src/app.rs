@@ -20,6 +20,7 @@ use crate::service::session;
 use crate::service::shared::Service;
 use crate::service::time_series;
 use crate::service::workers;
+use crate::telemetry::health::Part;
 use crate::telemetry::logger;
 use crate::threads::{Backoff, Pending, Signal};
 
@@ -207,7 +208,10 @@ fn run_sessions(service: &Service, stopped: &Signal) {
             return;
         }
         service.no_session(&failure);
-        if service.metrics.sessions() > sessions {
+        if service.health.is_told(Part::Postgres) {
+            // It follows from what the log has.
+            warn!("the session with RabbitMQ has ended, for want of Postgres: {failure:#}");
+        } else if service.metrics.sessions() > sessions {
             error!("the session with RabbitMQ has ended, a new one follows: {failure:?}");
         } else {
             warn!("still no session with RabbitMQ: {failure:#}");

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -17,7 +19,8 @@ use omotes_orchestrator::http;
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
 use omotes_orchestrator::telemetry::logger;
-use omotes_orchestrator::telemetry::report::readable;
+use omotes_orchestrator::telemetry::report::{one_line, readable};
+use omotes_orchestrator::threads::Signal;
 
 mod configuration;
 mod db;
@@ -164,9 +167,44 @@ pub(crate) const NOTHING_DONE: &str = "nothing was done: --yes does it";
 /// Postgres is not there.
 pub(crate) fn connect(config: &Config) -> anyhow::Result<Connection> {
     let store = Store::new(&config.postgres, 1);
-    store
-        .connection()
-        .with_context(|| config.postgres.to_string())
+    told_of(&format!("Postgres at {}", config.postgres), || {
+        store
+            .connection()
+            .with_context(|| config.postgres.to_string())
+    })
+}
+
+/// What RabbitMQ has in its queues can be looked at through this, if it answers. Where it does not, that
+/// is told, for then nothing is known of workers.
+pub(crate) fn watch(config: &Config) -> Option<Watch> {
+    match told_of("RabbitMQ", || Watch::open(config)) {
+        Ok(watch) => Some(watch),
+        Err(error) => {
+            let error = one_line(&format!("{error:#}"));
+            warn(&format!(
+                "nothing is known of workers without RabbitMQ: {error}"
+            ));
+            None
+        }
+    }
+}
+
+/// For how long nobody is told that somebody does not answer.
+const SILENCE: Duration = Duration::from_millis(1500);
+
+/// Asks somebody, and says so on standard error if there is no answer for a while.
+pub(crate) fn told_of<T>(whom: &str, ask: impl FnOnce() -> T) -> T {
+    let (asking, answered) = Signal::pending();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            if !answered.comes_within(SILENCE) {
+                say_aside(format_args!("{whom} does not answer; still trying"));
+            }
+        });
+        let answer = ask();
+        drop(asking);
+        answer
+    })
 }
 
 /// The state of the deployment. Without RabbitMQ it has no workers, and without the workflow
@@ -206,6 +244,12 @@ pub(crate) fn overview(
         }),
         ..Overview::default()
     })
+}
+
+/// Whether a table has room for a sentence in each row: a narrow terminal would cut all its columns up.
+pub(crate) fn has_room() -> bool {
+    const COLUMNS: u16 = 160;
+    !io::stdout().is_terminal() || Term::stdout().size().1 >= COLUMNS
 }
 
 /// A table as wide as the terminal; without wrapping where there is none.

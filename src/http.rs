@@ -21,6 +21,7 @@ use crate::store::StoreError;
 use crate::telemetry::health::{Part, PartView};
 use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
+use crate::telemetry::trouble::{Trouble, trouble};
 use crate::threads::Signal;
 
 mod page;
@@ -83,7 +84,11 @@ pub fn serve(server: &Server, service: &Service, lanes: &Lanes<Sender<Question>>
     let answer = |request: &Request, ticket| match route(request, service) {
         Ok(Route::Live) => Some(json_response(200, &json!({"live": true}))),
         Ok(Route::Ready) => {
-            let (ready, body) = service.health.ready(Timestamp::now());
+            let now = Timestamp::now();
+            let (ready, mut body) = service.health.ready(now);
+            if let Some(trouble) = trouble(&service.health.parts(now).1) {
+                body["trouble"] = trouble.json();
+            }
             Some(json_response(if ready { 200 } else { 503 }, &body))
         }
         Ok(route) => {
@@ -303,9 +308,21 @@ fn with_database(
 }
 
 fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
+    // Whoever asks may be the first to notice.
+    let mut parts = frame.parts.to_vec();
+    for part in &mut parts {
+        if part.part == Part::Postgres && part.why.is_none() {
+            part.why = Some(why.to_owned());
+            part.since = frame.now;
+        }
+    }
+    let frame = &Frame {
+        parts: &parts,
+        ..*frame
+    };
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame, why)),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame)),
         Route::Live
         | Route::Ready
         | Route::Overview
@@ -331,10 +348,12 @@ fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Respo
 }
 
 fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
+    let trouble = trouble(parts);
     let parts = parts
         .iter()
         .map(|part| json!({"name": part.part.name(), "since": part.since, "why": part.why}));
     json!({
+        "trouble": trouble.as_ref().map(Trouble::json),
         "parts": parts.collect::<Vec<_>>(),
         "workflows": overview.workflows(),
         "queues": overview.queues,

@@ -5,6 +5,7 @@ pub mod health;
 pub mod logger;
 pub mod metrics;
 pub mod report;
+pub mod trouble;
 
 /// How the names of all metrics begin.
 const PREFIX: &str = "omotes_orchestrator";

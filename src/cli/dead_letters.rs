@@ -13,7 +13,7 @@ use omotes_orchestrator::domain::vhost::Vhost;
 use omotes_orchestrator::telemetry::report::{harmless, one_line, readable};
 use omotes_orchestrator::wire;
 
-use super::{Agreed, NOTHING_DONE, say, say_aside};
+use super::{Agreed, NOTHING_DONE, say, say_aside, told_of};
 
 #[derive(Subcommand)]
 pub(super) enum Action {
@@ -53,7 +53,9 @@ pub(super) struct Which {
 pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> {
     let mut links = vec![(
         Vhost::Sdk,
-        Link::open(&config.sdk_rabbitmq, "dead letters")?,
+        told_of("RabbitMQ", || {
+            Link::open(&config.sdk_rabbitmq, "dead letters")
+        })?,
     )];
     if config.task_rabbitmq != config.sdk_rabbitmq {
         links.push((

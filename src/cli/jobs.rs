@@ -20,7 +20,7 @@ use omotes_orchestrator::telemetry::report::{one_line, percent};
 use signal_hook::consts::SIGINT;
 use uuid::Uuid;
 
-use super::{Agreed, connect, overview, print, table, turns};
+use super::{Agreed, connect, has_room, overview, print, table, turns, watch as watch_queues};
 
 mod cancel;
 
@@ -135,10 +135,9 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
         Action::List { list, json } => {
             let mut connection = connect(config)?;
             let filter = list.filter();
-            let watch = if filter.finished {
-                None
-            } else {
-                Watch::open(config).ok()
+            let watch = match filter.finished {
+                true => None,
+                false => watch_queues(config),
             };
             let page = jobs(config, &mut connection, watch.as_ref(), &filter)?;
             print(&if json {
@@ -201,7 +200,6 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
         "for",
         "progress",
         "estimate",
-        "why",
     ]);
     for job in jobs {
         let progress = job.progress.as_ref().map_or_else(String::new, |progress| {
@@ -227,10 +225,9 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
             ),
             Cell::new(progress),
             Cell::new(job.expectation().unwrap_or_default()),
-            Cell::new(sentence(job)),
         ]);
     }
-    table
+    with_sentences(table, jobs)
 }
 
 fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
@@ -242,7 +239,6 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
         "finished",
         "waited",
         "ran",
-        "why",
     ]);
     let time = |time: Option<SignedDuration>| time.map_or_else(String::new, spoken);
     for job in jobs {
@@ -257,14 +253,24 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
             Cell::new(finished),
             Cell::new(time(job.waited(now))),
             Cell::new(time(job.ran(now))),
-            Cell::new(sentence(job)),
         ]);
     }
-    table
+    with_sentences(table, jobs)
 }
 
-fn sentence(job: &JobView) -> &str {
-    job.why.as_ref().map_or("", |why| &why.sentence)
+/// With why each of the jobs is as it is, where there is room.
+fn with_sentences(mut table: Table, jobs: &[JobView]) -> Table {
+    if has_room() {
+        if let Some(mut header) = table.header().cloned() {
+            header.add_cell(Cell::new("WHY"));
+            table.set_header(header);
+        }
+        for (row, job) in table.row_iter_mut().zip(jobs) {
+            let sentence = job.why.as_ref().map_or("", |why| &why.sentence);
+            row.add_cell(Cell::new(sentence));
+        }
+    }
+    table
 }
 
 fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
@@ -272,7 +278,7 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
     let Some(mut story) = connection.story(id)? else {
         bail!("job {id} is unknown");
     };
-    let watch = Watch::open(config).ok();
+    let watch = watch_queues(config);
     let now = Timestamp::now();
     let overview = overview(config, &mut connection, watch.as_ref())?;
     overview.explain(std::slice::from_mut(&mut story.job), now);

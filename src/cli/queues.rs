@@ -14,7 +14,7 @@ use omotes_orchestrator::telemetry::report::one_line;
 use serde_json::json;
 
 use super::workflows::defined;
-use super::{connect, overview, print, table};
+use super::{connect, overview, print, table, told_of};
 
 #[derive(Args)]
 pub(crate) struct Queues {
@@ -30,7 +30,7 @@ pub(crate) struct Queues {
 /// # Errors
 /// RabbitMQ is not there.
 pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> {
-    let watch = Watch::open(config)?;
+    let watch = told_of("RabbitMQ", || Watch::open(config))?;
     // Jobs may have workflows that the definitions here do not.
     let of_jobs =
         connect(config).and_then(|mut connection| overview(config, &mut connection, None));

@@ -10,8 +10,9 @@ use crate::domain::overview::{
     AttemptView, Filter, JobState, JobView, MAX_COUNT, Overview, Page, QueueView, Queues, Story,
     Tone, WorkflowView, spoken,
 };
-use crate::telemetry::health::PartView;
-use crate::telemetry::report::{harmless, one_line, percent, readable};
+use crate::telemetry::health::{Part, PartView};
+use crate::telemetry::report::{harmless, percent, readable};
+use crate::telemetry::trouble::{Trouble, trouble};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
 mod workers;
@@ -51,6 +52,8 @@ pub(super) fn overview(
     });
     let shown: Vec<_> = busy.collect();
     let queues = overview.queues.as_ref();
+    let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
+    let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
     let dead_letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
     document(
         frame,
@@ -71,7 +74,8 @@ pub(super) fn overview(
                     " could not be handled: see " code { "omotes-orchestrator dead-letters list" } "."
                 }
             }
-            @if let Some(all) = &overview.workers { (workers::alarms(all, now)) }
+            // Without RabbitMQ nobody knows.
+            @if let (Some(all), true) = (&overview.workers, rabbitmq_works) { (workers::alarms(all, now)) }
             (workflow_table(&shown, workflows.len() - shown.len(), now))
             @if !overview.turns.is_empty() { (turns_table(&overview.turns)) }
             @if let Some(all) = &overview.workers { (workers::table(all, now)) }
@@ -88,13 +92,12 @@ pub(super) fn overview(
 }
 
 /// The page when the database does not answer.
-pub(super) fn without_database(frame: &Frame<'_>, why: &str) -> String {
+pub(super) fn without_database(frame: &Frame<'_>) -> String {
     document(
         frame,
         "OMOTES jobs",
         html! {
-            p.alarm { "Postgres does not answer, so no jobs can be shown. Messages wait in RabbitMQ meanwhile." }
-            p.dim { (one_line(why)) }
+            p.dim { "No jobs can be shown." }
         },
     )
 }
@@ -245,11 +248,7 @@ fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
                             }
                         }
                     }
-                    @for part in frame.parts {
-                        @if let Some(why) = &part.why {
-                            p.alarm { b { (part.part.name()) } " since " (ago(part.since, frame.now)) ": " (readable(why)) }
-                        }
-                    }
+                    @if let Some(trouble) = trouble(frame.parts) { (lead(&trouble, frame.now)) }
                     (content)
                     footer { (exactly(frame.now)) ", " (frame.host) ", version " (env!("CARGO_PKG_VERSION")) }
                 }
@@ -258,6 +257,27 @@ fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
         }
     };
     page.into_string()
+}
+
+/// What to do first, with what follows from the same cause out of the way.
+fn lead(trouble: &Trouble, now: Timestamp) -> Markup {
+    let fault = |part: &PartView| {
+        let why = part.why.as_deref().unwrap_or_default();
+        html! { b { (part.part.name()) } " since " (ago(part.since, now)) ": " (readable(why)) }
+    };
+    html! {
+        div.alarm.lead {
+            b { (trouble.what) } " since " (ago(trouble.since, now)) ". " (trouble.remedy)
+            div.dim.message { (readable(&trouble.why)) }
+            @if !trouble.follows.is_empty() {
+                details.follows {
+                    summary { "What follows from it: " (trouble.follows.len()) }
+                    ul { @for part in &trouble.follows { li { (fault(part)) } } }
+                }
+            }
+        }
+        @for part in &trouble.others { p.alarm { (fault(part)) } }
+    }
 }
 
 fn workflow_table(workflows: &[&WorkflowView], hidden: usize, now: Timestamp) -> Markup {

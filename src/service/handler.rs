@@ -20,6 +20,7 @@ use crate::domain::job::Command;
 use crate::domain::vhost::Vhost;
 use crate::service::shared::Service;
 use crate::store::{Connection, Store};
+use crate::telemetry::health::Part;
 use crate::threads::{Backoff, Signal};
 use crate::wire::Inbox;
 
@@ -292,8 +293,11 @@ impl<'s> Handler<'s> {
                     });
                 }
             };
-            if backoff.is_fresh() {
+            let health = &self.common.service.health;
+            if backoff.is_fresh() && health.is_news(Part::Postgres) {
                 warn!("messages wait for Postgres: {trouble:?}");
+            } else if backoff.is_fresh() {
+                warn!("messages wait for Postgres: {trouble:#}");
             } else {
                 debug!("messages still wait for Postgres: {trouble:#}");
             }

@@ -1,5 +1,6 @@
 //! The state of each part of the service, for `/health/ready`.
 
+use std::mem;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
@@ -40,6 +41,9 @@ impl Part {
     }
 }
 
+/// Why a part does not work before it has been reported.
+pub(super) const STARTING: &str = "starting";
+
 /// How long the last news of Postgres stays valid; the probe asks far more often.
 const MAX_SILENCE: SignedDuration = SignedDuration::from_secs(20);
 
@@ -50,6 +54,8 @@ struct Condition {
     since: Timestamp,
     /// When this was last checked.
     checked: Timestamp,
+    /// Whether the log has the cause of the fault in full.
+    is_told: bool,
 }
 
 /// The state of a part, for display.
@@ -70,9 +76,10 @@ impl Health {
     /// Nothing is ready before it has been reported.
     pub fn starting(now: Timestamp) -> Health {
         Health(Mutex::new(Part::ALL.map(|_| Condition {
-            fault: Some("starting".to_owned()),
+            fault: Some(STARTING.to_owned()),
             since: now,
             checked: now,
+            is_told: false,
         })))
     }
 
@@ -84,9 +91,21 @@ impl Health {
         if changed {
             condition.since = now;
         }
+        condition.is_told &= fault.is_some();
         condition.fault = fault;
         condition.checked = now;
         changed
+    }
+
+    /// Whether it is for the caller to tell the cause of this part's fault in full, with the stack
+    /// trace: once until the part works again, whichever threads notice.
+    pub fn is_news(&self, part: Part) -> bool {
+        !mem::replace(&mut self.lock()[part as usize].is_told, true)
+    }
+
+    /// Whether somebody has told it, and the part does not work yet.
+    pub fn is_told(&self, part: Part) -> bool {
+        self.lock()[part as usize].is_told
     }
 
     /// Whether everything works, and the answer of `/health/ready`.
@@ -162,6 +181,21 @@ mod tests {
             answer["parts"]["broker"],
             json!({"ok": true, "since": "1970-01-01T00:00:01Z"})
         );
+    }
+
+    #[test]
+    fn the_cause_of_an_outage_is_told_once() {
+        let now = Timestamp::UNIX_EPOCH;
+        let health = Health::starting(now);
+        health.report(Part::Postgres, None, now);
+        assert!(!health.is_told(Part::Postgres));
+        assert!(health.is_news(Part::Postgres));
+        health.report(Part::Postgres, Some("down".to_owned()), now);
+        assert!(!health.is_news(Part::Postgres));
+        assert!(health.is_told(Part::Postgres));
+        assert!(health.is_news(Part::Broker));
+        health.report(Part::Postgres, None, now);
+        assert!(health.is_news(Part::Postgres));
     }
 
     #[test]

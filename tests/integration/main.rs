@@ -24,6 +24,7 @@ mod inquiry;
 mod maintenance;
 mod memory;
 mod migrate;
+mod outage;
 mod outcome_delay;
 mod pipeline;
 mod pooler;

@@ -16,7 +16,7 @@ use omotes_orchestrator::wire::{self, Outgoing};
 use uuid::Uuid;
 
 use super::state;
-use crate::cli::{Agreed, NOTHING_DONE, connect, print, say_aside};
+use crate::cli::{Agreed, NOTHING_DONE, connect, print, say_aside, told_of};
 
 /// Jobs that are listed one by one before they are cancelled.
 const LISTED: usize = 20;
@@ -171,7 +171,9 @@ fn send(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
             ..wire::job_delete(*id)
         })
         .collect();
-    let link = Link::open(&config.sdk_rabbitmq, "cancelling")?;
+    let link = told_of("RabbitMQ", || {
+        Link::open(&config.sdk_rabbitmq, "cancelling")
+    })?;
     let calls = Calls::default();
     let delivered = Publisher::new(&link, &calls).publish(&messages)?;
     link.close()?;

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::display::{Display, print_line};
 use super::output::Output;
-use crate::cli::warn;
+use crate::cli::{told_of, warn};
 
 /// How long queues without a client stay, as in the Python SDK.
 const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
@@ -80,7 +80,7 @@ pub(super) fn submit(
 ) -> anyhow::Result<ResultType> {
     let job_id = Uuid::new_v4();
     let submission = order.submission(job_id)?;
-    let incoming = Link::open(rabbitmq, "client, consuming")?;
+    let incoming = told_of("RabbitMQ", || Link::open(rabbitmq, "client, consuming"))?;
     let outgoing = Link::open(rabbitmq, "client, publishing")?;
     incoming.declare_for_clients()?;
     let queues = [

@@ -1,0 +1,90 @@
+//! One outage is one trouble: on the page, in the health, in the log, and on the command line.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use omotes_orchestrator::wire::job_status_update::JobStatus;
+
+use crate::harness::deployment::{Deployment, Server, eventually};
+use crate::harness::peers::Client;
+
+/// Whatever else does not work because of it.
+#[test]
+fn a_killed_postgres_is_the_one_trouble() {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start_with(&[("HANDLER_THREADS", "4"), ("LOG_LEVEL", "INFO")]);
+    let client = Client::new(&deployment);
+    let known = client.submit("workflow_1");
+    assert_eq!(client.status(known), JobStatus::Enqueued);
+    deployment.kill_server(Server::Postgres);
+    // So many that each handler has some.
+    for _ in 0..100 {
+        let (_, submission) = client.submission("workflow_1");
+        client.send(&submission);
+    }
+    let answer = eventually("several parts that do not work", || {
+        let (_, body) = service.readiness()?;
+        let parts = body["parts"].as_object()?;
+        let faulty = parts.values().filter(|part| part["ok"] == false).count();
+        (faulty >= 4 && body["parts"]["broker"]["ok"] == false).then_some(body)
+    });
+    assert_eq!(answer["trouble"]["cause"], "postgres");
+    assert_eq!(answer["trouble"]["others"].as_array().unwrap().len(), 0);
+    let (status, page) = service.get("/").unwrap();
+    assert_eq!(status, 503);
+    let boxes: Vec<_> = page.split("class=\"alarm").skip(1).collect();
+    // The first is the one of a page that is out of date, and hidden.
+    assert_eq!(boxes.len(), 2, "{page}");
+    assert!(
+        boxes[1].starts_with(" lead\"><b>Postgres does not answer</b> since "),
+        "{page}"
+    );
+    assert!(page.contains("What follows from it"), "{page}");
+
+    service.logged("the session with RabbitMQ has ended, for want of Postgres");
+    let log = service.log();
+    assert_eq!(log.matches("Stack backtrace").count(), 1, "{log}");
+
+    let mut command = deployment.command(&["jobs", "list"]);
+    let mut list = command
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(list.stderr.take().unwrap()).lines();
+    let first = said.next().unwrap().unwrap();
+    assert!(first.starts_with("Postgres at "), "{first}");
+    assert!(first.ends_with(" does not answer; still trying"), "{first}");
+    // It says so long before it gives up.
+    assert!(list.try_wait().unwrap().is_none());
+    assert!(!list.wait().unwrap().success());
+
+    deployment.start_server(Server::Postgres);
+    service.wait_until_ready();
+    assert!(!service.get("/").unwrap().1.contains("alarm lead"));
+}
+
+#[test]
+fn a_killed_rabbitmq_is_the_one_trouble() {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start();
+    deployment.kill_server(Server::RabbitMq);
+    let answer = eventually("no session", || {
+        let (_, body) = service.readiness()?;
+        (body["parts"]["broker"]["ok"] == false).then_some(body)
+    });
+    assert_eq!(answer["trouble"]["cause"], "broker");
+    let (_, page) = service.get("/").unwrap();
+    assert!(
+        page.contains("<b>There is no session with RabbitMQ</b>"),
+        "{page}"
+    );
+    assert_eq!(page.matches("class=\"alarm lead").count(), 1, "{page}");
+    let output = deployment.command(&["jobs", "list"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("nothing is known of workers without RabbitMQ"),
+        "{said}"
+    );
+}

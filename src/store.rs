@@ -87,6 +87,8 @@ fn is_refusal(error: &postgres::Error) -> bool {
 pub struct Store {
     pool: r2d2::Pool<Connector>,
     last_failure: LastFailure,
+    /// How long anybody waits for a connection.
+    patience: Duration,
     /// The calls of whoever uses its connections.
     calls: Arc<Calls>,
 }
@@ -127,8 +129,15 @@ impl Store {
         Store {
             pool,
             last_failure,
+            patience: config::CONNECT_TIMEOUT,
             calls: Arc::default(),
         }
+    }
+
+    /// One whose users wait no longer than this for a connection. What is opened too late for one of
+    /// them is there for the next.
+    pub fn impatient(self, patience: Duration) -> Store {
+        Store { patience, ..self }
     }
 
     /// The same pool for one thread: `calls` shows a watchdog since when one has been going on.
@@ -149,15 +158,15 @@ impl Store {
     /// store is for viewers.
     ///
     /// # Errors
-    /// [`StoreError::Transient`], after [`config::CONNECT_TIMEOUT`] without one.
+    /// [`StoreError::Transient`], after its patience, [`config::CONNECT_TIMEOUT`] as a rule, without one.
     pub fn connection(&self) -> Result<Connection, StoreError> {
         let _call = self.calls.begin();
-        let mut client = self.pool.get().map_err(|_| {
+        let mut client = self.pool.get_timeout(self.patience).map_err(|_| {
             let LastFailure(last) = &self.last_failure;
             let last = last.lock().unwrap_or_else(PoisonError::into_inner);
             StoreError::Transient(anyhow!(
                 "no connection to Postgres within {:?}: {last}",
-                config::CONNECT_TIMEOUT
+                self.patience
             ))
         })?;
         client.calls = self.calls.clone();

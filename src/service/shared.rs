@@ -3,6 +3,7 @@
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicI64};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use jiff::Timestamp;
@@ -18,6 +19,9 @@ use crate::store::{Connection, Store, StoreError, Upkeep};
 use crate::telemetry::health::{Health, Part};
 use crate::telemetry::metrics::Metrics;
 use crate::wire::celery;
+
+/// How long a page waits for Postgres: in an outage it is to say so before its reader has gone.
+const VIEWERS_PATIENCE: Duration = Duration::from_secs(4);
 
 /// What outlives a session.
 pub struct Service {
@@ -59,7 +63,7 @@ impl Service {
         let (catalogue_changed, catalogue_news) = bounded(1);
         let service = Service {
             store: Store::new(&config.postgres, connections),
-            views: Store::for_viewers(&config.postgres),
+            views: Store::for_viewers(&config.postgres).impatient(VIEWERS_PATIENCE),
             can_look_on: AtomicBool::default(),
             catalogue: CurrentCatalogue::new(catalogue),
             catalogue_news,

@@ -111,6 +111,7 @@ impl Telling {
             return match (step.submitted_at, step.started_at) {
                 (_, Some(since)) => telling.running(job, since, overview, now),
                 (Some(since), None) => telling.waiting(job, &step.task, since, overview, now),
+                (None, None) if job.granted_at.is_some() => telling.registered(job, now),
                 (None, None) => telling.between(job, step, now),
             };
         }

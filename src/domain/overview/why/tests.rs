@@ -352,6 +352,9 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::granted(
     change(held(), |job| { job.turn = None; job.granted_at = Some(minute(205)); }), nothing(),
     "Has its turn: its task is on its way to RabbitMQ.")]
+#[case::granted_of_several_steps(
+    change(in_step(1, held()), |job| { job.turn = None; job.granted_at = Some(minute(205)); }), nothing(),
+    "Has its turn: its task is on its way to RabbitMQ.")]
 #[case::half_registered(
     change(held(), |job| job.turn = None), nothing(),
     "Registered without a task: its submission is not done with yet.")]

@@ -45,7 +45,10 @@ const CUT_OFF: Duration = Duration::from_secs(20);
 /// Something to handle.
 pub enum Work {
     /// A message, which is to be acknowledged.
-    Message { inbox: Inbox, received: Received },
+    Message {
+        inbox: Inbox,
+        received: Box<Received>,
+    },
     /// What the service itself has found out about a job.
     Finding { job_id: Uuid, command: Command },
     /// The workflow definitions have changed, and all clients are to be told.
@@ -335,10 +338,8 @@ impl<'s> Handler<'s> {
             Handled::Kept
         } else if let Some(wait) = item.wait {
             debug!("{}: it waits for its client for {wait:?}", item.label());
-            match self.waiting.add(item, wait) {
-                true => Handled::Released,
-                false => Handled::Kept,
-            }
+            self.waiting.add(item, wait);
+            Handled::Kept
         } else {
             Handled::Done
         };

@@ -1,6 +1,5 @@
 //! Tasks that wait for their turn, and what operators allow at task queues.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -11,8 +10,11 @@ use uuid::Uuid;
 use super::rows::named;
 use super::{Connection, StoreError, Transaction};
 use crate::domain::job::{Grant, Job, Priority, Turn};
-use crate::domain::overview::{QueueView, SEATS, TOLD, TurnView};
-use crate::domain::turns::{self, HandedOver, Held, Limits, QueueLimit, Waiting};
+use crate::domain::turns::{HandedOver, Held, Limits, QueueLimit, Waiting};
+
+pub(super) use self::view::{granted_at, view};
+
+mod view;
 
 /// Tells all replicas that something has changed that they decide turns by.
 const CHANNEL: &str = "omotes_turns";
@@ -100,6 +102,34 @@ impl Transaction<'_> {
         Ok(rows
             .first()
             .map_or(Ok(Timestamp::UNIX_EPOCH), |row| row.try_get("now"))?)
+    }
+
+    /// The same, and what is allowed at the queue where the definition file has `defined`; without
+    /// waiting: None when somebody decides right now, or when other jobs wait there than this one.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn try_lock_queue(
+        &mut self,
+        queue: &str,
+        newcomer: Uuid,
+        defined: QueueLimit,
+    ) -> Result<Option<QueueLimit>, StoreError> {
+        let rows = self.query(
+            "SELECT max_waiting, max_running, paused, queue IS NOT NULL AS is_set
+             FROM (SELECT pg_try_advisory_xact_lock(x'6f6d7475'::integer, hashtext($1)) AS mine) AS lock
+             LEFT JOIN queue_limit ON queue = $1
+             WHERE mine
+               AND (SELECT true FROM job_turn
+                    WHERE job_turn.queue = $1 AND granted_at IS NULL AND NOT on_hold
+                      AND job_id <> $2 LIMIT 1) IS NULL",
+            &[&queue, &newcomer],
+        )?;
+        match rows.first() {
+            Some(row) if row.try_get("is_set")? => limit(row, defined).map(Some),
+            Some(_) => Ok(Some(defined)),
+            None => Ok(None),
+        }
     }
 
     /// What is allowed at a queue where the definition file has this.
@@ -577,85 +607,6 @@ impl Connection {
         Ok(counted)
     }
 
-    /// The queues with limits, and those at which tasks wait for their turn.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn turns(
-        &mut self,
-        limits: &Limits,
-        aging: Duration,
-    ) -> Result<Vec<QueueView>, StoreError> {
-        let rows = self.client.query(
-            "WITH granted AS (
-                 SELECT queue, job_id, granted_at, (
-                     SELECT coalesce(
-                         (SELECT started_at IS NOT NULL FROM job_step AS step
-                          WHERE step.job_id = turn.job_id AND finished_at IS NULL),
-                         status = 'RUNNING')
-                     FROM job WHERE job.job_id = turn.job_id
-                 ) AS started
-                 FROM job_turn AS turn
-                 WHERE granted_at IS NOT NULL
-                   AND (SELECT true FROM job_history AS ended
-                        WHERE ended.job_id = turn.job_id) IS NOT TRUE
-             ), held AS (
-                 SELECT queue, count(*) FILTER (WHERE NOT on_hold) AS held,
-                        count(*) FILTER (WHERE on_hold) AS on_hold
-                 FROM job_turn WHERE granted_at IS NULL GROUP BY queue
-             ), handed_over AS (
-                 SELECT queue, count(*) FILTER (WHERE NOT started) AS waiting,
-                        count(*) FILTER (WHERE started) AS running,
-                        (array_agg(job_id ORDER BY granted_at, job_id)
-                             FILTER (WHERE started IS NOT NULL))[1:$2] AS seats
-                 FROM granted GROUP BY queue
-             )
-             SELECT queue, coalesce(held, 0) AS held, coalesce(on_hold, 0) AS on_hold,
-                    coalesce(waiting, 0) AS waiting, coalesce(running, 0) AS running,
-                    coalesce(seats, '{}') AS seats,
-                    coalesce((SELECT paused FROM queue_limit
-                              WHERE queue_limit.queue = shown.queue), false) AS is_operators
-             FROM (unnest($1::varchar[]) AS limited (queue)
-                   FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)) AS shown
-             ORDER BY queue",
-            &[&limits.keys().collect::<Vec<_>>(), &SEATS],
-        )?;
-        let mut queues = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let name: String = row.try_get("queue")?;
-            queues.push(QueueView {
-                limit: limits.get(&name).copied().unwrap_or_default(),
-                held: row.try_get("held")?,
-                on_hold: row.try_get("on_hold")?,
-                waiting: row.try_get("waiting")?,
-                running: row.try_get("running")?,
-                seats: row.try_get("seats")?,
-                is_paused_by_operator: row.try_get("is_operators")?,
-                order: Vec::new(),
-                name,
-            });
-        }
-        for queue in queues.iter_mut().filter(|queue| queue.held > 0) {
-            queue.order = self.order(&queue.name, aging)?;
-        }
-        Ok(queues)
-    }
-
-    /// The jobs that are next at a queue, if there were room for all of them.
-    fn order(&mut self, queue: &str, aging: Duration) -> Result<Vec<(Uuid, String)>, StoreError> {
-        let mut transaction = self.transaction()?;
-        let waiting = transaction.waiting(queue, TOLD)?;
-        let handed_over = transaction.handed_over(queue)?;
-        let now = Timestamp::now();
-        let owners = waiting.held.iter();
-        let mut owners: HashMap<_, _> = owners
-            .map(|held| (held.job_id, held.owner.clone()))
-            .collect();
-        let order = turns::next(waiting, &handed_over, TOLD, aging, now);
-        let with_owner = |id| (id, owners.remove(&id).unwrap_or_default());
-        Ok(order.into_iter().map(with_owner).collect())
-    }
-
     /// Receives what [`Connection::heard`] returns; not through a pooler that gives each
     /// transaction another session.
     ///
@@ -715,31 +666,6 @@ fn held(row: &Row, owner: String) -> anyhow::Result<Held> {
         priority: named(Priority::ALL, Priority::name, row.try_get("priority")?)?,
         since: row.try_get("held_at")?,
         moved_at: row.try_get("moved_at")?,
-    })
-}
-
-/// The turn that a job waits for, in a row of jobs that have not ended.
-pub(super) fn view(row: &Row) -> anyhow::Result<Option<TurnView>> {
-    let Some(queue) = row.try_get("turn_queue")? else {
-        return Ok(None);
-    };
-    if granted_at(row)?.is_some() {
-        return Ok(None);
-    }
-    Ok(Some(TurnView {
-        queue,
-        owner: row.try_get("turn_owner")?,
-        since: row.try_get("held_at")?,
-        on_hold: row.try_get("on_hold")?,
-    }))
-}
-
-/// When it was granted its turn, if it is one of those that have to wait for that.
-pub(super) fn granted_at(row: &Row) -> anyhow::Result<Option<Timestamp>> {
-    let queue: Option<&str> = row.try_get("turn_queue")?;
-    Ok(match queue {
-        Some(_) => row.try_get("granted_at")?,
-        None => None,
     })
 }
 

@@ -92,8 +92,9 @@ fn says(cause: Part) -> (&'static str, &'static str) {
         ),
         Part::Broker => (
             "There is no session with RabbitMQ",
-            "See that it runs, and can be reached from here; `omotes-orchestrator doctor` says what \
-             is wrong. Workers go on with what they have, and all goes on by itself.",
+            "What was seen of it is below. As a rule RabbitMQ does not run, or cannot be reached from \
+             here; `omotes-orchestrator doctor` says what is wrong. Workers go on with what they \
+             have, and all goes on by itself.",
         ),
         Part::Publishing => (
             "RabbitMQ takes no messages",

@@ -144,7 +144,7 @@ fn a_search_that_takes_too_long_says_so() {
                  AS 'SELECT pg_sleep(60)::text::varchar';
              ALTER TABLE job_history RENAME TO kept;
              CREATE VIEW job_history AS SELECT job_id, workflow_type, celery_id, registered_at,
-                 submitted_at, running_at, finished_at, starts, outcome, result_bytes,
+                 submitted_at, running_at, finished_at, starts, outcome, result_bytes, why,
                  slow() AS job_reference FROM kept;
              INSERT INTO kept (job_id, finished_at, starts, outcome, result_bytes)
              VALUES (gen_random_uuid(), now(), 0, 'FAILED', 0)",

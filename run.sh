@@ -732,6 +732,8 @@ run_tests() {
   trap 'exit 130' INT TERM
   make_venvs & local venvs=$!
   with_make cargo test --all-targets --no-run
+  # The tests run it; among all targets it is built as a test of its own only.
+  with_make cargo build --example worker
   wait "$venvs" || die "the Python environments could not be made"
   start_test_services
   # Most of a test is waiting, so more of them than there are cores.

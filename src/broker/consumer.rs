@@ -21,6 +21,10 @@ use crate::threads::Signal;
 /// waiting for those before them to be acknowledged together.
 const LAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(50);
 
+/// How often it is looked whether more may be taken, when all that speaks against it is that too much is in
+/// flight.
+const UNTIL_IT_MAY_GROW: Duration = Duration::from_secs(1);
+
 /// They wait no longer than this even while events keep coming: the first unfinished message before
 /// them may be waiting to be told, long after theirs have been.
 const LONGEST_WAIT: Duration = Duration::from_millis(200);
@@ -143,7 +147,12 @@ impl<'c> Consumers<'c> {
         let done_event = events.recv(done);
         let stop_event = events.recv(stop);
         loop {
-            let Ok(event) = events.ready_timeout(self.in_hand.patience()) else {
+            let patience = match self.would_grow() {
+                true => UNTIL_IT_MAY_GROW,
+                false => DEADLINE,
+            };
+            let patience = patience.min(self.in_hand.patience());
+            let Ok(event) = events.ready_timeout(patience) else {
                 self.in_hand.acknowledge_rest()?;
                 if self.may_grow() {
                     return Ok(Event::MayGrow);
@@ -176,11 +185,13 @@ impl<'c> Consumers<'c> {
     /// done until the answers come would be acknowledged only then.
     fn may_grow(&self) -> bool {
         let intake = self.in_hand.link.intake.as_ref();
-        if self.is_ended || intake.is_some_and(|intake| intake.is_full()) {
-            return false;
-        }
+        !intake.is_some_and(|intake| intake.is_full()) && self.would_grow()
+    }
+
+    /// The same, whether or not something is read.
+    fn would_grow(&self) -> bool {
         let windows = &self.in_hand.windows[..self.open.len()];
-        windows.iter().any(Window::is_to_grow) || self.next_is_due()
+        !self.is_ended && (windows.iter().any(Window::is_to_grow) || self.next_is_due())
     }
 
     /// Whether there is a queue that waits for the one before it, of which nothing is on its way through.
@@ -262,14 +273,17 @@ impl<'c> Consumers<'c> {
     ) -> anyhow::Result<()> {
         self.asks(hand_over, |open| open[place].cancel())?;
         // The end of a consumer may arrive after the answer to its cancel.
-        while let Some(message) = self.inputs[place].iter().next() {
-            if matches!(message, ConsumerMessage::ClientCancelled) {
-                break;
+        let mut is_ended = false;
+        while !is_ended {
+            let last = self.inputs[place].recv().ok();
+            is_ended = matches!(last, None | Some(ConsumerMessage::ClientCancelled));
+            let last = (!is_ended).then_some((place, last));
+            for (place, message) in before(&self.inputs, place).chain(last) {
+                let link = self.in_hand.link;
+                let mut delivery = delivered(link, self.sources[place].queue, message)?;
+                hand_over(place, received(link, &mut delivery));
+                self.in_hand.take(place, delivery);
             }
-            let link = self.in_hand.link;
-            let mut delivery = delivered(link, self.sources[place].queue, Some(message))?;
-            hand_over(place, received(link, &mut delivery));
-            self.in_hand.take(place, delivery);
         }
         self.inputs[place] = never();
         widen(&mut self.in_hand.windows[place]);
@@ -294,7 +308,8 @@ impl<'c> Consumers<'c> {
     }
 
     /// Asks RabbitMQ something. The answer comes behind what has been sent before, of which nothing is read
-    /// while too much is in flight; so that is handed over meanwhile, and its handlers make room.
+    /// while too much is in flight; so that is handed over meanwhile, and its handlers make room. A
+    /// question without an answer ends the connection.
     fn asks<T>(
         &mut self,
         hand_over: &mut (impl FnMut(usize, Received) + Send),
@@ -355,29 +370,68 @@ impl Meanwhile<'_> {
         is_answered: &Signal,
         hand_over: &mut impl FnMut(usize, Received),
     ) -> anyhow::Result<Vec<(usize, Delivery)>> {
+        let mut since = Instant::now();
         loop {
             let mut events = Select::new();
             for input in &self.inputs {
                 events.recv(input);
             }
             let answered = events.recv(is_answered.receiver());
-            let event = events.ready();
-            if event == answered {
-                return Ok(self.taken);
-            }
-            let mut ended = None;
-            for (place, message) in arrived(&self.inputs, event) {
-                if matches!(message, Some(ConsumerMessage::ClientCancelled)) {
-                    ended = Some(place);
-                    break;
+            let place = match events.ready_timeout(UNTIL_IT_MAY_GROW) {
+                // What was sent before the answer is there, and is handed over in its order.
+                Ok(event) if event == answered => {
+                    for place in 0..self.inputs.len() {
+                        while self.take_arrived(place, hand_over)? {}
+                    }
+                    return Ok(self.taken);
                 }
-                let mut delivery = delivered(self.link, self.sources[place].queue, message)?;
-                hand_over(place, received(self.link, &mut delivery));
-                self.taken.push((place, delivery));
+                Ok(place) => place,
+                Err(_) => {
+                    let intake = self.link.intake.as_ref();
+                    if intake.is_some_and(|intake| intake.is_full()) {
+                        since = Instant::now();
+                    } else if since.elapsed() > DEADLINE {
+                        self.link.kill();
+                    }
+                    continue;
+                }
+            };
+            since = Instant::now();
+            if let Err(error) = self.take_arrived(place, hand_over) {
+                self.discard_until(is_answered);
+                return Err(error);
             }
-            if let Some(place) = ended {
+        }
+    }
+
+    /// Takes the next message of a queue and what came from those before it. False if there is none.
+    fn take_arrived(
+        &mut self,
+        place: usize,
+        hand_over: &mut impl FnMut(usize, Received),
+    ) -> anyhow::Result<bool> {
+        let messages: Vec<_> = arrived(&self.inputs, place).collect();
+        let some = !messages.is_empty();
+        for (place, message) in messages {
+            if matches!(message, Some(ConsumerMessage::ClientCancelled)) {
                 self.inputs[place] = never();
+                continue;
             }
+            let mut delivery = delivered(self.link, self.sources[place].queue, message)?;
+            hand_over(place, received(self.link, &mut delivery));
+            self.taken.push((place, delivery));
+        }
+        Ok(some)
+    }
+
+    /// The session is at its end; but the answer has to get through, behind what is never taken.
+    fn discard_until(&self, is_answered: &Signal) {
+        if let Some(intake) = &self.link.intake {
+            intake.open();
+        }
+        while !is_answered.comes_within(LAST_ACKNOWLEDGEMENT) {
+            let unread = self.inputs.iter();
+            unread.for_each(|input| input.try_iter().for_each(drop));
         }
     }
 }
@@ -398,13 +452,20 @@ fn arrived(
         Err(TryRecvError::Disconnected) => Some((event, None)),
         Err(TryRecvError::Empty) => None,
     };
-    // Anything from an earlier queue that was delivered before it has arrived by now.
-    let earlier = inputs[..event].iter().enumerate();
-    let earlier = earlier.flat_map(|(place, input)| {
+    before(inputs, event).chain(last)
+}
+
+/// What has come from the queues before this one. A message that has been received from this one comes
+/// after these.
+fn before(
+    inputs: &[Receiver<ConsumerMessage>],
+    place: usize,
+) -> impl Iterator<Item = (usize, Option<ConsumerMessage>)> {
+    let earlier = inputs[..place].iter().enumerate();
+    earlier.flat_map(|(place, input)| {
         let messages = input.try_iter();
         messages.map(move |message| (place, Some(message)))
-    });
-    earlier.chain(last)
+    })
 }
 
 /// The delivery for a consumer; None and everything else mean its end.

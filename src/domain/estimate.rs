@@ -53,33 +53,40 @@ impl Runs {
         })
     }
 
-    /// How long the first `waiting` jobs of a queue wait, in the order in which `workers` take them,
-    /// while others have been running for the times in `running`. None without workers.
-    pub fn waits(&self, workers: usize, running: &[Duration], waiting: usize) -> Option<Vec<Span>> {
-        if workers == 0 {
+    /// The same; nothing for one that has been running longer than all before it, which may end at any
+    /// time.
+    pub fn left(&self, elapsed: Duration) -> Span {
+        self.remaining(elapsed).unwrap_or(Span {
+            median: Duration::ZERO,
+            p90: Duration::ZERO,
+        })
+    }
+
+    /// How long the first `waiting` jobs of a queue wait, in the order in which so many processes take
+    /// them, some of which compute something for the times in `left`. None without any.
+    pub fn waits(&self, processes: usize, left: &[Span], waiting: usize) -> Option<Vec<Span>> {
+        if processes == 0 {
             return None;
         }
-        let medians = self.starts(workers, running, waiting, |span| span.median);
-        let p90s = self.starts(workers, running, waiting, |span| span.p90);
+        let medians = self.starts(processes, left, waiting, |span| span.median);
+        let p90s = self.starts(processes, left, waiting, |span| span.p90);
         let both = medians.into_iter().zip(p90s);
         Some(both.map(|(median, p90)| Span { median, p90 }).collect())
     }
 
     fn starts(
         &self,
-        workers: usize,
-        running: &[Duration],
+        processes: usize,
+        left: &[Span],
         waiting: usize,
         of: impl Fn(Span) -> Duration,
     ) -> Vec<Duration> {
         let each = of(self.span());
-        // A job that has been running longer than all before it may end at any time.
-        let left = |elapsed: &Duration| self.remaining(*elapsed).map_or(Duration::ZERO, &of);
-        let mut busy: Vec<Duration> = running.iter().map(left).collect();
+        let mut busy: Vec<Duration> = left.iter().copied().map(&of).collect();
         busy.sort_unstable();
-        // More may be running than there are workers now, such as jobs of a worker that died.
-        busy.truncate(workers);
-        busy.resize(workers, Duration::ZERO);
+        // More may be running than there are processes now, such as jobs of a worker that died.
+        busy.truncate(processes);
+        busy.resize(processes, Duration::ZERO);
         let mut free: BinaryHeap<Reverse<Duration>> = busy.into_iter().map(Reverse).collect();
         let mut starts = Vec::with_capacity(waiting);
         while starts.len() < waiting
@@ -143,7 +150,10 @@ mod tests {
         #[case] running: &[u64],
         #[case] medians: &[u64],
     ) {
-        let waits = runs().waits(workers, &secs(running), medians.len());
+        let left = secs(running)
+            .into_iter()
+            .map(|elapsed| runs().left(elapsed));
+        let waits = runs().waits(workers, &Vec::from_iter(left), medians.len());
         let waits: Vec<_> = waits.unwrap().iter().map(|wait| wait.median).collect();
         assert_eq!(waits, secs(medians));
     }

@@ -14,10 +14,12 @@ use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
 
+use self::capacity::Capacity;
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
 pub use self::why::Why;
 
+mod capacity;
 mod steps;
 mod turns;
 mod why;
@@ -518,15 +520,9 @@ impl Overview {
         };
         for (workflow, rows) in &self.rows {
             let Some(runs) = &rows.runs else { continue };
-            let workers = self
-                .queues
-                .as_ref()
-                .and_then(|queues| queues.workers(workflow));
-            let workers = workers.map_or(0, |workers| workers as usize);
-            let queue = self.turns.iter().find(|queue| queue.name == *workflow);
-            let workers = queue.map_or(workers, |queue| queue.workers(workers));
+            let Capacity { processes, left } = self.capacity(workflow, runs, now);
             let last = usize::try_from(last(workflow)).unwrap_or(0);
-            waits.insert(workflow, runs.waits(workers, &rows.elapsed, last));
+            waits.insert(workflow, runs.waits(processes, &left, last));
         }
         for job in jobs {
             if let Some(step) = &job.step {

@@ -3,11 +3,11 @@
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::mem;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, at, never, select_biased};
+use crossbeam_channel::{Receiver, Sender, at, bounded, never, select_biased};
 use jiff::Timestamp;
 use log::{debug, warn};
 use uuid::Uuid;
@@ -38,6 +38,9 @@ mod watched;
 /// A batch ends at whichever comes first.
 pub const MAX_BATCH_MESSAGES: usize = 200;
 const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
+/// has room for as many.
+pub const MAX_FINDINGS: u16 = 1000;
 /// Waits between attempts while Postgres does not work.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
@@ -58,8 +61,48 @@ pub enum Work {
     WorkflowsChanged,
 }
 
-/// Which of `handlers` threads handles a job: always the same one, which keeps the order of the
-/// job's messages.
+/// How the handlers hear what the service itself has found out.
+#[derive(Clone)]
+pub struct Findings(Vec<Sender<Work>>);
+
+impl Findings {
+    /// To as many handlers, with what each of them receives.
+    pub fn new(handlers: usize) -> (Findings, Vec<Receiver<Work>>) {
+        let channels = (0..handlers).map(|_| bounded(MAX_FINDINGS.into()));
+        let (senders, receivers) = channels.unzip();
+        (Findings(senders), receivers)
+    }
+
+    /// To the handler of a job.
+    pub fn of_job(&self, job_id: Uuid) -> &Sender<Work> {
+        &self.0[index(job_id, self.0.len())]
+    }
+
+    /// To the handler that puts the granted tasks of a queue on it. One for each queue, for the jobs'
+    /// own handlers would not keep the order of the turns; what a job's messages and its turn may not
+    /// do at once is excluded by the job's lock.
+    pub fn of_turns(&self, queue: &str) -> &Sender<Work> {
+        let mut hasher = DefaultHasher::new();
+        queue.hash(&mut hasher);
+        &self.0[hasher.finish() as usize % self.0.len()]
+    }
+
+    /// Has a granted task put on its queue, by a handler that [`Findings`] names. What that has no room
+    /// for is found again as lost.
+    pub fn hand_over(to: &Sender<Work>, job_id: Uuid, granted_at: Timestamp) {
+        let command = Command::TakeTurn {
+            grant: Some(granted_at),
+        };
+        let _ = to.try_send(Work::Finding { job_id, command });
+    }
+
+    pub fn senders(&self) -> &[Sender<Work>] {
+        &self.0
+    }
+}
+
+/// Which of `handlers` threads handles a job's messages: always the same one, which keeps their
+/// order.
 pub fn index(job_id: Uuid, handlers: usize) -> usize {
     // The low bits of a random id are as good as any others.
     job_id.as_u64_pair().1 as usize % handlers
@@ -72,6 +115,8 @@ pub struct Common<'s> {
     pub inquiry: Sender<()>,
     /// Wakes the thread that grants turns.
     pub turns: Sender<()>,
+    /// What the service itself has found out, to the handlers.
+    pub findings: Findings,
     /// The queue behind each inbox.
     pub queue_names: HashMap<Inbox, String>,
     pub closed: ClosedQueues,
@@ -111,9 +156,6 @@ pub struct Handler<'s> {
     stalled: BTreeMap<Destination, Vec<Item>>,
     /// When some of them may next be returned to the end of their queue.
     put_back_at: Instant,
-    /// Jobs that were granted their turn with their submission, and when: their tasks are not on their
-    /// queues yet.
-    granted: Vec<(Uuid, Timestamp)>,
 }
 
 impl<'s> Handler<'s> {
@@ -140,7 +182,6 @@ impl<'s> Handler<'s> {
             unanswered_until: Instant::now(),
             stalled: BTreeMap::new(),
             put_back_at: Instant::now(),
-            granted: Vec::new(),
         }
     }
 
@@ -195,22 +236,11 @@ impl<'s> Handler<'s> {
                 let Some(next) = next else { break };
                 has_room = take(next);
             }
-            let handled = self.handle_all(batch, stop);
-            if let Err(trouble) = handled.and_then(|()| self.take_turns(stop)) {
+            if let Err(trouble) = self.handle_all(batch, stop) {
                 return trouble.end();
             }
             self.count_stalled();
         }
-    }
-
-    /// Puts the tasks on their queues that were granted their turn with the batch before.
-    fn take_turns(&mut self, stop: &Signal) -> Result<(), Trouble> {
-        let granted = mem::take(&mut self.granted).into_iter();
-        let turns = granted.map(|(job_id, at)| {
-            let command = Command::TakeTurn { grant: Some(at) };
-            Item::new(Work::Finding { job_id, command }, self.watched)
-        });
-        self.handle_all(turns.collect(), stop)
     }
 
     /// Runs a batch through the pipeline, one message at a time if necessary.
@@ -351,7 +381,7 @@ impl<'s> Handler<'s> {
             Work::Message { inbox, received } => Some((*inbox, received.tag)),
             Work::Finding { .. } | Work::WorkflowsChanged => None,
         };
-        let handled = if let Some(queue) = item.stalled_on.take() {
+        let handled: fn(u64) -> Handled = if let Some(queue) = item.stalled_on.take() {
             // A finding is made again.
             if message.is_some() {
                 self.stalled.entry(queue).or_default().push(item);
@@ -362,6 +392,8 @@ impl<'s> Handler<'s> {
             self.waiting.add(item, wait);
             Handled::Kept
         } else {
+            // It makes room before anybody hears of it.
+            drop(item);
             Handled::Done
         };
         let Some((inbox, tag)) = message else { return };

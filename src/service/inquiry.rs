@@ -19,8 +19,8 @@ use uuid::Uuid;
 
 use crate::broker::{Link, Question};
 use crate::domain::job::{Command, Suspicion};
+use crate::service::handler::MAX_FINDINGS;
 use crate::service::handler::{self, Work};
-use crate::service::maintenance::MAX_FINDINGS;
 use crate::service::shared::Service;
 use crate::store::Store;
 use crate::threads::{Calls, Signal};

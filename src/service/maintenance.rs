@@ -18,14 +18,11 @@ use uuid::Uuid;
 
 use crate::domain::job::Command;
 use crate::fault_point;
-use crate::service::handler::{self, Work};
+use crate::service::handler::{self, MAX_FINDINGS, Work};
 use crate::service::shared::Service;
 use crate::store::{Around, Connection, KnownQueues, Overdue, Sign, Store, StoreError, Upkeep};
 use crate::threads::Signal;
 
-/// How many jobs are found or forgotten at once; the others follow. A handler's queue of findings
-/// has room for as many.
-pub const MAX_FINDINGS: u16 = 1000;
 /// How often a replica checks the clock and shows the others that it is alive.
 const BEAT: Duration = Duration::from_secs(1);
 /// Between attempts while Postgres does not work.

@@ -21,7 +21,7 @@ use self::watchdog::Watchdog;
 use crate::broker::intake::Intake;
 use crate::broker::{self, Claim, DEADLINE, Handled, PublishError, Publisher, Received, Source};
 use crate::service::handler::{
-    self, ClosedQueues, Common, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
+    self, ClosedQueues, Common, Findings, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
 };
 use crate::service::inquiry::{self, Inquiry};
 use crate::service::maintenance::{self, Backlog, Calm};
@@ -188,11 +188,13 @@ fn work(
     let Prepared { queue_names, claim } = prepared;
     let (nudge, nudges) = bounded(1);
     let (wake_turns, woken) = bounded(1);
+    let (findings, heard) = Findings::new(service.config.handler_threads);
     let shared = Shared {
         common: Common {
             service,
             inquiry: nudge,
             turns: wake_turns,
+            findings,
             queue_names,
             closed: closed_queues(),
         },
@@ -209,12 +211,9 @@ fn work(
     };
     thread::scope(|scope| {
         let mut recruits = Recruits::new(scope);
-        let (inputs, done) = start_handlers(&shared, &mut recruits)?;
-        let Inputs {
-            messages,
-            unread,
-            findings,
-        } = inputs;
+        let (inputs, done) = start_handlers(&shared, &mut recruits, heard)?;
+        let Inputs { messages, unread } = inputs;
+        let findings = shared.common.findings.senders();
         let announcer = findings[0].clone();
         let (nobody_answers, vacant) = bounded(1);
         // From here on only consumers send messages to handlers, and only handlers report to
@@ -224,9 +223,9 @@ fn work(
         let (pulse, stop_pulse) = (&shared.pulse, recruits.stop.clone());
         let pulse = move || pulse.run(links, &nobody_answers, &stop_pulse);
         recruits.start("pulse", pulse)?;
-        start_inquiry(&shared, &mut recruits, findings.clone(), nudges)?;
-        start_turns(&shared, &mut recruits, findings.clone(), woken)?;
-        start_maintenance(&shared, &mut recruits, findings, unread)?;
+        start_inquiry(&shared, &mut recruits, findings.to_vec(), nudges)?;
+        start_turns(&shared, &mut recruits, woken)?;
+        start_maintenance(&shared, &mut recruits, findings.to_vec(), unread)?;
         service.metrics.session_begun();
         info!(
             "connected; {} workflows",
@@ -244,7 +243,6 @@ struct Inputs {
     messages: Vec<Sender<Work>>,
     /// What the handlers have not taken yet, which shows whether there is a backlog.
     unread: Vec<Receiver<Work>>,
-    findings: Vec<Sender<Work>>,
 }
 
 /// Starts the handlers. Also returns, for each of [`CONSUMERS`], the channel on which they report
@@ -252,6 +250,7 @@ struct Inputs {
 fn start_handlers<'scope>(
     shared: &'scope Shared<'_>,
     recruits: &mut Recruits<'scope, '_>,
+    findings: Vec<Receiver<Work>>,
 ) -> anyhow::Result<(Inputs, [Receiver<Handled>; CONSUMERS.len()])> {
     let links = shared.links;
     let mut done_senders = HashMap::new();
@@ -263,16 +262,14 @@ fn start_handlers<'scope>(
     let mut inputs = Inputs {
         messages: Vec::new(),
         unread: Vec::new(),
-        findings: Vec::new(),
     };
-    for ((number, watched), name) in shared.watched.iter().enumerate().zip(handler_names()) {
+    let handlers = shared.watched.iter().zip(findings).enumerate();
+    for ((number, (watched, findings)), name) in handlers.zip(handler_names()) {
         // The prefetch bounds what is in this channel, so a handler that is held up does not hold
         // up the consumers.
         let (input, messages) = unbounded::<Work>();
         inputs.messages.push(input);
         inputs.unread.push(messages.clone());
-        let (input, findings) = bounded::<Work>(maintenance::MAX_FINDINGS.into());
-        inputs.findings.push(input);
         let publishers = Publishers {
             sdk: Publisher::new(&links.sdk_out, &watched.sdk),
             celery: Publisher::new(&links.celery_out, &watched.celery),
@@ -365,7 +362,6 @@ fn start_inquiry<'scope>(
 fn start_turns<'scope>(
     shared: &'scope Shared<'_>,
     recruits: &mut Recruits<'scope, '_>,
-    handlers: Vec<Sender<Work>>,
     woken: Receiver<()>,
 ) -> anyhow::Result<()> {
     let service = shared.common.service;
@@ -376,7 +372,7 @@ fn start_turns<'scope>(
         let turns = Turns {
             service,
             store,
-            handlers,
+            findings: &shared.common.findings,
             calm: &shared.calm,
             is_empty: &|queue| shared.is_empty(queue),
             stop,

@@ -36,6 +36,8 @@ pub struct Service {
     pub catalogue_news: Receiver<()>,
     /// What is allowed at task queues.
     pub limits: CurrentLimits,
+    /// The same, as of when tasks were last counted in that have not waited for their turn.
+    pub counted: CurrentLimits,
     pub health: Health,
     pub metrics: Metrics,
     /// RabbitMQ's queues, as last seen.
@@ -68,6 +70,7 @@ impl Service {
             catalogue: CurrentCatalogue::new(catalogue),
             catalogue_news,
             limits: CurrentLimits::default(),
+            counted: CurrentLimits::default(),
             health: Health::starting(Timestamp::now()),
             metrics: Metrics::default(),
             queues: Mutex::default(),

@@ -11,7 +11,6 @@
 //! nothing that a worker says of it is on its way: of a task with a seat there must not be two.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,10 +19,9 @@ use jiff::Timestamp;
 use log::{debug, info, warn};
 use uuid::Uuid;
 
-use crate::domain::job::Command;
 use crate::domain::turns::{self, MAX_GRANTS};
-use crate::service::handler::Work;
-use crate::service::maintenance::{Calm, MAX_FINDINGS};
+use crate::service::handler::{Findings, MAX_FINDINGS};
+use crate::service::maintenance::Calm;
 use crate::service::shared::Service;
 use crate::store::{Connection, LostGrant, Store, StoreError};
 use crate::threads::{Calls, Signal};
@@ -42,7 +40,7 @@ pub struct Turns<'s> {
     pub service: &'s Service,
     /// Its calls are under the watchdog.
     pub store: Store,
-    pub handlers: Vec<Sender<Work>>,
+    pub findings: &'s Findings,
     /// Whether nothing of what workers say is on its way to their jobs.
     pub calm: &'s Calm,
     /// Whether nothing is ready in a task queue.
@@ -85,28 +83,30 @@ impl Turns<'_> {
             suspects: HashSet::new(),
             is_failing: false,
         };
+        // What has not waited for its turn is counted in before the first one is granted.
+        let mut is_tick = true;
         loop {
+            if is_tick {
+                memory.next_tick = Instant::now() + PERIOD;
+            }
+            // What has failed is tried again at the next tick.
+            if is_tick || !memory.is_failing {
+                let done = self.round(&mut memory, is_tick);
+                let was_failing = memory.is_failing;
+                memory.is_failing = done.is_err();
+                match done {
+                    Ok(()) => {}
+                    Err(error) if was_failing => debug!("no turns are granted yet: {error:#}"),
+                    Err(error) => warn!("no turns are granted, which is tried again: {error:#}"),
+                }
+            }
             let pause = memory.next_tick.saturating_duration_since(Instant::now());
-            let is_tick = select! {
+            is_tick = select! {
                 recv(self.stop.receiver()) -> _ => return,
                 recv(wakes.handlers) -> _ => false,
                 recv(wakes.operators) -> _ => true,
                 default(pause) => true,
             };
-            if is_tick {
-                memory.next_tick = Instant::now() + PERIOD;
-            } else if memory.is_failing {
-                // It is tried again at the next tick.
-                continue;
-            }
-            let done = self.round(&mut memory, is_tick);
-            let was_failing = memory.is_failing;
-            memory.is_failing = done.is_err();
-            match done {
-                Ok(()) => {}
-                Err(error) if was_failing => debug!("no turns are granted yet: {error:#}"),
-                Err(error) => warn!("no turns are granted, which is tried again: {error:#}"),
-            }
         }
     }
 
@@ -146,7 +146,7 @@ impl Turns<'_> {
         let defined = self.service.catalogue.get().queue_limits();
         let defined = defined.get(queue).copied().unwrap_or_default();
         // What the handler has no room for would be found again as lost.
-        let handler = self.handler(queue);
+        let handler = self.findings.of_turns(queue);
         let capacity = handler.capacity().unwrap_or(usize::MAX);
         let most = capacity.saturating_sub(handler.len()).min(MAX_GRANTS);
         let mut transaction = connection.transaction()?;
@@ -173,25 +173,9 @@ impl Turns<'_> {
         debug!("{queue}: {} tasks have their turn", granted.len());
         let is_page = jobs.len() == MAX_GRANTS;
         for (job_id, at) in granted {
-            self.hand_over(queue, job_id, at);
+            Findings::hand_over(handler, job_id, at);
         }
         Ok(is_page)
-    }
-
-    /// Has a granted task put on its queue. What the handler has no room for is found again.
-    fn hand_over(&self, queue: &str, job_id: Uuid, at: Timestamp) {
-        let command = Command::TakeTurn { grant: Some(at) };
-        let finding = Work::Finding { job_id, command };
-        let _ = self.handler(queue).try_send(finding);
-    }
-
-    /// The handler that puts granted tasks on a queue: one for each queue, whose jobs' own handlers
-    /// would not keep the order of the turns.
-    fn handler(&self, queue: &str) -> &Sender<Work> {
-        let mut hasher = DefaultHasher::new();
-        queue.hash(&mut hasher);
-        let count = self.handlers.len() as u64;
-        &self.handlers[(hasher.finish() % count) as usize]
     }
 
     /// Counts in what has reached queues with limits without waiting for its turn.
@@ -217,6 +201,7 @@ impl Turns<'_> {
             }
         }
         memory.counted_in = Some(Instant::now());
+        self.service.counted.replace(limits.as_ref().clone());
         Ok(())
     }
 
@@ -254,11 +239,11 @@ impl Turns<'_> {
         memory.suspects = self.not_there(&lost);
         let again: Vec<_> = memory.suspects.intersection(&before).copied().collect();
         let taken = take_on(connection, &again)?;
-        let queues: HashMap<_, _> = lost.iter().map(|lost| (lost.job_id, &lost.queue)).collect();
         for (job_id, at) in taken {
             debug!("job {job_id}: its turn was granted, but nobody has handed it over");
             memory.suspects.remove(&job_id);
-            self.hand_over(queues[&job_id], job_id, at);
+            // Whatever holds up the queue's handler need not hold up its own.
+            Findings::hand_over(self.findings.of_job(job_id), job_id, at);
         }
         Ok(())
     }

@@ -646,7 +646,9 @@ struct Stub(Child);
 impl Stub {
     fn start(deployment: &Deployment) -> Stub {
         let program = Path::new(env!("CARGO_BIN_EXE_omotes-orchestrator"));
-        let mut command = Command::new(program.with_file_name("examples").join("worker"));
+        let worker = program.with_file_name("examples").join("worker");
+        assert!(worker.exists(), "`cargo build --example worker` makes it");
+        let mut command = Command::new(worker);
         command
             .args(["--workflow", "simulator", "--seconds", "0.1"])
             .current_dir(&deployment.folder)

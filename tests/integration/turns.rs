@@ -236,6 +236,36 @@ fn what_was_handed_over_before_there_was_a_limit_counts() {
     scene.deployment.no_jobs_left();
 }
 
+/// What comes first after a start finds the seat taken by a task that has never waited for one.
+#[test]
+fn a_limit_that_comes_with_a_restart_counts_what_runs() {
+    let scene = Scene::new(&json!({}));
+    let service = scene.start();
+    scene.submit(1);
+    let running = scene.runs();
+    scene
+        .deployment
+        .comes_to(1, "SELECT count(*) FROM job WHERE status = 'RUNNING'");
+    assert!(service.stop().success());
+    let job = scene.client.submit(TASK);
+    let mut file: Value = serde_json::from_slice(&fs::read(&scene.file).unwrap()).unwrap();
+    file[0]["max_running"] = json!(1);
+    fs::write(&scene.file, file.to_string()).unwrap();
+    let service = scene.start();
+    service.logged(&format!("job {job} (a reference): accepted, and waits"));
+    scene.held(1);
+    let later = scene.submit(1)[0];
+    scene.held(2);
+    assert_eq!(scene.worker.waiting(), 0);
+    scene.ends(&running);
+    for job in [job, later] {
+        let task = scene.runs();
+        assert_eq!(task.job, job);
+        scene.ends(&task);
+    }
+    scene.nothing_is_left();
+}
+
 #[test]
 fn a_step_waits_for_its_turn_too() {
     let scene = Scene::new(&json!({"max_running": 1}));

@@ -13,7 +13,7 @@ use super::closed::Destination;
 use super::failure::Trouble;
 use super::item::Item;
 use super::outbox::{Outbox, Unavailable};
-use super::{Common, Handler, MAX_BATCH_BYTES, letters};
+use super::{Common, Findings, Handler, MAX_BATCH_BYTES, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
 use crate::domain::job::{Context, Event};
 use crate::domain::vhost::Vhost;
@@ -229,7 +229,9 @@ impl Handler<'_> {
         let granted = self.grant_at_once(&plan, &catalogue, &mut transaction)?;
         transaction.commit()?;
         stopwatch.lap(Stage::Commit);
-        self.granted.extend(granted);
+        for (queue, job_id, at) in granted {
+            Findings::hand_over(self.common.findings.of_turns(&queue), job_id, at);
+        }
         self.report(batch, &plan, &catalogue);
         self.write_out(plan.announcements, HashMap::new(), announcements)?;
         Ok(Committed {
@@ -249,15 +251,21 @@ impl Handler<'_> {
         plan: &Plan<'_>,
         catalogue: &Catalogue,
         transaction: &mut Transaction<'_>,
-    ) -> Result<Vec<(Uuid, Timestamp)>, Trouble> {
+    ) -> Result<Vec<(String, Uuid, Timestamp)>, Trouble> {
+        let service = self.common.service;
         let mut granted = Vec::new();
         for (queue, job_id) in plan.single_newcomers() {
+            // Else there may be tasks that have not waited and take room all the same.
+            if service.counted.get() != service.limits.get() {
+                break;
+            }
             let defined = catalogue.queue_limits();
             let defined = defined.get(queue).copied().unwrap_or_default();
             if let Some(limit) = transaction.try_lock_queue(queue, job_id, defined)?
                 && limit.room(&transaction.handed_over(queue)?) > 0
             {
-                granted.extend(transaction.grant(queue, &[(job_id, Uuid::new_v4())])?);
+                let turns = transaction.grant(queue, &[(job_id, Uuid::new_v4())])?;
+                granted.extend(turns.into_iter().map(|(id, at)| (queue.to_owned(), id, at)));
             }
         }
         Ok(granted)

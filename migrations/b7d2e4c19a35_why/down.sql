@@ -1,2 +1,1 @@
-DROP INDEX job_registered_idx;
 ALTER TABLE job_history DROP COLUMN why;

@@ -40,7 +40,12 @@ const LIVE: &str = "
             FROM job_step
             WHERE job_step.job_id = job.job_id ORDER BY number DESC, attempt DESC LIMIT 1
         ) AS step ON true,
-        LATERAL (SELECT coalesce(step.waits, status = 'SUBMITTED') AS waits) AS queue
+        -- One that has ended is still there until its client has been told, and takes nobody's place.
+        LATERAL (
+            SELECT coalesce(step.waits, status = 'SUBMITTED')
+                   AND (SELECT true FROM job_history AS ended
+                        WHERE ended.job_id = job.job_id) IS NOT TRUE AS waits
+        ) AS queue
         WHERE status <> 'REGISTERED'
     ), registered AS NOT MATERIALIZED (
         SELECT job_id, registered_at FROM job

@@ -114,6 +114,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
         outcome_delay: Duration::from_secs(1),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
+        keep_logs: true,
         fair_share_separator: String::new(),
     };
     bencher.bench(|| {

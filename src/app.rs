@@ -14,13 +14,12 @@ use signal_hook::iterator::Signals;
 use crate::config::{self, Config};
 use crate::http::{self, Server};
 use crate::service::database;
-use crate::service::handler::panic_text;
+use crate::service::handler::{ForWantOfPostgres, panic_text};
 use crate::service::queues;
 use crate::service::session;
 use crate::service::shared::Service;
 use crate::service::time_series;
 use crate::service::workers;
-use crate::telemetry::health::Part;
 use crate::telemetry::logger;
 use crate::threads::{Backoff, Pending, Signal};
 
@@ -208,7 +207,7 @@ fn run_sessions(service: &Service, stopped: &Signal) {
             return;
         }
         service.no_session(&failure);
-        if service.health.is_told(Part::Postgres) {
+        if failure.is::<ForWantOfPostgres>() {
             // It follows from what the log has.
             warn!("the session with RabbitMQ has ended, for want of Postgres: {failure:#}");
         } else if service.metrics.sessions() > sessions {

@@ -194,11 +194,16 @@ const SILENCE: Duration = Duration::from_millis(1500);
 
 /// Asks somebody, and says so on standard error if there is no answer for a while.
 pub(crate) fn told_of<T>(whom: &str, ask: impl FnOnce() -> T) -> T {
+    told_after_a_while(&format!("{whom} does not answer; still trying"), ask)
+}
+
+/// Does something, and says this on standard error if it takes a while.
+pub(crate) fn told_after_a_while<T>(news: &str, ask: impl FnOnce() -> T) -> T {
     let (asking, answered) = Signal::pending();
     thread::scope(|scope| {
         scope.spawn(move || {
             if !answered.comes_within(SILENCE) {
-                say_aside(format_args!("{whom} does not answer; still trying"));
+                say_aside(format_args!("{news}"));
             }
         });
         let answer = ask();

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::domain::overview::{Filter, Overview};
 use crate::service::shared::Service;
-use crate::store::StoreError;
+use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
 use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
@@ -242,40 +242,44 @@ fn respond(service: &Service, route: &Route) -> Response {
     if let Some(why) = postgres.filter(|_| !service.can_look_on.load(Ordering::Relaxed)) {
         return without_database(service, route, &frame, why);
     }
-    match with_database(service, route, &frame) {
+    let text = |error: StoreError| format!("{:#}", anyhow::Error::from(error));
+    let mut connection = match service.views.connection() {
+        Ok(connection) => connection,
+        Err(error) => return without_database(service, route, &frame, &text(error)),
+    };
+    match with_database(service, &mut connection, route, &frame) {
         Ok(response) => response,
-        Err(StoreError::TooLong(_)) => in_vain(service, route, &frame),
-        Err(error) => {
-            let why = format!("{:#}", anyhow::Error::from(error));
-            without_database(service, route, &frame, &why)
-        }
+        Err(StoreError::TooLong(_)) => in_vain(service, route, &frame, IN_VAIN),
+        Err(error) => in_vain(service, route, &frame, &one_line(&text(error))),
     }
 }
 
-/// The answer if Postgres takes longer than anybody waits.
-fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>) -> Response {
-    const WHY: &str = "This takes longer than Postgres is given for it. Ask for less: a single \
+/// What is said of a question that takes longer than anybody waits.
+const IN_VAIN: &str = "This takes longer than Postgres is given for it. Ask for less: a single \
                        workflow, a single state, or a job by its id.";
+
+/// The answer if Postgres is there and does not say what was asked for.
+fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::in_vain(frame, WHY)),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::in_vain(frame, why)),
         Route::Live
         | Route::Ready
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
-        | Route::Job(_) => json_response(503, &json!({"error": WHY})),
+        | Route::Job(_) => json_response(503, &json!({"error": why})),
     }
 }
 
 fn with_database(
     service: &Service,
+    connection: &mut Connection,
     route: &Route,
     frame: &Frame<'_>,
 ) -> Result<Response, StoreError> {
     let now = frame.now;
-    let mut connection = service.views.connection()?;
-    let overview = service.overview(&mut connection)?;
+    let overview = service.overview(connection)?;
     Ok(match route {
         Route::Live | Route::Ready => unreachable!("answered at once"),
         Route::Metrics => metrics_text(service, &overview, now),

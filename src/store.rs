@@ -5,7 +5,7 @@
 //! of them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -101,7 +101,20 @@ struct LastFailure(Arc<Mutex<String>>);
 
 impl r2d2::HandleError<ConnectError> for LastFailure {
     fn handle_error(&self, error: ConnectError) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
+        *self.lock() = error.to_string();
+    }
+}
+
+impl LastFailure {
+    fn in_words(&self) -> String {
+        match self.lock().as_str() {
+            "" => "all are in use, or there is no answer".to_owned(),
+            last => last.to_owned(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -163,13 +176,14 @@ impl Store {
     pub fn connection(&self) -> Result<Connection, StoreError> {
         let _call = self.calls.begin();
         let mut client = self.pool.get_timeout(self.patience).map_err(|_| {
-            let LastFailure(last) = &self.last_failure;
-            let last = last.lock().unwrap_or_else(PoisonError::into_inner);
             StoreError::Transient(anyhow!(
-                "no connection to Postgres within {:?}: {last}",
-                self.patience
+                "no connection to Postgres within {:?}: {}",
+                self.patience,
+                self.last_failure.in_words()
             ))
         })?;
+        // It is not why the next one fails.
+        self.last_failure.lock().clear();
         client.calls = self.calls.clone();
         Ok(Connection {
             client,
@@ -212,17 +226,30 @@ impl Connection {
     }
 
     /// Deletes the rows of these jobs, which have ended, and whose clients have been told;
-    /// `with_course` if some of them have rows for their steps too.
+    /// `with_course` if some of them have rows for their steps too, of which the logs stay if
+    /// `keeps_logs`.
     ///
     /// # Errors
     /// The connection is lost; whether they are deleted is not known.
-    pub fn settle(&mut self, job_ids: &[Uuid], with_course: bool) -> Result<(), StoreError> {
-        let sql = match with_course {
-            false => {
+    pub fn settle(
+        &mut self,
+        job_ids: &[Uuid],
+        with_course: bool,
+        keeps_logs: bool,
+    ) -> Result<(), StoreError> {
+        let sql = match (with_course, keeps_logs) {
+            (false, _) => {
                 "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1))
                  DELETE FROM job WHERE job_id = ANY($1)"
             }
-            true => {
+            (true, false) => {
+                "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1)),
+                      inputs AS (DELETE FROM job_input WHERE job_id = ANY($1)),
+                      turns AS (DELETE FROM job_turn WHERE job_id = ANY($1)),
+                      steps AS (UPDATE job_step SET logs = NULL WHERE job_id = ANY($1))
+                 DELETE FROM job WHERE job_id = ANY($1)"
+            }
+            (true, true) => {
                 "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1)),
                       inputs AS (DELETE FROM job_input WHERE job_id = ANY($1)),
                       turns AS (DELETE FROM job_turn WHERE job_id = ANY($1))

@@ -161,6 +161,7 @@ static RULES: Rules = Rules {
     outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: true,
+    keep_logs: true,
     fair_share_separator: String::new(),
 };
 

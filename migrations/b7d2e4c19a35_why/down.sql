@@ -1,1 +1,2 @@
+ALTER TABLE job_step DROP COLUMN why;
 ALTER TABLE job_history DROP COLUMN why;

@@ -9,7 +9,7 @@ use omotes_orchestrator::config::Config;
 use omotes_orchestrator::config::environment::Environment;
 use omotes_orchestrator::doctor::{Severity, Switch, examine};
 
-use super::print;
+use super::{print, told_after_a_while};
 
 #[derive(Args)]
 pub(crate) struct Doctor {
@@ -50,12 +50,15 @@ pub(crate) fn run(
     let switch = doctor
         .before_switch
         .map(|direction| switch(direction, environment));
-    let findings = examine(
-        config,
-        &near_misses,
-        doctor.rabbitmqctl.as_deref(),
-        switch.as_ref(),
-    );
+    const NEWS: &str = "still looking: not all that is asked answers at once";
+    let findings = told_after_a_while(NEWS, || {
+        examine(
+            config,
+            &near_misses,
+            doctor.rabbitmqctl.as_deref(),
+            switch.as_ref(),
+        )
+    });
     if doctor.json {
         print(&(serde_json::to_string_pretty(&findings)? + "\n"))?;
     } else {

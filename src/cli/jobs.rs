@@ -143,7 +143,7 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             print(&if json {
                 serde_json::to_string_pretty(&page)? + "\n"
             } else {
-                list_text(&page, &list)
+                list_text(&page, &list, Space::Paper)
             })?;
             Ok(ExitCode::SUCCESS)
         }
@@ -175,14 +175,30 @@ fn jobs(
     Ok(page)
 }
 
-fn list_text(page: &Page, list: &Selection) -> String {
+/// Where a list goes.
+#[derive(Clone, Copy)]
+enum Space {
+    /// No further than to its end.
+    Screen,
+    Paper,
+}
+
+fn list_text(page: &Page, list: &Selection, space: Space) -> String {
     let filter = list.filter();
     let now = Timestamp::now();
-    let mut text = match filter.finished {
+    let mut table = match filter.finished {
         true => finished_table(&page.jobs, now),
         false => live_table(&page.jobs, now),
+    };
+    if let Space::Screen = space
+        && has_room()
+    {
+        // As many jobs were asked for as there are lines.
+        for row in table.row_iter_mut() {
+            row.max_height(1);
+        }
     }
-    .trim_fmt();
+    let mut text = table.trim_fmt();
     text.push('\n');
     let shown = i64::try_from(page.jobs.len()).unwrap_or(i64::MAX);
     if shown < page.total {
@@ -278,9 +294,15 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
     let Some(mut story) = connection.story(id)? else {
         bail!("job {id} is unknown");
     };
-    let watch = watch_queues(config);
     let now = Timestamp::now();
-    let overview = overview(config, &mut connection, watch.as_ref())?;
+    let overview = match story.job.state {
+        JobState::Live(_) => {
+            let watch = watch_queues(config);
+            overview(config, &mut connection, watch.as_ref())?
+        }
+        // Of one that has ended nothing depends on others.
+        JobState::Ended(_) => Overview::default(),
+    };
     overview.explain(std::slice::from_mut(&mut story.job), now);
     if json {
         print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
@@ -426,7 +448,7 @@ fn watch(config: &Config, list: &Selection) -> anyhow::Result<ExitCode> {
                     .and_then(|mut open| {
                         let page = jobs(config, &mut open, queues.as_ref(), &filter)?;
                         connection = Some(open);
-                        Ok(list_text(&page, list))
+                        Ok(list_text(&page, list, Space::Screen))
                     })
                     .unwrap_or_else(|error| format!("{error:#}"));
                 let head = style(format!("{:.0}  Ctrl-C ends this", Timestamp::now())).dim();

@@ -93,6 +93,7 @@ impl<'a> Reader<'a> {
             timeout_check_period: reader.period("TIMEOUT_JOB_HANDLER_RERUN_SEC", 30),
             timeout_result: reader.timeout_result(),
             reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
+            keep_logs: reader.switch_from("KEEP_LOGS", "true"),
             no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
             priority_aging: reader.seconds("PRIORITY_AGING_SEC", 3600),
             fair_share_separator: reader.text("FAIR_SHARE_SEPARATOR", "/"),
@@ -525,7 +526,11 @@ impl<'a> Reader<'a> {
 
     /// Off unless switched on.
     fn switch(&mut self, name: &str) -> bool {
-        self.parsed(name, "false", "true or false", |value| {
+        self.switch_from(name, "false")
+    }
+
+    fn switch_from(&mut self, name: &str, default: &'static str) -> bool {
+        self.parsed(name, default, "true or false", |value| {
             match value.to_lowercase().as_str() {
                 "true" => Some(true),
                 "false" => Some(false),

@@ -386,6 +386,11 @@ fn kept_why(logs: &str) -> Option<String> {
     (!line.is_empty()).then_some(line)
 }
 
+/// The same of a worker's logs, if anything of them may be kept.
+fn kept_why_of_logs(logs: &str, context: &Context<'_>) -> Option<String> {
+    kept_why(logs).filter(|_| context.rules.keep_logs)
+}
+
 fn kept_reference(reference: Option<&str>) -> String {
     kept(reference.unwrap_or_default(), MAX_REFERENCE)
 }

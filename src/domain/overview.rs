@@ -445,6 +445,9 @@ pub struct Overview {
     pub defined: Vec<String>,
     /// The tasks of those that do not have just the one of their own name.
     pub tasks: BTreeMap<String, Vec<String>>,
+    /// Whether there is no session with RabbitMQ, so that what was seen of workers may not be so any
+    /// more.
+    pub is_cut_off: bool,
     /// None before RabbitMQ has been looked at.
     pub queues: Option<Queues>,
     /// The queues where tasks wait for their turn, or might have to.

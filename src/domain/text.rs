@@ -82,17 +82,20 @@ pub fn short(text: &str) -> &str {
     beginning(text, MAX_TEXT)
 }
 
-/// The line of a task's logs that says most of why it failed: the first one, or of a stack trace of
-/// Python's the last, which names the exception. Empty if there is none.
+/// The line of a task's logs that says most of why it failed: the first one, or the one in which the last
+/// of Python's stack traces names its exception. Empty if there is none.
 pub fn telling_line(logs: &str) -> &str {
+    let of_trace = logs.rsplit_once(TRACE).and_then(|(_, trace)| {
+        let mut lines = trace.lines().skip(1);
+        // What is in the trace is further in.
+        lines.find(|line| line.starts_with(|first: char| !first.is_whitespace()))
+    });
     let mut lines = logs.lines().map(str::trim).filter(|line| !line.is_empty());
-    let is_trace = logs.contains("Traceback (most recent call last):");
-    let line = match is_trace {
-        true => lines.next_back(),
-        false => lines.next(),
-    };
-    line.unwrap_or_default()
+    of_trace.or_else(|| lines.next()).unwrap_or_default().trim()
 }
+
+/// What Python's stack traces begin with.
+const TRACE: &str = "Traceback (most recent call last):";
 
 #[cfg(test)]
 mod tests {
@@ -153,6 +156,20 @@ mod tests {
     #[case::trace(
         "went on\nTraceback (most recent call last):\n  File \"a\"\nValueError: no\n\n",
         "ValueError: no"
+    )]
+    #[case::trace_and_more(
+        "Traceback (most recent call last):\n  File \"a\"\nValueError: no\nwith details\n\ndone\n",
+        "ValueError: no"
+    )]
+    #[case::trace_of_another(
+        "Traceback (most recent call last):\n  File \"a\"\nKeyError: 1\n\nDuring handling of the above \
+         exception, another exception occurred:\n\nTraceback (most recent call last):\n  File \"b\"\n    \
+         raise\nValueError: no\n",
+        "ValueError: no"
+    )]
+    #[case::trace_that_is_cut(
+        "went on\nTraceback (most recent call last):\n  File \"a\"",
+        "went on"
     )]
     fn one_line_says_most(#[case] logs: &str, #[case] line: &str) {
         assert_eq!(telling_line(logs), line);

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 pub use self::closed::ClosedQueues;
 use self::closed::Destination;
+pub use self::failure::ForWantOfPostgres;
 use self::failure::{Refuser, Trouble, fault_in_ourselves};
 use self::item::{Item, Waiting};
 pub use self::watched::Watched;
@@ -303,6 +304,7 @@ impl<'s> Handler<'s> {
     fn handle(&mut self, batch: &mut [Item], stop: &Signal) -> Result<(), Trouble> {
         let mut backoff = Backoff::new(FIRST_RETRY, LAST_RETRY);
         let mut trouble_since = None;
+        let mut was_refused = false;
         loop {
             // A bug of ours that one message triggers must not hold up the others.
             self.has_published = false;
@@ -321,19 +323,24 @@ impl<'s> Handler<'s> {
                 Ok(Err(Trouble::Closed)) => continue,
                 Ok(Err(Trouble::Locked(error))) => {
                     trouble_since = None;
+                    self.waits(&error, &backoff, false);
                     error
                 }
                 Ok(Err(Trouble::Database(error) | Trouble::TooMuch(error))) => {
                     let since = trouble_since.get_or_insert_with(Instant::now);
+                    self.waits(&error, &backoff, true);
+                    was_refused = true;
                     if since.elapsed() >= CUT_OFF {
-                        return Err(Trouble::Session(error.context(
-                            "what is in hand is left to other replicas until Postgres works again",
-                        )));
+                        return Err(Trouble::Session(error.context(ForWantOfPostgres)));
                     }
                     error
                 }
                 Ok(done) => {
                     self.watched.set_trouble(None);
+                    if was_refused && done.is_ok() {
+                        let health = &self.common.service.health;
+                        health.does_again(Part::Postgres, Timestamp::now());
+                    }
                     return done;
                 }
                 Err(panic) => {
@@ -343,19 +350,28 @@ impl<'s> Handler<'s> {
                     });
                 }
             };
-            let health = &self.common.service.health;
-            if backoff.is_fresh() && health.is_news(Part::Postgres) {
-                warn!("messages wait for Postgres: {trouble:?}");
-            } else if backoff.is_fresh() {
-                warn!("messages wait for Postgres: {trouble:#}");
-            } else {
-                debug!("messages still wait for Postgres: {trouble:#}");
-            }
             self.watched.set_trouble(Some(format!("{trouble:#}")));
             let _rest = self.watched.rests();
             if backoff.stopped_by(stop) {
                 return Err(Trouble::Stopped);
             }
+        }
+    }
+
+    /// Tells that a batch waits for Postgres, which refuses it or has it wait for a lock; with the stack
+    /// trace once in an outage.
+    fn waits(&self, error: &anyhow::Error, backoff: &Backoff, is_refused: bool) {
+        let health = &self.common.service.health;
+        if is_refused {
+            let fault = format!("{}: {error:#}", self.common.service.config.postgres);
+            health.refuses(Part::Postgres, fault, Timestamp::now());
+        }
+        if !backoff.is_fresh() {
+            debug!("messages still wait for Postgres: {error:#}");
+        } else if is_refused && health.is_news(Part::Postgres) {
+            warn!("messages wait for Postgres: {error:?}");
+        } else {
+            warn!("messages wait for Postgres: {error:#}");
         }
     }
 

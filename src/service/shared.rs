@@ -16,7 +16,7 @@ use crate::domain::overview::{Overview, Queues};
 use crate::domain::turns::{self, CurrentLimits};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
 use crate::store::{Connection, Store, StoreError, Upkeep};
-use crate::telemetry::health::{Health, Part};
+use crate::telemetry::health::{Health, Part, PartView};
 use crate::telemetry::metrics::Metrics;
 use crate::wire::celery;
 
@@ -87,6 +87,7 @@ impl Service {
                 outcome_delay: config.outcome_delay,
                 timeout_result: config.timeout_result,
                 reject_invalid_params: config.reject_invalid_params,
+                keep_logs: config.keep_logs,
                 fair_share_separator: config.fair_share_separator.clone(),
             },
             config,
@@ -147,7 +148,10 @@ impl Service {
     pub fn overview_without_database(&self) -> Overview {
         let (connections, idle_connections) = self.store.connections();
         let catalogue = self.catalogue.get();
+        let (_, parts) = self.health.parts(Timestamp::now());
+        let is_cut_off = |part: &PartView| part.part == Part::Broker && part.why.is_some();
         Overview {
+            is_cut_off: parts.iter().any(is_cut_off),
             defined: catalogue.names(),
             tasks: catalogue.tasks_by_workflow(),
             queues: self

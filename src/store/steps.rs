@@ -16,7 +16,6 @@ use super::{Connection, StoreError, Transaction};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{Attempt, Course, Input, Job, Outcome, Position, Report};
 use crate::domain::overview::{AttemptView, StepEnd, StepView, shares};
-use crate::domain::text::telling_line;
 use crate::domain::workflow::Steps;
 use crate::proto::EsdlMessage;
 
@@ -111,7 +110,7 @@ impl Transaction<'_> {
     ) -> Result<HashMap<Uuid, Vec<Attempt>>, StoreError> {
         let rows = self.query(
             "SELECT job_id, number, attempt, fallback, celery_id, due_at, submitted_at, started_at,
-                    finished_at, outcome, starts, output_bytes, esdl_id,
+                    finished_at, outcome, starts, output_bytes, esdl_id, why,
                     CASE WHEN job_id = ANY($2) THEN logs END AS logs,
                     CASE WHEN job_id = ANY($2) THEN esdl_messages END AS esdl_messages
              FROM job_step WHERE job_id = ANY($1) ORDER BY job_id, number, attempt",
@@ -224,12 +223,12 @@ impl Transaction<'_> {
         self.execute(
             "INSERT INTO job_step (job_id, number, attempt, fallback, title, task, timeout_ms,
                                    celery_id, due_at, submitted_at, started_at, finished_at,
-                                   outcome, starts, output_bytes, esdl_id, logs, esdl_messages)
+                                   outcome, starts, output_bytes, esdl_id, logs, esdl_messages, why)
              SELECT * FROM unnest($1::uuid[], $2::smallint[], $3::smallint[], $4::smallint[],
                                   $5::varchar[], $6::varchar[], $7::bigint[], $8::varchar[],
                                   $9::timestamptz[], $10::timestamptz[], $11::timestamptz[],
                                   $12::timestamptz[], $13::varchar[], $14::integer[],
-                                  $15::bigint[], $16::varchar[], $17::text[], $18::text[])
+                                  $15::bigint[], $16::varchar[], $17::text[], $18::text[], $19::varchar[])
              ON CONFLICT (job_id, number, attempt) DO UPDATE
              SET fallback = excluded.fallback, title = excluded.title, task = excluded.task,
                  timeout_ms = excluded.timeout_ms, celery_id = excluded.celery_id,
@@ -237,7 +236,7 @@ impl Transaction<'_> {
                  started_at = excluded.started_at, finished_at = excluded.finished_at,
                  outcome = excluded.outcome, starts = excluded.starts,
                  output_bytes = excluded.output_bytes, esdl_id = excluded.esdl_id,
-                 logs = excluded.logs, esdl_messages = excluded.esdl_messages",
+                 logs = excluded.logs, esdl_messages = excluded.esdl_messages, why = excluded.why",
             &[
                 &columns.ids,
                 &columns.numbers,
@@ -257,6 +256,7 @@ impl Transaction<'_> {
                 &columns.esdl_ids,
                 &columns.logs,
                 &columns.messages,
+                &columns.whys,
             ],
         )?;
         Ok(())
@@ -274,7 +274,7 @@ impl Connection {
     pub(super) fn attempts(&mut self, job_id: Uuid) -> Result<Vec<AttemptView>, StoreError> {
         let rows = self.client.query(
             "SELECT number, attempt, fallback, title, task, celery_id, due_at, submitted_at,
-                    started_at, finished_at, outcome, starts, output_bytes, esdl_id,
+                    started_at, finished_at, outcome, starts, output_bytes, esdl_id, why,
                     left(logs, $2) AS logs, NULL AS esdl_messages
              FROM job_step WHERE job_id = $1 ORDER BY number, attempt",
             &[&job_id, &SHOWN_LOGS],
@@ -403,16 +403,14 @@ pub(super) fn last_end(row: &Row) -> anyhow::Result<Option<StepEnd>> {
     let Some(number) = row.try_get::<_, Option<i16>>("ended_number")? else {
         return Ok(None);
     };
-    let logs: Option<&str> = row.try_get("ended_logs")?;
+    let starts: Option<i32> = row.try_get("ended_starts")?;
     let outcome = row.try_get("ended_outcome")?;
     Ok(Some(StepEnd {
         number: usize::try_from(number)?,
         title: row.try_get("ended_title")?,
         outcome: named(Outcome::ALL, Outcome::name, outcome)?,
-        why: logs
-            .map(telling_line)
-            .filter(|line| !line.is_empty())
-            .map(str::to_owned),
+        starts: i64::from(starts.unwrap_or_default()),
+        why: row.try_get("ended_why")?,
     }))
 }
 
@@ -468,6 +466,7 @@ fn report(row: &Row) -> anyhow::Result<Option<Report>> {
         output_bytes: row.try_get("output_bytes")?,
         esdl_id: row.try_get("esdl_id")?,
         logs: row.try_get::<_, Option<_>>("logs")?.unwrap_or_default(),
+        why: row.try_get("why")?,
         esdl_messages: messages.map(messages_from_text).unwrap_or_default(),
     }))
 }
@@ -525,6 +524,7 @@ struct AttemptColumns<'a> {
     esdl_ids: Vec<Option<&'a str>>,
     logs: Vec<Option<&'a str>>,
     messages: Vec<Option<String>>,
+    whys: Vec<Option<&'a str>>,
 }
 
 impl<'a> AttemptColumns<'a> {
@@ -565,6 +565,7 @@ impl<'a> AttemptColumns<'a> {
         self.esdl_ids
             .push(report.and_then(|one| one.esdl_id.as_deref()));
         self.logs.push(report.map(|one| one.logs.as_str()));
+        self.whys.push(report.and_then(|one| one.why.as_deref()));
         self.messages
             .push(report.map(|one| messages_to_text(&one.esdl_messages)));
     }

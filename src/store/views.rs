@@ -82,7 +82,7 @@ const LIVE: &str = "
            turn.queue AS turn_queue, turn.owner AS turn_owner, turn.held_at, turn.on_hold,
            turn.granted_at, ended.outcome, ended.finished_at, ended.result_bytes, ended.why,
            true AS is_live, last_end.number AS ended_number, last_end.title AS ended_title,
-           last_end.outcome AS ended_outcome, last_end.logs AS ended_logs
+           last_end.outcome AS ended_outcome, last_end.why AS ended_why, last_end.starts AS ended_starts
     -- Each looked up for itself: these are few, whatever Postgres believes.
     FROM page
          JOIN LATERAL (SELECT * FROM job WHERE job.job_id = page.job_id LIMIT 1) AS job ON true
@@ -91,7 +91,7 @@ const LIVE: &str = "
              WHERE job_step.job_id = page.job_id ORDER BY number DESC, attempt DESC LIMIT 1
          ) AS step ON true
          LEFT JOIN LATERAL (
-             SELECT number, title, outcome, left(logs, 2000) AS logs FROM job_step
+             SELECT number, title, outcome, why, starts FROM job_step
              WHERE job_step.job_id = page.job_id AND outcome IS NOT NULL
              ORDER BY number DESC, attempt DESC LIMIT 1
          ) AS last_end ON true
@@ -122,11 +122,11 @@ const FINISHED: &str = "
            page.starts::bigint AS starts, page.outcome, page.finished_at, page.result_bytes,
            page.why, false AS is_live, last_end.number AS ended_number,
            last_end.title AS ended_title, last_end.outcome AS ended_outcome,
-           last_end.logs AS ended_logs
+           last_end.why AS ended_why, last_end.starts AS ended_starts
     FROM (
         SELECT * FROM wanted ORDER BY finished_at DESC, job_id LIMIT $4 OFFSET $5
     ) AS page LEFT JOIN LATERAL (
-        SELECT number, title, outcome, left(logs, 2000) AS logs FROM job_step
+        SELECT number, title, outcome, why, starts FROM job_step
         WHERE job_step.job_id = page.job_id AND outcome IS NOT NULL
         ORDER BY number DESC, attempt DESC LIMIT 1
     ) AS last_end ON true

@@ -43,9 +43,14 @@ impl Part {
 
 /// Why a part does not work before it has been reported.
 pub(super) const STARTING: &str = "starting";
+/// What the fault of a part begins with that cannot be looked at while another does not work.
+pub(super) const NOT_KNOWN: &str = "not known ";
 
 /// How long the last news of Postgres stays valid; the probe asks far more often.
 const MAX_SILENCE: SignedDuration = SignedDuration::from_secs(20);
+/// How long a part that has refused work counts as faulty, whatever is seen from outside: a probe may
+/// find room on a disk where a job's result finds none. Between two attempts at it is less.
+const REFUSAL_LASTS: SignedDuration = SignedDuration::from_secs(20);
 
 #[derive(Debug)]
 struct Condition {
@@ -56,6 +61,23 @@ struct Condition {
     checked: Timestamp,
     /// Whether the log has the cause of the fault in full.
     is_told: bool,
+    /// When it last refused work that has not been done since.
+    refused_at: Option<Timestamp>,
+}
+
+impl Condition {
+    fn set(&mut self, fault: Option<String>, now: Timestamp) -> bool {
+        let changed = self.fault.is_some() != fault.is_some();
+        if changed {
+            self.since = now;
+        }
+        self.is_told &= fault.is_some();
+        if fault.is_none() {
+            self.refused_at = None;
+        }
+        self.fault = fault;
+        changed
+    }
 }
 
 /// The state of a part, for display.
@@ -80,32 +102,42 @@ impl Health {
             since: now,
             checked: now,
             is_told: false,
+            refused_at: None,
         })))
     }
 
-    /// Records that `part` works (None) or why it does not. Returns whether it has changed between
-    /// the two.
+    /// Records that `part` works (None) or why it does not, as it was seen at `now`. Returns whether it
+    /// has changed between the two.
     pub fn report(&self, part: Part, fault: Option<String>, now: Timestamp) -> bool {
         let condition = &mut self.lock()[part as usize];
-        let changed = condition.fault.is_some() != fault.is_some();
-        if changed {
-            condition.since = now;
-        }
-        condition.is_told &= fault.is_some();
-        condition.fault = fault;
         condition.checked = now;
-        changed
+        let refused = condition.refused_at;
+        let refuses = refused.is_some_and(|at| now.duration_since(at) <= REFUSAL_LASTS);
+        if refuses && fault.is_none() {
+            return false;
+        }
+        condition.set(fault, now)
+    }
+
+    /// Records that `part` has refused work, and why. That counts for a while, or until
+    /// [`Health::does_again`].
+    pub fn refuses(&self, part: Part, fault: String, now: Timestamp) {
+        let condition = &mut self.lock()[part as usize];
+        condition.refused_at = Some(now);
+        condition.set(Some(fault), now);
+    }
+
+    /// Records that `part` has done what it had refused.
+    pub fn does_again(&self, part: Part, now: Timestamp) {
+        self.lock()[part as usize].set(None, now);
     }
 
     /// Whether it is for the caller to tell the cause of this part's fault in full, with the stack
-    /// trace: once until the part works again, whichever threads notice.
+    /// trace: once until the part works again, whichever threads notice. It must have been reported.
     pub fn is_news(&self, part: Part) -> bool {
-        !mem::replace(&mut self.lock()[part as usize].is_told, true)
-    }
-
-    /// Whether somebody has told it, and the part does not work yet.
-    pub fn is_told(&self, part: Part) -> bool {
-        self.lock()[part as usize].is_told
+        let condition = &mut self.lock()[part as usize];
+        let is_faulty = condition.fault.is_some();
+        is_faulty && !mem::replace(&mut condition.is_told, true)
     }
 
     /// Whether everything works, and the answer of `/health/ready`.
@@ -188,14 +220,37 @@ mod tests {
         let now = Timestamp::UNIX_EPOCH;
         let health = Health::starting(now);
         health.report(Part::Postgres, None, now);
-        assert!(!health.is_told(Part::Postgres));
-        assert!(health.is_news(Part::Postgres));
-        health.report(Part::Postgres, Some("down".to_owned()), now);
+        // Nothing is told of what works, and the next outage is news.
         assert!(!health.is_news(Part::Postgres));
-        assert!(health.is_told(Part::Postgres));
+        health.report(Part::Postgres, Some("down".to_owned()), now);
+        assert!(health.is_news(Part::Postgres));
+        assert!(!health.is_news(Part::Postgres));
         assert!(health.is_news(Part::Broker));
         health.report(Part::Postgres, None, now);
+        health.report(Part::Postgres, Some("down again".to_owned()), now);
         assert!(health.is_news(Part::Postgres));
+    }
+
+    #[test]
+    fn refused_work_counts_until_it_is_done_or_for_a_while() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let health = Health::starting(at(0));
+        for part in Part::ALL {
+            health.report(part, None, at(1));
+        }
+        health.refuses(Part::Postgres, "no space".to_owned(), at(2));
+        // The probe found some.
+        assert!(!health.report(Part::Postgres, None, at(5)));
+        assert!(!health.ready(at(5)).0);
+        health.does_again(Part::Postgres, at(6));
+        assert!(health.ready(at(6)).0);
+        health.refuses(Part::Postgres, "no space".to_owned(), at(7));
+        health.refuses(Part::Postgres, "no space".to_owned(), at(12));
+        assert!(!health.report(Part::Postgres, None, at(32)));
+        assert_eq!(health.parts(at(32)).1[2].since, at(7));
+        assert!(health.report(Part::Postgres, None, at(33)));
+        health.report(Part::Revisions, None, at(33));
+        assert!(health.ready(at(33)).0);
     }
 
     #[test]

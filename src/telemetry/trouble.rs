@@ -3,10 +3,10 @@
 //! Without Postgres there is no session with RabbitMQ, without a session nothing is published, and then
 //! no message gets through: five parts that do not work are one thing to be done.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use super::health::{Part, PartView, STARTING};
+use super::health::{NOT_KNOWN, Part, PartView, STARTING};
 
 /// What does not work, by its cause.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +23,12 @@ pub struct Trouble {
     /// Those that have another cause.
     pub others: Vec<PartView>,
 }
+
+/// By how much a fault may seem older than its cause, which is noticed when it is looked for.
+const SLACK: SignedDuration = SignedDuration::from_secs(15);
+
+/// What the fault of a handler has in it whose messages a queue does not take.
+const TAKES_NOTHING: &str = "wait for it unacknowledged";
 
 /// Causes before what may follow from them.
 const RANKS: [Part; 5] = [
@@ -44,13 +50,13 @@ pub fn trouble(parts: &[PartView]) -> Option<Trouble> {
     let (follows, others) = faulty
         .filter(|part| part.part != cause.part)
         .cloned()
-        .partition(|part| explains(cause.part, part.part));
+        .partition(|part| follows(cause, part));
     let (what, remedy) = match why == STARTING {
         true => (
             "The orchestrator is starting",
             "If this takes more than a few seconds, see its log.",
         ),
-        false => says(cause.part),
+        false => says(cause.part, why),
     };
     Some(Trouble {
         cause: cause.part,
@@ -61,6 +67,13 @@ pub fn trouble(parts: &[PartView]) -> Option<Trouble> {
         follows,
         others,
     })
+}
+
+/// Whether a part is at fault because of `cause`: it does not work without that, and did before.
+fn follows(cause: &PartView, part: &PartView) -> bool {
+    let why = part.why.as_deref().unwrap_or_default();
+    let is_older = cause.since.duration_since(part.since) > SLACK;
+    explains(cause.part, part.part) && (!is_older || why == STARTING || why.starts_with(NOT_KNOWN))
 }
 
 /// Whether a part does not work without another.
@@ -79,13 +92,9 @@ fn explains(cause: Part, part: Part) -> bool {
 }
 
 /// What is wrong, and what to do.
-fn says(cause: Part) -> (&'static str, &'static str) {
+fn says(cause: Part, why: &str) -> (&'static str, &'static str) {
     match cause {
-        Part::Postgres => (
-            "Postgres does not answer",
-            "See that it runs, and can be reached from here; `omotes-orchestrator doctor` says what \
-             is wrong. Messages wait in RabbitMQ meanwhile, and all goes on by itself.",
-        ),
+        Part::Postgres => of_postgres(why),
         Part::Revisions => (
             "The tables are not as this version needs them",
             "`omotes-orchestrator db current` says how they are; a restart upgrades them.",
@@ -100,9 +109,92 @@ fn says(cause: Part) -> (&'static str, &'static str) {
             "RabbitMQ takes no messages",
             "`rabbitmq-diagnostics alarms` names what it lacks, memory or disk: free some.",
         ),
+        Part::Handling if why.contains(TAKES_NOTHING) => (
+            "Tasks wait, for a queue takes none",
+            "See why RabbitMQ refuses what is for that queue: it may be full by a limit of its own, or \
+             have lost the node that it is on. All goes on by itself.",
+        ),
         Part::Handling => (
             "Messages do not get through",
             "See what holds them up; if it lasts, restart this replica. Nothing is lost by that.",
+        ),
+    }
+}
+
+/// What faults of Postgres have in them, in lower case, and what to do about those.
+const REMEDIES: &[(&[&str], &str)] = &[
+    (
+        &["locked the tables", "lock timeout"],
+        "Somebody holds a lock: `pg_locks` and `pg_stat_activity` say who. Messages wait in RabbitMQ \
+         meanwhile, and all goes on by itself.",
+    ),
+    (
+        &[
+            "no space left",
+            "could not extend",
+            "could not write",
+            "disk full",
+        ],
+        "Give it room on its disk. Messages wait in RabbitMQ meanwhile, and all goes on by itself.",
+    ),
+    (
+        &[
+            "password",
+            "pg_hba",
+            "role \"",
+            "permission denied",
+            "database \"",
+        ],
+        "Hold POSTGRESQL_USERNAME, POSTGRESQL_PASSWORD and POSTGRESQL_DATABASE against what it has; \
+         `omotes-orchestrator doctor` says what is wrong.",
+    ),
+    (
+        &["too many c", "connection slots", "no more connections"],
+        "Raise its `max_connections`, or see in `pg_stat_activity` who has them all.",
+    ),
+    (
+        &["read-only", "standby", "takes no writes", "recovery mode"],
+        "See why it takes no writes, or name the server that does in POSTGRESQL_HOST.",
+    ),
+];
+
+/// What faults of a Postgres that is not there have in them, in lower case.
+const ABSENT: &[&str] = &[
+    "refused",
+    "reset by peer",
+    "broken pipe",
+    "connection closed",
+    "timed out",
+    "no answer",
+    "unreachable",
+    "no route",
+    "lookup",
+    "resolve",
+    "unexpected eof",
+    "starting up",
+    "shutting down",
+    "administrator command",
+];
+
+/// What is wrong with Postgres, and what to do. Its own words may be in any language: for those that are
+/// not understood there is what helps as a rule.
+fn of_postgres(why: &str) -> (&'static str, &'static str) {
+    const FAULTY: &str = "Postgres does not do what is needed of it";
+    let why = why.to_lowercase();
+    let has = |signs: &[&str]| signs.iter().any(|sign| why.contains(sign));
+    if let Some((_, remedy)) = REMEDIES.iter().find(|(signs, _)| has(signs)) {
+        return (FAULTY, remedy);
+    }
+    match has(ABSENT) {
+        true => (
+            "Postgres does not answer",
+            "See that it runs, and can be reached from here; `omotes-orchestrator doctor` says what \
+             is wrong. Messages wait in RabbitMQ meanwhile, and all goes on by itself.",
+        ),
+        false => (
+            FAULTY,
+            "What it says is below; `omotes-orchestrator doctor` says what is wrong. Messages wait in \
+             RabbitMQ meanwhile, and all goes on by itself.",
         ),
     }
 }
@@ -173,6 +265,72 @@ mod tests {
         assert_eq!(trouble.why, format!("{} is down", cause.name()));
         assert_eq!(names(&trouble.follows), follows);
         assert_eq!(names(&trouble.others), others);
+    }
+
+    /// The fault of handling that there is before, or after, the one of Postgres.
+    #[rstest]
+    #[case::older("held up", 0, false)]
+    #[case::older_by_a_look("held up", 90, true)]
+    #[case::younger("held up", 200, true)]
+    #[case::not_known("not known without a session with RabbitMQ", 0, true)]
+    #[case::starting(STARTING, 0, true)]
+    fn what_was_there_before_does_not_follow(
+        #[case] why: &str,
+        #[case] since: i64,
+        #[case] is_following: bool,
+    ) {
+        let mut parts = parts(&[Part::Postgres, Part::Handling]);
+        parts[2].since = Timestamp::from_second(100).unwrap();
+        parts[3].since = Timestamp::from_second(since).unwrap();
+        parts[3].why = Some(why.to_owned());
+        let trouble = trouble(&parts).unwrap();
+        assert_eq!(trouble.cause, Part::Postgres);
+        assert_eq!(trouble.follows.len(), usize::from(is_following));
+        assert_eq!(trouble.others.len(), usize::from(!is_following));
+    }
+
+    #[rstest]
+    #[case::killed(
+        "error connecting to server: Connection refused (os error 111)",
+        "not answer",
+        "it runs"
+    )]
+    #[case::silent("no answer for 21s", "not answer", "it runs")]
+    #[case::stopping("FATAL: the database system is shutting down", "not answer", "it runs")]
+    #[case::password(
+        "FATAL: password authentication failed for user \"omotes\"",
+        "not do",
+        "PASSWORD"
+    )]
+    #[case::connections("FATAL: sorry, too many clients already", "not do", "max_connections")]
+    #[case::slots(
+        "FATAL: remaining connection slots are reserved",
+        "not do",
+        "max_connections"
+    )]
+    #[case::read_only(
+        "db/omotes is read-only: default_transaction_read_only is on",
+        "not do",
+        "_HOST"
+    )]
+    #[case::standby("db/omotes is a standby and takes no writes", "not do", "_HOST")]
+    #[case::full(
+        "could not extend file \"base/1\": No space left on device",
+        "not do",
+        "room"
+    )]
+    #[case::locked("somebody has locked the tables: lock timeout", "not do", "pg_locks")]
+    #[case::foreign("FATAL: etwas anderes", "not do", "below")]
+    fn what_to_do_is_by_the_fault(#[case] why: &str, #[case] what: &str, #[case] remedy: &str) {
+        let mut parts = parts(&[Part::Postgres]);
+        parts[2].why = Some(why.to_owned());
+        let trouble = trouble(&parts).unwrap();
+        assert!(
+            trouble.what.starts_with(&format!("Postgres does {what}")),
+            "{}",
+            trouble.what
+        );
+        assert!(trouble.remedy.contains(remedy), "{}", trouble.remedy);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use omotes_orchestrator::wire::job_status_update::JobStatus;
+use uuid::Uuid;
 
 use crate::harness::deployment::{Deployment, Server, eventually};
 use crate::harness::peers::Client;
@@ -64,6 +65,44 @@ fn a_killed_postgres_is_the_one_trouble() {
     assert!(!service.get("/").unwrap().1.contains("alarm lead"));
 }
 
+/// They hold up all work, as a Postgres does that is gone.
+#[test]
+fn locked_tables_are_a_trouble_of_postgres() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let mut sql = deployment.sql();
+    let mut lock = sql.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE job_starts IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    let trouble = eventually("the lock is told", || {
+        let (_, body) = service.readiness()?;
+        body.get("trouble").cloned()
+    });
+    assert_eq!(trouble["cause"], "postgres", "{trouble}");
+    let why = trouble["why"].as_str().unwrap();
+    assert!(why.contains("somebody has locked the tables"), "{why}");
+    lock.rollback().unwrap();
+    service.wait_until_ready();
+}
+
+#[test]
+fn tables_of_another_revision_are_no_outage() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let mut sql = deployment.sql();
+    sql.batch_execute("ALTER TABLE job_history RENAME COLUMN why TO other")
+        .unwrap();
+    for path in ["/", "/api/jobs"] {
+        let (status, said) = service.get(path).unwrap();
+        assert_eq!(status, 503);
+        assert!(said.contains("does not exist"), "{said}");
+        assert!(!said.contains("Postgres does not"), "{said}");
+    }
+    sql.batch_execute("ALTER TABLE job_history RENAME COLUMN other TO why")
+        .unwrap();
+    assert_eq!(service.get("/").unwrap().0, 200);
+}
+
 #[test]
 fn a_killed_rabbitmq_is_the_one_trouble() {
     let deployment = Deployment::with_own_servers();
@@ -80,6 +119,15 @@ fn a_killed_rabbitmq_is_the_one_trouble() {
         "{page}"
     );
     assert_eq!(page.matches("class=\"alarm lead").count(), 1, "{page}");
+    // Of a job that has ended nothing depends on it.
+    let ended = Uuid::new_v4();
+    let history = "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+                   VALUES ($1, now(), 0, 'FAILED', 0)";
+    deployment.sql().execute(history, &[&ended]).unwrap();
+    let mut show = deployment.command(&["jobs", "show", &ended.to_string()]);
+    let output = show.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && said.is_empty(), "{said}");
     let output = deployment.command(&["jobs", "list"]).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");

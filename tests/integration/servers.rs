@@ -248,6 +248,20 @@ fn a_full_disk_of_postgres_is_told_and_survived() {
         (!ready).then_some(body["parts"]["handling"]["why"].as_str()?.to_owned())
     });
     assert!(why.contains("could not extend file"), "{why}");
+    // And when the session has ended over it.
+    for part in ["postgres", "broker"] {
+        eventually(&format!("{part} is faulty, for want of room"), || {
+            let (_, body) = service.readiness()?;
+            (body["parts"][part]["ok"] == false).then(|| {
+                let trouble = &body["trouble"];
+                assert_eq!(trouble["cause"], "postgres", "{body}");
+                assert!(
+                    trouble["remedy"].as_str().unwrap().contains("room"),
+                    "{body}"
+                );
+            })
+        });
+    }
     service.logged("could not extend file");
     deployment.limit_files("unlimited");
     assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);

@@ -228,3 +228,63 @@ fn what_a_start_changes_is_in_no_index() {
                      AND indexdef ~ 'status|running_at|submitted_at|celery_id|progress'";
     assert_eq!(deployment.count(touched), 0);
 }
+
+/// Its row is there until its client has been told.
+#[test]
+fn a_job_that_has_ended_takes_no_place() {
+    let deployment = Deployment::new();
+    let variables = [
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "600"),
+        ("OUTCOME_LOST_SEC", "600"),
+    ];
+    let service = deployment.start_with(&variables);
+    let (ended, waits) = (Uuid::new_v4(), Uuid::new_v4());
+    let mut sql = deployment.sql();
+    for (job, since) in [(ended, 2_i32), (waits, 1)] {
+        sql.execute(
+            "INSERT INTO job (job_id, workflow_type, status, registered_at, submitted_at, celery_id)
+             VALUES ($1, 'workflow_1', 'SUBMITTED', now() - make_interval(mins => $2),
+                     now() - make_interval(mins => $2), $1::text)",
+            &[&job, &since],
+        )
+        .unwrap();
+    }
+    let place = |job| json(&service, &format!("/api/jobs/{job}")).unwrap()["position"].clone();
+    assert_eq!((place(ended), place(waits)), (json!(1), json!(2)));
+    let history = "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+                   VALUES ($1, now(), 0, 'CANCELLED', 0)";
+    sql.execute(history, &[&ended]).unwrap();
+    assert_eq!((place(ended), place(waits)), (Value::Null, json!(1)));
+}
+
+/// Neither a line of them, nor those of a step.
+#[test]
+fn no_logs_are_kept_where_none_may_be() {
+    let scene = Scene::new(&json!({}));
+    let variables = [&scene.variables()[..], &[("KEEP_LOGS", "false")]].concat();
+    let service = scene.deployment.start_with(&variables);
+    let first = Worker::new(&scene.deployment, "first");
+    for workflow in ["chain", "workflow_1"] {
+        let (job, submission) = scene.client.submission(workflow);
+        scene.client.listen(job);
+        scene.client.send(&submission);
+        if workflow == "chain" {
+            let task = first.take();
+            first.start(&task);
+            first.succeed(&task, "<e id='out'/>");
+        }
+        let task = scene.runs();
+        scene.worker.fail(&task);
+        let result = scene.client.result(job);
+        assert!(result.logs.contains("the worker's logs"), "{}", result.logs);
+        let place = match workflow {
+            "chain" => " in step 2, workflow_1",
+            _ => "",
+        };
+        says(&service, job, &format!("Failed{place}."));
+    }
+    scene.deployment.no_jobs_left();
+    let kept = "SELECT (SELECT count(*) FROM job_history WHERE why IS NOT NULL)
+                     + (SELECT count(*) FROM job_step WHERE logs <> '' OR why IS NOT NULL)";
+    assert_eq!(scene.deployment.count(kept), 0);
+}

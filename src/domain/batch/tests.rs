@@ -94,6 +94,7 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
         outcome_delay: Duration::from_secs(10),
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
+        keep_logs: true,
         fair_share_separator: String::new(),
     };
     let before = HashMap::from([(Uuid::from_u128(1), before)]);

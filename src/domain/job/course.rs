@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{Completion, Outcome, to_i64};
+use super::{Completion, Context, Outcome, kept_why_of_logs, to_i64};
 use crate::domain::workflow::{OnError, Step, Steps};
 use crate::proto::EsdlMessage;
 
@@ -103,7 +103,9 @@ pub struct Report {
     pub esdl_id: Option<String>,
     /// Read from the database only for commands that may end a job.
     pub logs: String,
-    /// The same.
+    /// The line of all of them that says most of why it failed.
+    pub why: Option<String>,
+    /// As `logs`.
     pub esdl_messages: Vec<EsdlMessage>,
 }
 
@@ -166,6 +168,7 @@ impl Report {
             output_bytes: 0,
             esdl_id: None,
             logs: String::new(),
+            why: None,
             esdl_messages: Vec::new(),
         }
     }
@@ -174,15 +177,19 @@ impl Report {
         completion: &Completion,
         outcome: Outcome,
         starts: usize,
-        now: Timestamp,
+        context: &Context<'_>,
     ) -> Report {
         let output_esdl = completion.output_esdl.as_deref().unwrap_or_default();
         Report {
             output_bytes: to_i64(output_esdl.len()),
             esdl_id: completion.esdl_id(),
             logs: kept_logs(&completion.logs),
+            why: match outcome {
+                Outcome::Succeeded => None,
+                _ => kept_why_of_logs(&completion.logs, context),
+            },
             esdl_messages: kept_messages(&completion.esdl_messages),
-            ..Report::new(outcome, starts, now)
+            ..Report::new(outcome, starts, context.now)
         }
     }
 }

@@ -48,6 +48,8 @@ pub struct Rules {
     /// Whether a job whose parameters do not fit its workflow's definition is refused, instead of
     /// left to its worker.
     pub reject_invalid_params: bool,
+    /// Whether anything of a worker's logs may be kept when its job has ended.
+    pub keep_logs: bool,
     /// Ends the owner at the beginning of a job's reference; empty if there is none.
     pub fair_share_separator: String,
 }

@@ -17,7 +17,7 @@ use super::course::{Attempt, Course, Input, Next, Position, Report, Turn, kept_l
 use super::decision::{Assignment, TaskInput};
 use super::{
     Completion, Context, Decision, Event, Job, JobStatus, Outcome, Priority, Progress, Publication,
-    ResultType, State, Submission, TimeSeries, kept_why,
+    ResultType, State, Submission, TimeSeries, kept_why, kept_why_of_logs,
 };
 use crate::domain::turns;
 use crate::domain::workflow::{StepParameters, Steps};
@@ -84,7 +84,7 @@ pub(super) fn complete<'a>(
     let Some(course) = &job.course else {
         return end(job_id, job, completion, outcome, context);
     };
-    let report = |outcome| Report::of(completion, outcome, job.starts.len(), context.now);
+    let report = |outcome| Report::of(completion, outcome, job.starts.len(), context);
     let is_missing = output.is_none_or(str::is_empty) && course.has_several_steps();
     let next = match outcome {
         Outcome::Succeeded if is_missing => {
@@ -124,7 +124,7 @@ fn end<'a>(
         esdl_messages,
     } = completion;
     let output_esdl = output_esdl.as_deref();
-    let why = kept_why(logs);
+    let why = kept_why_of_logs(logs, context);
     let (logs, esdl_messages) = match &job.course {
         None => (Cow::from(logs), Cow::from(esdl_messages)),
         Some(course) => (
@@ -175,11 +175,13 @@ fn without_output<'a>(
         "" => NO_OUTPUT.to_owned(),
         logs => format!("{NO_OUTPUT}\n{logs}"),
     };
-    let mut report = Report::of(completion, Outcome::Failed, job.starts.len(), context.now);
+    let mut report = Report::of(completion, Outcome::Failed, job.starts.len(), context);
     report.logs = kept_logs(&logs);
+    report.why = Some(NO_OUTPUT.to_owned());
     let job = job.with_report(report);
     let messages = &completion.esdl_messages;
     job.fails(job_id, Outcome::Failed, &logs, messages, context)
+        .because(Some(NO_OUTPUT.to_owned()))
 }
 
 /// The current task of `job` has ended without a result of its own: as a crash loop, or past its
@@ -196,6 +198,7 @@ pub(super) fn fail<'a>(
     };
     let report = Report {
         logs: kept_logs(logs),
+        why: kept_why(logs),
         ..Report::new(outcome, job.starts.len(), context.now)
     };
     match course.after_failure(outcome) {

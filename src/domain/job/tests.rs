@@ -39,6 +39,7 @@ static RULES: Rules = Rules {
     outcome_delay: Duration::from_secs(1),
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
+    keep_logs: true,
     fair_share_separator: String::new(),
 };
 
@@ -375,7 +376,12 @@ fn summary(decision: &Decision<'_>) -> String {
                 }
             }
         }
-        Some(State::Ending(job)) => write!(text, " -> ending {:?}", job.ended.outcome).unwrap(),
+        Some(State::Ending(job)) => {
+            write!(text, " -> ending {:?}", job.ended.outcome).unwrap();
+            if let Some(why) = &job.ended.why {
+                write!(text, " for {why:?}").unwrap();
+            }
+        }
         Some(State::Ended(ended)) => write!(text, " -> ended {:?}", ended.outcome).unwrap(),
     }
     text

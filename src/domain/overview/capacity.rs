@@ -9,7 +9,7 @@ use crate::domain::estimate::{Runs, Span};
 use crate::domain::worker::{TaskView, WorkerState};
 
 /// Workers that were last asked longer ago than this may do something else by now.
-const FRESH: SignedDuration = SignedDuration::from_mins(2);
+pub(super) const FRESH: SignedDuration = SignedDuration::from_mins(2);
 
 /// Who takes a workflow's tasks.
 #[derive(Debug, PartialEq)]
@@ -65,8 +65,7 @@ impl Overview {
                 | WorkerState::Gone => false,
             };
             if takes {
-                let pool = worker.pool_size.and_then(|size| usize::try_from(size).ok());
-                capacity.processes += pool.unwrap_or(1).max(1);
+                capacity.processes += worker.processes();
                 let left = worker
                     .tasks
                     .iter()

@@ -95,6 +95,8 @@ pub struct StepEnd {
     pub number: usize,
     pub title: String,
     pub outcome: Outcome,
+    /// How often its task was started.
+    pub starts: i64,
     /// The line of its logs that says most.
     pub why: Option<String>,
 }

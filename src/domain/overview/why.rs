@@ -10,18 +10,22 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{JobState, JobView, Overview, QueueView, StepEnd, StepView, TurnView, spoken};
+use super::capacity::FRESH;
+use super::{JobState, JobView, Overview, QueueView, StepEnd, StepView, TOLD, TurnView, spoken};
 use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome};
 use crate::domain::text::{excerpt, harmless};
 use crate::domain::turns::QueueLimit;
-use crate::domain::worker::{TaskView, WorkerState, WorkerView};
+use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 
 /// Characters of a sentence, and of a fact.
 const MAX_SENTENCE: usize = 200;
 /// Characters of a name in it, and of what a worker says.
 const MAX_NAME: usize = 60;
 const MAX_WORDS: usize = 140;
+
+/// How long a task takes to get to RabbitMQ, if nothing keeps it.
+const SOON: SignedDuration = SignedDuration::from_secs(15);
 
 /// Why a job is as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -33,6 +37,12 @@ pub struct Why {
 }
 
 impl Overview {
+    /// The workers, if they were looked at lately: they may do something else by now.
+    fn seen_workers(&self, now: Timestamp) -> Option<&Workers> {
+        let workers = self.workers.as_ref().filter(|_| !self.is_cut_off)?;
+        (now.duration_since(workers.looked_at?) <= FRESH).then_some(workers)
+    }
+
     /// Adds its estimate to each of these jobs, and why it is as it is.
     pub fn explain(&self, jobs: &mut [JobView], now: Timestamp) {
         self.estimate(jobs, now);
@@ -166,6 +176,7 @@ impl Telling {
                 "{shown}: {} held, {} waiting in RabbitMQ, {} running",
                 view.held, view.waiting, view.running
             ))
+            .may_show(seats(&view.seats))
             .say(format!("Held: {}", obstacle(view, &shown)));
         if view.limit.is_paused {
             return telling;
@@ -173,6 +184,7 @@ impl Telling {
         let wait = job.estimate.and_then(|estimate| estimate.wait);
         telling
             .may_say(before_it(job.id, owner, view))
+            .may_say(no_worker(queue, overview, now))
             .may_say(wait.map(about))
     }
 
@@ -193,14 +205,9 @@ impl Telling {
             1 => format!("{shown} has 1 worker"),
             workers => format!("{shown} has {workers} workers"),
         }));
-        if workers == Some(0) {
-            let without = queues.and_then(|queues| queues.without_worker.get(queue));
-            let since = without.map(|since| format!(" since {}", clock(*since, now)));
+        if let Some(nobody) = no_worker(queue, overview, now) {
             return telling
-                .say(format!(
-                    "Waits: no worker takes `{shown}`{}",
-                    since.unwrap_or_default()
-                ))
+                .say(format!("Waits: {nobody}"))
                 .may_say(last_seen(queue, overview, now));
         }
         let go_first = job.position.map(|position| match position {
@@ -211,7 +218,7 @@ impl Telling {
         let wait = job.estimate.and_then(|estimate| estimate.wait);
         telling
             .say(go_first.unwrap_or_else(|| format!("Waits for a worker of `{shown}`")))
-            .may_say(all_busy(queue, workers, overview))
+            .may_say(all_busy(queue, overview, now))
             .may_say(wait.map(about))
     }
 
@@ -228,6 +235,9 @@ impl Telling {
                 "Waits between attempts: {what} begins in {}",
                 spoken(due.duration_since(now))
             ),
+            Some(due) if now.duration_since(due) > SOON => {
+                return self.stalled(job, &format!("Waits for {what}"), due, now);
+            }
             Some(_) => format!("Waits: it is time for {what}, which is about to begin"),
             None => format!("Waits: {what} has no task yet"),
         };
@@ -238,11 +248,23 @@ impl Telling {
 
     fn registered(self, job: &JobView, now: Timestamp) -> Telling {
         match job.granted_at {
+            Some(at) if now.duration_since(at) > SOON => self.stalled(job, "Has its turn", at, now),
             Some(at) => self
                 .fact(format!("it has its turn since {}", clock(at, now)))
                 .say("Has its turn: its task is on its way to RabbitMQ"),
             None => self.say("Registered without a task: its submission is not done with yet"),
         }
+    }
+
+    /// Its time has come, and something keeps its task: what that is may have been told to its client.
+    fn stalled(self, job: &JobView, what: &str, since: Timestamp, now: Timestamp) -> Telling {
+        let told = job.progress.as_ref().filter(|told| told.at >= since);
+        let told = told.map(|told| words(&told.message));
+        self.say(format!(
+            "{what} since {}; its task is not in RabbitMQ yet",
+            clock(since, now)
+        ))
+        .may_say(told.filter(|told| !told.is_empty()))
     }
 
     fn running(
@@ -255,9 +277,9 @@ impl Telling {
         let ran = now.duration_since(since);
         let telling = self.fact(format!("runs since {}", clock(since, now)));
         let again = (job.starts > 1).then(|| format!("started {} times", job.starts));
-        let lost = overview.workers.as_ref().and_then(|workers| {
+        let lost = overview.seen_workers(now).and_then(|workers| {
             let mut lost = workers.lost_tasks.iter();
-            lost.find(|lost| lost.job_id == job.id)
+            lost.find(|lost| job.task_id.as_deref() == Some(&lost.task_id))
         });
         if let Some(lost) = lost {
             return telling
@@ -265,12 +287,12 @@ impl Telling {
                     "Its task is lost: no worker has had it since {}",
                     clock(lost.since, now)
                 ))
-                .may_say(last_word(job, now))
+                .may_say(last_word(job, since, now))
                 .may_say(again);
         }
         let what = job.step.as_ref().filter(|step| step.shares.len() > 1);
         let what = what.map(|step| format!(" {}", name(&step.name())));
-        let host = computing(job, overview).map(|(worker, _)| worker);
+        let host = computing(job, overview, now).map(|(worker, _)| worker);
         let silent = host.filter(|worker| worker.state == WorkerState::Silent);
         let silent = silent.map(|worker| {
             format!(
@@ -284,7 +306,7 @@ impl Telling {
             .say(format!("Runs{what}{host} for {}", spoken(ran)))
             .may_say(silent)
             .may_say(pace(job, ran, overview))
-            .may_say(last_word(job, now))
+            .may_say(last_word(job, since, now))
             .may_say(deadline(job, since, now))
             .may_say(again)
     }
@@ -298,6 +320,8 @@ impl Telling {
             .step
             .as_ref()
             .filter(|step| step.outcome == outcome);
+        // Of a job of several steps these are the starts of all its tasks.
+        let starts = step.map_or(job.starts, |step| step.starts);
         let why = job.ends.why.as_deref();
         let why = why.or_else(|| step.and_then(|step| step.why.as_deref()));
         let reason = why.map(words);
@@ -308,14 +332,14 @@ impl Telling {
         let said = reason.map(|reason| format!(": {reason}"));
         let said = said.unwrap_or_default();
         let place = step.and_then(|step| place(job, step)).unwrap_or_default();
-        let told = (!job.ends.is_told).then(|| "its client has not been told yet".to_owned());
+        let told = (!job.ends.is_told).then(|| "its client may not have been told yet".to_owned());
         let telling = match outcome {
             Outcome::Succeeded => telling.say(format!("Succeeded{after}")),
             Outcome::Failed => telling.say(format!("Failed{place}{said}")),
             Outcome::Cancelled => telling.say(cancelled(job, &after)),
-            Outcome::CrashLoop => telling.say(format!("Crashed its workers{place}")).may_say(
-                (job.starts > 1).then(|| format!("its task was started {} times", job.starts)),
-            ),
+            Outcome::CrashLoop => telling
+                .say(format!("Crashed its workers{place}"))
+                .may_say((starts > 1).then(|| format!("its task was started {starts} times"))),
             Outcome::Rejected => telling.say(format!("Refused{said}")),
             Outcome::TimedOut => telling.say(format!("Timed out{place}{after}{said}")),
             Outcome::Expired => telling.say(format!("Given up{said}")),
@@ -342,7 +366,7 @@ fn obstacle(view: &QueueView, shown: &str) -> String {
     if let Some(most) = is_full(max_running, view.waiting.saturating_add(view.running)) {
         return format!(
             "`max_running` {most} of `{shown}` is used{}",
-            by(&view.seats, most)
+            by(&view.seats, view.waiting.saturating_add(view.running))
         );
     }
     match is_full(window, view.waiting) {
@@ -351,21 +375,27 @@ fn obstacle(view: &QueueView, shown: &str) -> String {
     }
 }
 
-/// ` by job 1234abcd`, or by several.
-fn by(seats: &[Uuid], most: u32) -> String {
+/// ` by job 1234abcd`, or by several of so many.
+fn by(seats: &[Uuid], used: i64) -> String {
+    let Some((first, further)) = seats.split_first() else {
+        return String::new();
+    };
     let short = |id: &Uuid| id.to_string()[..8].to_owned();
-    match (seats, most) {
-        ([], _) => String::new(),
-        ([one], ..=1) => format!(" by job {}", short(one)),
-        (some, _) => {
-            let ids: Vec<_> = some.iter().map(short).collect();
-            let rest = match u32::try_from(some.len()).is_ok_and(|count| count >= most) {
-                true => "",
-                false => " and others",
-            };
-            format!(" by jobs {}{rest}", ids.join(", "))
-        }
+    let mut ids = short(first);
+    for id in further {
+        ids = ids + ", " + &short(id);
     }
+    match (seats.len(), usize::try_from(used).unwrap_or_default()) {
+        (1, ..=1) => format!(" by job {ids}"),
+        (named, used) if named >= used => format!(" by jobs {ids}"),
+        _ => format!(" by jobs {ids} and others"),
+    }
+}
+
+/// The jobs that are named, in full.
+fn seats(seats: &[Uuid]) -> Option<String> {
+    let ids: Vec<_> = seats.iter().map(Uuid::to_string).collect();
+    (!ids.is_empty()).then(|| format!("handed over: {}", ids.join(", ")))
 }
 
 /// How many others are handed over before it.
@@ -374,7 +404,9 @@ fn before_it(id: Uuid, owner: &str, view: &QueueView) -> Option<String> {
         return None;
     }
     let Some(place) = view.order.iter().position(|(other, _)| *other == id) else {
-        return Some(format!("more than {} jobs go first", view.order.len()));
+        // One that is not told of may also have come after all that are.
+        let are_all_told = view.order.len() < TOLD;
+        return (!are_all_told).then(|| format!("more than {TOLD} jobs go first"));
     };
     let others = view.order[..place]
         .iter()
@@ -389,9 +421,22 @@ fn before_it(id: Uuid, owner: &str, view: &QueueView) -> Option<String> {
     })
 }
 
+/// That nobody takes from a queue.
+fn no_worker(queue: &str, overview: &Overview, now: Timestamp) -> Option<String> {
+    let queues = overview.queues.as_ref();
+    let queues = queues.filter(|queues| queues.workers(queue) == Some(0))?;
+    let since = queues.without_worker.get(queue);
+    let since = since.map(|since| format!(" since {}", clock(*since, now)));
+    Some(format!(
+        "no worker takes `{}`{}",
+        name(queue),
+        since.unwrap_or_default()
+    ))
+}
+
 /// The worker that took from this queue last, if none does now.
 fn last_seen(queue: &str, overview: &Overview, now: Timestamp) -> Option<String> {
-    let workers = overview.workers.as_ref()?.workers.iter();
+    let workers = overview.seen_workers(now)?.workers.iter();
     let its = workers.filter(|worker| worker.queues.iter().any(|one| one == queue));
     let last = its.max_by_key(|worker| worker.last_seen)?;
     let host = name(&last.host);
@@ -406,28 +451,42 @@ fn last_seen(queue: &str, overview: &Overview, now: Timestamp) -> Option<String>
     })
 }
 
-/// That all workers of a queue have something to do, if all are known.
-fn all_busy(queue: &str, workers: Option<u32>, overview: &Overview) -> Option<String> {
-    let known = overview.workers.as_ref()?.workers.iter();
-    let its = known.filter(|worker| worker.queues.iter().any(|one| one == queue));
-    let busy = its.filter(|worker| match worker.state {
-        WorkerState::Busy | WorkerState::BusyAndDeaf => true,
-        WorkerState::Idle
-        | WorkerState::Draining
-        | WorkerState::Drained
-        | WorkerState::Silent
-        | WorkerState::Gone => false,
-    });
-    match (workers?, u32::try_from(busy.count()).ok()?) {
-        (1, 1) => Some("its worker is busy".to_owned()),
-        (all, busy) if all == busy => Some(format!("all {all} workers are busy")),
-        _ => None,
+/// That all who take from a queue have something to do, if all are known: each of a worker's processes
+/// computes a task.
+fn all_busy(queue: &str, overview: &Overview, now: Timestamp) -> Option<String> {
+    let consumers = overview.queues.as_ref()?.workers(queue)?;
+    let known = overview.seen_workers(now)?.workers.iter();
+    let takes = |worker: &&WorkerView| match worker.state {
+        WorkerState::Idle | WorkerState::Busy | WorkerState::BusyAndDeaf => {
+            worker.queues.iter().any(|one| one == queue)
+        }
+        WorkerState::Draining | WorkerState::Drained | WorkerState::Silent | WorkerState::Gone => {
+            false
+        }
+    };
+    let its: Vec<_> = known.filter(takes).collect();
+    let is_busy = |worker: &&WorkerView| match worker.state {
+        WorkerState::Busy => worker.tasks.len() >= worker.processes(),
+        // It does not answer for what it computes.
+        state => state == WorkerState::BusyAndDeaf,
+    };
+    if u32::try_from(its.len()).ok()? != consumers || !its.iter().all(is_busy) {
+        return None;
+    }
+    match consumers {
+        0 => None,
+        1 => Some("its worker is busy".to_owned()),
+        all => Some(format!("all {all} workers are busy")),
     }
 }
 
 /// The worker that says it computes the job's task.
-fn computing<'o>(job: &JobView, overview: &'o Overview) -> Option<(&'o WorkerView, &'o TaskView)> {
-    let workers = overview.workers.as_ref()?.workers.iter();
+fn computing<'o>(
+    job: &JobView,
+    overview: &'o Overview,
+    now: Timestamp,
+) -> Option<(&'o WorkerView, &'o TaskView)> {
+    let workers = overview.seen_workers(now)?.workers.iter();
     let mut tasks = workers.flat_map(|worker| worker.tasks.iter().map(move |task| (worker, task)));
     tasks.find(|(_, task)| job.task_id.as_deref() == Some(&task.id))
 }
@@ -447,8 +506,9 @@ fn pace(job: &JobView, ran: SignedDuration, overview: &Overview) -> Option<Strin
     }
 }
 
-fn last_word(job: &JobView, now: Timestamp) -> Option<String> {
-    let progress = job.progress.as_ref()?;
+/// When its worker last said something; before it ran, the orchestrator did.
+fn last_word(job: &JobView, since: Timestamp, now: Timestamp) -> Option<String> {
+    let progress = job.progress.as_ref().filter(|said| said.at > since)?;
     Some(format!("last word {} ago", ago(progress.at, now)))
 }
 
@@ -468,7 +528,8 @@ fn deadline(job: &JobView, since: Timestamp, now: Timestamp) -> Option<String> {
 }
 
 fn cancelled(job: &JobView, after: &str) -> String {
-    match (job.registered_at, job.running_at) {
+    let was_submitted = job.submitted_at.is_some() || job.registered_at != job.finished_at;
+    match (job.registered_at.filter(|_| was_submitted), job.running_at) {
         (None, _) => "Cancelled before it was submitted".to_owned(),
         (Some(_), None) => "Cancelled while it waited".to_owned(),
         (Some(_), Some(_)) => format!("Cancelled{after}"),

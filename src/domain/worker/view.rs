@@ -64,6 +64,12 @@ pub struct TaskView {
 }
 
 impl WorkerView {
+    /// How many tasks it computes at once, as far as it has said.
+    pub fn processes(&self) -> usize {
+        let pool = self.pool_size.and_then(|size| usize::try_from(size).ok());
+        pool.unwrap_or(1).max(1)
+    }
+
     pub fn new(worker: Worker, tasks: Vec<TaskView>, (ended, failed): (i64, i64)) -> WorkerView {
         let tasks_per_hour = worker.tasks_per_hour();
         let queues = match worker.queues.is_empty() {

@@ -3,6 +3,7 @@
 use std::any::Any;
 
 use anyhow::bail;
+use thiserror::Error;
 
 use super::panic_text;
 use crate::broker::PublishError;
@@ -26,6 +27,11 @@ pub(super) enum Trouble {
     /// The service is stopping and the batch is not done.
     Stopped,
 }
+
+/// Why a session ends of which the log has the cause already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("what is in hand is left to other replicas until Postgres works again")]
+pub struct ForWantOfPostgres;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refuser {
@@ -79,4 +85,27 @@ impl Trouble {
 /// What is said about a message that made us panic.
 pub(super) fn fault_in_ourselves(panic: &(dyn Any + Send)) -> String {
     format!("a fault in the orchestrator: {}", panic_text(panic))
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    /// What a session adds to it does not hide it, and no other end is taken for it.
+    #[test]
+    fn a_session_that_ends_for_want_of_postgres_is_known_by_it() {
+        let error = anyhow!("no space").context(ForWantOfPostgres);
+        assert!(
+            error
+                .context("connections: closed")
+                .is::<ForWantOfPostgres>()
+        );
+        assert!(
+            !anyhow!("Postgres")
+                .context("the connection was lost")
+                .is::<ForWantOfPostgres>()
+        );
+    }
 }

@@ -80,7 +80,8 @@ impl Handler<'_> {
             .into_iter()
             .partition(|job_id| !unavailable.queues.contains(&wire::result_queue(*job_id)));
         if !announced.is_empty() {
-            connection.settle(&announced, with_course)?;
+            let keeps_logs = self.common.service.config.keep_logs;
+            connection.settle(&announced, with_course, keeps_logs)?;
             stopwatch.lap(Stage::Settle);
             fault_point::reached("after settling");
         }

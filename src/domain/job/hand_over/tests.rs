@@ -24,6 +24,7 @@ static RULES: Rules = Rules {
     outcome_delay: Duration::ZERO,
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
+    keep_logs: true,
     fair_share_separator: String::new(),
 };
 
@@ -1127,4 +1128,33 @@ fn a_lost_task_is_an_error_of_its_step() {
     let gone = lost(&story);
     let told = story.tell(&gone).join(" ");
     assert!(told.contains("=== step 2 of 2, C: lost ==="), "{told}");
+}
+
+#[rstest]
+#[case::kept(true, Some("no solution"))]
+#[case::not_kept(false, None)]
+fn why_an_attempt_failed_is_of_all_its_logs(#[case] keep_logs: bool, #[case] why: Option<&str>) {
+    let rules = Rules {
+        keep_logs,
+        ..RULES.clone()
+    };
+    let context = Context {
+        now: at(1),
+        session_begun: None,
+        new_task_id: Uuid::nil(),
+        catalogue: &catalogue(TWO),
+        is_closed: &|_| false,
+        has_limits: &|_| false,
+        rules: &rules,
+    };
+    let completion = Completion {
+        task_id: String::new(),
+        succeeded: false,
+        output_esdl: None,
+        logs: format!("no solution\n{}", "and more\n".repeat(100_000)),
+        esdl_messages: Vec::new(),
+    };
+    let report = Report::of(&completion, Outcome::Failed, 1, &context);
+    assert!(!report.logs.contains("no solution"));
+    assert_eq!(report.why.as_deref(), why);
 }

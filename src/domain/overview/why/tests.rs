@@ -121,6 +121,7 @@ fn between(minutes: i64) -> JobView {
         number: 1,
         title: "Simulate".to_owned(),
         outcome: Outcome::Failed,
+        starts: 1,
         why: Some("no solution".to_owned()),
     });
     job
@@ -132,6 +133,7 @@ fn ended_in_step(number: usize, title: &str, outcome: Outcome) -> JobView {
         number,
         title: title.to_owned(),
         outcome,
+        starts: 2,
         why: None,
     });
     job
@@ -191,6 +193,11 @@ fn seen(state: WorkerState, overview: Overview) -> Overview {
         }),
         ..overview
     }
+}
+
+fn change_workers(mut overview: Overview, change: impl FnOnce(&mut Workers)) -> Overview {
+    change(overview.workers.as_mut().unwrap());
+    overview
 }
 
 fn without_worker(overview: Overview) -> Overview {
@@ -344,16 +351,30 @@ fn progress(at: i64) -> Option<Progress> {
     held(),
     at_turn(QueueView { order: vec![(id(1), String::new()); 200], ..window() }),
     "Held: `window` 5 of `simulator` is full; more than 200 jobs go first.")]
+#[case::beyond_all_that_are_told(
+    held(), at_turn(QueueView { order: vec![(id(1), String::new()); 3], ..window() }),
+    "Held: `window` 5 of `simulator` is full.")]
+#[case::held_without_worker(
+    held(),
+    Overview { turns: vec![after(&[], window())], ..without_worker(with_workers(0)) },
+    "Held: `window` 5 of `simulator` is full; it is the next; no worker takes `simulator` since 03:12.")]
+#[case::three_of_more_seats(
+    held(),
+    at_turn(QueueView { running: 9, seats: vec![id(1), id(2), id(3)], ..seats(3) }),
+    "Held: `max_running` 3 of `simulator` is used by jobs 00000001, 00000002, 00000003 and others.")]
 #[case::later_step(
     change(in_step(2, held()), |job| job.ends.step = Some(StepEnd {
-        number: 1, title: "Prepare".to_owned(), outcome: Outcome::Succeeded, why: None })),
+        number: 1, title: "Prepare".to_owned(), outcome: Outcome::Succeeded, starts: 1, why: None })),
     at_turn(window()), "Held: `window` 5 of `simulator` is full.")]
 // Registered.
 #[case::granted(
-    change(held(), |job| { job.turn = None; job.granted_at = Some(minute(205)); }), nothing(),
+    change(held(), |job| { job.turn = None; job.granted_at = Some(minute(NOW)); }), nothing(),
     "Has its turn: its task is on its way to RabbitMQ.")]
+#[case::granted_long_ago(
+    change(held(), |job| { job.turn = None; job.granted_at = Some(minute(205)); }), nothing(),
+    "Has its turn since 03:25; its task is not in RabbitMQ yet.")]
 #[case::granted_of_several_steps(
-    change(in_step(1, held()), |job| { job.turn = None; job.granted_at = Some(minute(205)); }), nothing(),
+    change(in_step(1, held()), |job| { job.turn = None; job.granted_at = Some(minute(NOW)); }), nothing(),
     "Has its turn: its task is on its way to RabbitMQ.")]
 #[case::half_registered(
     change(held(), |job| job.turn = None), nothing(),
@@ -389,6 +410,24 @@ fn progress(at: i64) -> Option<Progress> {
     with_runs(20, with_workers(1)),
     "Waits: 2 jobs go first at `simulator`; about 3 h 20 min."
 )]
+#[case::processes(
+    placed(1),
+    change_workers(seen(WorkerState::Busy, with_workers(1)), |workers| {
+        workers.workers[0].pool_size = Some(2);
+    }),
+    "Waits: it is the next at `simulator`.")]
+#[case::deaf(
+    placed(1),
+    change_workers(seen(WorkerState::BusyAndDeaf, with_workers(1)), |workers| {
+        workers.workers[0].tasks.clear();
+    }),
+    "Waits: it is the next at `simulator`; its worker is busy.")]
+#[case::busy_long_ago(
+    placed(1),
+    change_workers(seen(WorkerState::Busy, with_workers(1)), |workers| {
+        workers.looked_at = Some(minute(NOW - 3));
+    }),
+    "Waits: it is the next at `simulator`.")]
 #[case::idle_worker(
     placed(1),
     seen(WorkerState::Idle, with_workers(1)),
@@ -406,9 +445,17 @@ fn progress(at: i64) -> Option<Progress> {
     "Waits between attempts: attempt 2 of step 1 of 2, Simulate begins in 5 min; the one before it failed."
 )]
 #[case::due(
-    between(-1), nothing(),
+    between(0),
+    nothing(),
     "Waits: it is time for attempt 2 of step 1 of 2, Simulate, which is about to begin; \
-     the one before it failed.")]
+     the one before it failed."
+)]
+#[case::stalled(
+    change(between(-16), |job| job.progress = progress(189)), nothing(),
+    "Waits for attempt 2 of step 1 of 2, Simulate since 03:10; its task is not in RabbitMQ yet.")]
+#[case::stalled_and_told(
+    change(between(-16), |job| job.progress = progress(191)), nothing(),
+    "Waits for attempt 2 of step 1 of 2, Simulate since 03:10; its task is not in RabbitMQ yet; half.")]
 // Running.
 #[case::runs(running(), nothing(), "Runs for 14 min.")]
 #[case::no_start(change(running(), |job| job.running_at = None), nothing(), "Runs.")]
@@ -440,13 +487,25 @@ fn progress(at: i64) -> Option<Progress> {
 )]
 #[case::all_at_once(
     change(running(), |job| {
-        job.progress = progress(192);
+        job.progress = progress(193);
         job.timeout_ms = Some(40 * 60_000);
         job.starts = 2;
     }),
     seen(WorkerState::Busy, with_runs(1, with_workers(1))),
     "Runs on worker-simulator@a1 for 14 min; longer than all of those before it; \
-     last word 14 min ago; times out in 26 min; started 2 times.")]
+     last word 13 min ago; times out in 26 min; started 2 times.")]
+#[case::word_of_the_orchestrator(
+    change(running(), |job| job.progress = progress(192)), nothing(), "Runs for 14 min.")]
+#[case::lost_task_of_another_attempt(
+    change(running(), |job| job.task_id = Some("next".to_owned())), lost(), "Runs for 14 min.")]
+#[case::lost_task_of_an_old_look(
+    running(),
+    change_workers(lost(), |workers| workers.looked_at = Some(minute(NOW - 3))),
+    "Runs for 14 min.")]
+#[case::no_look(
+    running(), change_workers(lost(), |workers| workers.looked_at = None), "Runs for 14 min.")]
+#[case::lost_task_without_session(
+    running(), Overview { is_cut_off: true, ..lost() }, "Runs for 14 min.")]
 #[case::overdue(
     change(running(), |job| job.timeout_ms = Some(60_000)), nothing(),
     "Runs for 14 min; its timeout is over.")]
@@ -491,6 +550,13 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::cancelled_early(
     change(ended(Outcome::Cancelled, ""), |job| { job.registered_at = None; job.running_at = None; }),
     nothing(), "Cancelled before it was submitted.")]
+#[case::cancelled_at_once(
+    change(ended(Outcome::Cancelled, ""), |job| {
+        job.registered_at = job.finished_at;
+        job.submitted_at = None;
+        job.running_at = None;
+    }),
+    nothing(), "Cancelled before it was submitted.")]
 #[case::cancelled_waiting(
     change(ended(Outcome::Cancelled, ""), |job| job.running_at = None),
     nothing(), "Cancelled while it waited.")]
@@ -498,6 +564,9 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::crashed(
     change(ended(Outcome::CrashLoop, "Job cannot be processed"), |job| job.starts = 3), nothing(),
     "Crashed its workers; its task was started 3 times.")]
+#[case::crashed_in_step(
+    change(ended_in_step(2, "Simulate", Outcome::CrashLoop), |job| job.starts = 3), nothing(),
+    "Crashed its workers in step 2, Simulate; its task was started 2 times.")]
 #[case::refused(
     ended(Outcome::Rejected, "there is no workflow `x`."),
     nothing(),
@@ -520,7 +589,7 @@ fn progress(at: i64) -> Option<Progress> {
 )]
 #[case::not_told(
     change(ended(Outcome::Failed, "no"), |job| job.ends.is_told = false), nothing(),
-    "Failed: no; its client has not been told yet.")]
+    "Failed: no; its client may not have been told yet.")]
 fn it_has_its_sentence(#[case] job: JobView, #[case] overview: Overview, #[case] sentence: &str) {
     let mut jobs = [job];
     overview.explain(&mut jobs, minute(NOW));
@@ -536,7 +605,8 @@ fn it_says_what_it_is_drawn_from() {
         [
             "held at simulator since 03:00",
             "its owner is anna",
-            "simulator: 3 held, 0 waiting in RabbitMQ, 1 running"
+            "simulator: 3 held, 0 waiting in RabbitMQ, 1 running",
+            "handed over: 1234abcd-0000-0000-0000-000000000000"
         ]
     );
     assert_eq!(
@@ -563,7 +633,7 @@ fn a_foreign_text_cannot_pass_for_another() {
 
 proptest! {
     #[test]
-    fn a_sentence_is_short_and_harmless(text in "\\PC*|.*", kind in 0..4) {
+    fn a_sentence_is_short_and_harmless(text in "\\PC{0,400}|.{0,400}", kind in 0..4) {
         let job = match kind {
             0 => ended(Outcome::Failed, &text),
             1 => ended_in_step(2, &text, Outcome::Failed),
@@ -572,7 +642,7 @@ proptest! {
         };
         let why = why(&job, &nothing(), minute(NOW));
         for said in why.evidence.iter().chain([&why.sentence]) {
-            prop_assert!(said.chars().count() <= MAX_SENTENCE + 1);
+            prop_assert!(said.chars().count() <= 201);
             prop_assert_eq!(&harmless(said), said);
         }
     }

@@ -96,7 +96,7 @@ const LIVE: &str = "
              ORDER BY number DESC, attempt DESC LIMIT 1
          ) AS last_end ON true
          LEFT JOIN LATERAL (
-             SELECT outcome, finished_at, result_bytes, why FROM job_history
+             SELECT outcome, finished_at, result_bytes, job_history.why FROM job_history
              WHERE job_history.job_id = page.job_id LIMIT 1
          ) AS ended ON true
          LEFT JOIN LATERAL (

@@ -47,21 +47,21 @@ fn a_held_job_names_what_holds_it() {
     let facts = why["evidence"].as_array().unwrap();
     let owner = |fact: &Value| fact == "its owner is owner";
     assert!(facts.iter().any(owner), "{facts:?}");
-    says(&service, jobs[2], &format!("{seat}; 1 job goes first."));
+    says(&service, jobs[2], &format!("{seat}; 1 job goes first"));
     for arguments in [
         &["jobs", "list"][..],
         &["jobs", "show", &jobs[2].to_string()],
     ] {
         let said = scene.does(arguments);
         assert!(
-            said.contains(&format!("{seat}; 1 job goes first.")),
+            said.contains(&format!("{seat}; 1 job goes first")),
             "{said}"
         );
     }
     for path in ["/".to_owned(), format!("/jobs/{}", jobs[2])] {
         let (_, page) = service.get(&path).unwrap();
         assert!(
-            page.contains(&format!("{seat}; 1 job goes first.")),
+            page.contains(&format!("{seat}; 1 job goes first")),
             "{page}"
         );
     }
@@ -244,8 +244,8 @@ fn a_job_that_has_ended_takes_no_place() {
         sql.execute(
             "INSERT INTO job (job_id, workflow_type, status, registered_at, submitted_at, celery_id)
              VALUES ($1, 'workflow_1', 'SUBMITTED', now() - make_interval(mins => $2),
-                     now() - make_interval(mins => $2), $1::text)",
-            &[&job, &since],
+                     now() - make_interval(mins => $2), $3)",
+            &[&job, &since, &job.to_string()],
         )
         .unwrap();
     }

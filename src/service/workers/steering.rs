@@ -30,6 +30,26 @@ pub struct Steered {
     pub tasks: usize,
 }
 
+impl Steered {
+    pub fn in_words(&self, wish: Wish) -> String {
+        let host = one_line(&self.host);
+        match wish {
+            Wish::Drained => format!(
+                "{host}: takes nothing more; {}",
+                match self.tasks {
+                    0 => "it has nothing to finish".to_owned(),
+                    1 => "it finishes the task that it has".to_owned(),
+                    more => format!("it finishes the {more} tasks that it has"),
+                }
+            ),
+            Wish::Resumed => {
+                let queues: Vec<_> = self.queues.iter().map(|one| one_line(one)).collect();
+                format!("{host}: takes tasks from {}", queues.join(", "))
+            }
+        }
+    }
+}
+
 /// Has a worker take no more tasks, or take tasks again.
 ///
 /// # Errors

@@ -1,20 +1,20 @@
 //! The HTTP endpoint: health, metrics, status page and API; and the client side of the health
 //! check.
 
+use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use crossbeam_channel::{Receiver, Sender, TrySendError, select};
 use jiff::Timestamp;
-use log::{error, info};
+use log::{error, info, warn};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::config::Config;
 use crate::domain::overview::{Filter, Overview};
 use crate::service::shared::Service;
 use crate::store::StoreError;
@@ -23,11 +23,19 @@ use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
 use crate::threads::Signal;
 
+mod accounts;
+mod acting;
+mod form;
+mod guard;
 mod page;
 mod server;
 
+use accounts::{Access, Accounts, Purpose, SealFault};
+use form::{Action, Back, Form};
+use guard::{Guesses, PENALTY, Provenance};
 use page::Frame;
-pub use server::{DEADLINE, Request, Response, Server, Ticket};
+use page::acting::Acting;
+use server::{BodyFault, DEADLINE, MAX_BODY, Request, Response, Server, Ticket};
 
 /// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
@@ -36,8 +44,32 @@ const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
-/// A request whose answer needs the database, and when it arrived.
-pub type Question = (Ticket, Route, Instant);
+/// The server, and who may do what there.
+pub struct Endpoint {
+    server: Server,
+    accounts: Accounts,
+}
+
+/// A request whose answer needs the database or RabbitMQ, and when it arrived.
+pub struct Question {
+    ticket: Ticket,
+    route: Route,
+    visit: Visit,
+    since: Instant,
+}
+
+/// Who asks, and how it is to be answered.
+#[derive(Debug, Clone)]
+struct Visit {
+    access: Access,
+    /// Whether a page is wanted, also of what goes wrong.
+    html: bool,
+    peer: SocketAddr,
+    /// From where, as a proxy or anybody else says.
+    forwarded: Option<String>,
+    /// What was done before.
+    note: Option<String>,
+}
 
 /// Queues of requests that need the database. Requests of one lane are answered one after the other
 /// and never wait for another lane: a scrape is not delayed by searches.
@@ -47,6 +79,10 @@ pub struct Lanes<T> {
     /// A text search scans the whole history.
     pub searches: T,
     pub metrics: T,
+    /// What operators do to jobs and queues.
+    pub actions: T,
+    /// What waits for workers, or goes through dead letters.
+    pub slow_actions: T,
 }
 
 impl<T> Lanes<T> {
@@ -54,8 +90,18 @@ impl<T> Lanes<T> {
         match route {
             Route::Metrics => &self.metrics,
             Route::Jobs(filter) | Route::Page(filter) if filter.text.is_some() => &self.searches,
+            Route::Confirm(form) | Route::Act(form) => match &form.action {
+                Action::Steer(..) | Action::Requeue(_) | Action::RequeueAll(_) => {
+                    &self.slow_actions
+                }
+                Action::Cancel(_)
+                | Action::CancelMatching(..)
+                | Action::Turns(..)
+                | Action::Limits(..) => &self.actions,
+            },
             Route::Live
             | Route::Ready
+            | Route::Form
             | Route::Overview
             | Route::Workers
             | Route::Jobs(_)
@@ -66,56 +112,92 @@ impl<T> Lanes<T> {
     }
 }
 
-/// Listens at `address`.
-///
-/// # Errors
-/// The address is taken or not this machine's.
-pub fn listen(address: SocketAddr) -> anyhow::Result<Server> {
-    let server =
-        Server::listen(address).with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
-    info!("status page at http://{}/", server.address());
-    Ok(server)
+impl Endpoint {
+    /// Listens where the configuration says, unless it says nowhere.
+    ///
+    /// # Errors
+    /// The address is taken or not this machine's.
+    pub fn listen(config: &Config) -> anyhow::Result<Option<Endpoint>> {
+        let Some(address) = config.http_bind else {
+            return Ok(None);
+        };
+        let server = Server::listen(address)
+            .with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
+        info!("status page at http://{}/", server.address());
+        let accounts = Accounts::new(config);
+        Ok(Some(Endpoint { server, accounts }))
+    }
+
+    /// Ends [`serve`].
+    pub fn stop(&self) {
+        self.server.stop();
+    }
 }
 
-/// Answers requests until [`Server::stop`] is called; hands those that need the database to their
-/// lane.
-pub fn serve(server: &Server, service: &Service, lanes: &Lanes<Sender<Question>>) {
-    let answer = |request: &Request, ticket| match route(request, service) {
-        Ok(Route::Live) => Some(json_response(200, &json!({"live": true}))),
-        Ok(Route::Ready) => {
-            let (ready, body) = service.health.ready(Timestamp::now());
-            Some(json_response(if ready { 200 } else { 503 }, &body))
-        }
-        Ok(route) => {
-            let lane = lanes.of(&route);
-            match lane.try_send((ticket, route, Instant::now())) {
-                Ok(()) => None,
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    Some(Response::text(503, "Too many requests at once."))
-                }
+/// Answers requests until [`Endpoint::stop`] is called; hands those that need more than memory to
+/// their lane.
+pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Question>>) {
+    let guesses = RefCell::default();
+    let admit = |request: &Request| admit(request, &endpoint.accounts, &guesses);
+    let answer = |(route, visit): (Route, Visit), request: &Request, ticket| {
+        let route = match route {
+            Route::Live => return Some(json_response(200, &json!({"live": true}))),
+            Route::Ready => {
+                let (ready, body) = service.health.ready(Timestamp::now());
+                return Some(json_response(if ready { 200 } else { 503 }, &body));
+            }
+            Route::Form => match read_form(&endpoint.accounts, &visit, &request.body) {
+                Ok(form) => Route::Act(Box::new(form)),
+                Err(refusal) => return Some(refusal),
+            },
+            route => route,
+        };
+        let (lane, html) = (lanes.of(&route), visit.html);
+        let question = Question {
+            ticket,
+            route,
+            visit,
+            since: Instant::now(),
+        };
+        match lane.try_send(question) {
+            Ok(()) => None,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                Some(refusal(html, 503, "Too many requests at once."))
             }
         }
-        Err(refusal) => Some(refusal),
     };
-    if let Err(error) = server.serve(answer) {
+    if let Err(error) = endpoint.server.serve(admit, answer) {
         error!("the HTTP endpoint has ended: {error}");
     }
 }
 
 /// Answers what [`serve`] hands over in one lane, until `stop` is given.
-pub fn answer(server: &Server, service: &Service, questions: &Receiver<Question>, stop: &Signal) {
+pub fn answer(
+    endpoint: &Endpoint,
+    service: &Service,
+    questions: &Receiver<Question>,
+    stop: &Signal,
+) {
     loop {
         select! {
             recv(questions) -> question => {
-                let Ok((ticket, route, since)) = question else { return };
-                // By then its client has been disconnected.
-                if since.elapsed() < DEADLINE {
-                    // If it panics, the client still gets an answer.
-                    let response = catch_unwind(AssertUnwindSafe(|| respond(service, &route)));
-                    let response = response
-                        .unwrap_or_else(|_| Response::text(500, "A fault; the log has it."));
-                    server.answer(ticket, response);
-                }
+                let Ok(question) = question else { return };
+                let response = match (question.since.elapsed() < DEADLINE, &question.route) {
+                    (true, _) => {
+                        // If it panics, the client still gets an answer.
+                        let respond = || respond(endpoint, service, &question);
+                        let response = catch_unwind(AssertUnwindSafe(respond));
+                        let fault = |_| refusal(question.visit.html, 500, "A fault; the log has it.");
+                        response.unwrap_or_else(fault)
+                    }
+                    (false, Route::Act(_)) => {
+                        const LATE: &str = "Others' actions take too long; nothing was done.";
+                        refusal(question.visit.html, 503, LATE)
+                    }
+                    // By then its client has been disconnected.
+                    (false, _) => continue,
+                };
+                endpoint.server.answer(question.ticket, response);
             }
             recv(stop.receiver()) -> _ => return,
         }
@@ -124,7 +206,7 @@ pub fn answer(server: &Server, service: &Service, questions: &Receiver<Question>
 
 /// What a request is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Route {
+enum Route {
     Live,
     Ready,
     Metrics,
@@ -134,28 +216,189 @@ pub enum Route {
     Job(Uuid),
     Page(Filter),
     JobPage(Uuid),
+    /// Asks again before something is destroyed.
+    Confirm(Box<Form>),
+    /// A form whose fields are in the body.
+    Form,
+    Act(Box<Form>),
 }
 
-fn route(request: &Request, service: &Service) -> Result<Route, Response> {
+/// Which paths are answered otherwise than with the database.
+const HEALTH: &str = "/health/";
+/// Where forms are sent to.
+const ACT: &str = "/act";
+/// What somebody who may only look is told.
+const MAY_NOT_ACT: &str = "This account may only look.";
+const NOBODY_ACTS: &str = "Nobody may act here: set HTTP_BASIC_AUTH to user:password, which whoever \
+                           acts has to give. The command line does the same.";
+
+/// Whether a request is one that is answered, as its head says.
+fn admit(
+    request: &Request,
+    accounts: &Accounts,
+    guesses: &RefCell<Guesses>,
+) -> Result<(Route, Visit), Response> {
     let (path, query) = request
         .target
         .split_once('?')
         .unwrap_or((&request.target, ""));
-    let open = path.starts_with("/health/");
-    if let Some(user) = &service.config.http_basic_auth
-        && !open
-        && !authorized(request.authorization.as_deref(), user.reveal())
-    {
-        let mut refusal = Response::text(401, "A user and a password are needed.");
-        let challenge = "Basic realm=\"OMOTES orchestrator\", charset=\"UTF-8\"".to_owned();
-        refusal.headers.push(("WWW-Authenticate", challenge));
+    let accept = request.header("accept");
+    let html = accept.is_some_and(|accept| accept.contains("text/html"));
+    let mut visit = Visit {
+        access: Access::Open,
+        html,
+        peer: request.peer,
+        forwarded: request.header("x-forwarded-for"),
+        note: None,
+    };
+    if !path.starts_with(HEALTH) {
+        visit.access = access(request, accounts, &mut guesses.borrow_mut(), html)?;
+        if request.method == "POST" {
+            may_act(&visit)?;
+            admit_form(request, path, html)?;
+            return Ok((Route::Form, visit));
+        }
+    }
+    let refuse = |(status, why): (u16, String)| refusal(html, status, &why);
+    let (query, note) = without_note(accounts, query);
+    visit.note = note;
+    let route = route(path, &query).map_err(refuse)?;
+    if !["GET", "HEAD"].contains(&request.method.as_str()) {
+        return Err(refuse((405, "only GET and HEAD".to_owned())));
+    }
+    if matches!(route, Route::Confirm(_)) {
+        may_act(&visit)?;
+    }
+    Ok((route, visit))
+}
+
+/// What the sender of a request may do.
+fn access(
+    request: &Request,
+    accounts: &Accounts,
+    guesses: &mut Guesses,
+    html: bool,
+) -> Result<Access, Response> {
+    let given = request.header("authorization");
+    let (peer, now) = (request.peer.ip(), Instant::now());
+    if given.is_some() && accounts.exist() && !guesses.may_guess(peer, now) {
+        const WHY: &str = "Too many wrong passwords from this address. Wait a few seconds.";
+        let mut refusal = refusal(html, 429, WHY);
+        let seconds = PENALTY.as_secs().to_string();
+        refusal.headers.push(("Retry-After", seconds));
         return Err(refusal);
     }
-    let not_found = |text: &str| Err(json_response(404, &json!({"error": text})));
-    let job = |id: &str| id.parse::<Uuid>();
-    let filter =
-        || Filter::parse(query).map_err(|error| json_response(400, &json!({"error": error})));
-    let route = match path {
+    if let Some(access) = accounts.access(given.as_deref()) {
+        return Ok(access);
+    }
+    let mut refusal = refusal(html, 401, "A user and a password are needed.");
+    let challenge = "Basic realm=\"OMOTES orchestrator\", charset=\"UTF-8\"".to_owned();
+    refusal.headers.push(("WWW-Authenticate", challenge));
+    if given.is_some() {
+        if guesses.wrong(peer, now) {
+            warn!("{peer} has given several wrong passwords over HTTP");
+        }
+        refusal.held = PENALTY;
+    }
+    Err(refusal)
+}
+
+fn may_act(visit: &Visit) -> Result<(), Response> {
+    match &visit.access {
+        Access::Act(_) => Ok(()),
+        Access::Look(_) => Err(refusal(visit.html, 403, MAY_NOT_ACT)),
+        Access::Open => Err(refusal(visit.html, 403, NOBODY_ACTS)),
+    }
+}
+
+/// Whether a form is one that is read, as its head says.
+fn admit_form(request: &Request, path: &str, html: bool) -> Result<(), Response> {
+    let refuse = |status, why: &str| Err(refusal(html, status, why));
+    if path != ACT {
+        return refuse(405, "only GET and HEAD; forms are sent to /act");
+    }
+    let header = |name| request.header(name);
+    let (site, origin) = (header("sec-fetch-site"), header("origin"));
+    let (host, forwarded_host) = (header("host"), header("x-forwarded-host"));
+    let provenance = Provenance {
+        site: site.as_deref(),
+        origin: origin.as_deref(),
+        host: host.as_deref(),
+        forwarded_host: forwarded_host.as_deref(),
+    };
+    if let Err(why) = provenance.check() {
+        let why = format!("This form was sent by another site: {}.", one_line(&why));
+        return refuse(403, &why);
+    }
+    const FORM: &str = "application/x-www-form-urlencoded";
+    let content_type = header("content-type").unwrap_or_default();
+    let kind = content_type.split(';').next().unwrap_or_default().trim();
+    if !kind.eq_ignore_ascii_case(FORM) {
+        let why = format!("Content-Type: {}: expected {FORM}", one_line(&content_type));
+        return refuse(415, &why);
+    }
+    match request.body_length() {
+        Ok(_) => Ok(()),
+        Err(BodyFault::NoLength) => refuse(411, "The request has no Content-Length."),
+        Err(BodyFault::FaultyLength) => refuse(400, "Content-Length is no number."),
+        Err(BodyFault::TooLong) => {
+            let why = format!("The form is too long: at most {MAX_BODY} bytes are read.");
+            refuse(413, &why)
+        }
+    }
+}
+
+/// The form in a body, if this service has shown it to the same account.
+fn read_form(accounts: &Accounts, visit: &Visit, body: &[u8]) -> Result<Form, Response> {
+    let refuse = |status, why: &str| refusal(visit.html, status, why);
+    let form = Form::parse(body).map_err(|error| refuse(400, &error))?;
+    let Access::Act(account) = &visit.access else {
+        return Err(refuse(403, MAY_NOT_ACT));
+    };
+    let now = Timestamp::now();
+    let why = match accounts.check_seal(Purpose::Form, account, &form.token, now) {
+        Ok(()) => return Ok(form),
+        Err(SealFault::Old) => "This form is too old. Nothing was done: load its page again.",
+        Err(SealFault::Forged) if form.token.is_empty() => {
+            "The form has no token. Nothing was done: only this page's own forms count; scripts use \
+             the command line."
+        }
+        Err(SealFault::Forged) => {
+            "The form's token is not of this account and password. Nothing was done: load its page \
+             again."
+        }
+    };
+    Err(refuse(403, why))
+}
+
+/// A query without what was done before, and that, if this service has said it.
+fn without_note(accounts: &Accounts, query: &str) -> (String, Option<String>) {
+    if !query.contains("seal=") {
+        return (query.to_owned(), None);
+    }
+    let mut rest = form_urlencoded::Serializer::new(String::new());
+    let (mut note, mut seal) = (String::new(), String::new());
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        match &*name {
+            "note" => note = value.into_owned(),
+            "seal" => seal = value.into_owned(),
+            _ => {
+                rest.append_pair(&name, &value);
+            }
+        }
+    }
+    let sealed = accounts.check_seal(Purpose::Note, &note, &seal, Timestamp::now());
+    (rest.finish(), sealed.ok().map(|()| note))
+}
+
+/// What a path and a query ask for.
+fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
+    let filter = || Filter::parse(query).map_err(|error| (400, error));
+    let job = |id: &str| {
+        let no_id = |_| (404, format!("{} is no job id", one_line(id)));
+        id.parse::<Uuid>().map_err(no_id)
+    };
+    Ok(match path {
         "/health/live" => Route::Live,
         "/health/ready" => Route::Ready,
         "/metrics" => Route::Metrics,
@@ -163,74 +406,93 @@ fn route(request: &Request, service: &Service) -> Result<Route, Response> {
         "/api/workers" => Route::Workers,
         "/api/jobs" => Route::Jobs(filter()?),
         "/" => Route::Page(filter()?),
+        "/confirm" => {
+            let form = Form::parse(query.as_bytes()).map_err(|error| (400, error))?;
+            Route::Confirm(Box::new(form))
+        }
+        ACT => return Err((405, "only POST".to_owned())),
         _ => match (path.strip_prefix("/api/jobs/"), path.strip_prefix("/jobs/")) {
-            (Some(id), _) => match job(id) {
-                Ok(id) => Route::Job(id),
-                Err(_) => return not_found(&format!("{} is no job id", one_line(id))),
-            },
-            (None, Some(id)) => match job(id) {
-                Ok(id) => Route::JobPage(id),
-                Err(_) => return not_found(&format!("{} is no job id", one_line(id))),
-            },
-            (None, None) => return not_found(&format!("there are {PATHS}")),
+            (Some(id), _) => Route::Job(job(id)?),
+            (None, Some(id)) => Route::JobPage(job(id)?),
+            (None, None) => return Err((404, format!("there are {PATHS}"))),
         },
-    };
-    match request.method.as_str() {
-        "GET" | "HEAD" => Ok(route),
-        _ => Err(json_response(405, &json!({"error": "only GET and HEAD"}))),
-    }
+    })
 }
 
-/// Whether a request carries the credentials `user:password`. Takes the same time for any wrong
-/// password of the same length.
-fn authorized(header: Option<&str>, user: &str) -> bool {
-    let given = header
-        .and_then(|header| header.strip_prefix("Basic "))
-        .and_then(|encoded| BASE64_STANDARD.decode(encoded.trim()).ok())
-        .unwrap_or_default();
-    let pairs = given.iter().zip(user.as_bytes());
-    let differences = pairs.fold(0, |differences, (a, b)| differences | (a ^ b));
-    given.len() == user.len() && differences == 0
+/// Why a request gets nothing: for a browser a page, for others JSON.
+fn refusal(is_page: bool, status: u16, why: &str) -> Response {
+    if !is_page {
+        return json_response(status, &json!({"error": why}));
+    }
+    let title = match status {
+        400 | 411 | 413 | 415 => "This is not understood",
+        401 => "Who are you?",
+        403 => "This is not allowed",
+        404 => "There is no such page",
+        405 => "This cannot be asked for like that",
+        429 => "Too many guesses",
+        500 => "A fault",
+        _ => "This does not work for now",
+    };
+    html(status, None, page::acting::refused(title, why))
 }
 
 fn json_response(status: u16, body: &Value) -> Response {
-    Response {
-        status,
-        content_type: JSON,
-        headers: Vec::new(),
-        body: format!("{body:#}\n").into_bytes(),
-    }
+    Response::new(status, JSON, format!("{body:#}\n"))
 }
 
-fn html(status: u16, frame: &Frame<'_>, page: String) -> Response {
-    Response {
-        status,
-        content_type: HTML,
-        // The pages show what clients and workers send; should any of it ever get through as
-        // markup, the browser runs only the page's own script and loads nothing.
-        headers: vec![(
-            "Content-Security-Policy",
-            format!(
-                "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{}'; \
-                 connect-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; \
-                 base-uri 'none'",
-                frame.nonce
-            ),
-        )],
-        body: page.into_bytes(),
-    }
+/// A page, with a script if it has a nonce for it.
+fn html(status: u16, nonce: Option<&str>, page: String) -> Response {
+    let mut response = Response::new(status, HTML, page);
+    // The pages show what clients and workers send; should any of it ever get through as markup, the
+    // browser runs only the page's own script and loads nothing.
+    let script = match nonce {
+        Some(nonce) => format!("script-src 'nonce-{nonce}'; connect-src 'self'; "),
+        None => String::new(),
+    };
+    let policy = format!(
+        "default-src 'none'; style-src 'unsafe-inline'; {script}img-src data:; form-action 'self'; \
+         frame-ancestors 'none'; base-uri 'none'"
+    );
+    response.headers.push(("Content-Security-Policy", policy));
+    response
 }
 
-fn respond(service: &Service, route: &Route) -> Response {
+fn respond(endpoint: &Endpoint, service: &Service, question: &Question) -> Response {
+    let Question { route, visit, .. } = question;
     let now = Timestamp::now();
     let (_, parts) = service.health.parts(now);
     let nonce = Uuid::new_v4().simple().to_string();
+    let acting = match &visit.access {
+        Access::Act(account) => Some(Acting {
+            token: endpoint.accounts.seal(Purpose::Form, account, now),
+            back: match route {
+                Route::Page(filter) => Back::List(filter.clone()),
+                Route::JobPage(id) => Back::Job(*id),
+                Route::Confirm(form) | Route::Act(form) => form.back.clone(),
+                _ => Back::List(Filter::default()),
+            },
+        }),
+        Access::Look(_) | Access::Open => None,
+    };
     let frame = Frame {
-        nonce: &nonce,
+        // What somebody is asked must not change before it is answered.
+        nonce: (!matches!(route, Route::Confirm(_) | Route::Act(_))).then_some(&nonce),
         now,
         host: &service.host,
         parts: &parts,
+        note: visit.note.as_deref(),
+        acting: acting.as_ref(),
     };
+    match (route, &acting) {
+        (Route::Confirm(form), Some(acting)) => {
+            return acting::confirm(service, visit, &frame, acting, form);
+        }
+        (Route::Act(form), Some(acting)) => {
+            return acting::act(service, &endpoint.accounts, visit, &frame, acting, form);
+        }
+        _ => {}
+    }
     // Nobody waits as long as connecting in vain takes.
     let mut parts = parts.iter();
     let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.part == Part::Postgres));
@@ -253,9 +515,12 @@ fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>) -> Response {
                        workflow, a single state, or a job by its id.";
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::in_vain(frame, WHY)),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, page::in_vain(frame, WHY)),
         Route::Live
         | Route::Ready
+        | Route::Form
+        | Route::Confirm(_)
+        | Route::Act(_)
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -272,7 +537,9 @@ fn with_database(
     let mut connection = service.views.connection()?;
     let overview = service.overview(&mut connection)?;
     Ok(match route {
-        Route::Live | Route::Ready => unreachable!("answered at once"),
+        Route::Live | Route::Ready | Route::Form | Route::Confirm(_) | Route::Act(_) => {
+            unreachable!("answered before")
+        }
         Route::Metrics => metrics_text(service, &overview, now),
         Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
         Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
@@ -284,18 +551,22 @@ fn with_database(
         Route::Page(filter) => {
             let mut page = connection.jobs(filter)?;
             overview.estimate(&mut page.jobs, now);
-            html(200, frame, page::overview(frame, &overview, filter, &page))
+            html(
+                200,
+                frame.nonce,
+                page::overview(frame, &overview, filter, &page),
+            )
         }
         Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.estimate(std::slice::from_mut(&mut story.job), now);
                 match route {
-                    Route::JobPage(_) => html(200, frame, page::job(frame, &story)),
+                    Route::JobPage(_) => html(200, frame.nonce, page::job(frame, &story)),
                     _ => json_response(200, &json!(story)),
                 }
             }
             None => match route {
-                Route::JobPage(_) => html(404, frame, page::unknown_job(frame, *id)),
+                Route::JobPage(_) => html(404, frame.nonce, page::unknown_job(frame, *id)),
                 _ => json_response(404, &json!({"error": format!("job {id} is unknown")})),
             },
         },
@@ -305,9 +576,14 @@ fn with_database(
 fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame, why)),
+        Route::Page(_) | Route::JobPage(_) => {
+            html(503, frame.nonce, page::without_database(frame, why))
+        }
         Route::Live
         | Route::Ready
+        | Route::Form
+        | Route::Confirm(_)
+        | Route::Act(_)
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -319,15 +595,8 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
 }
 
 fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Response {
-    Response {
-        status: 200,
-        content_type: metrics::CONTENT_TYPE,
-        headers: Vec::new(),
-        body: service
-            .metrics
-            .text(&service.health, overview, now)
-            .into_bytes(),
-    }
+    let text = service.metrics.text(&service.health, overview, now);
+    Response::new(200, metrics::CONTENT_TYPE, text)
 }
 
 fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {

@@ -17,7 +17,8 @@ function morph(old, fresh) {
   }
   if (old.hasAttribute("data-keep")) return;
   for (const { name } of [...old.attributes]) {
-    if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+    // What a visitor has opened stays open.
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
   }
   for (const { name, value } of fresh.attributes) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);
@@ -67,7 +68,7 @@ async function run() {
   }
 }
 
-for (const field of document.querySelectorAll("form select")) {
+for (const field of document.querySelectorAll("form[data-keep] select")) {
   field.addEventListener("change", () => field.form.submit());
 }
 run();

@@ -1,8 +1,10 @@
 //! What operators do through the page: asked again where something is destroyed, done by
 //! [`crate::actions`], and told in the log with who it was.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anyhow::bail;
 use jiff::Timestamp;
 use log::{info, warn};
 use serde_json::json;
@@ -64,7 +66,7 @@ fn confirm_cancel(
     acting: &Acting,
     ids: &[Uuid],
 ) -> Result<String, Failure> {
-    let mut connection = service.views.connection()?;
+    let mut connection = looking(service)?;
     let mut live = Vec::new();
     for id in ids {
         let story = connection.story(*id)?;
@@ -84,7 +86,7 @@ fn confirm_matching(
     filter: &Filter,
     notice: Option<&str>,
 ) -> Result<String, Failure> {
-    let mut connection = service.views.connection()?;
+    let mut connection = looking(service)?;
     let found = jobs::unfinished(&mut connection, filter, |_| true)?;
     Ok(pages::confirm_matching(frame, acting, &found, notice))
 }
@@ -197,16 +199,30 @@ fn lines(all: &[impl ToString]) -> Vec<String> {
     all.iter().map(ToString::to_string).collect()
 }
 
-/// A connection that writes; at once none, while Postgres is known not to be there.
+/// A connection that writes.
 fn connection(service: &Service) -> Result<Connection, Failure> {
-    const NOTHING: &str = "nothing was done";
+    let connection = postgres_is_there(service)
+        .and_then(|()| Ok(service.store.connection()?))
+        .map_err(|error| error.context("nothing was done"));
+    Ok(connection?)
+}
+
+/// One that only looks, as the list does.
+fn looking(service: &Service) -> Result<Connection, Failure> {
+    if !service.can_look_on.load(Ordering::Relaxed) {
+        postgres_is_there(service)?;
+    }
+    Ok(service.views.connection()?)
+}
+
+/// Nobody waits as long as connecting in vain takes, while that is known to be in vain.
+fn postgres_is_there(service: &Service) -> anyhow::Result<()> {
     let (_, parts) = service.health.parts(Timestamp::now());
     let mut parts = parts.iter().filter(|part| part.part == Part::Postgres);
-    if let Some(why) = parts.find_map(|part| part.why.as_ref()) {
-        return Err(anyhow::anyhow!("Postgres: {why}").context(NOTHING).into());
+    match parts.find_map(|part| part.why.as_ref()) {
+        Some(why) => bail!("Postgres: {why}"),
+        None => Ok(()),
     }
-    let connection = service.store.connection();
-    Ok(connection.map_err(|error| anyhow::Error::from(error).context(NOTHING))?)
 }
 
 fn steer(service: &Service, host: &str, wish: Wish) -> Result<String, Failure> {

@@ -9,6 +9,7 @@
 
 mod harness;
 
+mod acting;
 mod cancelling;
 mod cli;
 mod cluster;

@@ -35,10 +35,12 @@ use form::{Action, Back, Form};
 use guard::{Guesses, PENALTY, Provenance};
 use page::Frame;
 use page::acting::Acting;
-use server::{BodyFault, DEADLINE, MAX_BODY, Request, Response, Server, Ticket};
+use server::{BodyFault, DEADLINE, MAX_BODY, Reply, Request, Response, Server, Ticket};
 
 /// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
+/// For how long the client of an action is waited for. RabbitMQ and workers may take their time.
+const ACTION_TIME: Duration = Duration::from_secs(60);
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
@@ -69,6 +71,8 @@ struct Visit {
     forwarded: Option<String>,
     /// What was done before.
     note: Option<String>,
+    /// Whether a pass is to be handed out, see [`Purpose::Pass`].
+    needs_pass: bool,
 }
 
 /// Queues of requests that need the database. Requests of one lane are answered one after the other
@@ -141,18 +145,22 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
     let admit = |request: &Request| admit(request, &endpoint.accounts, &guesses);
     let answer = |(route, visit): (Route, Visit), request: &Request, ticket| {
         let route = match route {
-            Route::Live => return Some(json_response(200, &json!({"live": true}))),
+            Route::Live => return Reply::Now(json_response(200, &json!({"live": true}))),
             Route::Ready => {
                 let (ready, body) = service.health.ready(Timestamp::now());
-                return Some(json_response(if ready { 200 } else { 503 }, &body));
+                return Reply::Now(json_response(if ready { 200 } else { 503 }, &body));
             }
             Route::Form => match read_form(&endpoint.accounts, &visit, &request.body) {
                 Ok(form) => Route::Act(Box::new(form)),
-                Err(refusal) => return Some(refusal),
+                Err(refusal) => return Reply::Now(refusal),
             },
             route => route,
         };
         let (lane, html) = (lanes.of(&route), visit.html);
+        let time = match route {
+            Route::Confirm(_) | Route::Act(_) => ACTION_TIME,
+            _ => Duration::ZERO,
+        };
         let question = Question {
             ticket,
             route,
@@ -160,9 +168,9 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
             since: Instant::now(),
         };
         match lane.try_send(question) {
-            Ok(()) => None,
+            Ok(()) => Reply::Later(time),
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                Some(refusal(html, 503, "Too many requests at once."))
+                Reply::Now(refusal(html, 503, "Too many requests at once."))
             }
         }
     };
@@ -190,7 +198,7 @@ pub fn answer(
                         let fault = |_| refusal(question.visit.html, 500, "A fault; the log has it.");
                         response.unwrap_or_else(fault)
                     }
-                    (false, Route::Act(_)) => {
+                    (false, Route::Confirm(_) | Route::Act(_)) => {
                         const LATE: &str = "Others' actions take too long; nothing was done.";
                         refusal(question.visit.html, 503, LATE)
                     }
@@ -250,12 +258,16 @@ fn admit(
         peer: request.peer,
         forwarded: request.header("x-forwarded-for"),
         note: None,
+        needs_pass: false,
     };
     if !path.starts_with(HEALTH) {
-        visit.access = access(request, accounts, &mut guesses.borrow_mut(), html)?;
+        let has_pass = has_pass(request, accounts);
+        let mut guesses = guesses.borrow_mut();
+        visit.access = access(request, accounts, &mut guesses, has_pass, html)?;
+        visit.needs_pass = !has_pass;
         if request.method == "POST" {
             may_act(&visit)?;
-            admit_form(request, path, html)?;
+            admit_form(request, path, &visit)?;
             return Ok((Route::Form, visit));
         }
     }
@@ -272,16 +284,36 @@ fn admit(
     Ok((route, visit))
 }
 
+/// The cookie with the pass.
+const PASS: &str = "omotes_pass";
+
+/// Whether a browser has been here before with the same account.
+fn has_pass(request: &Request, accounts: &Accounts) -> bool {
+    let (Some(cookies), Some(given)) = (request.header("cookie"), request.header("authorization"))
+    else {
+        return false;
+    };
+    let pairs = cookies.split("; ").filter_map(|pair| pair.split_once('='));
+    let mut passes = pairs.filter(|(name, _)| *name == PASS);
+    let now = Timestamp::now();
+    passes.next().is_some_and(|(_, seal)| {
+        let user = accounts::user(&given).unwrap_or_default();
+        accounts.exist() && accounts.check_seal(Purpose::Pass, &user, seal, now).is_ok()
+    })
+}
+
 /// What the sender of a request may do.
 fn access(
     request: &Request,
     accounts: &Accounts,
     guesses: &mut Guesses,
+    has_pass: bool,
     html: bool,
 ) -> Result<Access, Response> {
     let given = request.header("authorization");
     let (peer, now) = (request.peer.ip(), Instant::now());
-    if given.is_some() && accounts.exist() && !guesses.may_guess(peer, now) {
+    let counts = given.is_some() && accounts.exist() && !has_pass;
+    if counts && !guesses.may_guess(peer, now) {
         const WHY: &str = "Too many wrong passwords from this address. Wait a few seconds.";
         let mut refusal = refusal(html, 429, WHY);
         let seconds = PENALTY.as_secs().to_string();
@@ -312,8 +344,8 @@ fn may_act(visit: &Visit) -> Result<(), Response> {
 }
 
 /// Whether a form is one that is read, as its head says.
-fn admit_form(request: &Request, path: &str, html: bool) -> Result<(), Response> {
-    let refuse = |status, why: &str| Err(refusal(html, status, why));
+fn admit_form(request: &Request, path: &str, visit: &Visit) -> Result<(), Response> {
+    let refuse = |status, why: &str| Err(refusal(visit.html, status, why));
     if path != ACT {
         return refuse(405, "only GET and HEAD; forms are sent to /act");
     }
@@ -328,6 +360,7 @@ fn admit_form(request: &Request, path: &str, html: bool) -> Result<(), Response>
     };
     if let Err(why) = provenance.check() {
         let why = format!("This form was sent by another site: {}.", one_line(&why));
+        warn!("{}: a form is refused: {why}", acting::who(visit));
         return refuse(403, &why);
     }
     const FORM: &str = "application/x-www-form-urlencoded";
@@ -368,6 +401,7 @@ fn read_form(accounts: &Accounts, visit: &Visit, body: &[u8]) -> Result<Form, Re
              again."
         }
     };
+    warn!("{}: a form is refused: {why}", acting::who(visit));
     Err(refuse(403, why))
 }
 
@@ -500,13 +534,32 @@ fn respond(endpoint: &Endpoint, service: &Service, question: &Question) -> Respo
         return without_database(service, route, &frame, why);
     }
     match with_database(service, route, &frame) {
-        Ok(response) => response,
+        Ok(response) => with_pass(response, &endpoint.accounts, visit, now),
         Err(StoreError::TooLong(_)) => in_vain(service, route, &frame),
         Err(error) => {
             let why = format!("{:#}", anyhow::Error::from(error));
             without_database(service, route, &frame, &why)
         }
     }
+}
+
+/// A page, with a pass for a browser that has none.
+fn with_pass(
+    mut response: Response,
+    accounts: &Accounts,
+    visit: &Visit,
+    now: Timestamp,
+) -> Response {
+    if let Access::Act(account) | Access::Look(account) = &visit.access
+        && response.content_type == HTML
+        && visit.needs_pass
+    {
+        let seal = accounts.seal(Purpose::Pass, account, now);
+        let seconds = accounts::PASS_LIFETIME.as_secs();
+        let cookie = format!("{PASS}={seal}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict");
+        response.headers.push(("Set-Cookie", cookie));
+    }
+    response
 }
 
 /// The answer if Postgres takes longer than anybody waits.

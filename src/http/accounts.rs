@@ -14,6 +14,8 @@ use crate::config::Config;
 const FORM_LIFETIME: SignedDuration = SignedDuration::from_hours(4);
 /// For how long a page shows what was done.
 const NOTE_LIFETIME: SignedDuration = SignedDuration::from_mins(10);
+/// For how long a browser that was here is known.
+pub(super) const PASS_LIFETIME: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// So far may the clocks of replicas differ.
 const CLOCKS: SignedDuration = SignedDuration::from_mins(5);
 /// Seals of the same minutes are the same, so that a page does not differ each time it is loaded.
@@ -36,6 +38,10 @@ pub(super) enum Access {
 pub(super) enum Purpose {
     Form,
     Note,
+    /// A browser that has had the right password goes on with this account while somebody else at its
+    /// address, as behind a proxy, guesses. It opens nothing: the password is needed as well, and
+    /// nobody can guess another account's by it.
+    Pass,
 }
 
 /// Why a seal is none.
@@ -103,11 +109,7 @@ impl Accounts {
         if !self.exist() {
             return Some(Access::Open);
         }
-        let (scheme, encoded) = authorization?.split_once(' ')?;
-        if !scheme.eq_ignore_ascii_case("basic") {
-            return None;
-        }
-        let given = BASE64_STANDARD.decode(encoded.trim()).ok()?;
+        let given = credentials(authorization?)?;
         let mut access = None;
         for account in &self.known {
             // Compares in constant time.
@@ -145,6 +147,7 @@ impl Accounts {
         let lifetime = match purpose {
             Purpose::Form => FORM_LIFETIME,
             Purpose::Note => NOTE_LIFETIME,
+            Purpose::Pass => PASS_LIFETIME,
         };
         match age > lifetime + SignedDuration::from_secs(STEP) || age < -CLOCKS {
             true => Err(SealFault::Old),
@@ -153,11 +156,26 @@ impl Accounts {
     }
 }
 
+/// `user:password` of an `Authorization`.
+fn credentials(authorization: &str) -> Option<Vec<u8>> {
+    let (scheme, encoded) = authorization.split_once(' ')?;
+    let is_basic = scheme.eq_ignore_ascii_case("basic");
+    let decoded = BASE64_STANDARD.decode(encoded.trim()).ok();
+    decoded.filter(|_| is_basic)
+}
+
+/// Whose account an `Authorization` is for.
+pub(super) fn user(authorization: &str) -> Option<String> {
+    let given = String::from_utf8(credentials(authorization)?).ok()?;
+    given.split(':').next().map(str::to_owned)
+}
+
 /// The bytes that a seal is on.
 fn sealed(purpose: Purpose, text: &str, since: i64) -> Vec<u8> {
     let purpose = match purpose {
         Purpose::Form => "form",
         Purpose::Note => "note",
+        Purpose::Pass => "pass",
     };
     format!("{purpose}\0{since}\0{text}").into_bytes()
 }

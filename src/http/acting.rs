@@ -28,7 +28,7 @@ use crate::telemetry::health::Part;
 use crate::telemetry::report::one_line;
 
 /// How long going through the dead letters of a vhost may take, while somebody waits for the page.
-const LETTERS_PATIENCE: Duration = Duration::from_secs(20);
+const LETTERS_PATIENCE: Duration = Duration::from_secs(10);
 /// Jobs and letters that a line of the log or a page names.
 const TOLD: usize = 20;
 
@@ -144,7 +144,7 @@ pub(super) fn act(
 }
 
 /// The account, and where its request came from.
-fn who(visit: &Visit) -> String {
+pub(super) fn who(visit: &Visit) -> String {
     let name = match &visit.access {
         Access::Act(name) | Access::Look(name) => one_line(name),
         Access::Open => "nobody".to_owned(),

@@ -42,7 +42,10 @@ impl Guesses {
         }
         let held = self.0.entry(peer).or_default();
         held.push_back(now + PENALTY);
-        held.len() == MAX_HELD
+        // Of a browser that is known, they may be more.
+        let is_last = held.len() == MAX_HELD;
+        held.truncate(MAX_HELD);
+        is_last
     }
 }
 

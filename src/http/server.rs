@@ -14,10 +14,9 @@ use log::{debug, warn};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
 
-/// A client that has not sent its request and read the answer by then is disconnected.
+/// A client that has not sent its request and read the answer by then is disconnected, unless it is
+/// given more time.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
-/// The same for one whose whole body has arrived: what it asks for may take its time.
-pub(super) const ACTION_DEADLINE: Duration = Duration::from_secs(60);
 /// The largest body that is read.
 pub(super) const MAX_BODY: usize = 64 * 1024;
 /// Beyond that the oldest is disconnected.
@@ -32,11 +31,12 @@ const LISTENER: Token = Token(1);
 const FIRST_CONNECTION: usize = 2;
 
 /// The headers that are kept of a request.
-const KEPT: [&str; 11] = [
+const KEPT: [&str; 12] = [
     "accept",
     "authorization",
     "content-length",
     "content-type",
+    "cookie",
     "expect",
     "host",
     "origin",
@@ -98,6 +98,14 @@ impl Request {
 /// The connection that an answer is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ticket(Token);
+
+/// What becomes of a request.
+pub(super) enum Reply {
+    Now(Response),
+    /// [`Server::answer`] is called by another thread. Until then its client is waited for at least
+    /// so long.
+    Later(Duration),
+}
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -219,15 +227,14 @@ impl Server {
     }
 
     /// Answers requests until [`Server::stop`]. `admit` sees a request before its body is read, and
-    /// `answer` gets what it has returned. One that returns None answers later through
-    /// [`Server::answer`], from another thread: this one must not wait.
+    /// `answer` gets what it has returned. Neither may wait for anything.
     ///
     /// # Errors
     /// The operating system no longer reports events on the sockets.
     pub(super) fn serve<R>(
         &self,
         admit: impl Fn(&Request) -> Result<R, Response>,
-        answer: impl Fn(R, &Request, Ticket) -> Option<Response>,
+        answer: impl Fn(R, &Request, Ticket) -> Reply,
     ) -> io::Result<()> {
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         let (poll, listener) = &mut *sockets;
@@ -399,7 +406,7 @@ impl<R> Connection<R> {
     fn receive(
         &mut self,
         admit: &impl Fn(&Request) -> Result<R, Response>,
-        answer: &impl Fn(R, &Request) -> Option<Response>,
+        answer: &impl Fn(R, &Request) -> Reply,
     ) -> io::Result<()> {
         while let Progress::Asking(head) = &mut self.state {
             read_more(&mut self.stream, head)?;
@@ -435,16 +442,16 @@ impl<R> Connection<R> {
     }
 
     /// Has a complete request answered.
-    fn complete(&mut self, answer: &impl Fn(R, &Request) -> Option<Response>) {
+    fn complete(&mut self, answer: &impl Fn(R, &Request) -> Reply) {
         let state = mem::replace(&mut self.state, Progress::Answered(0));
         if let Progress::Sending(request, admitted, _) = state {
             let head_only = request.method == "HEAD";
-            if request.method == "POST" {
-                self.deadline += ACTION_DEADLINE - DEADLINE;
-            }
             self.state = match answer(admitted, &request) {
-                Some(response) => answering(response, head_only),
-                None => Progress::Waiting { head_only },
+                Reply::Now(response) => answering(response, head_only),
+                Reply::Later(time) => {
+                    self.deadline = self.deadline.max(Instant::now() + time);
+                    Progress::Waiting { head_only }
+                }
             };
         }
     }

@@ -307,6 +307,7 @@ fn a_form_of_somebody_else_does_not_count() {
     for token in ["", "x", &forged, &old, &token[1..]] {
         post(token, "").is(403, "token");
     }
+    service.logged(": a form is refused: The form has no token.");
     let elsewhere = "by another site";
     for headers in [
         "Origin: http://evil.example\r\n",
@@ -508,6 +509,10 @@ fn wrong_passwords_are_slow_and_hold_up_nobody() {
         ..anna
     };
     let request = guess.bytes("GET /", "", b"");
+    let page = anna.get("/");
+    let cookie = page.header("Set-Cookie").unwrap();
+    assert!(cookie.ends_with("; HttpOnly; SameSite=Strict"), "{cookie}");
+    let (pass, _) = cookie.split_once(';').unwrap();
     let begin = Instant::now();
     let mut guesses: Vec<_> = (0..5)
         .map(|_| {
@@ -519,6 +524,15 @@ fn wrong_passwords_are_slow_and_hold_up_nobody() {
     service.logged("127.0.0.1 has given several wrong passwords over HTTP");
     // What follows is not looked at, even if it were right.
     let right = anna.bytes("GET /", "", b"");
+    // But for a browser that has had the right password, and for its account alone.
+    let pass = format!("Cookie: other=1; {pass}\r\n");
+    anna.request("GET /", &pass, b"").is(200, "OMOTES jobs");
+    let ben = Operator {
+        account: "ben:guess",
+        ..anna
+    };
+    ben.request("GET /", &pass, b"")
+        .is(429, "Too many wrong passwords");
     let answer = exchange(from([127, 0, 0, 1], anna.address), &right);
     let answer = answer.is(429, "Too many wrong passwords from this address.");
     assert_eq!(answer.header("Retry-After"), Some("2"));

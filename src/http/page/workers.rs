@@ -45,7 +45,7 @@ pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) 
 fn row(worker: &WorkerView, now: Timestamp, acting: Option<&Acting>) -> Markup {
     let queues: Vec<_> = worker.queues.iter().map(|queue| one_line(queue)).collect();
     html! {
-        tr.worker {
+        tr.worker id={ "worker-" (one_line(&worker.host)) } {
             td { (one_line(&worker.host)) div.dim { (about(worker)) } }
             td.nowrap { span class=(class(worker.state)) { (worker.state.text()) } }
             td.nowrap { (ago(worker.since, now)) }

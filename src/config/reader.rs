@@ -348,7 +348,7 @@ impl<'a> Reader<'a> {
             true => (format!("{}: ", path.display()), ""),
             false => (String::new(), NOT_SHOWN),
         };
-        if value.is_some() {
+        if value.is_some_and(|value| !value.is_empty()) {
             self.faults.push(if more.is_empty() {
                 format!(
                     "{file_name}: found {}, but {name} is set too",

@@ -10,12 +10,13 @@ use log::{info, warn};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::accounts::{Access, Accounts, Purpose};
+use super::accounts::{Accounts, Purpose};
+use super::admission::Visit;
 use super::form::{Action, Form};
 use super::page::Frame;
 use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
-use super::{Visit, html, json_response, refusal};
+use super::{html, json_response, refusal};
 use crate::actions::letters::{Letters, named};
 use crate::actions::{Failure, counted, jobs, queues};
 use crate::broker::dead_letters::Fate;
@@ -124,7 +125,7 @@ pub(super) fn act(
     acting: &Acting,
     form: &Form,
 ) -> Response {
-    let who = who(visit);
+    let who = visit.who();
     let what = in_words(&form.action);
     match perform(service, &form.action) {
         Ok(Came::Done(lines)) => {
@@ -140,22 +141,6 @@ pub(super) fn act(
             warn!("{who}: {what}: failed: {}", one_line(&failure.to_string()));
             failed(visit, &failure)
         }
-    }
-}
-
-/// The account, and where its request came from.
-pub(super) fn who(visit: &Visit) -> String {
-    let name = match &visit.access {
-        Access::Act(name) | Access::Look(name) => one_line(name),
-        Access::Open => "nobody".to_owned(),
-    };
-    match &visit.forwarded {
-        Some(claimed) => format!(
-            "{name} at {}, which says it is for {}",
-            visit.peer,
-            one_line(claimed)
-        ),
-        None => format!("{name} at {}", visit.peer),
     }
 }
 

@@ -216,6 +216,7 @@ impl Form {
 mod tests {
     use super::*;
     use crate::store::QueueChange;
+    use proptest::prelude::*;
     use rstest::rstest;
 
     const ID: &str = "00000000-0000-0000-0000-000000000001";
@@ -302,6 +303,22 @@ mod tests {
     fn a_faulty_form_names_the_culprit(#[case] text: &str, #[case] expected: &str) {
         let fault = Form::parse(text.replace("ID", ID).as_bytes()).unwrap_err();
         assert!(fault.starts_with(expected), "{fault}");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_sent_is_understood_or_refused(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            verb in "(cancel|cancel-all|priority|hold|limit|drain|requeue)",
+        ) {
+            let _ = Form::parse(&bytes);
+            let mut text = format!("do={verb}&").into_bytes();
+            text.extend(&bytes);
+            if let Ok(form) = Form::parse(&text) {
+                // It goes into a header.
+                prop_assert!(form.back.path().bytes().all(|byte| byte.is_ascii_graphic()));
+            }
+        }
     }
 
     #[test]

@@ -1,18 +1,21 @@
 //! What operators do through the page: each form and what comes of it, and that nobody else's counts.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use omotes_orchestrator::wire::{DEAD_LETTERS_QUEUE, job_result::ResultType};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::TestRunner;
 use rstest::rstest;
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
 use uuid::Uuid;
 
 use crate::harness::browser::Browser;
-use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::deployment::{Deployment, PATIENCE, Service, eventually};
 use crate::harness::operator::{Operator, exchange};
 use crate::harness::peers::Client;
 use crate::harness::proxy::{End, Proxy, Weather};
@@ -318,6 +321,9 @@ fn a_form_of_somebody_else_does_not_count() {
     ] {
         post(&token, headers).is(403, elsewhere);
     }
+    let line = format!("GET /confirm?do=cancel&id={job}");
+    anna.request(&line, "Sec-Fetch-Site: cross-site\r\n", b"")
+        .is(403, elsewhere);
     // Nor without an account, with a wrong one, or with one that may only look.
     for (account, status, why) in [
         ("", 401, "A user and a password are needed."),
@@ -454,6 +460,60 @@ fn a_body_is_bounded_and_what_is_wrong_with_it_is_said() {
         .is(400, "state=done: expected one of");
     anna.send(&[("do", "cancel"), ("id", "<1>")])
         .is(400, "id=&lt;1&gt;: expected a job");
+}
+
+/// With a right password before them, some bytes of a form are others, or are missing from some place
+/// on.
+#[test]
+fn garbage_in_forms_disturbs_nothing() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&ACCOUNTS);
+    let anna = Operator::at(&service, ANNA);
+    let body = format!(
+        "do=cancel-all&list=text%3Da&count=3&id=%zz&queue=x&token={}",
+        anna.token()
+    );
+    let headers = format!(
+        "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\
+         Origin: http://{}\r\nX-Forwarded-For: ::1\r\nCookie: omotes_pass=1.x\r\n",
+        body.len(),
+        anna.address
+    );
+    let whole = anna.bytes("POST /act", &headers, body.as_bytes());
+    let credentials = b"Authorization: ";
+    let place = whole
+        .windows(credentials.len())
+        .position(|part| part == credentials);
+    let fixed = place.unwrap() + 60;
+    let rest = whole.len() - fixed;
+    let changes = prop::collection::vec((any::<Index>(), any::<u8>()), 0..6);
+    TestRunner::default()
+        .run(
+            &(changes, any::<Index>(), any::<bool>()),
+            |(changes, length, is_cut)| {
+                let mut bytes = whole.clone();
+                for (place, byte) in changes {
+                    bytes[fixed + place.index(rest)] = byte;
+                }
+                if is_cut {
+                    bytes.truncate(fixed + length.index(rest));
+                }
+                let mut stream = TcpStream::connect(anna.address).unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.write_all(&bytes).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+                // It may have hung up in the middle of it, but it says something or hangs up.
+                if let Err(error) = stream.read_to_end(&mut Vec::new()) {
+                    prop_assert!(error.kind() != ErrorKind::WouldBlock, "no answer: {error}");
+                }
+                Ok(())
+            },
+        )
+        .unwrap();
+    assert!(service.readiness().unwrap().0);
+    assert!(!service.log().contains("panic"));
+    anna.send(&[("do", "cancel-all"), ("count", "0")])
+        .is(303, "0 jobs asked to end");
 }
 
 #[test]

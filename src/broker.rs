@@ -16,6 +16,7 @@ mod presence;
 mod publisher;
 mod questions;
 mod readable;
+mod received;
 mod refusals;
 mod tls_stream;
 mod topology;
@@ -23,11 +24,12 @@ mod unacked;
 mod values;
 mod window;
 
-pub use self::consumer::{Handled, Received, Source, consume};
+pub use self::consumer::{Handled, Source, consume};
 pub use self::link::Link;
 pub use self::presence::Found;
 pub use self::publisher::{Delivered, Publisher};
 pub use self::questions::Question;
+pub use self::received::Received;
 pub use self::refusals::PublishError;
 pub use self::topology::{Claim, Mark};
 

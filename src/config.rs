@@ -85,7 +85,7 @@ pub enum LogFormat {
     /// `<time> <level> <thread> <message>`.
     Text,
     /// An object with these, and with what else is known of the record: `job`, `reference`,
-    /// `workflow`, `task`.
+    /// `workflow`, `task`, `account`.
     Json,
 }
 

@@ -2,19 +2,16 @@
 
 use std::convert::Infallible;
 use std::mem;
+use std::panic::resume_unwind;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{
-    AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
-    FieldTable,
-};
+use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery};
 use anyhow::{Context, anyhow, bail};
 use crossbeam_channel::{Receiver, Select, TryRecvError, never, select};
-use serde_json::{Map, Value};
 
+use super::received::Received;
 use super::unacked::Unacked;
-use super::values::table_to_json;
 use super::window::Window;
 use super::{DEADLINE, Link};
 use crate::fault_point;
@@ -27,90 +24,6 @@ const LAST_ACKNOWLEDGEMENT: Duration = Duration::from_millis(50);
 /// They wait no longer than this even while events keep coming: the first unfinished message before
 /// them may be waiting to be told, long after theirs have been.
 const LONGEST_WAIT: Duration = Duration::from_millis(200);
-/// What a message that was released, but is still unacked, counts as, in bytes.
-const RELEASED: usize = 1024;
-
-/// A message as it was delivered.
-#[derive(Debug)]
-pub struct Received {
-    /// Identifies the delivery to its consumer.
-    pub tag: u64,
-    pub body: Vec<u8>,
-    pub redelivered: bool,
-    pub(super) properties: AmqpProperties,
-}
-
-impl Received {
-    /// About how many bytes of memory it takes: its body, and its properties as amiquip holds them.
-    pub fn size(&self) -> usize {
-        let own = &self.properties;
-        let texts = [
-            own.content_type(),
-            own.content_encoding(),
-            own.correlation_id(),
-            own.reply_to(),
-            own.expiration(),
-            own.message_id(),
-            own.type_(),
-            own.user_id(),
-            own.app_id(),
-            own.cluster_id(),
-        ];
-        let texts: usize = texts.into_iter().flatten().map(String::len).sum();
-        let headers = own.headers().as_ref().map_or(0, table_size);
-        self.body.len() + size_of_val(self) + texts + headers
-    }
-
-    pub fn message_id(&self) -> Option<&str> {
-        self.properties.message_id().as_deref()
-    }
-
-    /// Who sent it: its `user-id`, which RabbitMQ has checked, or its `app-id`.
-    pub fn sender(&self) -> Option<&str> {
-        let properties = [self.properties.user_id(), self.properties.app_id()];
-        let texts = properties.into_iter().flatten().map(String::as_str);
-        texts.into_iter().find(|text| !text.trim().is_empty())
-    }
-
-    pub fn correlation_id(&self) -> Option<&str> {
-        self.properties.correlation_id().as_deref()
-    }
-
-    /// Drops everything but its id, about `RELEASED` bytes.
-    pub fn release(&mut self) {
-        self.body = Vec::new();
-        let id = self.properties.message_id().clone();
-        self.properties = match id {
-            Some(id) => AmqpProperties::default().with_message_id(id),
-            None => AmqpProperties::default(),
-        };
-    }
-
-    /// The message's properties as JSON, those that are set.
-    pub fn properties(&self) -> Map<String, Value> {
-        let own = &self.properties;
-        let text = |text: &Option<String>| text.clone().map(Value::String);
-        [
-            ("content_type", text(own.content_type())),
-            ("content_encoding", text(own.content_encoding())),
-            ("headers", own.headers().as_ref().map(table_to_json)),
-            ("delivery_mode", own.delivery_mode().map(Value::from)),
-            ("priority", own.priority().map(Value::from)),
-            ("correlation_id", text(own.correlation_id())),
-            ("reply_to", text(own.reply_to())),
-            ("expiration", text(own.expiration())),
-            ("message_id", text(own.message_id())),
-            ("timestamp", own.timestamp().map(Value::from)),
-            ("type", text(own.type_())),
-            ("user_id", text(own.user_id())),
-            ("app_id", text(own.app_id())),
-        ]
-        .into_iter()
-        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
-        .collect()
-    }
-}
-
 /// What became of a delivery, by its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Handled {
@@ -118,8 +31,6 @@ pub enum Handled {
     Done(u64),
     /// It is not done, but waits for something that others do not wait for.
     Kept(u64),
-    /// The same, and it takes next to no memory any more.
-    Released(u64),
 }
 
 /// A queue to consume.
@@ -159,11 +70,11 @@ pub fn consume(
     sources: &[Source<'_>],
     stop: &Signal,
     done: &Receiver<Handled>,
-    mut hand_over: impl FnMut(usize, Received),
+    mut hand_over: impl FnMut(usize, Received) + Send,
 ) -> anyhow::Result<()> {
     let channel = link.channel()?;
     let mut consumers = Consumers::new(link, &channel, sources);
-    consumers.open_more()?;
+    consumers.open_more(&mut hand_over)?;
     let mut stop = stop.receiver().clone();
     loop {
         match consumers.attend(&stop, done, &mut hand_over)? {
@@ -253,15 +164,16 @@ impl<'c> Consumers<'c> {
             } else {
                 for (place, message) in arrived(inputs, event) {
                     let queue = self.sources[place].queue;
-                    let delivery = delivered(self.in_hand.link, queue, message)?;
-                    hand_over(place, self.in_hand.take(place, delivery));
+                    let mut delivery = delivered(self.in_hand.link, queue, message)?;
+                    hand_over(place, received(self.in_hand.link, &mut delivery));
+                    self.in_hand.take(place, delivery);
                 }
             }
         }
     }
 
-    /// Whether a window is to grow, or the next queue might be consumed. Not while nothing is read: the answers
-    /// to that would not come before something is done, which nobody would hear of meanwhile.
+    /// Whether a window is to grow, or the next queue might be consumed. Not while nothing is read: what is
+    /// done until the answers come would be acknowledged only then.
     fn may_grow(&self) -> bool {
         let intake = self.in_hand.link.intake.as_ref();
         if self.is_ended || intake.is_some_and(|intake| intake.is_full()) {
@@ -278,7 +190,7 @@ impl<'c> Consumers<'c> {
     }
 
     /// Lets the windows grow that are to, and consumes more queues where that keeps the order.
-    fn grow(&mut self, hand_over: &mut impl FnMut(usize, Received)) -> anyhow::Result<()> {
+    fn grow(&mut self, hand_over: &mut (impl FnMut(usize, Received) + Send)) -> anyhow::Result<()> {
         let last = self.open.len() - 1;
         for place in 0..self.open.len() {
             let others_wait = place == last && self.open.len() < self.sources.len();
@@ -289,27 +201,33 @@ impl<'c> Consumers<'c> {
                 self.reopen(place, Window::grow, hand_over)?;
             }
         }
-        if self.next_is_due() && !self.in_hand.windows[last].is_full() && self.is_empty(last)? {
+        if self.next_is_due()
+            && !self.in_hand.windows[last].is_full()
+            && self.is_empty(last, hand_over)?
+        {
             self.reopen(last, Window::open, hand_over)?;
         }
-        self.open_more()?;
+        self.open_more(hand_over)?;
         self.in_hand.acknowledge_in_order()?;
         Ok(())
     }
 
     /// Starts the consumers of further queues: of one that is empty, when others follow it, with its whole
     /// prefetch, for whatever comes to it goes to the consumer before what comes to the next.
-    fn open_more(&mut self) -> anyhow::Result<()> {
+    fn open_more(
+        &mut self,
+        hand_over: &mut (impl FnMut(usize, Received) + Send),
+    ) -> anyhow::Result<()> {
         while self.open.len() < self.sources.len() {
             let place = self.open.len();
             if place > 0 && !self.in_hand.windows[place - 1].is_full() {
                 break;
             }
-            let window = &self.in_hand.windows[place];
-            if place + 1 < self.sources.len() && !window.is_full() && self.is_empty(place)? {
+            let may_open = place + 1 < self.sources.len() && !self.in_hand.windows[place].is_full();
+            if may_open && self.is_empty(place, hand_over)? {
                 self.in_hand.windows[place].open();
             }
-            let consumer = self.start(place)?;
+            let consumer = self.start(place, hand_over)?;
             self.inputs.push(consumer.receiver().clone());
             self.open.push(consumer);
         }
@@ -317,12 +235,22 @@ impl<'c> Consumers<'c> {
     }
 
     /// Starts a queue's consumer with its present prefetch.
-    fn start(&self, place: usize) -> Result<Consumer<'c>, amiquip::Error> {
+    fn start(
+        &mut self,
+        place: usize,
+        hand_over: &mut (impl FnMut(usize, Received) + Send),
+    ) -> anyhow::Result<Consumer<'c>> {
         let channel = self.in_hand.channel;
+        let (queue, size) = (
+            self.sources[place].queue,
+            self.in_hand.windows[place].size(),
+        );
         // It applies to each consumer that is started after it, and never to one that there is; and the
         // kind that does not is unknown to quorum queues.
-        channel.qos(0, self.in_hand.windows[place].size(), false)?;
-        channel.basic_consume(self.sources[place].queue, ConsumerOptions::default())
+        self.asks(hand_over, |_| channel.qos(0, size, false))?;
+        self.asks(hand_over, |_| {
+            channel.basic_consume(queue, ConsumerOptions::default())
+        })
     }
 
     /// Replaces a queue's consumer by one with another prefetch. What is in flight stays so.
@@ -330,33 +258,71 @@ impl<'c> Consumers<'c> {
         &mut self,
         place: usize,
         widen: impl FnOnce(&mut Window),
-        hand_over: &mut impl FnMut(usize, Received),
+        hand_over: &mut (impl FnMut(usize, Received) + Send),
     ) -> anyhow::Result<()> {
-        self.open[place].cancel()?;
-        // Whatever has come before the consumer's end, which may arrive after the answer to the cancel.
-        loop {
-            let message = self.inputs[place].recv().ok();
-            if matches!(message, Some(ConsumerMessage::ClientCancelled)) {
+        self.asks(hand_over, |open| open[place].cancel())?;
+        // The end of a consumer may arrive after the answer to its cancel.
+        while let Some(message) = self.inputs[place].iter().next() {
+            if matches!(message, ConsumerMessage::ClientCancelled) {
                 break;
             }
-            let queue = self.sources[place].queue;
-            let delivery = delivered(self.in_hand.link, queue, message)?;
-            hand_over(place, self.in_hand.take(place, delivery));
+            let link = self.in_hand.link;
+            let mut delivery = delivered(link, self.sources[place].queue, Some(message))?;
+            hand_over(place, received(link, &mut delivery));
+            self.in_hand.take(place, delivery);
         }
+        self.inputs[place] = never();
         widen(&mut self.in_hand.windows[place]);
         // RabbitMQ has room for what comes next.
         self.in_hand.acknowledge_in_order()?;
-        let consumer = self.start(place)?;
+        let consumer = self.start(place, hand_over)?;
         self.inputs[place] = consumer.receiver().clone();
         self.open[place] = consumer;
         Ok(())
     }
 
     /// Whether nothing waits in a queue.
-    fn is_empty(&self, place: usize) -> Result<bool, amiquip::Error> {
+    fn is_empty(
+        &mut self,
+        place: usize,
+        hand_over: &mut (impl FnMut(usize, Received) + Send),
+    ) -> anyhow::Result<bool> {
+        let channel = self.in_hand.channel;
         let queue = self.sources[place].queue;
-        let declared = self.in_hand.channel.queue_declare_passive(queue)?;
+        let declared = self.asks(hand_over, |_| channel.queue_declare_passive(queue))?;
         Ok(declared.declared_message_count() == Some(0))
+    }
+
+    /// Asks RabbitMQ something. The answer comes behind what has been sent before, of which nothing is read
+    /// while too much is in flight; so that is handed over meanwhile, and its handlers make room.
+    fn asks<T>(
+        &mut self,
+        hand_over: &mut (impl FnMut(usize, Received) + Send),
+        question: impl FnOnce(&[Consumer<'c>]) -> Result<T, amiquip::Error>,
+    ) -> anyhow::Result<T> {
+        if self.inputs.is_empty() {
+            return Ok(question(&self.open)?);
+        }
+        let (asking, is_answered) = Signal::pending();
+        let meanwhile = Meanwhile {
+            link: self.in_hand.link,
+            sources: self.sources,
+            inputs: self.inputs.clone(),
+            taken: Vec::new(),
+        };
+        let (answer, taken) = thread::scope(|scope| {
+            let taking = thread::Builder::new()
+                .name("meanwhile".to_owned())
+                .spawn_scoped(scope, || meanwhile.take(&is_answered, hand_over))?;
+            let answer = question(&self.open);
+            drop(asking);
+            let taken = taking.join().unwrap_or_else(|panic| resume_unwind(panic));
+            anyhow::Ok((answer, taken))
+        })?;
+        for (place, delivery) in taken? {
+            self.in_hand.take(place, delivery);
+        }
+        Ok(answer?)
     }
 
     fn into_inputs(self) -> Vec<Receiver<ConsumerMessage>> {
@@ -372,6 +338,53 @@ impl<'c> Consumers<'c> {
         }
         cancel(&self.open)
     }
+}
+
+/// Takes what comes while the consumers' thread waits for an answer.
+struct Meanwhile<'c> {
+    link: &'c Link,
+    sources: &'c [Source<'c>],
+    inputs: Vec<Receiver<ConsumerMessage>>,
+    /// With their queues' places.
+    taken: Vec<(usize, Delivery)>,
+}
+
+impl Meanwhile<'_> {
+    fn take(
+        mut self,
+        is_answered: &Signal,
+        hand_over: &mut impl FnMut(usize, Received),
+    ) -> anyhow::Result<Vec<(usize, Delivery)>> {
+        loop {
+            let mut events = Select::new();
+            for input in &self.inputs {
+                events.recv(input);
+            }
+            let answered = events.recv(is_answered.receiver());
+            let event = events.ready();
+            if event == answered {
+                return Ok(self.taken);
+            }
+            let mut ended = None;
+            for (place, message) in arrived(&self.inputs, event) {
+                if matches!(message, Some(ConsumerMessage::ClientCancelled)) {
+                    ended = Some(place);
+                    break;
+                }
+                let mut delivery = delivered(self.link, self.sources[place].queue, message)?;
+                hand_over(place, received(self.link, &mut delivery));
+                self.taken.push((place, delivery));
+            }
+            if let Some(place) = ended {
+                self.inputs[place] = never();
+            }
+        }
+    }
+}
+
+/// The content of a delivery, which counts as in flight from now on.
+fn received(link: &Link, delivery: &mut Delivery) -> Received {
+    Received::of(delivery, link.intake.as_ref())
 }
 
 /// The next message of the queue at `event`, if there is one, after everything that was delivered from
@@ -392,42 +405,6 @@ fn arrived(
         messages.map(move |message| (place, Some(message)))
     });
     earlier.chain(last)
-}
-
-/// Memory that a table takes beyond its own struct. `readable.rs` bounds its depth.
-fn table_size(table: &FieldTable) -> usize {
-    /// A node of a B-tree has room for eleven entries, and is at least half full when it is not
-    /// the only one.
-    const NODE: usize = 11 * size_of::<(String, AmqpValue)>();
-    let entries = table
-        .iter()
-        .map(|(key, value)| key.len() + value_size(value));
-    table.len().div_ceil(6) * NODE + entries.sum::<usize>()
-}
-
-/// Memory that a value takes beyond its own struct.
-fn value_size(value: &AmqpValue) -> usize {
-    match value {
-        AmqpValue::LongString(text) => text.len(),
-        AmqpValue::ByteArray(bytes) => bytes.len(),
-        AmqpValue::FieldTable(table) => table_size(table),
-        AmqpValue::FieldArray(items) => {
-            size_of_val(items.as_slice()) + items.iter().map(value_size).sum::<usize>()
-        }
-        AmqpValue::Boolean(_)
-        | AmqpValue::ShortShortInt(_)
-        | AmqpValue::ShortShortUInt(_)
-        | AmqpValue::ShortInt(_)
-        | AmqpValue::ShortUInt(_)
-        | AmqpValue::LongInt(_)
-        | AmqpValue::LongUInt(_)
-        | AmqpValue::LongLongInt(_)
-        | AmqpValue::Float(_)
-        | AmqpValue::Double(_)
-        | AmqpValue::DecimalValue(_)
-        | AmqpValue::Timestamp(_)
-        | AmqpValue::Void => 0,
-    }
 }
 
 /// The delivery for a consumer; None and everything else mean its end.
@@ -502,7 +479,6 @@ struct InHand<'c> {
 struct Held {
     /// Only amiquip's delivery can acknowledge; it is kept here without its body.
     delivery: Delivery,
-    size: usize,
     /// Of its queue.
     place: usize,
     is_through: bool,
@@ -524,27 +500,15 @@ impl<'c> InHand<'c> {
         }
     }
 
-    /// Takes a delivery, whose content it returns.
-    fn take(&mut self, place: usize, mut delivery: Delivery) -> Received {
-        let received = Received {
-            tag: delivery.delivery_tag(),
-            body: mem::take(&mut delivery.body),
-            redelivered: delivery.redelivered,
-            properties: mem::take(&mut delivery.properties),
-        };
-        let size = received.size();
-        if let Some(intake) = &self.link.intake {
-            intake.take(size);
-        }
+    /// Takes a delivery, whose content has been handed over.
+    fn take(&mut self, place: usize, delivery: Delivery) {
         self.windows[place].takes();
         let held = Held {
             delivery,
-            size,
             place,
             is_through: false,
         };
-        self.unacked.take(received.tag, held);
-        received
+        self.unacked.take(held.delivery.delivery_tag(), held);
     }
 
     /// Notes what has come through `done`. False once all of its senders are gone.
@@ -558,13 +522,9 @@ impl<'c> InHand<'c> {
             match handled {
                 Handled::Done(tag) => {
                     self.passes(tag);
-                    self.finish(tag);
+                    self.unacked.finish(tag);
                 }
                 Handled::Kept(tag) => self.passes(tag),
-                Handled::Released(tag) => {
-                    self.passes(tag);
-                    self.release(tag);
-                }
             }
         }
         true
@@ -576,24 +536,6 @@ impl<'c> InHand<'c> {
             && !mem::replace(&mut held.is_through, true)
         {
             self.windows[held.place].passes();
-        }
-    }
-
-    fn finish(&mut self, tag: u64) {
-        if let Some(held) = self.unacked.finish(tag)
-            && let Some(intake) = &self.link.intake
-        {
-            intake.give_back(held.size);
-        }
-    }
-
-    /// Its bytes no longer count, although it is not done.
-    fn release(&mut self, tag: u64) {
-        if let Some(held) = self.unacked.in_hand(tag)
-            && let Some(intake) = &self.link.intake
-        {
-            intake.give_back(held.size.saturating_sub(RELEASED));
-            held.size = RELEASED.min(held.size);
         }
     }
 
@@ -634,34 +576,5 @@ impl<'c> InHand<'c> {
         // One that is stuck may have to wait until it can grow.
         let least = windows.min().map(|least| least.max(LAST_ACKNOWLEDGEMENT));
         least.map_or(patience, |least| least.min(patience))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn with_headers(headers: FieldTable) -> Received {
-        Received {
-            tag: 1,
-            body: vec![0; 1000],
-            redelivered: false,
-            properties: AmqpProperties::default().with_headers(headers),
-        }
-    }
-
-    #[test]
-    fn headers_count_as_they_are_held() {
-        let plain = with_headers(FieldTable::new()).size();
-        assert!((1000..2000).contains(&plain), "{plain}");
-        let bytes = AmqpValue::ByteArray(vec![0; 100_000]);
-        let large = with_headers(FieldTable::from([("a".to_owned(), bytes)])).size() - plain;
-        assert!((100_000..102_000).contains(&large), "{large}");
-        // A table with one header in each, which on the wire takes eight bytes.
-        let nested = (0..20).fold(AmqpValue::Void, |inner, _| {
-            AmqpValue::FieldTable(FieldTable::from([(String::new(), inner)]))
-        });
-        let nested = with_headers(FieldTable::from([("a".to_owned(), nested)])).size() - plain;
-        assert!((10_000..20_000).contains(&nested), "{nested}");
     }
 }

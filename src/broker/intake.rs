@@ -3,6 +3,7 @@
 //! in flight, and TCP's back-pressure holds back the rest. If more is waiting, RabbitMQ gives the
 //! connection up after 30 seconds of that, and the messages are redelivered.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,11 +40,16 @@ impl Intake {
         })
     }
 
-    pub(super) fn take(&self, bytes: usize) {
+    /// So many bytes count as in flight until what is returned is dropped.
+    pub(super) fn share(self: &Arc<Self>, bytes: usize) -> Share {
         self.in_hand.fetch_add(bytes, Ordering::Relaxed);
+        Share {
+            intake: Arc::clone(self),
+            bytes,
+        }
     }
 
-    pub(super) fn give_back(&self, bytes: usize) {
+    fn give_back(&self, bytes: usize) {
         let before = self.in_hand.fetch_sub(bytes, Ordering::Relaxed);
         if before >= self.limit.load(Ordering::Relaxed) && !self.is_full() {
             self.wake();
@@ -65,6 +71,32 @@ impl Intake {
     /// Whether reading is paused.
     pub fn is_full(&self) -> bool {
         self.in_hand.load(Ordering::Relaxed) >= self.limit.load(Ordering::Relaxed)
+    }
+}
+
+/// A message's part of the bytes in flight.
+pub(super) struct Share {
+    intake: Arc<Intake>,
+    bytes: usize,
+}
+
+impl Share {
+    /// Gives back all but so many bytes.
+    pub(super) fn shrink(&mut self, bytes: usize) {
+        self.intake.give_back(self.bytes.saturating_sub(bytes));
+        self.bytes = self.bytes.min(bytes);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.intake.give_back(self.bytes);
+    }
+}
+
+impl fmt::Debug for Share {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} bytes", self.bytes)
     }
 }
 
@@ -240,9 +272,9 @@ mod tests {
         let poll = Poll::new().unwrap();
         poll.register(&stream, Token(0), Ready::readable(), PollOpt::edge())
             .unwrap();
-        intake.take(10);
+        let mut share = intake.share(10);
         assert_eq!(turn(&mut stream), 0);
-        intake.give_back(1);
+        share.shrink(9);
         let mut events = Events::with_capacity(1);
         poll.poll(&mut events, Some(Duration::from_secs(60)))
             .unwrap();

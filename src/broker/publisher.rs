@@ -8,9 +8,9 @@ use anyhow::anyhow;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::DEADLINE;
-use super::consumer::Received;
 use super::link::Link;
 use super::presence::Found;
+use super::received::Received;
 use super::refusals::{PublishError, refusal};
 use super::values::{properties, republished};
 use crate::threads::Calls;

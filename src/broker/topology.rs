@@ -18,43 +18,37 @@ use crate::wire::{
 };
 
 impl Link {
-    /// Declares what clients rely on. Returns whether some of the queues are quorum queues.
+    /// Declares what clients rely on.
     ///
     /// # Errors
     /// Somebody declared one of them otherwise, or the connection is lost.
-    pub fn declare_for_clients(&self) -> anyhow::Result<bool> {
+    pub fn declare_for_clients(&self) -> anyhow::Result<()> {
         let channel = self.channel()?;
         let options = ExchangeDeclareOptions::default();
         let declared = channel.exchange_declare(ExchangeType::Direct, OMOTES_EXCHANGE, options);
         self.named(declared, "exchange", OMOTES_EXCHANGE)?;
-        let mut are_replicated = false;
         for queue in [SUBMISSIONS_QUEUE, CANCELS_QUEUE] {
-            are_replicated |= self.declare_ours(queue)?;
+            self.declare_ours(queue)?;
             let bound = channel.queue_bind(queue, OMOTES_EXCHANGE, queue, FieldTable::new());
             self.named(bound, "binding of the queue", queue)?;
         }
-        channel.close().context("declaring the queues of clients")?;
-        Ok(are_replicated)
+        channel.close().context("declaring the queues of clients")
     }
 
-    /// Declares what workers send their events to. Returns whether some of it are quorum queues.
+    /// Declares what workers send their events to.
     ///
     /// # Errors
     /// As [`Link::declare_for_clients`].
-    pub fn declare_for_workers(&self, queues: &[&str]) -> anyhow::Result<bool> {
-        let mut are_replicated = false;
-        for queue in queues {
-            are_replicated |= self.declare_ours(queue)?;
-        }
-        Ok(are_replicated)
+    pub fn declare_for_workers(&self, queues: &[&str]) -> anyhow::Result<()> {
+        queues.iter().try_for_each(|queue| self.declare_ours(queue))
     }
 
     /// Declares a queue as OMOTES's programs do; one that its operator has made a quorum queue serves as
-    /// well. Returns whether it is one.
-    fn declare_ours(&self, queue: &str) -> anyhow::Result<bool> {
+    /// well.
+    fn declare_ours(&self, queue: &str) -> anyhow::Result<()> {
         match self.declare(queue, durable(FieldTable::new())) {
-            Err(error) if is_replicated(&error) => Ok(true),
-            declared => self.named(declared.map(|_| false), "queue", queue),
+            Err(error) if is_replicated(&error) => Ok(()),
+            declared => self.named(declared.map(drop), "queue", queue),
         }
     }
 

@@ -2,14 +2,14 @@
 //! previous one leaves its job. The result is a [`Plan`], to be written, published and committed as
 //! a whole.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::domain::job::{
     self, Attempt, Command, Context, Decision, Ended, Ending, Event, Job, Publication, State,
-    TaskInput, TimeSeries,
+    TaskInput, TimeSeries, Turn,
 };
 
 /// A message of a batch and what it asks for.
@@ -153,7 +153,7 @@ pub fn decide<'a, 'c>(
         if next.job().is_some_and(|job| job.course.is_some()) {
             plan.with_course.insert(job_id);
         }
-        plan.concerns_turns |= has_turn(state) || has_turn(next);
+        plan.concerns_turns |= turn(state).or(turn(next)).is_some();
         let subject = subject(job_id, next, command);
         if let Some(next) = plan.add(&asked, subject, decision) {
             after.insert(job_id, next);
@@ -225,6 +225,30 @@ impl<'a> Plan<'a> {
         next
     }
 
+    /// The queues at which one task of the batch begins to wait for its turn, and only one: with its
+    /// job.
+    pub fn single_newcomers(&self) -> impl Iterator<Item = (&str, Uuid)> {
+        let mut newcomers: BTreeMap<&str, Vec<Uuid>> = BTreeMap::new();
+        for transition in &self.transitions {
+            let State::Live(Job { course, .. }) = &transition.after else {
+                continue;
+            };
+            let since_before = turn(transition.before).map(|turn| turn.since);
+            if let Some(course) = course
+                && let Some(Turn { since, grant: None }) = course.turn
+                && since_before != Some(since)
+            {
+                let queue = course.step().task.as_str();
+                newcomers.entry(queue).or_default().push(transition.job_id);
+            }
+        }
+        let newcomers = newcomers.into_iter();
+        newcomers.filter_map(|(queue, jobs)| match jobs[..] {
+            [job] => Some((queue, job)),
+            _ => None,
+        })
+    }
+
     /// The jobs whose tasks get an input ESDL that is in the database.
     pub fn jobs_that_need_their_input(&self) -> impl Iterator<Item = Uuid> {
         let publications = self.publications.iter();
@@ -274,9 +298,8 @@ impl Plan<'_> {
     }
 }
 
-fn has_turn(state: &State) -> bool {
-    let course = state.job().and_then(|job| job.course.as_ref());
-    course.is_some_and(|course| course.turn.is_some())
+fn turn(state: &State) -> Option<&Turn> {
+    state.job()?.course.as_ref()?.turn.as_ref()
 }
 
 fn ended_attempts(job: &Job) -> usize {

@@ -125,20 +125,20 @@ pub(super) fn act(
     acting: &Acting,
     form: &Form,
 ) -> Response {
-    let who = visit.who();
+    let (who, account) = (visit.who(), visit.account());
     let what = in_words(&form.action);
     match perform(service, &form.action) {
         Ok(Came::Done(lines)) => {
             let told = bounded(&lines, "; ");
-            info!("{who}: {what}: {told}");
+            info!(account; "{who}: {what}: {told}");
             done(accounts, visit, form, &lines, frame.now)
         }
         Ok(Came::More(count)) => {
-            info!("{who}: {what}: not done, for there are {count} now");
+            info!(account; "{who}: {what}: not done, for there are {count} now");
             more(service, visit, frame, acting, form, count)
         }
         Err(failure) => {
-            warn!("{who}: {what}: failed: {}", one_line(&failure.to_string()));
+            warn!(account; "{who}: {what}: failed: {}", one_line(&failure.to_string()));
             failed(visit, &failure)
         }
     }

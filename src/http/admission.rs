@@ -30,13 +30,16 @@ pub(super) struct Visit {
 }
 
 impl Visit {
+    pub(super) fn account(&self) -> &str {
+        match &self.access {
+            Access::Act(name) | Access::Look(name) => name,
+            Access::Open => "nobody",
+        }
+    }
+
     /// The account, and where its request came from.
     pub(super) fn who(&self) -> String {
-        let name = match &self.access {
-            Access::Act(name) | Access::Look(name) => one_line(name),
-            Access::Open => "nobody".to_owned(),
-        };
-        let peer = self.peer;
+        let (name, peer) = (one_line(self.account()), self.peer);
         match &self.forwarded {
             Some(claimed) => {
                 let claimed = one_line(claimed);

@@ -3,10 +3,12 @@
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, never, select_biased};
+use jiff::Timestamp;
 use log::{debug, warn};
 use uuid::Uuid;
 
@@ -45,7 +47,10 @@ const CUT_OFF: Duration = Duration::from_secs(20);
 /// Something to handle.
 pub enum Work {
     /// A message, which is to be acknowledged.
-    Message { inbox: Inbox, received: Received },
+    Message {
+        inbox: Inbox,
+        received: Box<Received>,
+    },
     /// What the service itself has found out about a job.
     Finding { job_id: Uuid, command: Command },
     /// The workflow definitions have changed, and all clients are to be told.
@@ -105,6 +110,9 @@ pub struct Handler<'s> {
     stalled: BTreeMap<Destination, Vec<Item>>,
     /// When some of them may next be returned to the end of their queue.
     put_back_at: Instant,
+    /// Jobs that were granted their turn with their submission, and when: their tasks are not on their
+    /// queues yet.
+    granted: Vec<(Uuid, Timestamp)>,
 }
 
 impl<'s> Handler<'s> {
@@ -131,6 +139,7 @@ impl<'s> Handler<'s> {
             unanswered_until: Instant::now(),
             stalled: BTreeMap::new(),
             put_back_at: Instant::now(),
+            granted: Vec::new(),
         }
     }
 
@@ -185,11 +194,22 @@ impl<'s> Handler<'s> {
                 let Some(next) = next else { break };
                 has_room = take(next);
             }
-            if let Err(trouble) = self.handle_all(batch, stop) {
+            let handled = self.handle_all(batch, stop);
+            if let Err(trouble) = handled.and_then(|()| self.take_turns(stop)) {
                 return trouble.end();
             }
             self.count_stalled();
         }
+    }
+
+    /// Puts the tasks on their queues that were granted their turn with the batch before.
+    fn take_turns(&mut self, stop: &Signal) -> Result<(), Trouble> {
+        let granted = mem::take(&mut self.granted).into_iter();
+        let turns = granted.map(|(job_id, at)| {
+            let command = Command::TakeTurn { grant: Some(at) };
+            Item::new(Work::Finding { job_id, command }, self.watched)
+        });
+        self.handle_all(turns.collect(), stop)
     }
 
     /// Runs a batch through the pipeline, one message at a time if necessary.
@@ -335,10 +355,8 @@ impl<'s> Handler<'s> {
             Handled::Kept
         } else if let Some(wait) = item.wait {
             debug!("{}: it waits for its client for {wait:?}", item.label());
-            match self.waiting.add(item, wait) {
-                true => Handled::Released,
-                false => Handled::Kept,
-            }
+            self.waiting.add(item, wait);
+            Handled::Kept
         } else {
             Handled::Done
         };

@@ -45,7 +45,7 @@ impl Answering<'_> {
         mut claimed: Claim,
         stop: &Signal,
         done: &Receiver<Handled>,
-        mut hand_over: impl FnMut(usize, Received),
+        mut hand_over: impl FnMut(usize, Received) + Send,
     ) -> anyhow::Result<()> {
         let queue = self.source.queue;
         let mut last_warning = None;

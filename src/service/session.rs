@@ -20,7 +20,6 @@ use self::pulse::Pulse;
 use self::watchdog::Watchdog;
 use crate::broker::intake::Intake;
 use crate::broker::{self, Claim, DEADLINE, Handled, PublishError, Publisher, Received, Source};
-use crate::config::RabbitMq;
 use crate::service::handler::{
     self, ClosedQueues, Common, Handler, MAX_BATCH_MESSAGES, Publishers, Watched, Work,
 };
@@ -66,7 +65,7 @@ fn prefetch(inbox: Inbox, outcome_delay: Duration) -> u16 {
     }
 }
 
-/// The prefetch that a session begins with where what it hands back counts: in quorum queues. It knows
+/// The prefetch that a session begins with: what it hands back counts in quorum queues, and it knows
 /// nothing of how the sessions before it have ended, in this process or in another.
 fn first_prefetch(inbox: Inbox) -> u16 {
     match inbox {
@@ -112,20 +111,14 @@ struct Prepared {
     queue_names: HashMap<Inbox, String>,
     /// Whether this replica holds the queue of requests.
     claim: Claim,
-    /// Whether deliveries are counted: some queues are quorum queues, or are taken for that, since RabbitMQ
-    /// is a cluster, which may be told not to say.
-    counts_deliveries: bool,
 }
 
 /// Declares what the orchestrator and others rely on, and tells all clients the workflows.
 fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
     let config = &service.config;
     let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
-    let is_cluster = |rabbitmq: &RabbitMq| rabbitmq.servers.len() > 1;
-    let mut counts_deliveries =
-        is_cluster(&config.sdk_rabbitmq) || is_cluster(&config.task_rabbitmq);
-    counts_deliveries |= links.sdk_in.declare_for_clients()?;
-    counts_deliveries |= links.task_in.declare_for_workers(&[results, progress])?;
+    links.sdk_in.declare_for_clients()?;
+    links.task_in.declare_for_workers(&[results, progress])?;
     for link in [&links.sdk_out, links.task_out()] {
         match link.declare_dead_letters() {
             // It is declared again with the first letter.
@@ -167,11 +160,7 @@ fn prepare(service: &Service, links: &Links) -> anyhow::Result<Prepared> {
         (Inbox::Progress, progress.clone()),
         (Inbox::Results, results.clone()),
     ]);
-    Ok(Prepared {
-        queue_names,
-        claim,
-        counts_deliveries,
-    })
+    Ok(Prepared { queue_names, claim })
 }
 
 /// What the threads of a session share.
@@ -187,8 +176,6 @@ struct Shared<'s> {
     inquiry: inquiry::Watched,
     turns: turns::Watched,
     calm: Calm,
-    /// As prepared.
-    counts_deliveries: bool,
 }
 
 fn work(
@@ -198,11 +185,7 @@ fn work(
     prepared: Prepared,
     stop: &Signal,
 ) -> anyhow::Result<()> {
-    let Prepared {
-        queue_names,
-        claim,
-        counts_deliveries,
-    } = prepared;
+    let Prepared { queue_names, claim } = prepared;
     let (nudge, nudges) = bounded(1);
     let (wake_turns, woken) = bounded(1);
     let shared = Shared {
@@ -223,7 +206,6 @@ fn work(
         inquiry: inquiry::Watched::default(),
         turns: turns::Watched::default(),
         calm: Calm::default(),
-        counts_deliveries,
     };
     thread::scope(|scope| {
         let mut recruits = Recruits::new(scope);
@@ -319,10 +301,7 @@ fn start_consumers<'scope>(
         let sources = inboxes.iter().map(|inbox| Source {
             queue: &common.queue_names[inbox],
             prefetch: prefetch(*inbox, outcome_delay),
-            first: match shared.counts_deliveries {
-                true => first_prefetch(*inbox),
-                false => prefetch(*inbox, outcome_delay),
-            },
+            first: first_prefetch(*inbox),
         });
         let sources: Vec<_> = sources.collect();
         let link = links.consuming(inboxes[0]);
@@ -358,6 +337,7 @@ fn hand_over(handlers: &[Sender<Work>], inbox: Inbox, received: Received) {
         .flatten()
         .map_or(0, |id| handler::index(id, handlers.len()));
     // If the handler is gone, the session is ending and the message is redelivered.
+    let received = Box::new(received);
     let _ = handlers[handler].send(Work::Message { inbox, received });
 }
 

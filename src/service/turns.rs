@@ -4,13 +4,14 @@
 //! ended; operators' commands wake those of all replicas. One decision is made at a time for each
 //! queue, under a lock in the database and from what is in it: so any number of replicas keep the
 //! limits, and nothing has to be given back when one of them dies. A granted task is put on its
-//! queue by its job's handler, like any other.
+//! queue by a handler, like any other.
 //!
 //! A grant whose task is not on its queue, as far as the database knows, may have been published by
 //! somebody who died before the commit. It is published again only when it is not in the queue and
 //! nothing that a worker says of it is on its way: of a task with a seat there must not be two.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use uuid::Uuid;
 
 use crate::domain::job::Command;
 use crate::domain::turns::{self, MAX_GRANTS};
-use crate::service::handler::{self, Work};
+use crate::service::handler::Work;
 use crate::service::maintenance::{Calm, MAX_FINDINGS};
 use crate::service::shared::Service;
 use crate::store::{Connection, LostGrant, Store, StoreError};
@@ -144,12 +145,10 @@ impl Turns<'_> {
     fn grant(&self, connection: &mut Connection, queue: &str) -> Result<bool, StoreError> {
         let defined = self.service.catalogue.get().queue_limits();
         let defined = defined.get(queue).copied().unwrap_or_default();
-        // What a handler has no room for would be found again as lost.
-        let free = self.handlers.iter().map(|handler| {
-            let capacity = handler.capacity().unwrap_or(usize::MAX);
-            capacity.saturating_sub(handler.len())
-        });
-        let most = free.min().unwrap_or(0).min(MAX_GRANTS);
+        // What the handler has no room for would be found again as lost.
+        let handler = self.handler(queue);
+        let capacity = handler.capacity().unwrap_or(usize::MAX);
+        let most = capacity.saturating_sub(handler.len()).min(MAX_GRANTS);
         let mut transaction = connection.transaction()?;
         let now = transaction.lock_queue(queue)?;
         let mut jobs = transaction.released(queue, most)?;
@@ -173,17 +172,26 @@ impl Turns<'_> {
         transaction.commit()?;
         debug!("{queue}: {} tasks have their turn", granted.len());
         let is_page = jobs.len() == MAX_GRANTS;
-        self.hand_over(granted);
+        for (job_id, at) in granted {
+            self.hand_over(queue, job_id, at);
+        }
         Ok(is_page)
     }
 
-    /// Has granted tasks put on their queues. What a handler has no room for is found again.
-    fn hand_over(&self, granted: Vec<(Uuid, Timestamp)>) {
-        for (job_id, at) in granted {
-            let handler = &self.handlers[handler::index(job_id, self.handlers.len())];
-            let command = Command::TakeTurn { grant: Some(at) };
-            let _ = handler.try_send(Work::Finding { job_id, command });
-        }
+    /// Has a granted task put on its queue. What the handler has no room for is found again.
+    fn hand_over(&self, queue: &str, job_id: Uuid, at: Timestamp) {
+        let command = Command::TakeTurn { grant: Some(at) };
+        let finding = Work::Finding { job_id, command };
+        let _ = self.handler(queue).try_send(finding);
+    }
+
+    /// The handler that puts granted tasks on a queue: one for each queue, whose jobs' own handlers
+    /// would not keep the order of the turns.
+    fn handler(&self, queue: &str) -> &Sender<Work> {
+        let mut hasher = DefaultHasher::new();
+        queue.hash(&mut hasher);
+        let count = self.handlers.len() as u64;
+        &self.handlers[(hasher.finish() % count) as usize]
     }
 
     /// Counts in what has reached queues with limits without waiting for its turn.
@@ -236,21 +244,22 @@ impl Turns<'_> {
         if lost.is_empty() {
             return Ok(());
         }
-        let (taken, new): (Vec<_>, Vec<_>) = lost.into_iter().partition(|lost| lost.is_taken);
+        let (lost, new): (Vec<_>, Vec<_>) = lost.into_iter().partition(|lost| lost.is_taken);
         let new: Vec<_> = new.iter().map(|lost| lost.job_id).collect();
         // From now on nobody hands them over who had them first.
         take_on(connection, &new)?;
-        if taken.is_empty() || !self.calm.holds() {
+        if lost.is_empty() || !self.calm.holds() {
             return Ok(());
         }
-        memory.suspects = self.not_there(&taken);
+        memory.suspects = self.not_there(&lost);
         let again: Vec<_> = memory.suspects.intersection(&before).copied().collect();
         let taken = take_on(connection, &again)?;
-        for (job_id, _) in &taken {
+        let queues: HashMap<_, _> = lost.iter().map(|lost| (lost.job_id, &lost.queue)).collect();
+        for (job_id, at) in taken {
             debug!("job {job_id}: its turn was granted, but nobody has handed it over");
-            memory.suspects.remove(job_id);
+            memory.suspects.remove(&job_id);
+            self.hand_over(queues[&job_id], job_id, at);
         }
-        self.hand_over(taken);
         Ok(())
     }
 }

@@ -101,6 +101,34 @@ impl Transaction<'_> {
             .map_or(Ok(Timestamp::UNIX_EPOCH), |row| row.try_get("now"))?)
     }
 
+    /// The same, and what is allowed at the queue where the definition file has `defined`; without
+    /// waiting: None when somebody decides right now, or when other jobs wait there than this one.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn try_lock_queue(
+        &mut self,
+        queue: &str,
+        newcomer: Uuid,
+        defined: QueueLimit,
+    ) -> Result<Option<QueueLimit>, StoreError> {
+        let rows = self.query(
+            "SELECT max_waiting, max_running, paused, queue IS NOT NULL AS is_set
+             FROM (SELECT pg_try_advisory_xact_lock(x'6f6d7475'::integer, hashtext($1)) AS mine) AS lock
+             LEFT JOIN queue_limit ON queue = $1
+             WHERE mine
+               AND (SELECT true FROM job_turn
+                    WHERE job_turn.queue = $1 AND granted_at IS NULL AND NOT on_hold
+                      AND job_id <> $2 LIMIT 1) IS NULL",
+            &[&queue, &newcomer],
+        )?;
+        match rows.first() {
+            Some(row) if row.try_get("is_set")? => limit(row, defined).map(Some),
+            Some(_) => Ok(Some(defined)),
+            None => Ok(None),
+        }
+    }
+
     /// What is allowed at a queue where the definition file has this.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::TestRunner;
 use rstest::rstest;
-use serde_json::json;
+use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 use uuid::Uuid;
 
@@ -721,7 +721,12 @@ fn the_forms_work_in_a_browser(#[case] width: u32) {
 
 #[test]
 fn one_who_is_no_browser_is_answered_in_json() {
-    let (_scene, service, jobs) = held_jobs(1);
+    let scene = Scene::new(&json!({"paused": true}));
+    let json_log = [("LOG_FORMAT", "json")];
+    let variables = [&scene.variables()[..], &ACCOUNTS, &json_log].concat();
+    let service = scene.deployment.start_with(&variables);
+    let jobs = scene.submit(1);
+    scene.held(1);
     let anna = Operator::at(&service, ANNA);
     let token = anna.token();
     let body = format!("do=hold&id={}&token={token}", jobs[0]);
@@ -738,4 +743,7 @@ fn one_who_is_no_browser_is_answered_in_json() {
     let stream = TcpStream::connect(anna.address).unwrap();
     let answer = exchange(stream, request.as_bytes()).is(200, "is held until it is released");
     assert_eq!(answer.header("Content-Type"), Some("application/json"));
+    let line = service.logged(&format!(": hold {}: ", jobs[0]));
+    let line: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(line["account"], "anna");
 }

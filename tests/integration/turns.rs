@@ -322,6 +322,29 @@ fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
     scene.both_go_through(&task, jobs[1]);
 }
 
+/// There is room when it comes, and so its turn is granted with its submission.
+#[rstest]
+#[case("before publish", 1)]
+#[case("after publish", 2)]
+#[case("after commit", 1)]
+fn a_turn_at_once_survives_a_kill(#[case] point: &str, #[case] told: usize) {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let held = Held::at(point, &scene.deployment, &scene.variables());
+    let first = scene.client.submit(TASK);
+    held.reached();
+    held.kill();
+    let _service = scene.start();
+    let task = scene.worker.take();
+    assert_eq!(task.job, first);
+    for _ in 1..told {
+        assert_eq!(scene.client.status(first), JobStatus::Enqueued);
+    }
+    let second = scene.submit(1)[0];
+    scene.held(1);
+    scene.worker.start(&task);
+    scene.both_go_through(&task, second);
+}
+
 #[rstest]
 fn a_turn_survives_the_loss_of_postgres(
     #[values("before publish", "after publish", "after commit")] point: &str,

@@ -15,6 +15,8 @@ use crate::domain::workflow::Catalogue;
 const OUTPUT: &str = "<esdl:EnergySystem id='network'/>";
 /// Its queue takes nothing.
 const CLOSED: &str = "optimiser";
+/// Its tasks wait for their turn.
+const LIMITED: &str = "calibrator";
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
@@ -82,7 +84,8 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
     let definition = |name| {
         format!(r#"{{"workflow_type_name": "{name}", "workflow_type_description_name": ""}}"#)
     };
-    let file = format!("[{}, {}]", definition("simulator"), definition(CLOSED));
+    let file = ["simulator", CLOSED, LIMITED].map(definition).join(", ");
+    let file = format!("[{file}]");
     let catalogue = Catalogue::parse(&file).unwrap();
     let rules = Rules {
         delivery_limit: 2,
@@ -110,7 +113,7 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
             new_task_id: Uuid::from_u128(tasks),
             catalogue: &catalogue,
             is_closed: &|queue| queue == CLOSED,
-            has_limits: &|_| false,
+            has_limits: &|queue| queue == LIMITED,
             rules: &rules,
         }
     };
@@ -136,6 +139,9 @@ fn written(plan: &Plan<'_>) -> String {
             State::Ended(ended) => format!("ended {}", ended.outcome.name()),
         };
         write!(text, "job {} {state}, ", job_id.as_u128()).unwrap();
+    }
+    for (queue, job_id) in plan.single_newcomers() {
+        write!(text, "perhaps {} at once at {queue}, ", job_id.as_u128()).unwrap();
     }
     for ended in plan.ended() {
         write!(text, "ends {}, ", ended.outcome.name()).unwrap();
@@ -243,6 +249,22 @@ fn publication_in_short(publication: &Publication<'_>) -> String {
     State::Unknown,
     &[(1, submit(CLOSED)), (1, progress(0.5))],
     "send revoke task, 0 waits for optimiser, log 1"
+)]
+#[case::one_whose_turn_may_be_now(
+    State::Unknown,
+    &[(1, submit(LIMITED)), (2, submit("simulator"))],
+    "send Enqueued, send task 2, send Enqueued, job 1 REGISTERED, job 2 SUBMITTED, \
+     perhaps 1 at once at calibrator, log 0 1"
+)]
+#[case::of_two_the_order_is_decided_elsewhere(
+    State::Unknown,
+    &[(1, submit(LIMITED)), (2, submit(LIMITED))],
+    "send Enqueued, send Enqueued, job 1 REGISTERED, job 2 REGISTERED, log 0 1"
+)]
+#[case::one_that_is_cancelled_at_once_takes_no_turn(
+    State::Unknown,
+    &[(1, submit(LIMITED)), (1, Command::Cancel)],
+    "send Enqueued, job 1 ending CANCELLED, ends CANCELLED, 1 waits 10s, retire 1, log 0 1"
 )]
 #[case::nothing_is_asked(State::Unknown, &[], "log ")]
 fn a_batch(#[case] before: State, #[case] asked: &[(u128, Command)], #[case] expected: &str) {

@@ -176,9 +176,9 @@ impl Item {
         self.dead_letter = Some(reason);
     }
 
-    /// Prepares it for its wait, during which it takes no more memory than its message does.
-    /// Returns whether that is next to nothing, because the body is no longer needed.
-    fn rest(&mut self) -> bool {
+    /// Prepares it for its wait, during which it takes no more memory than its message does: next to
+    /// nothing when the body is no longer needed.
+    fn rest(&mut self) {
         self.has_waited = true;
         self.wait = None;
         let is_small = match &self.job {
@@ -195,7 +195,6 @@ impl Item {
             Work::Message { .. } if !self.altered => self.job = None,
             Work::Message { .. } | Work::Finding { .. } | Work::WorkflowsChanged => {}
         }
-        self.released
     }
 
     /// Restores it after its wait.
@@ -282,12 +281,10 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Returns whether the message's body was dropped.
-    pub(super) fn add(&mut self, mut item: Item, wait: Duration) -> bool {
-        let released = item.rest();
+    pub(super) fn add(&mut self, mut item: Item, wait: Duration) {
+        item.rest();
         self.count += 1;
         self.items.insert((Instant::now() + wait, self.count), item);
-        released
     }
 
     /// When the first of them is due.

@@ -226,8 +226,10 @@ impl Handler<'_> {
         self.publish(&outbox)?;
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
+        let granted = self.grant_at_once(&plan, &catalogue, &mut transaction)?;
         transaction.commit()?;
         stopwatch.lap(Stage::Commit);
+        self.granted.extend(granted);
         self.report(batch, &plan, &catalogue);
         self.write_out(plan.announcements, HashMap::new(), announcements)?;
         Ok(Committed {
@@ -237,6 +239,28 @@ impl Handler<'_> {
             waits: plan.waits,
             stalled: plan.stalled,
         })
+    }
+
+    /// Grants a task that has just begun to wait its turn where there is room and nothing else waits:
+    /// its way to the queue is shorter by a thread and a commit. Last in the transaction, so that
+    /// the queues are locked for the time of its commit alone.
+    fn grant_at_once(
+        &self,
+        plan: &Plan<'_>,
+        catalogue: &Catalogue,
+        transaction: &mut Transaction<'_>,
+    ) -> Result<Vec<(Uuid, Timestamp)>, Trouble> {
+        let mut granted = Vec::new();
+        for (queue, job_id) in plan.single_newcomers() {
+            let defined = catalogue.queue_limits();
+            let defined = defined.get(queue).copied().unwrap_or_default();
+            if let Some(limit) = transaction.try_lock_queue(queue, job_id, defined)?
+                && limit.room(&transaction.handed_over(queue)?) > 0
+            {
+                granted.extend(transaction.grant(queue, &[(job_id, Uuid::new_v4())])?);
+            }
+        }
+        Ok(granted)
     }
 
     fn decide<'a>(

@@ -128,7 +128,7 @@ impl Handler<'_> {
             let messages: Vec<_> = chosen
                 .iter()
                 .filter_map(|(_, item)| match &item.work {
-                    Work::Message { received, .. } => Some(received),
+                    Work::Message { received, .. } => Some(received.as_ref()),
                     Work::Finding { .. } | Work::WorkflowsChanged => None,
                 })
                 .collect();

@@ -42,7 +42,8 @@ pub fn cancel(
 ) -> Result<Vec<Became>, Failure> {
     let mut all = Vec::with_capacity(ids.len());
     for id in ids {
-        let state = connection.story(*id)?.map(|story| story.job.state);
+        let story = connection.story(*id).context("nothing was cancelled")?;
+        let state = story.map(|story| story.job.state);
         let (is_done, what) = match state {
             Some(JobState::Live(_)) => (true, "is asked to end"),
             Some(JobState::Ended(_)) => (false, ENDED),
@@ -149,7 +150,7 @@ pub fn change_turns(
         let is_done = changed.contains(id);
         let what = match is_done {
             true => done(change),
-            false => match connection.story(*id)?.map(|story| story.job.state) {
+            false => match state_of(connection, *id)? {
                 Some(JobState::Live(_)) => {
                     "does not wait for its turn: its task has been handed over to RabbitMQ"
                 }
@@ -161,6 +162,14 @@ pub fn change_turns(
         all.push(Became { id, is_done, what });
     }
     Ok(all)
+}
+
+/// Why a job was not changed is in its state.
+fn state_of(connection: &mut Connection, id: Uuid) -> anyhow::Result<Option<JobState>> {
+    let story = connection.story(id);
+    let story =
+        story.context("what could be changed is changed; of the others nothing is known")?;
+    Ok(story.map(|story| story.job.state))
 }
 
 fn done(change: TurnChange) -> &'static str {

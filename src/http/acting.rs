@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use jiff::Timestamp;
 use log::{info, warn};
 use serde_json::json;
@@ -21,17 +21,22 @@ use crate::actions::letters::{Letters, named};
 use crate::actions::{Failure, counted, jobs, queues};
 use crate::broker::dead_letters::Fate;
 use crate::domain::overview::{Filter, JobState};
+use crate::domain::text::excerpt;
 use crate::domain::worker::Wish;
 use crate::service::shared::Service;
 use crate::service::workers::{find, steering};
 use crate::store::{Connection, LimitChange, StoreError, TurnChange};
 use crate::telemetry::health::Part;
-use crate::telemetry::report::one_line;
+use crate::telemetry::report::{harmless, one_line};
 
 /// How long going through the dead letters of a vhost may take, while somebody waits for the page.
 const LETTERS_PATIENCE: Duration = Duration::from_secs(10);
 /// Jobs and letters that a line of the log or a page names.
 const TOLD: usize = 20;
+
+/// How long the text may be that goes along in a link.
+const MAX_NOTE: usize = 2000;
+const NOTHING_DONE: &str = "nothing was done";
 
 /// What came of an action.
 enum Came {
@@ -147,10 +152,10 @@ pub(super) fn act(
 fn perform(service: &Service, action: &Action) -> Result<Came, Failure> {
     let config = &service.config;
     let lines = match action {
-        Action::Cancel(ids) => lines(&jobs::cancel(config, &mut connection(service)?, ids)?),
+        // Only looks: RabbitMQ keeps it while Postgres does not write.
+        Action::Cancel(ids) => lines(&jobs::cancel(config, &mut looking(service)?, ids)?),
         Action::CancelMatching(filter, shown) => {
-            let mut connection = connection(service)?;
-            let found = jobs::unfinished(&mut connection, filter, |_| true)?;
+            let found = jobs::unfinished(&mut looking(service)?, filter, |_| true)?;
             if found.len() > shown.unwrap_or_default() {
                 return Ok(Came::More(found.len()));
             }
@@ -181,23 +186,21 @@ fn perform(service: &Service, action: &Action) -> Result<Came, Failure> {
 }
 
 fn lines(all: &[impl ToString]) -> Vec<String> {
-    all.iter().map(ToString::to_string).collect()
+    all.iter().map(|one| harmless(&one.to_string())).collect()
 }
 
 /// A connection that writes.
 fn connection(service: &Service) -> Result<Connection, Failure> {
-    let connection = postgres_is_there(service)
-        .and_then(|()| Ok(service.store.connection()?))
-        .map_err(|error| error.context("nothing was done"));
-    Ok(connection?)
+    let connection = postgres_is_there(service).and_then(|()| Ok(service.store.connection()?));
+    Ok(connection.context(NOTHING_DONE)?)
 }
 
 /// One that only looks, as the list does.
 fn looking(service: &Service) -> Result<Connection, Failure> {
     if !service.can_look_on.load(Ordering::Relaxed) {
-        postgres_is_there(service)?;
+        postgres_is_there(service).context(NOTHING_DONE)?;
     }
-    Ok(service.views.connection()?)
+    Ok(service.views.connection().context(NOTHING_DONE)?)
 }
 
 /// Nobody waits as long as connecting in vain takes, while that is known to be in vain.
@@ -214,7 +217,7 @@ fn steer(service: &Service, host: &str, wish: Wish) -> Result<String, Failure> {
     let mut connection = connection(service)?;
     let worker =
         find(&mut connection, host).map_err(|error| match error.downcast_ref::<StoreError>() {
-            Some(_) => Failure::Failed(error.context("nothing was done")),
+            Some(_) => Failure::Failed(error.context(NOTHING_DONE)),
             None => Failure::Refused(format!("{error:#}")),
         })?;
     let steered = steering::steer(&service.config, &mut connection, &worker, wish);
@@ -318,6 +321,7 @@ fn done(
         return json_response(200, &json!({"done": lines}));
     }
     let note = bounded(lines, "\n");
+    let note = excerpt(&note, MAX_NOTE);
     let path = form.back.path();
     let between = if path.contains('?') { '&' } else { '?' };
     let mut query = form_urlencoded::Serializer::new(String::new());

@@ -34,7 +34,8 @@ impl Acting {
     /// A form of these fields and buttons.
     fn form(&self, content: Markup) -> Markup {
         html! {
-            form.act method="post" action="/act" {
+            // Firefox would give a row's form the hidden fields that the row at its place had before.
+            form.act method="post" action="/act" autocomplete="off" {
                 input type="hidden" name="token" value=(self.token);
                 (self.back())
                 (content)

@@ -12,6 +12,10 @@ Usage: ./run.sh [COMMAND]
                        RabbitMQ, Postgres or InfluxDB that is configured on this machine and does
                        not answer is started, and stopped again at the end.
   demo                 One job from end to end, on services of its own: nothing else is touched.
+  dev [DEFINITIONS]    For developers of workers and clients: the service with services of its own, stub
+                       workers that succeed, fail, crash or take long as a job asks for, its page,
+                       and a job of each kind. Ctrl-C ends all. DEFINITIONS is a file of workflows.
+                       OWN=TASK,... leaves these tasks to workers of yours.
   services up|down|status
                        The services that .env names, kept until `down`.
   test [ARGS]          All tests, on services of their own; ARGS go to `cargo test`.
@@ -577,7 +581,7 @@ remove_stack() {
   done
 }
 
-demo_children=()
+demo_children=() demo_folder=
 
 end_demo() {
   local child
@@ -585,28 +589,35 @@ end_demo() {
   for child in "${demo_children[@]}"; do
     if kill -TERM "$child" 2>/dev/null; then wait "$child" || true; fi
   done
-  remove_stack target/demo
+  remove_stack "$demo_folder"
 }
 
-demo() {
-  local log=target/demo/orchestrator.log status=0 task
+# begin_demo FOLDER DEFINITIONS: the service and what it needs.
+begin_demo() {
+  local log=$1/orchestrator.log
+  demo_folder=$1
   say "building"
   with_make cargo build --bins --examples
-  mkdir -p target/demo
+  mkdir -p "$demo_folder"
   trap end_demo EXIT
   trap 'exit 130' INT TERM
-  remove_stack target/demo
+  remove_stack "$demo_folder"
   say "starting RabbitMQ, Postgres and InfluxDB of its own"
-  private_stack target/demo ''
+  private_stack "$demo_folder" ''
   use_private
   export INFLUXDB_HOST=127.0.0.1 INFLUXDB_PORT=$INFLUXDB INFLUXDB_USERNAME=omotes INFLUXDB_PASSWORD=secret
-  export WORKFLOW_CONFIG_PATH=examples/optimise_and_simulate.json
+  export WORKFLOW_CONFIG_PATH=$2
   HTTP_BIND=127.0.0.1:$(free_port)
   export HTTP_BIND
   target/debug/omotes-orchestrator run 2>"$log" & demo_children+=($!)
   wait_until 60 "the orchestrator is ready" target/debug/omotes-orchestrator healthcheck \
     || { tail -n 30 "$log" >&2; exit 1; }
   say "the orchestrator is ready; its page: http://$HTTP_BIND/"
+}
+
+demo() {
+  local log=target/demo/orchestrator.log status=0 task
+  begin_demo target/demo examples/optimise_and_simulate.json
   for task in optimiser simulator; do
     target/debug/examples/worker --workflow "$task" --seconds 3 2>"target/demo/$task.log" & demo_children+=($!)
   done
@@ -804,6 +815,47 @@ cluster_of_three() {
   export POSTGRESQL_HOST=127.0.0.1,127.0.0.1 POSTGRESQL_PORT=$POSTGRES,$port
 }
 
+# stub TASK: a worker that begins anew when a job has made it crash.
+stub() {
+  local worker
+  trap 'kill -TERM "$worker" 2>/dev/null; wait "$worker" || true; exit 0' TERM
+  while true; do
+    target/debug/examples/worker --workflow "$1" & worker=$!
+    if wait "$worker"; then return; fi
+  done
+}
+
+dev() {
+  local definitions=${1:-examples/development.json} task outcome own=",${OWN:-},"
+  begin_demo target/dev "$definitions"
+  for task in $(target/debug/omotes-orchestrator workflows list --tasks); do
+    case $own in *",$task,"*) say "left to a worker of yours: $task"; continue ;; esac
+    stub "$task" 2>"target/dev/$task.log" & demo_children+=($!)
+    say "a stub works on $task"
+  done
+  env | grep -E '^((SDK|TASK|CELERY)_RABBITMQ|POSTGRESQL|INFLUXDB|WORKFLOW_CONFIG|HTTP_BIND)_?' | sort >target/dev/env
+  cat >&2 <<'EOF'
+
+In another terminal:
+  set -a; . target/dev/env; set +a
+  target/debug/omotes-orchestrator submit examples/district.esdl --workflow simulate --param outcome=fail
+  target/debug/omotes-orchestrator jobs watch
+
+EOF
+  if [ $# = 0 ]; then
+    for outcome in succeed fail crash; do
+      target/debug/omotes-orchestrator submit examples/district.esdl --workflow simulate \
+        --reference "sample: $outcome" --param "outcome=$outcome" >/dev/null 2>&1 & demo_children+=($!)
+    done
+  fi
+  if command -v xdg-open >/dev/null && [ -n "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ]; then
+    xdg-open "http://$HTTP_BIND/" >/dev/null 2>&1 || true
+  fi
+  say "What the orchestrator says; Ctrl-C ends all:"
+  tail -n +1 -f target/dev/orchestrator.log >&2 & demo_children+=($!)
+  wait "${demo_children[0]}"
+}
+
 # The orchestrator among failures of everything around it; see examples/chaos.
 chaos() {
   rm -rf target/chaos/*.extra target/chaos/node-*
@@ -842,6 +894,7 @@ lint() {
 case ${1:-} in
   -h | --help | help) usage ;;
   demo) demo ;;
+  dev) shift; dev "$@" ;;
   services) shift; services "$@" ;;
   test) shift; run_tests "$@" ;;
   chaos) shift; chaos "$@" ;;

@@ -1,12 +1,16 @@
 //! A worker that speaks the Celery worker's side of the contract, without Python: it takes tasks
 //! one by one, pretends to compute for a while, reports progress and gives back the ESDL under a
-//! new id. It hears revokes. Configured by the same environment variables as the orchestrator.
+//! new id. It hears revokes, and connects again when it loses RabbitMQ. Configured by the same
+//! environment variables and `.env` file as the orchestrator. A job says what is to become of its
+//! task by the parameters `outcome` (`succeed`, `fail`, or `crash`: the process dies) and `seconds`.
 #![allow(
     clippy::print_stderr,
     reason = "an example's log is its standard error"
 )]
 
 use std::collections::HashSet;
+use std::path::Path;
+use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -16,6 +20,7 @@ use clap::Parser;
 use crossbeam_channel::{select, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Received, Source};
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::environment::Environment;
 use omotes_orchestrator::domain::esdl;
 use omotes_orchestrator::threads::{Calls, Signal};
 use omotes_orchestrator::wire::{
@@ -23,6 +28,7 @@ use omotes_orchestrator::wire::{
     task_progress_update::{ProgressStatus, ProgressType},
     task_result::ResultType,
 };
+use serde::Deserialize;
 use serde_json::Value;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -33,16 +39,35 @@ struct Options {
     /// The Celery task to take: a workflow, or one of its steps.
     #[arg(long)]
     workflow: String,
-    /// How long a task computes.
+    /// How long a task computes whose job does not say it.
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
 }
 
 const PARTS: u32 = 10;
+/// Between attempts to connect.
+const RETRY: Duration = Duration::from_secs(2);
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let config = Config::from_environment()?;
+    let config = Environment::with_file(Path::new(".env"))?.config()?;
+    let (stop, stopped) = Signal::pending();
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    thread::spawn(move || {
+        signals.forever().next();
+        drop(stop);
+    });
+    while let Err(error) = work(&options, &config, &stopped) {
+        eprintln!("{error:#}; it connects again");
+        if stopped.comes_within(RETRY) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Takes tasks until the worker is to stop or loses RabbitMQ.
+fn work(options: &Options, config: &Config, stopped: &Signal) -> anyhow::Result<()> {
     let tasks_link = Link::open(&config.celery_rabbitmq, "worker, tasks")?;
     let events_link = Link::open(&config.task_rabbitmq, "worker, events")?;
     tasks_link.declare_pidbox()?;
@@ -50,16 +75,9 @@ fn main() -> anyhow::Result<()> {
     Publisher::new(&tasks_link, &calls).declare_task_queue(&options.workflow)?;
     let pidbox = tasks_link.declare_private_queue(PIDBOX_EXCHANGE, "")?;
     let mut events = Publisher::new(&events_link, &calls);
-
-    let (stop, stopped) = Signal::pending();
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let revoked = Revoked::default();
     thread::scope(|scope| {
-        scope.spawn(move || {
-            signals.forever().next();
-            drop(stop);
-        });
-        scope.spawn(|| hear_revokes(&tasks_link, &pidbox, &revoked, &stopped));
+        scope.spawn(|| hear_revokes(&tasks_link, &pidbox, &revoked, stopped));
         let (task, tasks) = unbounded();
         let (done, all_done) = unbounded();
         let queue = options.workflow.as_str();
@@ -76,20 +94,20 @@ fn main() -> anyhow::Result<()> {
             }
         });
         eprintln!("waiting for tasks of {queue}");
-        let mut work = || {
+        let mut take = || {
             loop {
                 let message = select! {
                     recv(tasks) -> message => message.context("no more tasks come")?,
                     recv(stopped.receiver()) -> _ => return Ok(()),
                 };
-                let task = Task::read(&message)?;
-                match task.run(&options, &config, &mut events, &stopped, &revoked)? {
+                let task = Task::read(&message, options)?;
+                match task.run(options, config, &mut events, stopped, &revoked)? {
                     Ending::Done => done.send(Handled::Done(message.tag))?,
                     Ending::Stopped => return anyhow::Ok(()),
                 }
             }
         };
-        let outcome = work();
+        let outcome = take();
         // Frees the two consumers, which would wait for what they gave out.
         tasks_link.kill();
         outcome
@@ -155,14 +173,26 @@ struct Task {
     id: String,
     job: Uuid,
     esdl: String,
+    seconds: f64,
+    wish: Wish,
+}
+
+/// What is to become of a task.
+#[derive(Deserialize, Default, Clone, Copy, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Wish {
+    #[default]
+    Succeed,
+    Fail,
+    Crash,
 }
 
 impl Task {
-    fn read(message: &Received) -> anyhow::Result<Task> {
+    fn read(message: &Received, options: &Options) -> anyhow::Result<Task> {
         let id = message.correlation_id().context("a task without an id")?;
         let body: Value = serde_json::from_slice(&message.body)?;
         let arguments = body[0].as_array().map_or(&[][..], Vec::as_slice);
-        let [job, _, Value::String(esdl), _] = arguments else {
+        let [job, _, Value::String(esdl), parameters] = arguments else {
             bail!("task {id} does not have the four arguments of a job");
         };
         let job = job["__value__"]["hex"].as_str().context("the job id")?;
@@ -170,6 +200,8 @@ impl Task {
             id: id.to_owned(),
             job: job.parse()?,
             esdl: esdl.clone(),
+            seconds: parameters["seconds"].as_f64().unwrap_or(options.seconds),
+            wish: Wish::deserialize(&parameters["outcome"]).unwrap_or_default(),
         })
     }
 
@@ -199,7 +231,7 @@ impl Task {
         let start = ProgressType::Status(ProgressStatus::Start.into());
         progress(start, "Started job at worker.")?;
         for part in 1..PARTS {
-            let pause = Duration::from_secs_f64(options.seconds / f64::from(PARTS));
+            let pause = Duration::from_secs_f64(self.seconds.clamp(0.0, 1e6) / f64::from(PARTS));
             if stopped.comes_within(pause) {
                 return Ok(Ending::Stopped);
             }
@@ -209,6 +241,10 @@ impl Task {
             let fraction = f64::from(part) / f64::from(PARTS);
             let text = format!("Part {part} of {PARTS}.");
             progress(ProgressType::Progress(fraction), &text)?;
+            if self.wish == Wish::Crash && part == PARTS / 2 {
+                eprintln!("crashing, as the job asks for");
+                process::abort();
+            }
         }
         progress(ProgressType::Progress(1.0), "Calculation finished.")?;
         let result = self.result(options);
@@ -217,18 +253,30 @@ impl Task {
         Ok(Ending::Done)
     }
 
-    /// The same ESDL, under a new id.
+    /// The same ESDL, under a new id; or none.
     fn result(&self, options: &Options) -> TaskResult {
         let output_esdl = match esdl::energy_system_id(&self.esdl) {
             Some(id) => self.esdl.replacen(&id, &Uuid::new_v4().to_string(), 1),
             None => self.esdl.clone(),
         };
+        let fails = self.wish == Wish::Fail;
         TaskResult {
             job_id: self.job.to_string(),
             celery_task_id: self.id.clone(),
-            result_type: ResultType::Succeeded.into(),
-            output_esdl: Some(output_esdl),
-            logs: format!("Computed for {} seconds.", options.seconds),
+            result_type: if fails {
+                ResultType::Error
+            } else {
+                ResultType::Succeeded
+            }
+            .into(),
+            output_esdl: (!fails).then_some(output_esdl),
+            logs: match fails {
+                true => format!(
+                    "Failed after {} seconds, as the job asks for.",
+                    self.seconds
+                ),
+                false => format!("Computed for {} seconds.", self.seconds),
+            },
             celery_task_type: options.workflow.clone(),
             esdl_messages: Vec::new(),
         }

@@ -16,12 +16,18 @@ use omotes_orchestrator::domain::workflow::{
 use omotes_orchestrator::telemetry::report::{harmless, percent};
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
 
-use super::{say, turns};
+use super::{print, say, table, turns};
 
 #[derive(Subcommand)]
 pub(super) enum Action {
     /// Check a definition file and print what clients would see.
     Check { file: PathBuf },
+    /// List the workflows that are defined, with their tasks and parameters.
+    List {
+        /// Only the tasks, one in a line: the names of the queues that workers take.
+        #[arg(long)]
+        tasks: bool,
+    },
     /// Show what is allowed at task queues, and what waits for its turn there.
     Limits,
     /// Let no more tasks go to a queue: they wait for their turn. What is there goes on.
@@ -54,6 +60,19 @@ pub(super) fn run(
             show(&config::read_catalogue(file)?)?;
             Ok(ExitCode::SUCCESS)
         }
+        Action::List { tasks } => {
+            let catalogue = config::read_catalogue(&config()?.workflow_config_path)?;
+            let text = match tasks {
+                true => catalogue
+                    .tasks()
+                    .iter()
+                    .map(|task| format!("{}\n", harmless(task)))
+                    .collect(),
+                false => list(&catalogue),
+            };
+            print(&text)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Action::Limits => turns::limits(&config()?),
         Action::Pause { name } => turns::pause(&config()?, name, true),
         Action::Resume { name } => turns::pause(&config()?, name, false),
@@ -70,6 +89,28 @@ pub(super) fn defined(config: &Config) -> (Vec<String>, BTreeMap<String, Vec<Str
         (catalogue.names(), tasks, catalogue.queue_limits())
     });
     known.unwrap_or_default()
+}
+
+fn list(catalogue: &Catalogue) -> String {
+    let mut table = table(&["workflow", "description", "tasks", "parameters"]);
+    let tasks = catalogue.tasks_by_workflow();
+    for workflow in &catalogue.announcement().workflows {
+        let own = std::slice::from_ref(&workflow.type_name);
+        let tasks = tasks.get(&workflow.type_name).map_or(own, Vec::as_slice);
+        let parameters = workflow.parameters.iter();
+        let parameters: Vec<_> = parameters.map(|one| one.key_name.as_str()).collect();
+        let line = [
+            workflow.type_name.as_str(),
+            workflow.type_description.as_str(),
+            &tasks.join(", "),
+            &parameters.join(", "),
+        ];
+        table.add_row(line.map(harmless));
+    }
+    match catalogue.announcement().workflows.is_empty() {
+        true => "no workflow is defined\n".to_owned(),
+        false => format!("{table}\n"),
+    }
 }
 
 fn show(catalogue: &Catalogue) -> anyhow::Result<()> {

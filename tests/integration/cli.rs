@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::harness::deployment::{Deployment, eventually, management, setting};
+use crate::harness::deployment::{Deployment, close_a_connection, eventually, management, setting};
 use crate::harness::peers::{Client, Worker};
 
 fn check(deployment: &Deployment, arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -637,4 +638,68 @@ fn no_command_shows_a_password(
         let leaked = said.contains(password) || said.contains("unter2") || said.contains("us$er");
         assert!(!leaked, "{arguments:?}: {said}");
     }
+}
+
+/// A process that is killed with the test.
+struct Stub(Child);
+
+impl Stub {
+    fn start(deployment: &Deployment) -> Stub {
+        let program = Path::new(env!("CARGO_BIN_EXE_omotes-orchestrator"));
+        let mut command = Command::new(program.with_file_name("examples").join("worker"));
+        command
+            .args(["--workflow", "simulator", "--seconds", "0.1"])
+            .current_dir(&deployment.folder)
+            .env_clear()
+            .envs(deployment.variables());
+        Stub(command.spawn().unwrap())
+    }
+}
+
+impl Drop for Stub {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_stub_worker_does_what_jobs_ask_for() {
+    let deployment = Deployment::new();
+    let definitions = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/development.json");
+    let variables = [
+        ("WORKFLOW_CONFIG_PATH", definitions),
+        ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
+    ];
+    let _service = deployment.start_with(&variables);
+    fs::write(deployment.folder.join("in.esdl"), "<e id='in'/>").unwrap();
+    let submit = |outcome: &str| {
+        let parameter = format!("outcome={outcome}");
+        let arguments = ["submit", "in.esdl", "--workflow", "simulate", "--param"];
+        let mut command = deployment.command(&arguments);
+        command.args([&parameter, "--param", "seconds=0.1"]);
+        command.stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let mut stub = Stub::start(&deployment);
+    let [good, bad] = ["succeed", "fail"].map(|outcome| {
+        let output = submit(outcome).wait_with_output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        (output.status.code(), said)
+    });
+    assert_eq!(good.0, Some(0), "{}", good.1);
+    assert!(good.1.contains("Computed for 0.1 seconds."), "{}", good.1);
+    assert_eq!(bad.0, Some(1), "{}", bad.1);
+    assert!(bad.1.contains("as the job asks for"), "{}", bad.1);
+
+    let mut crashing = submit("crash");
+    let outcome = eventually("the job ends for its workers died", || {
+        if stub.0.try_wait().unwrap().is_some() {
+            stub = Stub::start(&deployment);
+        }
+        crashing.try_wait().unwrap()
+    });
+    assert_eq!(outcome.code(), Some(1));
+
+    close_a_connection(&deployment.celery_vhost(), "worker, tasks");
+    assert!(submit("succeed").wait().unwrap().success());
 }

@@ -13,7 +13,7 @@ use rstest::rstest;
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::harness::deployment::{Deployment, eventually, management, server_client};
+use crate::harness::deployment::{Deployment, close_a_connection, eventually, server_client};
 use crate::harness::peers::{Client, Peer, Task, Worker, kept_its_session, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -372,27 +372,6 @@ fn a_result_that_nobody_waits_for_ends_its_job_all_the_same() {
     deployment.comes_to(1, sql);
 }
 
-/// Closes one of the service's connections to a vhost, as an operator might.
-fn close_a_connection(vhost: &str) {
-    let connections = eventually("the broker lists the connections", || {
-        let list = management("GET", &format!("vhosts/{vhost}/connections"), None);
-        let names: Vec<String> = list
-            .as_array()?
-            .iter()
-            // Not the one on which the queues are looked at, which is no part of the session.
-            .filter(|one| {
-                let purpose = one["client_properties"]["information"].as_str();
-                purpose.is_some_and(|purpose| purpose.contains("consuming"))
-            })
-            .filter_map(|one| Some(one["name"].as_str()?.to_owned()))
-            .collect();
-        (!names.is_empty()).then_some(names)
-    });
-    // One will do: the session ends as a whole, and the others with it.
-    let encoded = connections[0].replace(' ', "%20").replace('>', "%3E");
-    management("DELETE", &format!("connections/{encoded}"), None);
-}
-
 #[test]
 fn a_lost_connection_is_opened_again_and_nothing_is_lost() {
     let deployment = Deployment::new();
@@ -402,7 +381,7 @@ fn a_lost_connection_is_opened_again_and_nothing_is_lost() {
     let job = client.submit("workflow_1");
     let task = worker.take();
     for (vhost, end) in [(deployment.sdk_vhost(), 1), (deployment.celery_vhost(), 2)] {
-        close_a_connection(&vhost);
+        close_a_connection(&vhost, "consuming");
         eventually("the session ends", || {
             let log = service.log();
             let ends = log

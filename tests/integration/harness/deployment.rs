@@ -649,3 +649,23 @@ pub fn client(port: u16, database: &str) -> postgres::Client {
         .connect(NoTls)
         .unwrap()
 }
+
+/// Closes a connection to a vhost whose name says this, as an operator might.
+pub fn close_a_connection(vhost: &str, purpose: &str) {
+    let connections = eventually("the broker lists the connections", || {
+        let list = management("GET", &format!("vhosts/{vhost}/connections"), None);
+        let names: Vec<String> = list
+            .as_array()?
+            .iter()
+            .filter(|one| {
+                let information = one["client_properties"]["information"].as_str();
+                information.is_some_and(|information| information.contains(purpose))
+            })
+            .filter_map(|one| Some(one["name"].as_str()?.to_owned()))
+            .collect();
+        (!names.is_empty()).then_some(names)
+    });
+    // One will do: a session ends as a whole, and its others with it.
+    let encoded = connections[0].replace(' ', "%20").replace('>', "%3E");
+    management("DELETE", &format!("connections/{encoded}"), None);
+}

@@ -289,6 +289,22 @@ fn a_password_may_be_in_a_file(#[case] content: &str, #[case] password: &str) {
     assert_eq!(config.http_readonly_auth.unwrap().reveal(), "ben:look");
 }
 
+/// An account that is meant to be there must not be missed because its file is empty.
+#[rstest]
+fn an_empty_file_is_no_account(
+    #[values("HTTP_BASIC_AUTH", "HTTP_READONLY_AUTH")] name: &str,
+    #[values("", "\n", "\r\n")] content: &str,
+) {
+    let files = Files::new();
+    write(&files.0, "account", content);
+    let file_name = format!("{name}_FILE");
+    let faults = files.read(&[(&file_name, "@account")]).unwrap_err();
+    assert_eq!(
+        faults.to_string(),
+        format!("{name}: expected user:password")
+    );
+}
+
 #[rstest]
 #[case(
     "HTTP_BASIC_AUTH",

@@ -1,5 +1,5 @@
 //! Who may look and who may act, and the seals on what a page hands to a browser to get it back. A
-//! seal says the same on every replica: its key comes from the passwords alone.
+//! seal says the same on every replica: its key comes from an account's password alone.
 
 use std::num::NonZeroU32;
 
@@ -8,7 +8,7 @@ use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
 use jiff::{SignedDuration, Timestamp};
 use ring::{hmac, pbkdf2};
 
-use crate::config::Config;
+use crate::config::{Config, Secret};
 
 /// A form that is older has to be loaded again.
 const FORM_LIFETIME: SignedDuration = SignedDuration::from_hours(4);
@@ -52,55 +52,52 @@ pub(super) enum SealFault {
 }
 
 struct Account {
+    name: String,
     access: Access,
-    /// The credentials under [`Accounts::key`].
+    /// From its own credentials: what somebody gets who has another account is of no help in guessing
+    /// this one's password.
+    key: hmac::Key,
+    /// The credentials under the key.
     tag: hmac::Tag,
 }
 
-/// The accounts of the configuration.
-pub(super) struct Accounts {
-    known: Vec<Account>,
-    key: hmac::Key,
+impl Account {
+    fn new(credentials: &Secret, access: fn(String) -> Access) -> Account {
+        let credentials = credentials.reveal();
+        let name = credentials.split(':').next().unwrap_or_default().to_owned();
+        let mut key = [0; 32];
+        pbkdf2::derive(
+            pbkdf2::PBKDF2_HMAC_SHA256,
+            ITERATIONS,
+            b"omotes-orchestrator, HTTP account",
+            credentials.as_bytes(),
+            &mut key,
+        );
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &key);
+        Account {
+            access: access(name.clone()),
+            tag: hmac::sign(&key, credentials.as_bytes()),
+            name,
+            key,
+        }
+    }
 }
+
+/// The accounts of the configuration.
+pub(super) struct Accounts(Vec<Account>);
 
 impl Accounts {
     pub(super) fn new(config: &Config) -> Accounts {
         let operator = config.http_basic_auth.as_ref();
         let reader = config.http_readonly_auth.as_ref();
-        let secret = |account: Option<&crate::config::Secret>| {
-            account
-                .map(|one| one.reveal().to_owned())
-                .unwrap_or_default()
-        };
-        let mut key = [0; 32];
-        if operator.or(reader).is_some() {
-            pbkdf2::derive(
-                pbkdf2::PBKDF2_HMAC_SHA256,
-                ITERATIONS,
-                b"omotes-orchestrator, HTTP accounts",
-                format!("{}\0{}", secret(operator), secret(reader)).as_bytes(),
-                &mut key,
-            );
-        }
-        let key = hmac::Key::new(hmac::HMAC_SHA256, &key);
-        let account = |credentials: &str, access: fn(String) -> Access| {
-            let name = credentials.split(':').next().unwrap_or_default().to_owned();
-            Account {
-                tag: hmac::sign(&key, credentials.as_bytes()),
-                access: access(name),
-            }
-        };
-        let operator = operator.map(|one| account(one.reveal(), Access::Act));
-        let reader = reader.map(|one| account(one.reveal(), Access::Look));
-        Accounts {
-            known: operator.into_iter().chain(reader).collect(),
-            key,
-        }
+        let operator = operator.map(|one| Account::new(one, Access::Act));
+        let reader = reader.map(|one| Account::new(one, Access::Look));
+        Accounts(operator.into_iter().chain(reader).collect())
     }
 
     /// Whether there are any.
     pub(super) fn exist(&self) -> bool {
-        !self.known.is_empty()
+        !self.0.is_empty()
     }
 
     /// What a request with this `Authorization` may do; None if it needs another one. Wrong
@@ -111,19 +108,40 @@ impl Accounts {
         }
         let given = credentials(authorization?)?;
         let mut access = None;
-        for account in &self.known {
+        for account in &self.0 {
             // Compares in constant time.
-            if hmac::verify(&self.key, &given, account.tag.as_ref()).is_ok() {
+            if hmac::verify(&account.key, &given, account.tag.as_ref()).is_ok() {
                 access = Some(account.access.clone());
             }
         }
         access
     }
 
-    /// A seal on this text, for this purpose, of this time.
+    /// The name of the account that an `Authorization` is for, if there is that account.
+    pub(super) fn named(&self, authorization: &str) -> Option<&str> {
+        let name = user(authorization)?;
+        let mut all = self.0.iter();
+        all.find(|one| one.name == name).map(|one| &*one.name)
+    }
+
+    /// What seals this text, which is an account's name but for what was done: only operators are
+    /// told of that.
+    fn key(&self, purpose: Purpose, text: &str) -> Option<&hmac::Key> {
+        let is_its = |account: &&Account| match purpose {
+            Purpose::Form | Purpose::Pass => account.name == text,
+            Purpose::Note => matches!(account.access, Access::Act(_)),
+        };
+        self.0.iter().find(is_its).map(|account| &account.key)
+    }
+
+    /// A seal on this text, for this purpose, of this time; empty, and none, without an account for
+    /// it.
     pub(super) fn seal(&self, purpose: Purpose, text: &str, now: Timestamp) -> String {
         let since = now.as_second().div_euclid(STEP) * STEP;
-        let tag = hmac::sign(&self.key, &sealed(purpose, text, since));
+        let Some(key) = self.key(purpose, text) else {
+            return String::new();
+        };
+        let tag = hmac::sign(key, &sealed(purpose, text, since));
         format!("{since}.{}", BASE64_URL_SAFE_NO_PAD.encode(tag))
     }
 
@@ -136,12 +154,13 @@ impl Accounts {
         seal: &str,
         now: Timestamp,
     ) -> Result<(), SealFault> {
+        let key = self.key(purpose, text).ok_or(SealFault::Forged)?;
         let (since, tag) = seal.split_once('.').ok_or(SealFault::Forged)?;
         let since: i64 = since.parse().map_err(|_| SealFault::Forged)?;
         let tag = BASE64_URL_SAFE_NO_PAD.decode(tag);
         let tag = tag.map_err(|_| SealFault::Forged)?;
         // Compares in constant time.
-        hmac::verify(&self.key, &sealed(purpose, text, since), &tag)
+        hmac::verify(key, &sealed(purpose, text, since), &tag)
             .map_err(|_| SealFault::Forged)?;
         let age = SignedDuration::from_secs(now.as_second().saturating_sub(since));
         let lifetime = match purpose {
@@ -289,6 +308,45 @@ mod tests {
                 forged,
                 "{forgery}"
             );
+        }
+    }
+
+    #[test]
+    fn without_accounts_nothing_is_sealed() {
+        let now = at(1_800_000_000);
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &[0; 32]);
+        let open = accounts(None, None);
+        let since = 1_800_000_000;
+        for purpose in [Purpose::Form, Purpose::Note, Purpose::Pass] {
+            let tag = hmac::sign(&key, &sealed(purpose, "all is well", since));
+            let forgery = format!("{since}.{}", BASE64_URL_SAFE_NO_PAD.encode(tag));
+            let own = open.seal(purpose, "all is well", now);
+            for seal in [forgery, own] {
+                let found = open.check_seal(purpose, "all is well", &seal, now);
+                assert_eq!(found, Err(SealFault::Forged), "{purpose:?}");
+            }
+        }
+    }
+
+    /// Whoever has one account's password learns nothing of the other's by the seals that it gets.
+    #[test]
+    fn an_accounts_seals_come_from_its_own_password_alone() {
+        let now = at(1_800_000_000);
+        let one = accounts(Some("anna:s3cret"), Some("ben:look"));
+        let another_operator = accounts(Some("anna:other"), Some("ben:look"));
+        let another_reader = accounts(Some("anna:s3cret"), Some("ben:other"));
+        let seal = |accounts: &Accounts, purpose, text| accounts.seal(purpose, text, now);
+        let of_ben = seal(&one, Purpose::Pass, "ben");
+        assert_eq!(of_ben, seal(&another_operator, Purpose::Pass, "ben"));
+        assert_ne!(of_ben, seal(&another_reader, Purpose::Pass, "ben"));
+        for (purpose, text) in [
+            (Purpose::Pass, "anna"),
+            (Purpose::Form, "anna"),
+            (Purpose::Note, "done"),
+        ] {
+            let of_anna = seal(&one, purpose, text);
+            assert_eq!(of_anna, seal(&another_reader, purpose, text));
+            assert_ne!(of_anna, seal(&another_operator, purpose, text));
         }
     }
 }

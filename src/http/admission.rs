@@ -57,6 +57,11 @@ const MAY_NOT_ACT: &str = "This account may only look.";
 const NOBODY_ACTS: &str = "Nobody may act here: set HTTP_BASIC_AUTH to user:password, which whoever \
                            acts has to give. The command line does the same.";
 
+/// Browsers do not say where a request comes from unless the connection is encrypted, but they send
+/// the cookie only if it comes from here.
+const NO_PASS: &str = "Whether this was sent by another site is not known. Load the list of jobs, and \
+                       let it set its cookie; then ask from there.";
+
 /// Whether a request is one that is answered, as its head says.
 pub(super) fn admit(
     request: &Request,
@@ -83,7 +88,7 @@ pub(super) fn admit(
         visit.access = access(request, accounts, &mut guesses, has_pass, html)?;
         visit.needs_pass = !has_pass;
         if request.method == "POST" {
-            may_act(&visit)?;
+            may_act(request, &visit)?;
             admit_form(request, path, &visit)?;
             return Ok((Route::Form, visit));
         }
@@ -96,9 +101,13 @@ pub(super) fn admit(
         return Err(refuse((405, "only GET and HEAD".to_owned())));
     }
     if matches!(route, Route::Confirm(_)) {
-        may_act(&visit)?;
+        may_act(request, &visit)?;
         // It costs something to find out what is asked about.
         comes_from_here(request, &visit)?;
+        let says_where_from = ["sec-fetch-site", "origin"].map(|name| request.header(name));
+        if visit.needs_pass && says_where_from.iter().all(Option::is_none) {
+            return Err(refused(request, &visit, NO_PASS));
+        }
     }
     Ok((route, visit))
 }
@@ -131,9 +140,11 @@ fn access(
 ) -> Result<Access, Response> {
     let given = request.header("authorization");
     let (peer, now) = (request.peer.ip(), Instant::now());
+    let named = given.as_deref().and_then(|given| accounts.named(given));
     let counts = given.is_some() && accounts.exist() && !has_pass;
-    if counts && !guesses.may_guess(peer, now) {
-        const WHY: &str = "Too many wrong passwords from this address. Wait a few seconds.";
+    if counts && !guesses.may_guess(peer, named, now) {
+        const WHY: &str = "Too many wrong passwords for this account from this address. Wait a few \
+                           seconds.";
         let mut refusal = refusal(html, 429, WHY);
         let seconds = PENALTY.as_secs().to_string();
         refusal.headers.push(("Retry-After", seconds));
@@ -146,20 +157,29 @@ fn access(
     let challenge = "Basic realm=\"OMOTES orchestrator\", charset=\"UTF-8\"".to_owned();
     refusal.headers.push(("WWW-Authenticate", challenge));
     if given.is_some() {
-        if guesses.wrong(peer, now) {
-            warn!("{peer} has given several wrong passwords over HTTP");
+        if guesses.wrong(peer, named, now) {
+            let account = named.map_or("no account".to_owned(), one_line);
+            warn!("{peer} has given several wrong passwords over HTTP, for {account}");
         }
         refusal.held = PENALTY;
     }
     Err(refusal)
 }
 
-fn may_act(visit: &Visit) -> Result<(), Response> {
+fn may_act(request: &Request, visit: &Visit) -> Result<(), Response> {
     match &visit.access {
         Access::Act(_) => Ok(()),
-        Access::Look(_) => Err(refusal(visit.html, 403, MAY_NOT_ACT)),
-        Access::Open => Err(refusal(visit.html, 403, NOBODY_ACTS)),
+        Access::Look(_) => Err(refused(request, visit, MAY_NOT_ACT)),
+        Access::Open => Err(refused(request, visit, NOBODY_ACTS)),
     }
+}
+
+/// Why somebody does not get to act, told in the log too.
+fn refused(request: &Request, visit: &Visit, why: &str) -> Response {
+    let (who, method) = (visit.who(), one_line(&request.method));
+    let target = one_line(&request.target);
+    warn!("{who}: {method} {target} is refused: {why}");
+    refusal(visit.html, 403, why)
 }
 
 /// Whether a form is one that is read, as its head says.
@@ -200,12 +220,7 @@ fn comes_from_here(request: &Request, visit: &Visit) -> Result<(), Response> {
     };
     provenance.check().map_err(|why| {
         let why = format!("This was sent by another site: {}.", one_line(&why));
-        warn!(
-            "{}: {} is refused: {why}",
-            visit.who(),
-            one_line(&request.target)
-        );
-        refusal(visit.html, 403, &why)
+        refused(request, visit, &why)
     })
 }
 

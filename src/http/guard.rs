@@ -12,15 +12,20 @@ const MAX_HELD: usize = 5;
 /// Beyond that the peer whose last guess is the oldest is forgotten.
 const MAX_PEERS: usize = 1024;
 
-/// The peers that have given wrong credentials, and until when their answers are held. They count
-/// even when the peer has hung up since.
+/// The peers that have given wrong credentials, for which account, and until when their answers are
+/// held. They count even when the peer has hung up since. So many share an address that one who
+/// guesses must not shut out those with other accounts. Names without an account count as one: else
+/// whoever makes up enough of them has its guesses forgotten.
 #[derive(Debug, Default)]
-pub(super) struct Guesses(BTreeMap<IpAddr, VecDeque<Instant>>);
+pub(super) struct Guesses(BTreeMap<Guesser, VecDeque<Instant>>);
+
+/// Where somebody guesses from, and at which account's password.
+type Guesser = (IpAddr, Option<String>);
 
 impl Guesses {
-    /// Whether credentials of this peer are looked at.
-    pub(super) fn may_guess(&mut self, peer: IpAddr, now: Instant) -> bool {
-        let Some(held) = self.0.get_mut(&neighbourhood(peer)) else {
+    /// Whether credentials of this peer for this account are looked at.
+    pub(super) fn may_guess(&mut self, peer: IpAddr, account: Option<&str>, now: Instant) -> bool {
+        let Some(held) = self.0.get_mut(&guesser(peer, account)) else {
             return true;
         };
         while held.front().is_some_and(|until| *until <= now) {
@@ -30,23 +35,27 @@ impl Guesses {
     }
 
     /// Counts wrong credentials. Returns whether they were the last ones to be looked at for now.
-    pub(super) fn wrong(&mut self, peer: IpAddr, now: Instant) -> bool {
+    pub(super) fn wrong(&mut self, peer: IpAddr, account: Option<&str>, now: Instant) -> bool {
         self.0
             .retain(|_, held| held.back().is_some_and(|until| *until > now));
-        let peer = neighbourhood(peer);
-        if self.0.len() >= MAX_PEERS && !self.0.contains_key(&peer) {
+        let guesser = guesser(peer, account);
+        if self.0.len() >= MAX_PEERS && !self.0.contains_key(&guesser) {
             let oldest = self.0.iter().min_by_key(|(_, held)| held.back().copied());
-            if let Some(oldest) = oldest.map(|(peer, _)| *peer) {
+            if let Some(oldest) = oldest.map(|(guesser, _)| guesser.clone()) {
                 self.0.remove(&oldest);
             }
         }
-        let held = self.0.entry(peer).or_default();
+        let held = self.0.entry(guesser).or_default();
         held.push_back(now + PENALTY);
         // Of a browser that is known, they may be more.
         let is_last = held.len() == MAX_HELD;
         held.truncate(MAX_HELD);
         is_last
     }
+}
+
+fn guesser(peer: IpAddr, account: Option<&str>) -> Guesser {
+    (neighbourhood(peer), account.map(str::to_owned))
 }
 
 /// A host has as many addresses of IPv6 as it likes, of the same first half.
@@ -160,33 +169,43 @@ mod tests {
     fn guesses_of_one_peer_are_few_and_nobody_else_is_held_up() {
         let mut guesses = Guesses::default();
         let [one, other] = ["10.0.0.1", "10.0.0.2"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        let anna = Some("anna");
         let begin = Instant::now();
         for _ in 0..MAX_HELD {
-            assert!(guesses.may_guess(one, begin));
-            guesses.wrong(one, begin);
+            assert!(guesses.may_guess(one, anna, begin));
+            guesses.wrong(one, anna, begin);
         }
-        assert!(!guesses.may_guess(one, begin));
-        assert!(!guesses.may_guess("::ffff:10.0.0.1".parse().unwrap(), begin));
-        assert!(guesses.may_guess(other, begin));
-        assert!(guesses.may_guess(one, begin + PENALTY));
+        assert!(!guesses.may_guess(one, anna, begin));
+        let same = "::ffff:10.0.0.1".parse().unwrap();
+        assert!(!guesses.may_guess(same, anna, begin));
+        assert!(guesses.may_guess(other, anna, begin));
+        // Those behind the same address who look with another account.
+        assert!(guesses.may_guess(one, Some("prometheus"), begin));
+        assert!(guesses.may_guess(one, None, begin));
+        assert!(guesses.may_guess(one, anna, begin + PENALTY));
     }
 
     #[test]
     fn a_host_with_many_addresses_is_one_peer_and_the_table_has_an_end() {
         let mut guesses = Guesses::default();
+        let anna = Some("anna");
         let begin = Instant::now();
         for number in 0..MAX_HELD {
-            guesses.wrong(format!("2001:db8::{number}").parse().unwrap(), begin);
+            let peer = format!("2001:db8::{number}").parse().unwrap();
+            guesses.wrong(peer, anna, begin);
         }
-        assert!(!guesses.may_guess("2001:db8::ffff".parse().unwrap(), begin));
-        assert!(guesses.may_guess("2001:db8:0:1::1".parse().unwrap(), begin));
+        let may_guess = |guesses: &mut Guesses, peer: &str| {
+            guesses.may_guess(peer.parse().unwrap(), anna, begin)
+        };
+        assert!(!may_guess(&mut guesses, "2001:db8::ffff"));
+        assert!(may_guess(&mut guesses, "2001:db8:0:1::1"));
         for number in 0..2 * MAX_PEERS {
             let number = u32::try_from(number).unwrap();
-            guesses.wrong(std::net::Ipv4Addr::from(number).into(), begin);
+            guesses.wrong(std::net::Ipv4Addr::from(number).into(), anna, begin);
         }
         assert_eq!(guesses.0.len(), MAX_PEERS);
         let later = begin + PENALTY;
-        guesses.wrong("10.0.0.1".parse().unwrap(), later);
+        guesses.wrong("10.0.0.1".parse().unwrap(), anna, later);
         assert_eq!(guesses.0.len(), 1);
     }
 }

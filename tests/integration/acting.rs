@@ -345,6 +345,16 @@ fn a_form_of_somebody_else_does_not_count() {
     }
     ben.get(&format!("/confirm?do=cancel&id={job}"))
         .is(403, "may only look");
+    service.logged(": POST /act is refused: This account may only look.");
+    let line = service.logged(&format!(": GET /confirm?do=cancel&id={job} is refused: This acc"));
+    assert!(line.contains("ben at 127.0.0.1:"), "{line}");
+    // A browser on plain HTTP says nothing of where it was sent from.
+    let line = format!("GET /confirm?do=cancel&id={job}");
+    anna.request(&line, "", b"").is(403, "is not known");
+    let page = anna.get("/");
+    let (pass, _) = page.header("Set-Cookie").unwrap().split_once(';').unwrap();
+    let pass = format!("Cookie: {pass}\r\n");
+    anna.request(&line, &pass, b"").is(200, "Cancel 1 job?");
     scene.held(1);
     let requests = scene.client.peer.queue_length("job_deletions");
     assert_eq!(requests, 0);
@@ -581,20 +591,34 @@ fn wrong_passwords_are_slow_and_hold_up_nobody() {
             stream
         })
         .collect();
-    service.logged("127.0.0.1 has given several wrong passwords over HTTP");
+    service.logged("127.0.0.1 has given several wrong passwords over HTTP, for anna");
     // What follows is not looked at, even if it were right.
     let right = anna.bytes("GET /", "", b"");
-    // But for a browser that has had the right password, and for its account alone.
+    // But for those with another account, as scripts have,
+    let reader = Operator {
+        account: BEN,
+        ..anna
+    };
+    reader.request("GET /", "", b"").is(200, "OMOTES jobs");
+    // and for a browser that has had the right password, and for its account alone.
     let pass = format!("Cookie: other=1; {pass}\r\n");
     anna.request("GET /", &pass, b"").is(200, "OMOTES jobs");
     let ben = Operator {
         account: "ben:guess",
         ..anna
     };
+    let begun = |one: &Operator| {
+        let mut stream = from([127, 0, 0, 1], anna.address);
+        stream.write_all(&one.bytes("GET /", &pass, b"")).unwrap();
+        stream
+    };
+    let of_ben: Vec<_> = (0..5).map(|_| begun(&ben)).collect();
+    service.logged("has given several wrong passwords over HTTP, for ben");
     ben.request("GET /", &pass, b"")
         .is(429, "Too many wrong passwords");
+    drop(of_ben);
     let answer = exchange(from([127, 0, 0, 1], anna.address), &right);
-    let answer = answer.is(429, "Too many wrong passwords from this address.");
+    let answer = answer.is(429, "Too many wrong passwords for this account from this address.");
     assert_eq!(answer.header("Retry-After"), Some("2"));
     exchange(from([127, 0, 0, 2], anna.address), &right).is(200, "OMOTES jobs");
     assert!(service.readiness().unwrap().0);

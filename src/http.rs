@@ -179,7 +179,7 @@ pub fn answer(
                 let response = match (question.since.elapsed() < DEADLINE, &question.route) {
                     (true, _) => {
                         // If it panics, the client still gets an answer.
-                        let respond = || respond(endpoint, service, &question);
+                        let respond = || respond(endpoint, service, &question, stop);
                         let response = catch_unwind(AssertUnwindSafe(respond));
                         let fault = |_| refusal(question.visit.html, 500, "A fault; the log has it.");
                         response.unwrap_or_else(fault)
@@ -287,7 +287,7 @@ fn html(status: u16, nonce: Option<&str>, page: String) -> Response {
     response
 }
 
-fn respond(endpoint: &Endpoint, service: &Service, question: &Question) -> Response {
+fn respond(endpoint: &Endpoint, service: &Service, question: &Question, stop: &Signal) -> Response {
     let Question { route, visit, .. } = question;
     let now = Timestamp::now();
     let (_, parts) = service.health.parts(now);
@@ -318,7 +318,8 @@ fn respond(endpoint: &Endpoint, service: &Service, question: &Question) -> Respo
             return acting::confirm(service, visit, &frame, acting, form);
         }
         (Route::Act(form), Some(acting)) => {
-            return acting::act(service, &endpoint.accounts, visit, &frame, acting, form);
+            let accounts = &endpoint.accounts;
+            return acting::act(service, accounts, visit, &frame, acting, form, stop);
         }
         _ => {}
     }

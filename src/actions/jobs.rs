@@ -3,9 +3,10 @@
 use std::fmt;
 
 use anyhow::{Context, bail};
+use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{Failure, counted};
+use super::{Failure, bounded, counted};
 use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
 use crate::domain::job::Priority;
@@ -37,7 +38,7 @@ const UNKNOWN: &str = "is unknown";
 /// Postgres or RabbitMQ is not there, or no orchestrator has been on this vhost.
 pub fn cancel(
     config: &Config,
-    connection: &mut Connection,
+    mut connection: Connection,
     ids: &[Uuid],
 ) -> Result<Vec<Became>, Failure> {
     let mut all = Vec::with_capacity(ids.len());
@@ -52,8 +53,10 @@ pub fn cancel(
         let id = *id;
         all.push(Became { id, is_done, what });
     }
-    let live: Vec<_> = all.iter().filter(|one| one.is_done).collect();
-    let live: Vec<_> = live.iter().map(|one| one.id).collect();
+    // Others may need it while RabbitMQ takes its time.
+    drop(connection);
+    let live = all.iter().filter(|one| one.is_done);
+    let live: Vec<_> = live.map(|one| one.id).collect();
     ask_to_end(config, &live)?;
     Ok(all)
 }
@@ -66,6 +69,39 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
     if ids.is_empty() {
         return Ok(());
     }
+    let link = Link::open(&config.sdk_rabbitmq, "cancelling").context("nothing was cancelled")?;
+    let count = counted(ids.len(), "job");
+    let mut delivered = Vec::with_capacity(ids.len());
+    let published = ids.chunks(AT_ONCE).try_for_each(|some| {
+        delivered.extend(publish_cancels(&link, some)?);
+        Ok::<_, anyhow::Error>(())
+    });
+    // What is confirmed stays so, whatever becomes of the connection.
+    let _ = link.close_within(DEADLINE);
+    let outcomes = ids.iter().zip(&delivered);
+    let refused = outcomes.filter(|(_, one)| **one != Delivered::Yes);
+    let missing: Vec<_> = refused.map(|(id, _)| id.to_string()).collect();
+    let taken = delivered.len() - missing.len();
+    published.with_context(|| {
+        format!(
+            "{taken} of {count} are asked to end; of the others some may have been, and some not; \
+             asking again does no harm"
+        )
+    })?;
+    match missing.is_empty() {
+        true => Ok(()),
+        false => bail!(
+            "RabbitMQ has taken the cancels of {taken} of {count}, but not those of {}: is an \
+             orchestrator running on this vhost?",
+            bounded(&missing, ", ")
+        ),
+    }
+}
+
+/// Cancels that are sent within one deadline.
+const AT_ONCE: usize = 500;
+
+fn publish_cancels(link: &Link, ids: &[Uuid]) -> anyhow::Result<Vec<Delivered>> {
     let messages: Vec<_> = ids
         .iter()
         .map(|id| Outgoing {
@@ -74,28 +110,51 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
             ..wire::job_delete(*id)
         })
         .collect();
-    let link = Link::open(&config.sdk_rabbitmq, "cancelling").context("nothing was cancelled")?;
     let calls = Calls::default();
-    let count = counted(ids.len(), "job");
-    let published = within_deadline(
+    within_deadline(
         DEADLINE,
         || link.kill(),
-        || Ok(Publisher::new(&link, &calls).publish(&messages)?),
-    );
-    // What is confirmed stays so, whatever becomes of the connection.
-    let _ = link.close_within(DEADLINE);
-    let delivered = published.with_context(|| {
-        format!(
-            "some of {count} may have been asked to end, and some not; asking again does no harm"
-        )
-    })?;
-    let taken = delivered.iter().filter(|one| **one == Delivered::Yes);
-    match taken.count() {
-        all if all == ids.len() => Ok(()),
-        taken => bail!(
-            "RabbitMQ has taken the cancels of {taken} of {count}: is an orchestrator running on this \
-             vhost?"
-        ),
+        || Ok(Publisher::new(link, &calls).publish(&messages)?),
+    )
+}
+
+/// Jobs that match a filter, of which some are shown.
+#[derive(Debug)]
+pub struct Matching {
+    pub ids: Vec<Uuid>,
+    pub first: Vec<JobView>,
+}
+
+/// The ids of the jobs that match, have not ended, and were registered by `until`; as many of the
+/// jobs themselves as are `shown`.
+///
+/// # Errors
+/// Postgres is not there.
+pub fn matching(
+    connection: &mut Connection,
+    filter: &Filter,
+    until: Timestamp,
+    shown: u16,
+) -> Result<Matching, Failure> {
+    check_live(filter)?;
+    let ids = connection.live_ids(filter, until)?;
+    let mut first = Vec::new();
+    if shown > 0 {
+        let filter = Filter {
+            limit: shown,
+            offset: 0,
+            ..filter.clone()
+        };
+        first = connection.jobs(&filter)?.jobs;
+        first.retain(|job| ids.contains(&job.id));
+    }
+    Ok(Matching { ids, first })
+}
+
+fn check_live(filter: &Filter) -> Result<(), Failure> {
+    match filter.finished || matches!(filter.state, Some(JobState::Ended(_))) {
+        true => Err(Failure::Refused("these jobs have ended already".to_owned())),
+        false => Ok(()),
     }
 }
 
@@ -109,9 +168,7 @@ pub fn unfinished(
     filter: &Filter,
     is_meant: impl Fn(&JobView) -> bool,
 ) -> Result<Vec<JobView>, Failure> {
-    if filter.finished || matches!(filter.state, Some(JobState::Ended(_))) {
-        return Err(Failure::Refused("these jobs have ended already".to_owned()));
-    }
+    check_live(filter)?;
     let mut found = Vec::new();
     let mut filter = Filter {
         // As many as there are, so that none is missed because one before it ends meanwhile.

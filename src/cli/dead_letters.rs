@@ -142,8 +142,7 @@ impl Which {
         if self.all {
             return Ok(known);
         }
-        let named = self.ids.iter().map(|id| letters::named(id, &known));
-        Ok(named.collect::<Result<_, _>>()?)
+        Ok(letters::all_named(&self.ids, &known, letters::named)?)
     }
 }
 

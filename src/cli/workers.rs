@@ -11,6 +11,7 @@ use omotes_orchestrator::domain::worker::{TaskView, Wish, WorkerView, Workers};
 use omotes_orchestrator::service::workers::{find, steering};
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
+use omotes_orchestrator::threads::Signal;
 
 use super::{connect, print, say, table, warn};
 
@@ -52,7 +53,9 @@ pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
         Some(Action::Resume { host }) => (host, Wish::Resumed),
     };
     let worker = find(&mut connection, host)?;
-    let steered = steering::steer(config, &mut connection, &worker, wish)?;
+    // Whoever runs the command may interrupt it.
+    let (_running, never) = Signal::pending();
+    let steered = steering::steer(config, connection, &worker, wish, &never)?;
     say(format_args!("{}", steered.in_words(wish)))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -556,7 +556,8 @@ impl<'a> Reader<'a> {
     /// `user:password`.
     fn http_account(&mut self, name: &str) -> Option<Secret> {
         let account = self.password(name, "")?;
-        let is_in_file = (self.variable)(&format!("{name}_FILE")).is_some_and(|file| !file.is_empty());
+        let is_in_file =
+            (self.variable)(&format!("{name}_FILE")).is_some_and(|file| !file.is_empty());
         match account.reveal().split_once(':') {
             // As the template has it. An empty file is a secret that is missing.
             None if account.reveal().is_empty() && !is_in_file => return None,

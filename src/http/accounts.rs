@@ -160,8 +160,7 @@ impl Accounts {
         let tag = BASE64_URL_SAFE_NO_PAD.decode(tag);
         let tag = tag.map_err(|_| SealFault::Forged)?;
         // Compares in constant time.
-        hmac::verify(key, &sealed(purpose, text, since), &tag)
-            .map_err(|_| SealFault::Forged)?;
+        hmac::verify(key, &sealed(purpose, text, since), &tag).map_err(|_| SealFault::Forged)?;
         let age = SignedDuration::from_secs(now.as_second().saturating_sub(since));
         let lifetime = match purpose {
             Purpose::Form => FORM_LIFETIME,

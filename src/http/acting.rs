@@ -12,13 +12,13 @@ use uuid::Uuid;
 
 use super::accounts::{Accounts, Purpose};
 use super::admission::Visit;
-use super::form::{Action, Form};
+use super::form::{Action, Form, Shown};
 use super::page::Frame;
 use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
 use super::{html, json_response, refusal};
-use crate::actions::letters::{Letters, named};
-use crate::actions::{Failure, counted, jobs, queues};
+use crate::actions::letters::{Letters, all_named, exactly};
+use crate::actions::{Failure, TOLD, bounded, counted, digest, jobs, queues};
 use crate::broker::dead_letters::Fate;
 use crate::domain::overview::{Filter, JobState};
 use crate::domain::text::excerpt;
@@ -28,12 +28,10 @@ use crate::service::workers::{find, steering};
 use crate::store::{Connection, LimitChange, StoreError, TurnChange};
 use crate::telemetry::health::Part;
 use crate::telemetry::report::{harmless, one_line};
+use crate::threads::Signal;
 
 /// How long going through the dead letters of a vhost may take, while somebody waits for the page.
 const LETTERS_PATIENCE: Duration = Duration::from_secs(10);
-/// Jobs and letters that a line of the log or a page names.
-const TOLD: usize = 20;
-
 /// How long the text may be that goes along in a link.
 const MAX_NOTE: usize = 2000;
 const NOTHING_DONE: &str = "nothing was done";
@@ -41,8 +39,8 @@ const NOTHING_DONE: &str = "nothing was done";
 /// What came of an action.
 enum Came {
     Done(Vec<String>),
-    /// There is so much more of it than the operator was shown that it is asked for again.
-    More(usize),
+    /// There are others now than the operator was shown: it is asked again.
+    Others,
 }
 
 /// The page that asks again.
@@ -92,9 +90,15 @@ fn confirm_matching(
     filter: &Filter,
     notice: Option<&str>,
 ) -> Result<String, Failure> {
-    let mut connection = looking(service)?;
-    let found = jobs::unfinished(&mut connection, filter, |_| true)?;
-    Ok(pages::confirm_matching(frame, acting, &found, notice))
+    // As Postgres keeps it.
+    let at = Timestamp::from_microsecond(frame.now.as_microsecond()).unwrap_or(frame.now);
+    let named = u16::try_from(pages::NAMED).unwrap_or(u16::MAX);
+    let found = jobs::matching(&mut looking(service)?, filter, at, named)?;
+    let digest = digest(&found.ids);
+    let shown = Shown { at, digest };
+    Ok(pages::confirm_matching(
+        frame, acting, &found, &shown, notice,
+    ))
 }
 
 fn confirm_requeue(
@@ -105,9 +109,9 @@ fn confirm_requeue(
 ) -> Result<String, Failure> {
     let letters = Letters::open(&service.config, LETTERS_PATIENCE)?;
     let mut first = Vec::new();
-    let mut count = 0;
+    let mut ids = Vec::new();
     letters.look(|_, letter| {
-        count += 1;
+        ids.push(letter.id.clone());
         if first.len() < pages::NAMED {
             first.push(Letter {
                 id: letter.id.clone(),
@@ -118,10 +122,14 @@ fn confirm_requeue(
         }
     })?;
     letters.close()?;
-    Ok(pages::confirm_requeue(frame, acting, &first, count, notice))
+    let digest = digest(&ids);
+    Ok(pages::confirm_requeue(
+        frame, acting, &first, &ids, &digest, notice,
+    ))
 }
 
-/// Does what a form asks for, tells of it in the log, and sends the operator back.
+/// Does what a form asks for, and sends the operator back. The log has who asks before, should the
+/// service end in the middle of it, and what came of it.
 pub(super) fn act(
     service: &Service,
     accounts: &Accounts,
@@ -129,18 +137,23 @@ pub(super) fn act(
     frame: &Frame<'_>,
     acting: &Acting,
     form: &Form,
+    stop: &Signal,
 ) -> Response {
     let (who, account) = (visit.who(), visit.account());
     let what = in_words(&form.action);
-    match perform(service, &form.action) {
+    info!(account; "{who} asks: {what}");
+    match perform(service, &form.action, stop) {
         Ok(Came::Done(lines)) => {
-            let told = bounded(&lines, "; ");
-            info!(account; "{who}: {what}: {told}");
+            // All of them, a readable part at a time.
+            for told in lines.chunks(TOLD) {
+                let told = told.join("; ");
+                info!(account; "{who}: {what}: {told}");
+            }
             done(accounts, visit, form, &lines, frame.now)
         }
-        Ok(Came::More(count)) => {
-            info!(account; "{who}: {what}: not done, for there are {count} now");
-            more(service, visit, frame, acting, form, count)
+        Ok(Came::Others) => {
+            info!(account; "{who}: {what}: not done, for there are others now than were shown");
+            ask_again(service, visit, frame, acting, form)
         }
         Err(failure) => {
             warn!(account; "{who}: {what}: failed: {}", one_line(&failure.to_string()));
@@ -149,17 +162,20 @@ pub(super) fn act(
     }
 }
 
-fn perform(service: &Service, action: &Action) -> Result<Came, Failure> {
+fn perform(service: &Service, action: &Action, stop: &Signal) -> Result<Came, Failure> {
     let config = &service.config;
     let lines = match action {
         // Only looks: RabbitMQ keeps it while Postgres does not write.
-        Action::Cancel(ids) => lines(&jobs::cancel(config, &mut looking(service)?, ids)?),
+        Action::Cancel(ids) => lines(&jobs::cancel(config, looking(service)?, ids)?),
         Action::CancelMatching(filter, shown) => {
-            let found = jobs::unfinished(&mut looking(service)?, filter, |_| true)?;
-            if found.len() > shown.unwrap_or_default() {
-                return Ok(Came::More(found.len()));
+            let at = shown.as_ref().map_or(Timestamp::now(), |shown| shown.at);
+            let ids = jobs::matching(&mut looking(service)?, filter, at, 0)?.ids;
+            if shown
+                .as_ref()
+                .is_none_or(|shown| shown.digest != digest(&ids))
+            {
+                return Ok(Came::Others);
             }
-            let ids: Vec<_> = found.iter().map(|job| job.id).collect();
             jobs::ask_to_end(config, &ids)?;
             let count = counted(ids.len(), "job");
             let each = ids.iter().map(|id| format!("job {id}"));
@@ -178,9 +194,9 @@ fn perform(service: &Service, action: &Action) -> Result<Came, Failure> {
             let limit = queues::change_limits(&catalogue, &mut connection, queue, changes)?;
             vec![format!("{}: {limit}", one_line(queue))]
         }
-        Action::Steer(host, wish) => vec![steer(service, host, *wish)?],
-        Action::Requeue(ids) => return requeue(service, Some(ids), 0),
-        Action::RequeueAll(shown) => return requeue(service, None, shown.unwrap_or_default()),
+        Action::Steer(host, wish) => vec![steer(service, host, *wish, stop)?],
+        Action::Requeue(ids) => return requeue(service, Some(ids), None),
+        Action::RequeueAll(shown) => return requeue(service, None, shown.as_deref()),
     };
     Ok(Came::Done(lines))
 }
@@ -195,12 +211,16 @@ fn connection(service: &Service) -> Result<Connection, Failure> {
     Ok(connection.context(NOTHING_DONE)?)
 }
 
-/// One that only looks, as the list does.
+/// One that only looks: while the server that takes writes is there, at that, which knows of the
+/// newest jobs.
 fn looking(service: &Service) -> Result<Connection, Failure> {
-    if !service.can_look_on.load(Ordering::Relaxed) {
-        postgres_is_there(service).context(NOTHING_DONE)?;
-    }
-    Ok(service.views.connection().context(NOTHING_DONE)?)
+    let is_there = postgres_is_there(service);
+    let connection = match (is_there, service.can_look_on.load(Ordering::Relaxed)) {
+        (Ok(()), _) => service.store.connection(),
+        (Err(_), true) => service.views.connection(),
+        (Err(why), false) => return Err(why.context(NOTHING_DONE).into()),
+    };
+    Ok(connection.context(NOTHING_DONE)?)
 }
 
 /// Nobody waits as long as connecting in vain takes, while that is known to be in vain.
@@ -213,32 +233,35 @@ fn postgres_is_there(service: &Service) -> anyhow::Result<()> {
     }
 }
 
-fn steer(service: &Service, host: &str, wish: Wish) -> Result<String, Failure> {
+fn steer(service: &Service, host: &str, wish: Wish, stop: &Signal) -> Result<String, Failure> {
     let mut connection = connection(service)?;
     let worker =
         find(&mut connection, host).map_err(|error| match error.downcast_ref::<StoreError>() {
             Some(_) => Failure::Failed(error.context(NOTHING_DONE)),
             None => Failure::Refused(format!("{error:#}")),
         })?;
-    let steered = steering::steer(&service.config, &mut connection, &worker, wish);
-    let steered = steered.map_err(|error| {
-        error.context("whether the worker does so is not known; asking again does no harm")
-    })?;
+    steering::check(&worker).map_err(Failure::Refused)?;
+    let steered = steering::steer(&service.config, connection, &worker, wish, stop);
+    let steered =
+        steered.context("whether the worker does so is not known; asking again does no harm")?;
     Ok(steered.in_words(wish))
 }
 
-/// Requeues these, or all if they are no more than so many.
-fn requeue(service: &Service, which: Option<&[String]>, shown: usize) -> Result<Came, Failure> {
+/// Requeues these, or all if they are those of this digest.
+fn requeue(
+    service: &Service,
+    which: Option<&[String]>,
+    shown: Option<&str>,
+) -> Result<Came, Failure> {
     let letters = Letters::open(&service.config, LETTERS_PATIENCE)
         .map_err(|error| error.context("nothing was requeued"))?;
     let mut known = Vec::new();
     letters.look(|_, letter| known.push(letter.id.clone()))?;
     let ids = match which {
-        Some(ids) => {
-            let named = ids.iter().map(|id| named(id, &known));
-            named.collect::<Result<Vec<_>, _>>()?
+        Some(ids) => all_named(ids, &known, exactly)?,
+        None if shown.is_none_or(|shown| shown != digest(&known)) => {
+            return Ok(Came::Others);
         }
-        None if known.len() > shown => return Ok(Came::More(known.len())),
         None => known,
     };
     let mut settled = Vec::new();
@@ -254,7 +277,11 @@ fn requeue(service: &Service, which: Option<&[String]>, shown: usize) -> Result<
     // What is confirmed stays so.
     let _ = letters.close();
     let requeued = settled.iter().filter(|one| one.failure.is_none()).count();
-    let head = format!("{} requeued", counted(requeued, "dead letter"));
+    let all = counted(ids.len(), "dead letter");
+    let head = match requeued == ids.len() {
+        true => format!("{all} requeued"),
+        false => format!("{requeued} of {all} requeued"),
+    };
     Ok(Came::Done(std::iter::once(head).chain(told).collect()))
 }
 
@@ -262,12 +289,15 @@ fn requeue(service: &Service, which: Option<&[String]>, shown: usize) -> Result<
 fn in_words(action: &Action) -> String {
     match action {
         Action::Cancel(ids) => format!("cancel {}", bounded(&lines(ids), ", ")),
-        Action::CancelMatching(filter, count) => {
+        Action::CancelMatching(filter, shown) => {
             let which = match filter.query(0) {
                 query if query.is_empty() => "all jobs".to_owned(),
                 query => format!("all jobs with {}", one_line(&query)),
             };
-            format!("cancel {which}, {} as shown", count.unwrap_or_default())
+            let at = shown
+                .as_ref()
+                .map(|shown| format!(", as shown at {}", shown.at));
+            format!("cancel {which}{}", at.unwrap_or_default())
         }
         Action::Turns(ids, change) => {
             let verb = match change {
@@ -293,20 +323,8 @@ fn in_words(action: &Action) -> String {
         Action::Steer(host, Wish::Drained) => format!("drain worker {}", one_line(host)),
         Action::Steer(host, Wish::Resumed) => format!("resume worker {}", one_line(host)),
         Action::Requeue(ids) => format!("requeue {}", one_line(&bounded(ids, ", "))),
-        Action::RequeueAll(count) => {
-            let count = count.unwrap_or_default();
-            format!("requeue all dead letters, {count} as shown")
-        }
+        Action::RequeueAll(_) => "requeue all dead letters that were shown".to_owned(),
     }
-}
-
-/// The first of them.
-fn bounded(texts: &[String], between: &str) -> String {
-    let mut text = texts[..texts.len().min(TOLD)].join(between);
-    if let Some(more) = texts.len().checked_sub(TOLD).filter(|more| *more > 0) {
-        text += &format!("{between}and {more} more");
-    }
-    text
 }
 
 /// Sends a browser back to where it came from, with what was done.
@@ -334,28 +352,27 @@ fn done(
 }
 
 /// Asks again, for what there is now.
-fn more(
+fn ask_again(
     service: &Service,
     visit: &Visit,
     frame: &Frame<'_>,
     acting: &Acting,
     form: &Form,
-    count: usize,
 ) -> Response {
-    let notice = format!("There are {count} now, more than this form was for. Nothing was done.");
+    const NOTICE: &str = "There are others now than this form was for. Nothing was done.";
     if !visit.html {
-        return json_response(409, &json!({"error": notice, "count": count}));
+        return json_response(409, &json!({"error": NOTICE}));
     }
     let asked = match &form.action {
         Action::CancelMatching(filter, _) => {
-            confirm_matching(service, frame, acting, filter, Some(&notice))
+            confirm_matching(service, frame, acting, filter, Some(NOTICE))
         }
         Action::Cancel(_)
         | Action::Requeue(_)
         | Action::RequeueAll(_)
         | Action::Turns(..)
         | Action::Limits(..)
-        | Action::Steer(..) => confirm_requeue(service, frame, acting, Some(&notice)),
+        | Action::Steer(..) => confirm_requeue(service, frame, acting, Some(NOTICE)),
     };
     asked
         .map(|page| html(409, frame.nonce, page))

@@ -1,5 +1,6 @@
 //! What forms ask for: fields to actions. Pure.
 
+use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::actions::queues::parse_change;
@@ -16,14 +17,24 @@ const MAX_NAMED: usize = 100;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Action {
     Cancel(Vec<Uuid>),
-    /// All that match, if they are no more than the operator was shown; None before that.
-    CancelMatching(Filter, Option<usize>),
+    /// All that match, if they are those that the operator was shown; None before that.
+    CancelMatching(Filter, Option<Shown>),
     Turns(Vec<Uuid>, TurnChange),
     Limits(String, Vec<LimitChange>),
     Steer(String, Wish),
     Requeue(Vec<String>),
-    /// As many dead letters as the operator was shown; None before that.
-    RequeueAll(Option<usize>),
+    /// All dead letters, if they are those of this digest, which the operator was shown; None before
+    /// that.
+    RequeueAll(Option<String>),
+}
+
+/// The jobs that an operator was shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Shown {
+    /// When. Those that have come since are not meant.
+    pub(super) at: Timestamp,
+    /// Of their ids, see [`crate::actions::digest`].
+    pub(super) digest: String,
 }
 
 /// Which page the operator comes from, and goes back to.
@@ -65,7 +76,8 @@ struct Fields {
     window: Option<String>,
     max_running: Option<String>,
     worker: Option<String>,
-    count: Option<String>,
+    shown: Option<String>,
+    at: Option<String>,
     ids: Vec<String>,
     letters: Vec<String>,
 }
@@ -95,7 +107,8 @@ impl Fields {
                 "window" => &mut fields.window,
                 "max_running" => &mut fields.max_running,
                 "worker" => &mut fields.worker,
-                "count" => &mut fields.count,
+                "shown" => &mut fields.shown,
+                "at" => &mut fields.at,
                 _ => return Err(format!("{} is not known here", one_line(&name))),
             };
             if once.is_some() {
@@ -122,12 +135,17 @@ impl Fields {
             .map_err(|error| format!("list: {}", one_line(&error)))
     }
 
-    fn count(&self) -> Result<Option<usize>, String> {
-        let Some(count) = &self.count else {
+    fn shown(&self) -> Result<Option<Shown>, String> {
+        let Some(digest) = self.shown.clone() else {
             return Ok(None);
         };
-        let faulty = || format!("count={}: expected a whole number", one_line(count));
-        count.parse().map(Some).map_err(|_| faulty())
+        let at = required("at", &self.at)?;
+        let parsed = at.parse().ok();
+        let parsed = parsed.and_then(|at| Timestamp::from_microsecond(at).ok());
+        match parsed {
+            Some(at) => Ok(Some(Shown { at, digest })),
+            None => Err(format!("at={}: expected microseconds", one_line(&at))),
+        }
     }
 
     fn limits(&self) -> Result<Vec<LimitChange>, String> {
@@ -157,7 +175,7 @@ impl Fields {
         let worker = || required("worker", &self.worker);
         Ok(match required("do", &self.verb)?.as_str() {
             "cancel" => Action::Cancel(self.ids()?),
-            "cancel-all" => Action::CancelMatching(self.list()?, self.count()?),
+            "cancel-all" => Action::CancelMatching(self.list()?, self.shown()?),
             "priority" => Action::Turns(self.ids()?, TurnChange::Priority(self.priority()?)),
             "first" => Action::Turns(self.ids()?, TurnChange::First),
             "hold" => Action::Turns(self.ids()?, TurnChange::Hold),
@@ -167,7 +185,7 @@ impl Fields {
             "limit" => Action::Limits(queue()?, self.limits()?),
             "drain" => Action::Steer(worker()?, Wish::Drained),
             "send-back" => Action::Steer(worker()?, Wish::Resumed),
-            "requeue" if self.letters.is_empty() => Action::RequeueAll(self.count()?),
+            "requeue" if self.letters.is_empty() => Action::RequeueAll(self.shown.clone()),
             "requeue" => Action::Requeue(self.letters.clone()),
             other => return Err(format!("do={}: there is no such action", one_line(other))),
         })
@@ -228,10 +246,10 @@ mod tests {
     #[rstest]
     #[case("do=cancel&id=ID&id=ID", Action::Cancel(vec![id(), id()]))]
     #[case(
-        "do=cancel-all&list=workflow%3Da%2526b&count=7",
+        "do=cancel-all&list=workflow%3Da%2526b&shown=x&at=7",
         Action::CancelMatching(
             Filter { workflow: Some("a&b".to_owned()), ..Filter::default() },
-            Some(7),
+            Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
         )
     )]
     #[case("do=cancel-all", Action::CancelMatching(Filter::default(), None))]
@@ -261,7 +279,7 @@ mod tests {
     #[case("do=drain&worker=w%40h", Action::Steer("w@h".to_owned(), Wish::Drained))]
     #[case("do=send-back&worker=w%40h", Action::Steer("w@h".to_owned(), Wish::Resumed))]
     #[case("do=requeue&letter=1&letter=2", Action::Requeue(vec!["1".to_owned(), "2".to_owned()]))]
-    #[case("do=requeue&count=2", Action::RequeueAll(Some(2)))]
+    #[case("do=requeue&shown=x", Action::RequeueAll(Some("x".to_owned())))]
     fn a_form_asks_for_an_action(#[case] text: &str, #[case] action: Action) {
         let form = Form::parse(text.replace("ID", ID).as_bytes()).unwrap();
         assert_eq!(form.action, action);
@@ -285,7 +303,12 @@ mod tests {
         "do=cancel&id=ID&job=https://evil",
         "job=https://evil: expected a job's id"
     )]
-    #[case("do=cancel-all&count=-1", "count=-1: expected a whole number")]
+    #[case("do=cancel-all&shown=x", "at is missing")]
+    #[case("do=cancel-all&shown=x&at=soon", "at=soon: expected microseconds")]
+    #[case(
+        "do=cancel-all&shown=x&at=9223372036854775807",
+        "at=9223372036854775807: expected microseconds"
+    )]
     #[case("do=priority&id=ID", "level is missing")]
     #[case(
         "do=priority&id=ID&level=top",

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::harness::browser::Browser;
 use crate::harness::deployment::{Deployment, PATIENCE, Service, eventually};
-use crate::harness::operator::{Operator, exchange};
+use crate::harness::operator::{Answer, Operator, exchange};
 use crate::harness::peers::Client;
 use crate::harness::proxy::{End, Proxy, Weather};
 use crate::python::{CeleryWorker, PYTHON};
@@ -29,6 +29,26 @@ const ACCOUNTS: [(&str, &str); 2] = [("HTTP_BASIC_AUTH", ANNA), ("HTTP_READONLY_
 fn start(scene: &Scene) -> Service {
     let variables = [&scene.variables()[..], &ACCOUNTS].concat();
     scene.deployment.start_with(&variables)
+}
+
+/// What a confirmation of all that match is bound to.
+struct Shown(String, String);
+
+impl Shown {
+    fn on(page: &Answer) -> Shown {
+        let field = |name| page.field(name).unwrap().to_owned();
+        Shown(field("shown"), field("at"))
+    }
+
+    fn fields<'a>(&'a self, list: &'a str) -> [(&'a str, &'a str); 4] {
+        let Shown(digest, at) = self;
+        [
+            ("do", "cancel-all"),
+            ("list", list),
+            ("shown", digest),
+            ("at", at),
+        ]
+    }
 }
 
 /// Jobs that are held, on a deployment whose queue is paused.
@@ -227,26 +247,59 @@ fn dead_letters_are_requeued() {
         .get("/confirm?do=requeue")
         .is(200, "Requeue 2 dead letters?");
     let letter = asked.field("letter").unwrap().to_owned();
-    let sent = anna.send(&[("do", "requeue"), ("count", "1")]);
-    sent.is(
-        409,
-        "There are 2 now, more than this form was for. Nothing was done.",
-    );
-    assert_eq!(letters(), 2);
+    let shown = asked.field("shown").unwrap();
+    // A beginning of an id is none.
+    let sent = anna.send(&[("do", "requeue"), ("letter", &letter[..8])]);
+    sent.is(400, "there is no dead letter");
     let sent = anna.send(&[("do", "requeue"), ("letter", &letter)]);
     anna.done(&sent, &format!("{letter}: requeued"));
     let sent = anna.send(&[("do", "requeue"), ("letter", &letter)]);
     sent.is(400, "there is no dead letter");
-    // It is as faulty as it was, and is a letter again.
+    // It is as faulty as it was, and is a letter again: as many as before, but others.
     eventually("two letters again", || (letters() == 2).then_some(()));
-    let sent = anna.send(&[("do", "requeue"), ("count", "2")]);
-    anna.done(&sent, "2 dead letters requeued");
-    service.logged(": requeue all dead letters, 2 as shown: 2 dead letters requeued");
+    let sent = anna.send(&[("do", "requeue"), ("shown", shown)]);
+    let again = sent.is(
+        409,
+        "There are others now than this form was for. Nothing was done.",
+    );
+    assert_eq!(letters(), 2);
+    let shown = again.field("shown").unwrap();
+    let sent = anna.send(&[("do", "requeue"), ("shown", shown)]);
+    let page = anna.done(&sent, "2 dead letters requeued");
+    assert_eq!(page.body.matches(": requeued").count(), 2, "{page:?}");
+    service.logged(" asks: requeue all dead letters that were shown");
+    service.logged(": requeue all dead letters that were shown: 2 dead letters requeued");
+}
+
+/// What somebody else is looking at is not requeued, and nobody is told that it was.
+#[test]
+fn a_letter_that_somebody_looks_at_is_not_said_to_be_requeued() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let service = deployment.start_with(&ACCOUNTS);
+    let anna = Operator::at(&service, ANNA);
+    let letters = || client.peer.queue_length(DEAD_LETTERS_QUEUE);
+    client.peer.send("job_deletions", b"\xff");
+    eventually("a letter", || (letters() == 1).then_some(()));
+    let asked = anna
+        .get("/confirm?do=requeue")
+        .is(200, "Requeue 1 dead letter?");
+    let letter = asked.field("letter").unwrap();
+    let shown = asked.field("shown").unwrap();
+    let held = client.peer.hold(DEAD_LETTERS_QUEUE);
+    let sent = anna.send(&[("do", "requeue"), ("letter", letter)]);
+    sent.is(400, "or somebody else is looking at it");
+    let sent = anna.send(&[("do", "requeue"), ("shown", shown)]);
+    sent.is(409, "or somebody else is looking at them now");
+    client.peer.give_back(held);
+    eventually("it is there again", || (letters() == 1).then_some(()));
+    let sent = anna.send(&[("do", "requeue"), ("letter", letter)]);
+    anna.done(&sent, "1 dead letter requeued");
 }
 
 #[test]
-fn all_that_match_are_cancelled_if_they_are_no_more_than_were_shown() {
-    let (scene, service, _) = held_jobs(3);
+fn all_that_match_are_cancelled_if_they_are_those_that_were_shown() {
+    let (scene, service, jobs) = held_jobs(3);
     let others = [scene.submit_as("other"), scene.submit_as("other")];
     scene.held(5);
     let anna = Operator::at(&service, ANNA);
@@ -259,38 +312,47 @@ fn all_that_match_are_cancelled_if_they_are_no_more_than_were_shown() {
             list.replace('%', "%25").replace('=', "%3D")
         ))
         .is(200, "Cancel 3 jobs?");
-    assert_eq!(asked.field("count"), Some("3"));
-    // Meanwhile there is one more.
-    scene.submit_as("owner");
-    let fields = [("do", "cancel-all"), ("list", list), ("count", "3")];
-    let again = anna
-        .send(&fields)
-        .is(409, "There are 4 now, more than this form was for.");
-    assert_eq!(again.field("count"), Some("4"));
+    let shown = Shown::on(&asked);
+    // Meanwhile one more has come, which is not meant, though one has gone whose place it takes.
+    let late = scene.submit_as("owner");
+    scene.client.cancel(jobs[0]);
+    assert_eq!(scene.client.outcome(jobs[0]).0, ResultType::Cancelled);
+    scene.held(5);
+    let again = anna.send(&shown.fields(list)).is(
+        409,
+        "There are others now than this form was for. Nothing was done.",
+    );
+    assert!(again.body.contains("Cancel 3 jobs?"), "{again:?}");
+    scene.held(5);
+    // Two operators at once, who have been shown the same.
+    let shown = Shown::on(&again);
+    let last = scene.submit_as("owner");
     scene.held(6);
-    // Two operators at once, who have been shown as many.
-    let fields = [("do", "cancel-all"), ("list", list), ("count", "4")];
     let token = anna.token();
+    let fields = [&shown.fields(list)[..], &[("token", &token)]].concat();
     let answers = thread::scope(|scope| {
-        let send = || anna.send_forged(&[&fields[..], &[("token", &token)]].concat(), "");
+        let send = || anna.send_forged(&fields, "");
         let threads = [scope.spawn(send), scope.spawn(send)];
         threads.map(|thread| thread.join().unwrap())
     });
-    for answer in answers {
-        anna.done(&answer, "asked to end");
+    let (done, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|one| one.status == 303);
+    let page = anna.done(done[0], "3 jobs asked to end");
+    for job in [jobs[1], jobs[2], late] {
+        assert!(page.body.contains(&format!("job {job}")), "{page:?}");
+        service.logged(&format!("job {job}"));
     }
-    scene.held(2);
+    assert!(refused.iter().all(|one| one.status == 409), "{refused:?}");
+    scene.held(3);
+    let others = [others[0], others[1], last];
     let ids = others.map(|job| format!("'{job}'")).join(", ");
     let left = format!("SELECT count(*) FROM job WHERE job_id IN ({ids})");
-    scene.deployment.comes_to(2, &left);
+    scene.deployment.comes_to(3, &left);
     let cancelled = "SELECT count(*) FROM job_history WHERE outcome = 'CANCELLED'";
     scene.deployment.comes_to(4, cancelled);
-    anna.send(&[
-        ("do", "cancel-all"),
-        ("list", "finished=true"),
-        ("count", "9"),
-    ])
-    .is(400, "these jobs have ended already");
+    anna.send(&shown.fields("finished=true"))
+        .is(400, "these jobs have ended already");
+    // Without what was shown, it is shown.
+    anna.send(&[("do", "cancel-all")]).is(409, "Cancel 3 jobs?");
 }
 
 /// Whatever is sent, nobody is asked to end.
@@ -346,7 +408,9 @@ fn a_form_of_somebody_else_does_not_count() {
     ben.get(&format!("/confirm?do=cancel&id={job}"))
         .is(403, "may only look");
     service.logged(": POST /act is refused: This account may only look.");
-    let line = service.logged(&format!(": GET /confirm?do=cancel&id={job} is refused: This acc"));
+    let line = service.logged(&format!(
+        ": GET /confirm?do=cancel&id={job} is refused: This acc"
+    ));
     assert!(line.contains("ben at 127.0.0.1:"), "{line}");
     // A browser on plain HTTP says nothing of where it was sent from.
     let line = format!("GET /confirm?do=cancel&id={job}");
@@ -480,7 +544,7 @@ fn garbage_in_forms_disturbs_nothing() {
     let service = deployment.start_with(&ACCOUNTS);
     let anna = Operator::at(&service, ANNA);
     let body = format!(
-        "do=cancel-all&list=text%3Da&count=3&id=%zz&queue=x&token={}",
+        "do=cancel-all&list=text%3Da&shown=x&at=3&id=%zz&queue=x&token={}",
         anna.token()
     );
     let headers = format!(
@@ -522,8 +586,8 @@ fn garbage_in_forms_disturbs_nothing() {
         .unwrap();
     assert!(service.readiness().unwrap().0);
     assert!(!service.log().contains("panic"));
-    anna.send(&[("do", "cancel-all"), ("count", "0")])
-        .is(303, "0 jobs asked to end");
+    anna.send(&[("do", "cancel-all")])
+        .is(409, "There is none that has not ended.");
 }
 
 #[test]
@@ -618,7 +682,10 @@ fn wrong_passwords_are_slow_and_hold_up_nobody() {
         .is(429, "Too many wrong passwords");
     drop(of_ben);
     let answer = exchange(from([127, 0, 0, 1], anna.address), &right);
-    let answer = answer.is(429, "Too many wrong passwords for this account from this address.");
+    let answer = answer.is(
+        429,
+        "Too many wrong passwords for this account from this address.",
+    );
     assert_eq!(answer.header("Retry-After"), Some("2"));
     exchange(from([127, 0, 0, 2], anna.address), &right).is(200, "OMOTES jobs");
     assert!(service.readiness().unwrap().0);

@@ -52,7 +52,7 @@ pub(super) fn run(config: &Config, ids: &[Uuid], matching: &Matching) -> anyhow:
     let mut connection = connect(config)?;
     match ids {
         [] => all_that_match(config, &mut connection, matching),
-        ids => turns::tell(&jobs::cancel(config, &mut connection, ids)?),
+        ids => turns::tell(&jobs::cancel(config, connection, ids)?),
     }
 }
 

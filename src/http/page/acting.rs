@@ -5,14 +5,15 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use uuid::Uuid;
 
 use super::{Frame, STYLE, document};
-use crate::actions::counted;
+use crate::actions::jobs::Matching;
+use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
 use crate::domain::worker::{WorkerState, WorkerView};
-use crate::http::form::Back;
+use crate::http::form::{Back, Shown};
 use crate::telemetry::report::{harmless, one_line, readable};
 
 /// Jobs and letters that a page of confirmation names.
-pub(in crate::http) const NAMED: usize = 20;
+pub(in crate::http) const NAMED: usize = TOLD;
 
 /// What each form carries.
 pub(in crate::http) struct Acting {
@@ -232,26 +233,27 @@ pub(super) fn note(note: Option<&str>) -> Markup {
     html! { @if let Some(note) = note { p.alarm.note role="status" { (readable(note)) } } }
 }
 
-/// Asks again before these jobs are cancelled, of which there are `count`; `notice` says why it asks
-/// once more. `fields` are those of the form.
+/// Asks again before so many jobs are cancelled, `jobs` and others; `notice` says why it asks once
+/// more. `fields` are those of the form.
 fn cancelling(
     frame: &Frame<'_>,
     acting: &Acting,
-    jobs: &[JobView],
+    (jobs, count): (&[JobView], usize),
     notice: Option<&str>,
     fields: Markup,
 ) -> String {
-    let what = counted(jobs.len(), "job");
+    let what = counted(count, "job");
+    let named = &jobs[..jobs.len().min(NAMED)];
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
         h2 { "Cancel " (what) "?" }
         p { "Their workers stop, and what they have computed is lost. Clients are told that they were cancelled." }
-        ul { @for job in jobs.iter().take(NAMED) { li {
+        ul { @for job in named { li {
             a href={ "/jobs/" (job.id) } { (job_name(job)) } " "
             span.dim { (harmless(job.workflow.as_deref().unwrap_or("–"))) ", " (harmless(&job.state_text())) }
         } } }
-        @if jobs.len() > NAMED { p.dim { "and " (jobs.len() - NAMED) " more" } }
-        @if jobs.is_empty() { p { "There is none that has not ended." } } @else {
+        @if count > named.len() { p.dim { "and " (count - named.len()) " more" } }
+        @if count == 0 { p { "There is none that has not ended." } } @else {
             (acting.form(html! { (fields) button.danger { "Cancel " (what) } }))
         }
         (leave(acting))
@@ -272,53 +274,62 @@ pub(in crate::http) fn confirm_cancel(
         input type="hidden" name="do" value="cancel";
         @for job in jobs { input type="hidden" name="id" value=(job.id); }
     };
-    cancelling(frame, acting, jobs, None, fields)
+    cancelling(frame, acting, (jobs, jobs.len()), None, fields)
 }
 
 pub(in crate::http) fn confirm_matching(
     frame: &Frame<'_>,
     acting: &Acting,
-    jobs: &[JobView],
+    found: &Matching,
+    shown: &Shown,
     notice: Option<&str>,
 ) -> String {
     let fields = html! {
         input type="hidden" name="do" value="cancel-all";
-        input type="hidden" name="count" value=(jobs.len());
+        input type="hidden" name="shown" value=(shown.digest);
+        input type="hidden" name="at" value=(shown.at.as_microsecond());
     };
+    let jobs = (&*found.first, found.ids.len());
     cancelling(frame, acting, jobs, notice, fields)
 }
 
-/// Asks which dead letters are requeued, the first of `count`.
+/// Asks which dead letters are requeued.
 pub(in crate::http) fn confirm_requeue(
     frame: &Frame<'_>,
     acting: &Acting,
-    letters: &[Letter],
-    count: usize,
+    first: &[Letter],
+    ids: &[String],
+    digest: &str,
     notice: Option<&str>,
 ) -> String {
+    let count = ids.len();
     let what = counted(count, "dead letter");
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
         h2 { "Requeue " (what) "?" }
         p { "They go back to the queues they came from, as they were, and are handled again." }
-        @if count == 0 { p { "There is none." } } @else {
+        @if count == 0 { p { "There is none, or somebody else is looking at them now." } } @else {
             div.card { table {
                 thead { tr { th { "Id" } th { "Time" } th { "Queue" } th { "Reason" } th { "Actions" } } }
-                tbody { @for letter in letters { tr {
+                tbody { @for letter in first { tr {
                     td { code { (one_line(&letter.id)) } }
                     td { (one_line(&letter.time)) }
                     td { (one_line(&letter.queue)) }
                     td { (one_line(&letter.reason)) }
                     td { @if !letter.id.is_empty() { (acting.form(html! {
                         input type="hidden" name="letter" value=(letter.id);
+                        @let same = ids.iter().filter(|id| **id == letter.id).count();
+                        @let text = if same == 1 { "Requeue this one".to_owned() } else {
+                            format!("Requeue the {same} with this id")
+                        };
                         button name="do" value="requeue"
-                            aria-label={ "Requeue this one: " (one_line(&letter.id)) } { "Requeue this one" }
+                            aria-label={ (text) ": " (one_line(&letter.id)) } { (text) }
                     })) } }
                 } } }
             } }
-            @if count > letters.len() { p.dim { "and " (count - letters.len()) " more" } }
+            @if count > first.len() { p.dim { "and " (count - first.len()) " more" } }
             (acting.form(html! {
-                input type="hidden" name="count" value=(count);
+                input type="hidden" name="shown" value=(digest);
                 button name="do" value="requeue" { "Requeue " (what) }
             }))
         }

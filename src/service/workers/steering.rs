@@ -56,33 +56,50 @@ impl Steered {
 /// It is gone, has not confirmed it, or nothing is known of its queues; or a connection is lost.
 pub fn steer(
     config: &Config,
-    connection: &mut Connection,
+    mut connection: Connection,
     worker: &Worker,
     wish: Wish,
+    stop: &Signal,
 ) -> anyhow::Result<Steered> {
-    let name = one_line(&worker.host);
-    ensure!(
-        worker.state != WorkerState::Gone,
-        "the worker {name} is gone"
-    );
-    ensure!(
-        !worker.serves.is_empty(),
-        "nothing is known of the queues of {name}"
-    );
+    check(worker).map_err(anyhow::Error::msg)?;
     // Before it is told: the service sends those back that are wished to be.
     connection.wish(&worker.host, wish)?;
+    // Others may need it while the worker takes its time.
+    drop(connection);
     let link = Link::open(&config.celery_rabbitmq, "steering a worker")?;
-    let steered = within_deadline(DEADLINE, || link.kill(), || tell(&link, worker, wish));
-    let closed = link.close_within(DEADLINE);
-    let steered = steered?;
-    closed?;
-    Ok(steered)
+    let steered = within_deadline(DEADLINE, || link.kill(), || tell(&link, worker, wish, stop));
+    // What the worker has confirmed stays so, whatever becomes of the connection.
+    let _ = link.close_within(DEADLINE);
+    steered
+}
+
+/// Whether there is a worker to be told anything.
+///
+/// # Errors
+/// Why there is none.
+pub fn check(worker: &Worker) -> Result<(), String> {
+    let name = one_line(&worker.host);
+    match worker {
+        Worker {
+            state: WorkerState::Gone,
+            ..
+        } => Err(format!("the worker {name} is gone")),
+        Worker { serves, .. } if serves.is_empty() => {
+            Err(format!("nothing is known of the queues of {name}"))
+        }
+        Worker { .. } => Ok(()),
+    }
 }
 
 /// Tells it until it says that it is so.
-fn tell(link: &Link, worker: &Worker, wish: Wish) -> anyhow::Result<Steered> {
+fn tell(link: &Link, worker: &Worker, wish: Wish, stop: &Signal) -> anyhow::Result<Steered> {
     let since = Instant::now();
-    let mut answers = ask(link, worker, &[Control::ActiveQueues, Control::Active])?;
+    let mut answers = ask(
+        link,
+        worker,
+        &[Control::ActiveQueues, Control::Active],
+        stop,
+    )?;
     while since.elapsed() < PATIENCE {
         let wrong: BTreeSet<String> = match (&answers.queues, wish) {
             (Some(queues), Wish::Drained) => queues.clone(),
@@ -108,9 +125,14 @@ fn tell(link: &Link, worker: &Worker, wish: Wish) -> anyhow::Result<Steered> {
             })
             .collect();
         if !orders.is_empty() {
-            ask(link, worker, &orders)?;
+            ask(link, worker, &orders, stop)?;
         }
-        answers = ask(link, worker, &[Control::ActiveQueues, Control::Active])?;
+        answers = ask(
+            link,
+            worker,
+            &[Control::ActiveQueues, Control::Active],
+            stop,
+        )?;
     }
     bail!(
         "{} has not confirmed it within {PATIENCE:?}; if it is busy or held up, it may still hear of it",
@@ -118,11 +140,14 @@ fn tell(link: &Link, worker: &Worker, wish: Wish) -> anyhow::Result<Steered> {
     )
 }
 
-fn ask(link: &Link, worker: &Worker, questions: &[Control<'_>]) -> anyhow::Result<Answer> {
+fn ask(
+    link: &Link,
+    worker: &Worker,
+    questions: &[Control<'_>],
+    stop: &Signal,
+) -> anyhow::Result<Answer> {
     let mut answers = BTreeMap::new();
     let mut missing = questions.len();
-    // Whoever runs the command may interrupt it.
-    let (_running, never) = Signal::pending();
     let messages = messages(questions, Some(slice::from_ref(&worker.host)), || 1);
     let note = |place: usize, answer: &[u8]| {
         questions[place].note(answer, &mut answers);
@@ -132,6 +157,11 @@ fn ask(link: &Link, worker: &Worker, questions: &[Control<'_>]) -> anyhow::Resul
             _ => ControlFlow::Continue(()),
         }
     };
-    link.ask(&messages, ANSWER_TIME, &Calls::default(), &never, note)?;
+    let is_complete = link.ask(&messages, ANSWER_TIME, &Calls::default(), stop, note)?;
+    ensure!(
+        is_complete,
+        "the service stops before {} has confirmed it",
+        one_line(&worker.host)
+    );
     Ok(answers.remove(&worker.host).unwrap_or_default())
 }

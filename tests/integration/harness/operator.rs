@@ -96,7 +96,11 @@ impl<'a> Operator<'a> {
     }
 
     pub fn get(&self, path: &str) -> Answer {
-        self.request(&format!("GET {path}"), "Sec-Fetch-Site: same-origin\r\n", b"")
+        self.request(
+            &format!("GET {path}"),
+            "Sec-Fetch-Site: same-origin\r\n",
+            b"",
+        )
     }
 
     /// The token that the page's forms have.

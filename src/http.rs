@@ -40,8 +40,12 @@ use server::{DEADLINE, Reply, Request, Response, Server, Ticket};
 
 /// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
-/// For how long the client of an action is waited for. RabbitMQ and workers may take their time.
+/// For how long the client of an action is waited for. RabbitMQ and workers may take their time, and
+/// even more than that.
 const ACTION_TIME: Duration = Duration::from_secs(60);
+const CONFIRMED_LATE: &str = "This takes longer than anybody waits for it. Nothing was done.";
+const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it is done is not known \
+                         yet: the log will tell.";
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
@@ -143,9 +147,11 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
             route => route,
         };
         let (lane, html) = (lanes.of(&route), visit.html);
-        let time = match route {
-            Route::Confirm(_) | Route::Act(_) => ACTION_TIME,
-            _ => Duration::ZERO,
+        let late = |why| Some(Box::new(refusal(html, 503, why)));
+        let (time, otherwise) = match route {
+            Route::Confirm(_) => (ACTION_TIME, late(CONFIRMED_LATE)),
+            Route::Act(_) => (ACTION_TIME, late(DONE_LATE)),
+            _ => (Duration::ZERO, None),
         };
         let question = Question {
             ticket,
@@ -154,7 +160,7 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
             since: Instant::now(),
         };
         match lane.try_send(question) {
-            Ok(()) => Reply::Later(time),
+            Ok(()) => Reply::Later(time, otherwise),
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
                 Reply::Now(refusal(html, 503, "Too many requests at once."))
             }
@@ -464,4 +470,101 @@ pub fn check(bind: SocketAddr) -> anyhow::Result<()> {
         bail!("{url}: {}", response.body_mut().read_to_string()?.trim());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::thread;
+
+    use base64::Engine;
+    use base64::prelude::BASE64_STANDARD;
+    use crossbeam_channel::bounded;
+
+    use super::*;
+
+    /// An endpoint with an operator, and a service that is connected to nothing.
+    fn parts() -> (Endpoint, Service) {
+        let path = format!("{}/config/workflow_config.json", env!("CARGO_MANIFEST_DIR"));
+        let catalogue = crate::config::read_catalogue(path.as_ref()).unwrap();
+        let lookup = |name: &str| {
+            let value = match name {
+                "HTTP_BIND" => "127.0.0.1:0",
+                "HTTP_BASIC_AUTH" => "anna:s3cret",
+                _ => return None,
+            };
+            Some(value.to_owned())
+        };
+        let config = Config::read(&lookup).unwrap();
+        let endpoint = Endpoint::listen(&config).unwrap().unwrap();
+        let (service, _) = Service::new(config, catalogue).unwrap();
+        (endpoint, service)
+    }
+
+    /// Sends a cancel, as a form does.
+    fn send(endpoint: &Endpoint) -> TcpStream {
+        let token = endpoint
+            .accounts
+            .seal(Purpose::Form, "anna", Timestamp::now());
+        let body = format!("do=cancel&id={}&token={token}", Uuid::nil());
+        let request = format!(
+            "POST /act HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic {}\r\n\
+             Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{body}",
+            BASE64_STANDARD.encode("anna:s3cret"),
+            body.len(),
+        );
+        let mut stream = TcpStream::connect(endpoint.server.address()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream
+    }
+
+    fn answer_on(mut stream: TcpStream) -> String {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    fn lanes(actions: Sender<Question>) -> Lanes<Sender<Question>> {
+        let other = || bounded(0).0;
+        Lanes {
+            pages: other(),
+            searches: other(),
+            metrics: other(),
+            actions,
+            slow_actions: other(),
+        }
+    }
+
+    /// Neither when too many wait already nor when it has waited for too long.
+    #[test]
+    fn an_action_that_does_not_come_to_be_done_is_said_not_to_be() {
+        let (endpoint, service) = parts();
+        let (endpoint, service) = (&endpoint, &service);
+        let (questions, asked) = bounded(1);
+        let lanes = lanes(questions);
+        thread::scope(|scope| {
+            scope.spawn(|| serve(endpoint, service, &lanes));
+            let first = send(endpoint);
+            let mut question = asked.recv_timeout(DEADLINE).unwrap();
+            let second = send(endpoint);
+            // One waits, and there is no room for another.
+            let second = (second, asked.recv_timeout(DEADLINE).unwrap());
+            lanes.actions.try_send(second.1).unwrap();
+            let refused = answer_on(send(endpoint));
+            assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+            assert!(refused.contains("Too many requests at once."), "{refused}");
+            let (late, asked_late) = bounded(1);
+            question.since = question.since.checked_sub(DEADLINE).unwrap();
+            late.send(question).unwrap();
+            drop(late);
+            let (_running, stop) = Signal::pending();
+            answer(endpoint, service, &asked_late, &stop);
+            let told = answer_on(first);
+            assert!(told.starts_with("HTTP/1.1 503 "), "{told}");
+            assert!(told.contains("nothing was done"), "{told}");
+            drop(second.0);
+            endpoint.stop();
+        });
+    }
 }

@@ -103,8 +103,8 @@ pub(super) struct Ticket(Token);
 pub(super) enum Reply {
     Now(Response),
     /// [`Server::answer`] is called by another thread. Until then its client is waited for at least
-    /// so long.
-    Later(Duration),
+    /// so long, and gets this if that was too short; else it is disconnected.
+    Later(Duration, Option<Box<Response>>),
 }
 
 /// An answer.
@@ -291,7 +291,7 @@ impl<R> Connections<R> {
         let due: Vec<_> = due.map(|(token, _)| *token).collect();
         for token in due {
             self.go_on(token, |connection| {
-                if connection.deadline <= now {
+                if connection.deadline <= now && !connection.give_up_waiting(now) {
                     return Ok(());
                 }
                 if let Progress::Held(bytes, _) = &mut connection.state {
@@ -328,7 +328,12 @@ impl<R> Connections<R> {
             };
             self.by_token.insert(token, connection);
             if self.by_token.len() > MAX_CONNECTIONS {
-                self.by_token.pop_first();
+                let is_waiting =
+                    |one: &Connection<R>| matches!(one.state, Progress::Waiting { .. });
+                let all = self.by_token.iter();
+                let all = all.map(|(token, one)| (*token, is_waiting(one)));
+                let victim = victim(all);
+                victim.and_then(|token| self.by_token.remove(&token));
             }
         }
     }
@@ -336,7 +341,7 @@ impl<R> Connections<R> {
     /// Starts writing an answer that was waited for.
     fn answer(&mut self, token: Token, response: Response) {
         self.go_on(token, |connection| {
-            if let Progress::Waiting { head_only } = connection.state {
+            if let Progress::Waiting { head_only, .. } = connection.state {
                 connection.state = answering(response, head_only);
             }
             connection.send()
@@ -358,6 +363,13 @@ impl<R> Connections<R> {
     }
 }
 
+/// Who is disconnected when there are too many: the oldest, but rather one whose answer is not being
+/// worked on, for what is worked on may be an action whose outcome somebody waits for.
+fn victim(connections: impl Iterator<Item = (Token, bool)>) -> Option<Token> {
+    let chosen = connections.min_by_key(|(token, is_waiting)| (*is_waiting, *token));
+    chosen.map(|(token, _)| token)
+}
+
 struct Connection<R> {
     stream: TcpStream,
     peer: SocketAddr,
@@ -371,7 +383,11 @@ enum Progress<R> {
     /// An admitted request whose body is so long, and has not arrived as a whole.
     Sending(Request, R, usize),
     /// The answer takes its time.
-    Waiting { head_only: bool },
+    Waiting {
+        head_only: bool,
+        /// What is said if it takes too much.
+        otherwise: Option<Box<Response>>,
+    },
     /// The answer is not given before then.
     Held(Vec<u8>, Instant),
     /// What remains to be written of the answer, and from where.
@@ -400,6 +416,23 @@ impl<R> Connection<R> {
             | Progress::Answering(..)
             | Progress::Answered(_) => self.deadline,
         }
+    }
+
+    /// Begins to say that the answer takes too long, if there is anything to be said.
+    fn give_up_waiting(&mut self, now: Instant) -> bool {
+        let Progress::Waiting {
+            head_only,
+            otherwise,
+        } = &mut self.state
+        else {
+            return false;
+        };
+        let Some(response) = otherwise.take() else {
+            return false;
+        };
+        self.state = answering(*response, *head_only);
+        self.deadline = now + DEADLINE;
+        true
     }
 
     /// Reads the request, as far as it has arrived, and has it answered when it is complete.
@@ -448,9 +481,12 @@ impl<R> Connection<R> {
             let head_only = request.method == "HEAD";
             self.state = match answer(admitted, &request) {
                 Reply::Now(response) => answering(response, head_only),
-                Reply::Later(time) => {
+                Reply::Later(time, otherwise) => {
                     self.deadline = self.deadline.max(Instant::now() + time);
-                    Progress::Waiting { head_only }
+                    Progress::Waiting {
+                        head_only,
+                        otherwise,
+                    }
                 }
             };
         }
@@ -544,5 +580,57 @@ fn parse(head: &[u8], peer: SocketAddr) -> Parsed {
             Parsed::Faulty(Response::text(431, "The request's head is too long."))
         }
         Err(error) => Parsed::Faulty(Response::text(400, &format!("No HTTP request: {error}."))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::the_oldest(&[(2, false), (3, false)], Some(2))]
+    #[case::not_one_that_is_worked_on(&[(2, true), (3, false), (4, false)], Some(3))]
+    #[case::of_those_the_oldest(&[(2, true), (3, true)], Some(2))]
+    #[case::none(&[], None)]
+    fn of_too_many_one_is_disconnected(
+        #[case] connections: &[(usize, bool)],
+        #[case] expected: Option<usize>,
+    ) {
+        let all = connections.iter();
+        let all = all.map(|(token, is_waiting)| (Token(*token), *is_waiting));
+        assert_eq!(victim(all), expected.map(Token));
+    }
+
+    #[rstest]
+    #[case::an_action(Some("not known"), "HTTP/1.1 503 ")]
+    #[case::a_page(None, "")]
+    fn whoever_waits_too_long_is_told(#[case] otherwise: Option<&str>, #[case] answer: &str) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = std::net::TcpStream::connect(address).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let token = Token(FIRST_CONNECTION);
+        let otherwise = otherwise.map(|text| Box::new(Response::text(503, text)));
+        let connection = Connection::<()> {
+            stream: TcpStream::from_std(stream),
+            peer,
+            deadline: Instant::now(),
+            state: Progress::Waiting {
+                head_only: false,
+                otherwise,
+            },
+        };
+        let mut connections = Connections {
+            by_token: BTreeMap::from([(token, connection)]),
+            last: 1,
+        };
+        connections.end_waits();
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with(answer), "{text}");
+        assert_eq!(text.is_empty(), answer.is_empty(), "{text}");
+        assert_eq!(connections.by_token.is_empty(), answer.is_empty());
     }
 }

@@ -798,6 +798,16 @@ fn the_forms_work_in_a_browser(#[case] width: u32) {
     let kept = "const all = document.querySelector('details'); \
                 return [all.open, all.querySelector('input[name=window]').value]";
     assert_eq!(browser.run(kept), json!([true, "7"]));
+    // What is chosen stays chosen, though the options before it become others.
+    let chosen = browser.run(
+        "const all = document.querySelector('details select'); \
+         all.options[0].remove(); all.value = [...all.options].pop().value; \
+         all.dispatchEvent(new Event('input', {bubbles: true})); return all.value",
+    );
+    browser.run("document.querySelector('footer').textContent = 'old'");
+    browser.shows(", version ");
+    let still = browser.run("return document.querySelector('details select').value");
+    assert_eq!(still, chosen);
     browser.run("document.querySelector('a.button[href*=\"do=cancel&\"]').click()");
     browser.shows("Cancel 1 job?");
     assert_eq!(browser.run(fits), true);

@@ -5,8 +5,13 @@
 const PERIOD = 2000;
 const PATIENCE = 15000;
 
+// Forms in which somebody has typed or chosen something. They stay as they are: options have no
+// identity, and another one may take the place of the one that was chosen.
+const touched = new WeakSet();
+document.addEventListener("input", ({ target }) => target.form && touched.add(target.form));
+
 function morph(old, fresh) {
-  if (old.isEqualNode(fresh)) return;
+  if (old.isEqualNode(fresh) || touched.has(old)) return;
   if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName || old.id !== fresh.id) {
     old.replaceWith(fresh);
     return;

@@ -10,6 +10,7 @@
 mod harness;
 
 mod acting;
+mod admission;
 mod cancelling;
 mod cli;
 mod cluster;

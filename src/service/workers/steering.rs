@@ -79,16 +79,13 @@ pub fn steer(
 /// Why there is none.
 pub fn check(worker: &Worker) -> Result<(), String> {
     let name = one_line(&worker.host);
-    match worker {
-        Worker {
-            state: WorkerState::Gone,
-            ..
-        } => Err(format!("the worker {name} is gone")),
-        Worker { serves, .. } if serves.is_empty() => {
-            Err(format!("nothing is known of the queues of {name}"))
-        }
-        Worker { .. } => Ok(()),
+    if worker.state == WorkerState::Gone {
+        return Err(format!("the worker {name} is gone"));
     }
+    if worker.serves.is_empty() {
+        return Err(format!("nothing is known of the queues of {name}"));
+    }
+    Ok(())
 }
 
 /// Tells it until it says that it is so.
@@ -164,4 +161,30 @@ fn ask(
         one_line(&worker.host)
     );
     Ok(answers.remove(&worker.host).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use jiff::Timestamp;
+    use rstest::rstest;
+
+    /// Before anything is asked of a service: that it cannot be done is certain then.
+    #[rstest]
+    #[case(WorkerState::Busy, &["a"], Ok(()))]
+    #[case(WorkerState::Silent, &["a"], Ok(()))]
+    #[case(WorkerState::Gone, &["a"], Err("the worker w\\n is gone"))]
+    #[case(WorkerState::Busy, &[], Err("nothing is known of the queues of w\\n"))]
+    fn only_a_worker_that_is_there_is_steered(
+        #[case] state: WorkerState,
+        #[case] serves: &[&str],
+        #[case] expected: Result<(), &str>,
+    ) {
+        let worker = Worker {
+            state,
+            serves: serves.iter().map(|queue| (*queue).to_owned()).collect(),
+            ..Worker::new("w\n", Timestamp::UNIX_EPOCH)
+        };
+        assert_eq!(check(&worker), expected.map_err(str::to_owned));
+    }
 }

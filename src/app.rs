@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
-use crate::http::{self, Server};
+use crate::http::{self, Endpoint};
 use crate::service::database;
 use crate::service::handler::{ForWantOfPostgres, panic_text};
 use crate::service::queues;
@@ -39,7 +39,7 @@ const GOOD_SESSION: Duration = Duration::from_secs(60);
 /// database's revision.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let catalogue = config::read_catalogue(&config.workflow_config_path)?;
-    let server = config.http_bind.map(http::listen).transpose()?;
+    let endpoint = Endpoint::listen(&config)?;
     let (service, catalogue_changed) = Service::new(config, catalogue)?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2])?;
     let signals_handle = signals.handle();
@@ -60,8 +60,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             wait_for_end(&signalled, &all_finished, stop);
         })?;
         let mut aside = Vec::new();
-        if let Some(server) = &server {
-            aside.extend(start_http(scope, server, service, &stopped)?);
+        if let Some(endpoint) = &endpoint {
+            aside.extend(start_http(scope, endpoint, service, &stopped)?);
         }
 
         let outcome = database::prepare(service, &stopped).and_then(|()| {
@@ -92,8 +92,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         }
         drop(finished);
         signals_handle.close();
-        if let Some(server) = &server {
-            server.stop();
+        if let Some(endpoint) = &endpoint {
+            endpoint.stop();
         }
         outcome
     })?;
@@ -115,7 +115,7 @@ fn heed(number: i32, service: &Service, catalogue_changed: &Sender<()>, stop: &S
 /// Starts the threads of the HTTP endpoint. Returns those that end with the service.
 fn start_http<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    server: &'scope Server,
+    endpoint: &'scope Endpoint,
     service: &'scope Service,
     stopped: &Signal,
 ) -> anyhow::Result<Vec<ScopedJoinHandle<'scope, ()>>> {
@@ -124,16 +124,24 @@ fn start_http<'scope>(
         let (questions, asked) = bounded(http::MAX_WAITING);
         let stopped = stopped.clone();
         // The endpoint lives as long as these receivers of its questions.
-        let answer = move || http::answer(server, service, &asked, &stopped);
+        let answer = move || http::answer(endpoint, service, &asked, &stopped);
         threads.push(named(name).spawn_scoped(scope, answer)?);
         Ok(questions)
     };
+    let acts = service.config.http_basic_auth.is_some();
+    let mut of_operators = |name| match acts {
+        true => lane(name),
+        // Nobody is let through to it.
+        false => Ok(bounded(0).0),
+    };
     let lanes = http::Lanes {
+        actions: of_operators("act")?,
+        slow_actions: of_operators("act-slowly")?,
         pages: lane("page")?,
         searches: lane("search")?,
         metrics: lane("metrics")?,
     };
-    named("http").spawn_scoped(scope, move || http::serve(server, service, &lanes))?;
+    named("http").spawn_scoped(scope, move || http::serve(endpoint, service, &lanes))?;
     Ok(threads)
 }
 

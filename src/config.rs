@@ -73,8 +73,10 @@ pub struct Config {
     pub handler_threads: usize,
     /// Where the health endpoint listens; None switches it off.
     pub http_bind: Option<SocketAddr>,
-    /// `user:password`, which everything but the health asks for.
+    /// `user:password`, which everything but the health asks for; whoever has it may act.
     pub http_basic_auth: Option<Secret>,
+    /// The same of an account that may only look.
+    pub http_readonly_auth: Option<Secret>,
     pub log_level: LevelFilter,
     pub log_format: LogFormat,
 }
@@ -85,7 +87,7 @@ pub enum LogFormat {
     /// `<time> <level> <thread> <message>`.
     Text,
     /// An object with these, and with what else is known of the record: `job`, `reference`,
-    /// `workflow`, `task`.
+    /// `workflow`, `task`, `account`.
     Json,
 }
 

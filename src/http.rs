@@ -1,20 +1,20 @@
 //! The HTTP endpoint: health, metrics, status page and API; and the client side of the health
 //! check.
 
+use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use crossbeam_channel::{Receiver, Sender, TrySendError, select};
 use jiff::Timestamp;
 use log::{error, info};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::config::Config;
 use crate::domain::overview::{Filter, Overview};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
@@ -24,21 +24,47 @@ use crate::telemetry::report::one_line;
 use crate::telemetry::trouble::{Trouble, trouble};
 use crate::threads::Signal;
 
+mod accounts;
+mod acting;
+mod admission;
+mod form;
+mod guard;
 mod page;
 mod server;
 
+use accounts::{Access, Accounts, Purpose};
+use admission::Visit;
+use form::{Action, Back, Form};
 use page::Frame;
-pub use server::{DEADLINE, Request, Response, Server, Ticket};
+use page::acting::Acting;
+use server::{DEADLINE, Reply, Request, Response, Server, Ticket};
 
 /// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
+/// For how long the client of an action is waited for. RabbitMQ and workers may take their time, and
+/// even more than that.
+const ACTION_TIME: Duration = Duration::from_secs(60);
+const CONFIRMED_LATE: &str = "This takes longer than anybody waits for it. Nothing was done.";
+const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it is done is not known \
+                         yet: the log will tell.";
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
-/// A request whose answer needs the database, and when it arrived.
-pub type Question = (Ticket, Route, Instant);
+/// The server, and who may do what there.
+pub struct Endpoint {
+    server: Server,
+    accounts: Accounts,
+}
+
+/// A request whose answer needs the database or RabbitMQ, and when it arrived.
+pub struct Question {
+    ticket: Ticket,
+    route: Route,
+    visit: Visit,
+    since: Instant,
+}
 
 /// Queues of requests that need the database. Requests of one lane are answered one after the other
 /// and never wait for another lane: a scrape is not delayed by searches.
@@ -48,6 +74,10 @@ pub struct Lanes<T> {
     /// A text search scans the whole history.
     pub searches: T,
     pub metrics: T,
+    /// What operators do to jobs and queues.
+    pub actions: T,
+    /// What waits for workers, or goes through dead letters.
+    pub slow_actions: T,
 }
 
 impl<T> Lanes<T> {
@@ -55,8 +85,18 @@ impl<T> Lanes<T> {
         match route {
             Route::Metrics => &self.metrics,
             Route::Jobs(filter) | Route::Page(filter) if filter.text.is_some() => &self.searches,
+            Route::Confirm(form) | Route::Act(form) => match &form.action {
+                Action::Steer(..) | Action::Requeue(_) | Action::RequeueAll(_) => {
+                    &self.slow_actions
+                }
+                Action::Cancel(_)
+                | Action::CancelMatching(..)
+                | Action::Turns(..)
+                | Action::Limits(..) => &self.actions,
+            },
             Route::Live
             | Route::Ready
+            | Route::Form
             | Route::Overview
             | Route::Workers
             | Route::Jobs(_)
@@ -67,60 +107,102 @@ impl<T> Lanes<T> {
     }
 }
 
-/// Listens at `address`.
-///
-/// # Errors
-/// The address is taken or not this machine's.
-pub fn listen(address: SocketAddr) -> anyhow::Result<Server> {
-    let server =
-        Server::listen(address).with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
-    info!("status page at http://{}/", server.address());
-    Ok(server)
+impl Endpoint {
+    /// Listens where the configuration says, unless it says nowhere.
+    ///
+    /// # Errors
+    /// The address is taken or not this machine's.
+    pub fn listen(config: &Config) -> anyhow::Result<Option<Endpoint>> {
+        let Some(address) = config.http_bind else {
+            return Ok(None);
+        };
+        let server = Server::listen(address)
+            .with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
+        info!("status page at http://{}/", server.address());
+        let accounts = Accounts::new(config);
+        Ok(Some(Endpoint { server, accounts }))
+    }
+
+    /// Ends [`serve`].
+    pub fn stop(&self) {
+        self.server.stop();
+    }
 }
 
-/// Answers requests until [`Server::stop`] is called; hands those that need the database to their
-/// lane.
-pub fn serve(server: &Server, service: &Service, lanes: &Lanes<Sender<Question>>) {
-    let answer = |request: &Request, ticket| match route(request, service) {
-        Ok(Route::Live) => Some(json_response(200, &json!({"live": true}))),
-        Ok(Route::Ready) => {
-            let now = Timestamp::now();
-            let (ready, mut body) = service.health.ready(now);
-            if let Some(trouble) = trouble(&service.health.parts(now).1) {
-                body["trouble"] = trouble.json();
-            }
-            Some(json_response(if ready { 200 } else { 503 }, &body))
-        }
-        Ok(route) => {
-            let lane = lanes.of(&route);
-            match lane.try_send((ticket, route, Instant::now())) {
-                Ok(()) => None,
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    Some(Response::text(503, "Too many requests at once."))
+/// Answers requests until [`Endpoint::stop`] is called; hands those that need more than memory to
+/// their lane.
+pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Question>>) {
+    let guesses = RefCell::default();
+    let admit = |request: &Request| admission::admit(request, &endpoint.accounts, &guesses);
+    let answer = |(route, visit): (Route, Visit), request: &Request, ticket| {
+        let route = match route {
+            Route::Live => return Reply::Now(json_response(200, &json!({"live": true}))),
+            Route::Ready => {
+                let now = Timestamp::now();
+                let (ready, mut body) = service.health.ready(now);
+                if let Some(trouble) = trouble(&service.health.parts(now).1) {
+                    body["trouble"] = trouble.json();
                 }
+                return Reply::Now(json_response(if ready { 200 } else { 503 }, &body));
+            }
+            Route::Form => match admission::read_form(&endpoint.accounts, &visit, &request.body) {
+                Ok(form) => Route::Act(Box::new(form)),
+                Err(refusal) => return Reply::Now(refusal),
+            },
+            route => route,
+        };
+        let (lane, html) = (lanes.of(&route), visit.html);
+        let late = |why| Some(Box::new(refusal(html, 503, why)));
+        let (time, otherwise) = match route {
+            Route::Confirm(_) => (ACTION_TIME, late(CONFIRMED_LATE)),
+            Route::Act(_) => (ACTION_TIME, late(DONE_LATE)),
+            _ => (Duration::ZERO, None),
+        };
+        let question = Question {
+            ticket,
+            route,
+            visit,
+            since: Instant::now(),
+        };
+        match lane.try_send(question) {
+            Ok(()) => Reply::Later(time, otherwise),
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                Reply::Now(refusal(html, 503, "Too many requests at once."))
             }
         }
-        Err(refusal) => Some(refusal),
     };
-    if let Err(error) = server.serve(answer) {
+    if let Err(error) = endpoint.server.serve(admit, answer) {
         error!("the HTTP endpoint has ended: {error}");
     }
 }
 
 /// Answers what [`serve`] hands over in one lane, until `stop` is given.
-pub fn answer(server: &Server, service: &Service, questions: &Receiver<Question>, stop: &Signal) {
+pub fn answer(
+    endpoint: &Endpoint,
+    service: &Service,
+    questions: &Receiver<Question>,
+    stop: &Signal,
+) {
     loop {
         select! {
             recv(questions) -> question => {
-                let Ok((ticket, route, since)) = question else { return };
-                // By then its client has been disconnected.
-                if since.elapsed() < DEADLINE {
-                    // If it panics, the client still gets an answer.
-                    let response = catch_unwind(AssertUnwindSafe(|| respond(service, &route)));
-                    let response = response
-                        .unwrap_or_else(|_| Response::text(500, "A fault; the log has it."));
-                    server.answer(ticket, response);
-                }
+                let Ok(question) = question else { return };
+                let response = match (question.since.elapsed() < DEADLINE, &question.route) {
+                    (true, _) => {
+                        // If it panics, the client still gets an answer.
+                        let respond = || respond(endpoint, service, &question, stop);
+                        let response = catch_unwind(AssertUnwindSafe(respond));
+                        let fault = |_| refusal(question.visit.html, 500, "A fault; the log has it.");
+                        response.unwrap_or_else(fault)
+                    }
+                    (false, Route::Confirm(_) | Route::Act(_)) => {
+                        const LATE: &str = "Others' actions take too long; nothing was done.";
+                        refusal(question.visit.html, 503, LATE)
+                    }
+                    // By then its client has been disconnected.
+                    (false, _) => continue,
+                };
+                endpoint.server.answer(question.ticket, response);
             }
             recv(stop.receiver()) -> _ => return,
         }
@@ -129,7 +211,7 @@ pub fn answer(server: &Server, service: &Service, questions: &Receiver<Question>
 
 /// What a request is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Route {
+enum Route {
     Live,
     Ready,
     Metrics,
@@ -139,28 +221,24 @@ pub enum Route {
     Job(Uuid),
     Page(Filter),
     JobPage(Uuid),
+    /// Asks again before something is destroyed.
+    Confirm(Box<Form>),
+    /// A form whose fields are in the body.
+    Form,
+    Act(Box<Form>),
 }
 
-fn route(request: &Request, service: &Service) -> Result<Route, Response> {
-    let (path, query) = request
-        .target
-        .split_once('?')
-        .unwrap_or((&request.target, ""));
-    let open = path.starts_with("/health/");
-    if let Some(user) = &service.config.http_basic_auth
-        && !open
-        && !authorized(request.authorization.as_deref(), user.reveal())
-    {
-        let mut refusal = Response::text(401, "A user and a password are needed.");
-        let challenge = "Basic realm=\"OMOTES orchestrator\", charset=\"UTF-8\"".to_owned();
-        refusal.headers.push(("WWW-Authenticate", challenge));
-        return Err(refusal);
-    }
-    let not_found = |text: &str| Err(json_response(404, &json!({"error": text})));
-    let job = |id: &str| id.parse::<Uuid>();
-    let filter =
-        || Filter::parse(query).map_err(|error| json_response(400, &json!({"error": error})));
-    let route = match path {
+/// Where forms are sent to.
+const ACT: &str = "/act";
+
+/// What a path and a query ask for.
+fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
+    let filter = || Filter::parse(query).map_err(|error| (400, error));
+    let job = |id: &str| {
+        let no_id = |_| (404, format!("{} is no job id", one_line(id)));
+        id.parse::<Uuid>().map_err(no_id)
+    };
+    Ok(match path {
         "/health/live" => Route::Live,
         "/health/ready" => Route::Ready,
         "/metrics" => Route::Metrics,
@@ -168,74 +246,94 @@ fn route(request: &Request, service: &Service) -> Result<Route, Response> {
         "/api/workers" => Route::Workers,
         "/api/jobs" => Route::Jobs(filter()?),
         "/" => Route::Page(filter()?),
+        "/confirm" => {
+            let form = Form::parse(query.as_bytes()).map_err(|error| (400, error))?;
+            Route::Confirm(Box::new(form))
+        }
+        ACT => return Err((405, "only POST".to_owned())),
         _ => match (path.strip_prefix("/api/jobs/"), path.strip_prefix("/jobs/")) {
-            (Some(id), _) => match job(id) {
-                Ok(id) => Route::Job(id),
-                Err(_) => return not_found(&format!("{} is no job id", one_line(id))),
-            },
-            (None, Some(id)) => match job(id) {
-                Ok(id) => Route::JobPage(id),
-                Err(_) => return not_found(&format!("{} is no job id", one_line(id))),
-            },
-            (None, None) => return not_found(&format!("there are {PATHS}")),
+            (Some(id), _) => Route::Job(job(id)?),
+            (None, Some(id)) => Route::JobPage(job(id)?),
+            (None, None) => return Err((404, format!("there are {PATHS}"))),
         },
-    };
-    match request.method.as_str() {
-        "GET" | "HEAD" => Ok(route),
-        _ => Err(json_response(405, &json!({"error": "only GET and HEAD"}))),
-    }
+    })
 }
 
-/// Whether a request carries the credentials `user:password`. Takes the same time for any wrong
-/// password of the same length.
-fn authorized(header: Option<&str>, user: &str) -> bool {
-    let given = header
-        .and_then(|header| header.strip_prefix("Basic "))
-        .and_then(|encoded| BASE64_STANDARD.decode(encoded.trim()).ok())
-        .unwrap_or_default();
-    let pairs = given.iter().zip(user.as_bytes());
-    let differences = pairs.fold(0, |differences, (a, b)| differences | (a ^ b));
-    given.len() == user.len() && differences == 0
+/// Why a request gets nothing: for a browser a page, for others JSON.
+fn refusal(is_page: bool, status: u16, why: &str) -> Response {
+    if !is_page {
+        return json_response(status, &json!({"error": why}));
+    }
+    let title = match status {
+        400 | 411 | 413 | 415 => "This is not understood",
+        401 => "Who are you?",
+        403 => "This is not allowed",
+        404 => "There is no such page",
+        405 => "This cannot be asked for like that",
+        429 => "Too many guesses",
+        500 => "A fault",
+        _ => "This does not work for now",
+    };
+    html(status, None, page::acting::refused(title, why))
 }
 
 fn json_response(status: u16, body: &Value) -> Response {
-    Response {
-        status,
-        content_type: JSON,
-        headers: Vec::new(),
-        body: format!("{body:#}\n").into_bytes(),
-    }
+    Response::new(status, JSON, format!("{body:#}\n"))
 }
 
-fn html(status: u16, frame: &Frame<'_>, page: String) -> Response {
-    Response {
-        status,
-        content_type: HTML,
-        // The pages show what clients and workers send; should any of it ever get through as
-        // markup, the browser runs only the page's own script and loads nothing.
-        headers: vec![(
-            "Content-Security-Policy",
-            format!(
-                "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{}'; \
-                 connect-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; \
-                 base-uri 'none'",
-                frame.nonce
-            ),
-        )],
-        body: page.into_bytes(),
-    }
+/// A page, with a script if it has a nonce for it.
+fn html(status: u16, nonce: Option<&str>, page: String) -> Response {
+    let mut response = Response::new(status, HTML, page);
+    // The pages show what clients and workers send; should any of it ever get through as markup, the
+    // browser runs only the page's own script and loads nothing.
+    let script = match nonce {
+        Some(nonce) => format!("script-src 'nonce-{nonce}'; connect-src 'self'; "),
+        None => String::new(),
+    };
+    let policy = format!(
+        "default-src 'none'; style-src 'unsafe-inline'; {script}img-src data:; form-action 'self'; \
+         frame-ancestors 'none'; base-uri 'none'"
+    );
+    response.headers.push(("Content-Security-Policy", policy));
+    response
 }
 
-fn respond(service: &Service, route: &Route) -> Response {
+fn respond(endpoint: &Endpoint, service: &Service, question: &Question, stop: &Signal) -> Response {
+    let Question { route, visit, .. } = question;
     let now = Timestamp::now();
     let (_, parts) = service.health.parts(now);
     let nonce = Uuid::new_v4().simple().to_string();
+    let acting = match &visit.access {
+        Access::Act(account) => Some(Acting {
+            token: endpoint.accounts.seal(Purpose::Form, account, now),
+            back: match route {
+                Route::Page(filter) => Back::List(filter.clone()),
+                Route::JobPage(id) => Back::Job(*id),
+                Route::Confirm(form) | Route::Act(form) => form.back.clone(),
+                _ => Back::List(Filter::default()),
+            },
+        }),
+        Access::Look(_) | Access::Open => None,
+    };
     let frame = Frame {
-        nonce: &nonce,
+        // What somebody is asked must not change before it is answered.
+        nonce: (!matches!(route, Route::Confirm(_) | Route::Act(_))).then_some(&nonce),
         now,
         host: &service.host,
         parts: &parts,
+        note: visit.note.as_deref(),
+        acting: acting.as_ref(),
     };
+    match (route, &acting) {
+        (Route::Confirm(form), Some(acting)) => {
+            return acting::confirm(service, visit, &frame, acting, form);
+        }
+        (Route::Act(form), Some(acting)) => {
+            let accounts = &endpoint.accounts;
+            return acting::act(service, accounts, visit, &frame, acting, form, stop);
+        }
+        _ => {}
+    }
     // Nobody waits as long as connecting in vain takes.
     let mut parts = parts.iter();
     let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.part == Part::Postgres));
@@ -248,7 +346,7 @@ fn respond(service: &Service, route: &Route) -> Response {
         Err(error) => return without_database(service, route, &frame, &text(error)),
     };
     match with_database(service, &mut connection, route, &frame) {
-        Ok(response) => response,
+        Ok(response) => admission::with_pass(response, &endpoint.accounts, visit, now),
         Err(StoreError::TooLong(_)) => in_vain(service, route, &frame, IN_VAIN),
         Err(error) => in_vain(service, route, &frame, &one_line(&text(error))),
     }
@@ -262,9 +360,12 @@ const IN_VAIN: &str = "This takes longer than Postgres is given for it. Ask for 
 fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::in_vain(frame, why)),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, page::in_vain(frame, why)),
         Route::Live
         | Route::Ready
+        | Route::Form
+        | Route::Confirm(_)
+        | Route::Act(_)
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -281,7 +382,9 @@ fn with_database(
     let now = frame.now;
     let overview = service.overview(connection)?;
     Ok(match route {
-        Route::Live | Route::Ready => unreachable!("answered at once"),
+        Route::Live | Route::Ready | Route::Form | Route::Confirm(_) | Route::Act(_) => {
+            unreachable!("answered before")
+        }
         Route::Metrics => metrics_text(service, &overview, now),
         Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
         Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
@@ -293,18 +396,22 @@ fn with_database(
         Route::Page(filter) => {
             let mut page = connection.jobs(filter)?;
             overview.explain(&mut page.jobs, now);
-            html(200, frame, page::overview(frame, &overview, filter, &page))
+            html(
+                200,
+                frame.nonce,
+                page::overview(frame, &overview, filter, &page),
+            )
         }
         Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
                 match route {
-                    Route::JobPage(_) => html(200, frame, page::job(frame, &story)),
+                    Route::JobPage(_) => html(200, frame.nonce, page::job(frame, &story)),
                     _ => json_response(200, &json!(story)),
                 }
             }
             None => match route {
-                Route::JobPage(_) => html(404, frame, page::unknown_job(frame, *id)),
+                Route::JobPage(_) => html(404, frame.nonce, page::unknown_job(frame, *id)),
                 _ => json_response(404, &json!({"error": format!("job {id} is unknown")})),
             },
         },
@@ -326,9 +433,12 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
     };
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame, page::without_database(frame)),
+        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, page::without_database(frame)),
         Route::Live
         | Route::Ready
+        | Route::Form
+        | Route::Confirm(_)
+        | Route::Act(_)
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -340,15 +450,8 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
 }
 
 fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Response {
-    Response {
-        status: 200,
-        content_type: metrics::CONTENT_TYPE,
-        headers: Vec::new(),
-        body: service
-            .metrics
-            .text(&service.health, overview, now)
-            .into_bytes(),
-    }
+    let text = service.metrics.text(&service.health, overview, now);
+    Response::new(200, metrics::CONTENT_TYPE, text)
 }
 
 fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
@@ -388,4 +491,101 @@ pub fn check(bind: SocketAddr) -> anyhow::Result<()> {
         bail!("{url}: {}", response.body_mut().read_to_string()?.trim());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::thread;
+
+    use base64::Engine;
+    use base64::prelude::BASE64_STANDARD;
+    use crossbeam_channel::bounded;
+
+    use super::*;
+
+    /// An endpoint with an operator, and a service that is connected to nothing.
+    fn parts() -> (Endpoint, Service) {
+        let path = format!("{}/config/workflow_config.json", env!("CARGO_MANIFEST_DIR"));
+        let catalogue = crate::config::read_catalogue(path.as_ref()).unwrap();
+        let lookup = |name: &str| {
+            let value = match name {
+                "HTTP_BIND" => "127.0.0.1:0",
+                "HTTP_BASIC_AUTH" => "anna:s3cret",
+                _ => return None,
+            };
+            Some(value.to_owned())
+        };
+        let config = Config::read(&lookup).unwrap();
+        let endpoint = Endpoint::listen(&config).unwrap().unwrap();
+        let (service, _) = Service::new(config, catalogue).unwrap();
+        (endpoint, service)
+    }
+
+    /// Sends a cancel, as a form does.
+    fn send(endpoint: &Endpoint) -> TcpStream {
+        let token = endpoint
+            .accounts
+            .seal(Purpose::Form, "anna", Timestamp::now());
+        let body = format!("do=cancel&id={}&token={token}", Uuid::nil());
+        let request = format!(
+            "POST /act HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic {}\r\n\
+             Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{body}",
+            BASE64_STANDARD.encode("anna:s3cret"),
+            body.len(),
+        );
+        let mut stream = TcpStream::connect(endpoint.server.address()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream
+    }
+
+    fn answer_on(mut stream: TcpStream) -> String {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    fn lanes(actions: Sender<Question>) -> Lanes<Sender<Question>> {
+        let other = || bounded(0).0;
+        Lanes {
+            pages: other(),
+            searches: other(),
+            metrics: other(),
+            actions,
+            slow_actions: other(),
+        }
+    }
+
+    /// Neither when too many wait already nor when it has waited for too long.
+    #[test]
+    fn an_action_that_does_not_come_to_be_done_is_said_not_to_be() {
+        let (endpoint, service) = parts();
+        let (endpoint, service) = (&endpoint, &service);
+        let (questions, asked) = bounded(1);
+        let lanes = lanes(questions);
+        thread::scope(|scope| {
+            scope.spawn(|| serve(endpoint, service, &lanes));
+            let first = send(endpoint);
+            let mut question = asked.recv_timeout(DEADLINE).unwrap();
+            let second = send(endpoint);
+            // One waits, and there is no room for another.
+            let second = (second, asked.recv_timeout(DEADLINE).unwrap());
+            lanes.actions.try_send(second.1).unwrap();
+            let refused = answer_on(send(endpoint));
+            assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+            assert!(refused.contains("Too many requests at once."), "{refused}");
+            let (late, asked_late) = bounded(1);
+            question.since = question.since.checked_sub(DEADLINE).unwrap();
+            late.send(question).unwrap();
+            drop(late);
+            let (_running, stop) = Signal::pending();
+            answer(endpoint, service, &asked_late, &stop);
+            let told = answer_on(first);
+            assert!(told.starts_with("HTTP/1.1 503 "), "{told}");
+            assert!(told.contains("nothing was done"), "{told}");
+            drop(second.0);
+            endpoint.stop();
+        });
+    }
 }

@@ -3,6 +3,7 @@
 #![doc = include_str!("README.md")]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
+pub mod actions;
 pub mod app;
 #[cfg(test)]
 #[path = "../tests/integration/harness/authority.rs"]

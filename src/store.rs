@@ -192,8 +192,8 @@ impl Store {
     }
 }
 
-/// Status page, searches, metrics, and the queue watch.
-const VIEWERS: u32 = 4;
+/// Status page, searches, metrics, the queue watch, and two for those who act.
+const VIEWERS: u32 = 6;
 
 /// One connection with the statements prepared on it so far.
 pub struct Connection {

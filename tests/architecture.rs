@@ -69,7 +69,7 @@ const FLOORS: &[&[&str]] = &[
     &["broker", "store", "influx"],
     &["telemetry"],
     &["service"],
-    &["doctor"],
+    &["doctor", "actions"],
     &["http"],
     &["app"],
     &["cli"],

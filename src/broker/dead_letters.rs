@@ -1,7 +1,5 @@
 //! The dead letters of a vhost, for the operator who looks after them.
 
-use std::collections::BTreeMap;
-
 use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
 use anyhow::Context;
 use serde_json::Value;
@@ -37,20 +35,21 @@ pub enum Fate {
 }
 
 /// Goes once through the dead letters of a vhost and does with each what `fate` says. Returns why
-/// some could not be requeued, by their ids; these stay.
+/// some could not be requeued, with their ids; these stay. Letters that somebody else is looking at
+/// are not among them.
 ///
 /// # Errors
 /// The connection is lost. What was not requeued or dropped by then stays.
 pub fn go_through(
     link: &Link,
     mut fate: impl FnMut(&DeadLetter) -> Fate,
-) -> anyhow::Result<BTreeMap<String, String>> {
+) -> anyhow::Result<Vec<(String, String)>> {
     // As it was declared, possibly with other arguments.
     link.declare_dead_letters()?;
     let channel = link.channel()?;
     let queue = channel.queue_declare_passive(DEAD_LETTERS_QUEUE)?;
     let mut publishing: Option<OpenChannel> = None;
-    let mut failed = BTreeMap::new();
+    let mut failed = Vec::new();
     for _ in 0..queue.declared_message_count().unwrap_or_default() {
         let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? else {
             break;
@@ -73,7 +72,7 @@ pub fn go_through(
                 )? {
                     None => got.ack(&channel)?,
                     Some(why) => {
-                        failed.insert(letter.id, why);
+                        failed.push((letter.id, why));
                     }
                 }
             }

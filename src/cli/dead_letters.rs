@@ -3,17 +3,21 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, Subcommand};
-use omotes_orchestrator::broker::Link;
-use omotes_orchestrator::broker::dead_letters::{self, DeadLetter, Fate};
+use omotes_orchestrator::actions::letters::{self, Letters};
+use omotes_orchestrator::broker::dead_letters::{DeadLetter, Fate};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::vhost::Vhost;
 use omotes_orchestrator::telemetry::report::{harmless, one_line, readable};
 use omotes_orchestrator::wire;
 
 use super::{Agreed, NOTHING_DONE, say, say_aside, told_of};
+
+/// Whoever runs the command may interrupt it.
+const PATIENCE: Duration = Duration::from_hours(24);
 
 #[derive(Subcommand)]
 pub(super) enum Action {
@@ -51,60 +55,56 @@ pub(super) struct Which {
 /// # Errors
 /// RabbitMQ is not there, or an id names no letter.
 pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> {
-    let mut links = vec![(
-        Vhost::Sdk,
-        told_of("RabbitMQ", || {
-            Link::open(&config.sdk_rabbitmq, "dead letters")
-        })?,
-    )];
-    if config.task_rabbitmq != config.sdk_rabbitmq {
-        links.push((
-            Vhost::Task,
-            Link::open(&config.task_rabbitmq, "dead letters")?,
-        ));
-    }
+    let letters = told_of("RabbitMQ", || Letters::open(config, PATIENCE))?;
     let unasked = match action {
         Action::Drop { which, agreed } => which.all && !agreed.yes,
         Action::List | Action::Show { .. } | Action::Requeue(_) => false,
     };
-    let known = known_letters(&links, unasked || matches!(action, Action::List))?;
+    let known = known_letters(&letters, unasked || matches!(action, Action::List))?;
     if unasked && !known.is_empty() {
         would_delete(known.len());
         return Ok(ExitCode::FAILURE);
     }
-    let (which, fate, done) = match action {
-        Action::List => return Ok(ExitCode::SUCCESS),
-        Action::Show { id, .. } => (vec![named(id, &known)?], Fate::Leave, "shown"),
-        Action::Requeue(which) => (which.resolve(known)?, Fate::Requeue, "requeued"),
-        Action::Drop { which, .. } => (which.resolve(known)?, Fate::Drop, "dropped"),
+    let code = match action {
+        Action::List => ExitCode::SUCCESS,
+        Action::Show { id, body } => {
+            let id = letters::named(id, &known)?;
+            show(&letters, &id, body.as_deref())?;
+            ExitCode::SUCCESS
+        }
+        Action::Requeue(which) => settle(&letters, &which.resolve(known)?, Fate::Requeue)?,
+        Action::Drop { which, .. } => settle(&letters, &which.resolve(known)?, Fate::Drop)?,
     };
+    letters.close()?;
+    Ok(code)
+}
+
+/// Does it with these, and says what became of each. Exits with 1 if one stays.
+fn settle(letters: &Letters, ids: &[String], fate: Fate) -> anyhow::Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
-    for (vhost, link) in links {
-        let mut meant = Vec::new();
-        let mut shown = Ok(());
-        let failed = dead_letters::go_through(&link, |letter| {
-            if !which.contains(&letter.id) {
-                return Fate::Leave;
-            }
-            if let Action::Show { body, .. } = action {
-                shown = show_letter(vhost, letter, body.as_deref());
-            }
-            meant.push(letter.id.clone());
-            fate
-        })?;
-        shown?;
-        for id in meant.iter().filter(|_| fate != Fate::Leave) {
-            match failed.get(id) {
-                None => say(format_args!("{id}: {done}"))?,
-                Some(why) => {
-                    say_aside(format_args!("{id}: it stays, for {why}"));
-                    code = ExitCode::FAILURE;
-                }
+    let mut settled = Vec::new();
+    let outcome = letters.settle(ids, fate, &mut settled);
+    for letter in settled {
+        match letter.failure {
+            None => say(format_args!("{letter}"))?,
+            Some(_) => {
+                say_aside(format_args!("{letter}"));
+                code = ExitCode::FAILURE;
             }
         }
-        link.close()?;
     }
+    outcome?;
     Ok(code)
+}
+
+fn show(letters: &Letters, id: &str, body: Option<&Path>) -> anyhow::Result<()> {
+    let mut shown = Ok(());
+    letters.look(|vhost, letter| {
+        if letter.id == id {
+            shown = show_letter(vhost, letter, body);
+        }
+    })?;
+    shown
 }
 
 fn would_delete(letters: usize) {
@@ -115,27 +115,24 @@ fn would_delete(letters: usize) {
 }
 
 /// The ids of all dead letters; a line for each is printed if they are to be listed.
-fn known_letters(links: &[(Vhost, Link)], listed: bool) -> anyhow::Result<Vec<String>> {
+fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Vec<String>> {
     let mut known = Vec::new();
-    for (vhost, link) in links {
-        let mut printed = Ok(());
-        dead_letters::go_through(link, |letter| {
-            if listed && printed.is_ok() {
-                printed = say(format_args!(
-                    "{} {} {} {} {} bytes: {}",
-                    one_line(&letter.id),
-                    one_line(&letter.time),
-                    vhost.name(),
-                    one_line(&letter.queue),
-                    letter.body.len(),
-                    one_line(&letter.reason)
-                ));
-            }
-            known.push(letter.id.clone());
-            Fate::Leave
-        })?;
-        printed?;
-    }
+    let mut printed = Ok(());
+    letters.look(|vhost, letter| {
+        if listed && printed.is_ok() {
+            printed = say(format_args!(
+                "{} {} {} {} {} bytes: {}",
+                one_line(&letter.id),
+                one_line(&letter.time),
+                vhost.name(),
+                one_line(&letter.queue),
+                letter.body.len(),
+                one_line(&letter.reason)
+            ));
+        }
+        known.push(letter.id.clone());
+    })?;
+    printed?;
     Ok(known)
 }
 
@@ -145,17 +142,7 @@ impl Which {
         if self.all {
             return Ok(known);
         }
-        self.ids.iter().map(|id| named(id, &known)).collect()
-    }
-}
-
-/// The one of `known` with this beginning.
-fn named(beginning: &str, known: &[String]) -> anyhow::Result<String> {
-    let mut fitting = known.iter().filter(|id| id.starts_with(beginning));
-    match (fitting.next(), fitting.next()) {
-        (Some(id), None) => Ok(id.clone()),
-        (Some(_), Some(_)) => bail!("{beginning:?} is the beginning of several ids"),
-        (None, _) => bail!("there is no dead letter {beginning:?}"),
+        Ok(letters::all_named(&self.ids, &known, letters::named)?)
     }
 }
 

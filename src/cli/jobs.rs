@@ -15,7 +15,7 @@ use omotes_orchestrator::domain::overview::{
     AttemptView, Filter, JobState, JobView, MAX_LIMIT, Overview, Page, Tone, Why, spoken,
 };
 use omotes_orchestrator::service::queues::Watch;
-use omotes_orchestrator::store::Connection;
+use omotes_orchestrator::store::{Connection, TurnChange};
 use omotes_orchestrator::telemetry::report::{one_line, percent};
 use signal_hook::consts::SIGINT;
 use uuid::Uuid;
@@ -149,13 +149,15 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
         }
         Action::Show { id, json } => show(config, id, json),
         Action::Cancel { ids, matching } => cancel::run(config, &ids, &matching),
-        Action::Priority { id, level } => turns::priority(config, id, level),
-        Action::Move { id, first: _ } => turns::first(config, id),
-        Action::Hold { ids } => turns::hold(config, &ids, true),
+        Action::Priority { id, level } => {
+            turns::change(config, &[id], TurnChange::Priority(level.priority()))
+        }
+        Action::Move { id, first: _ } => turns::change(config, &[id], TurnChange::First),
+        Action::Hold { ids } => turns::change(config, &ids, TurnChange::Hold),
         Action::Release {
             all: true, agreed, ..
         } => turns::release_all(config, agreed),
-        Action::Release { ids, .. } => turns::hold(config, &ids, false),
+        Action::Release { ids, .. } => turns::change(config, &ids, TurnChange::Release),
         Action::Watch(list) => watch(config, &list),
     }
 }

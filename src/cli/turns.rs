@@ -1,18 +1,15 @@
 //! What operators do about turns: limits of task queues, and jobs that wait for their turn.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, ValueEnum};
+use omotes_orchestrator::actions::jobs::{self, Became};
+use omotes_orchestrator::actions::queues;
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::job::Priority;
-use omotes_orchestrator::domain::overview::{JobState, QueueView};
-use omotes_orchestrator::domain::turns::Limits;
-use omotes_orchestrator::domain::workflow::Catalogue;
-use omotes_orchestrator::store::{Connection, LimitChange, QueueChange, TurnChange};
+use omotes_orchestrator::store::{LimitChange, QueueChange, TurnChange};
 use omotes_orchestrator::telemetry::report::one_line;
 use uuid::Uuid;
 
@@ -25,10 +22,10 @@ pub(super) struct Limit {
     name: String,
     /// Tasks that may be handed to RabbitMQ and not started: a number, `unlimited`, or `default` for
     /// what the definition file says.
-    #[arg(long, value_parser = change, required_unless_present = "max_running")]
+    #[arg(long, value_parser = queues::parse_change, required_unless_present = "max_running")]
     window: Option<QueueChange>,
     /// Tasks that may be handed to RabbitMQ and not ended, such as a licence has seats; likewise.
-    #[arg(long, value_parser = change)]
+    #[arg(long, value_parser = queues::parse_change)]
     max_running: Option<QueueChange>,
 }
 
@@ -40,16 +37,13 @@ pub(super) enum Level {
     High,
 }
 
-fn change(text: &str) -> Result<QueueChange, String> {
-    match text {
-        "default" => Ok(QueueChange::AsDefined),
-        "unlimited" => Ok(QueueChange::Unlimited),
-        number => match number.parse() {
-            Ok(limit) if limit > 0 && i32::try_from(limit).is_ok() => Ok(QueueChange::To(limit)),
-            Ok(_) | Err(_) => {
-                Err("expected a number of tasks, at least 1, unlimited or default".to_owned())
-            }
-        },
+impl Level {
+    pub(super) fn priority(self) -> Priority {
+        match self {
+            Level::Low => Priority::Low,
+            Level::Medium => Priority::Medium,
+            Level::High => Priority::High,
+        }
     }
 }
 
@@ -71,45 +65,9 @@ pub(super) fn pause(config: &Config, name: &str, paused: bool) -> anyhow::Result
 fn change_limits(config: &Config, name: &str, changes: &[LimitChange]) -> anyhow::Result<ExitCode> {
     let catalogue = config::read_catalogue(&config.workflow_config_path)?;
     let mut connection = connect(config)?;
-    check_name(&catalogue, &mut connection, name)?;
-    connection.change_limits(name, changes)?;
-    let limits = connection.queue_limits(catalogue.queue_limits())?;
-    let limit = limits.get(name).copied().unwrap_or_default();
+    let limit = queues::change_limits(&catalogue, &mut connection, name, changes)?;
     say(format_args!("{}: {limit}", one_line(name)))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Whether anything may wait at this queue.
-fn check_name(
-    catalogue: &Catalogue,
-    connection: &mut Connection,
-    name: &str,
-) -> anyhow::Result<()> {
-    let tasks = catalogue.tasks();
-    if tasks.contains(name) || at_rest(connection)?.iter().any(|queue| queue.name == name) {
-        return Ok(());
-    }
-    let listed = |names: BTreeSet<&str>| {
-        let names: Vec<_> = names.into_iter().map(one_line).collect();
-        names.join(", ")
-    };
-    match catalogue.definition(name) {
-        Some(definition) => bail!(
-            "{} has steps: name one of their tasks, {}",
-            one_line(name),
-            listed(definition.steps.tasks().collect())
-        ),
-        None => bail!(
-            "no workflow has the task {}; there are {}",
-            one_line(name),
-            listed(tasks)
-        ),
-    }
-}
-
-/// The queues at which something waits or has had its turn, whatever their limits.
-fn at_rest(connection: &mut Connection) -> anyhow::Result<Vec<QueueView>> {
-    Ok(connection.turns(&Limits::new(), Duration::ZERO)?)
 }
 
 /// A line for each queue at which something waits or might have to.
@@ -149,64 +107,28 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// # Errors
-/// Postgres is not there, or holds a lock for too long.
-pub(super) fn priority(config: &Config, id: Uuid, level: Level) -> anyhow::Result<ExitCode> {
-    let (priority, word) = match level {
-        Level::Low => (Priority::Low, "low"),
-        Level::Medium => (Priority::Medium, "medium"),
-        Level::High => (Priority::High, "high"),
-    };
-    let done = format!("has the priority {word}");
-    change_turns(config, &[id], TurnChange::Priority(priority), &done)
-}
-
-/// # Errors
-/// The same.
-pub(super) fn first(config: &Config, id: Uuid) -> anyhow::Result<ExitCode> {
-    change_turns(config, &[id], TurnChange::First, "is the next of its queue")
-}
-
-/// # Errors
-/// The same.
-pub(super) fn hold(config: &Config, ids: &[Uuid], holds: bool) -> anyhow::Result<ExitCode> {
-    match holds {
-        true => change_turns(
-            config,
-            ids,
-            TurnChange::Hold,
-            "is held until it is released",
-        ),
-        false => change_turns(config, ids, TurnChange::Release, "waits for its turn"),
-    }
-}
-
 /// Changes what waits for its turn, and says of each job whether it did. Exits with 1 if one did
 /// not.
-fn change_turns(
+///
+/// # Errors
+/// Postgres is not there, or holds a lock for too long.
+pub(super) fn change(
     config: &Config,
     ids: &[Uuid],
     change: TurnChange,
-    done: &str,
 ) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
-    let changed = connection.change_turns(ids, change)?;
+    tell(&jobs::change_turns(&mut connection, ids, change)?)
+}
+
+/// Says what became of each job. Exits with 1 if it was not what was asked for.
+pub(super) fn tell(all: &[Became]) -> anyhow::Result<ExitCode> {
     let mut text = String::new();
-    for id in ids {
-        let what = match changed.contains(id) {
-            true => done,
-            false => match connection.story(*id)?.map(|story| story.job.state) {
-                Some(JobState::Live(_)) => {
-                    "does not wait for its turn: its task has been handed over to RabbitMQ"
-                }
-                Some(JobState::Ended(_)) => "has ended already",
-                None => "is unknown",
-            },
-        };
-        let _ = writeln!(text, "job {id} {what}");
+    for one in all {
+        let _ = writeln!(text, "{one}");
     }
     print(&text)?;
-    Ok(match ids.iter().all(|id| changed.contains(id)) {
+    Ok(match all.iter().all(|one| one.is_done) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
@@ -217,7 +139,7 @@ fn change_turns(
 pub(super) fn release_all(config: &Config, agreed: Agreed) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
     if !agreed.yes {
-        for queue in at_rest(&mut connection)? {
+        for queue in queues::at_rest(&mut connection)? {
             let held = queue.held + queue.on_hold;
             say(format_args!("{}: {held} held", one_line(&queue.name)))?;
         }

@@ -11,6 +11,7 @@ use omotes_orchestrator::domain::worker::{TaskView, Wish, WorkerView, Workers};
 use omotes_orchestrator::service::workers::{find, steering};
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
+use omotes_orchestrator::threads::Signal;
 
 use super::{connect, print, say, table, warn};
 
@@ -43,32 +44,19 @@ enum Action {
 /// do as it is told.
 pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
-    match &command.action {
-        None => list(&mut connection, command.json)?,
-        Some(Action::Drain { host }) => {
-            let worker = find(&mut connection, host)?;
-            let steered = steering::steer(config, &mut connection, &worker, Wish::Drained)?;
-            say(format_args!(
-                "{}: takes nothing more; {}",
-                one_line(&steered.host),
-                match steered.tasks {
-                    0 => "it has nothing to finish".to_owned(),
-                    1 => "it finishes the task that it has".to_owned(),
-                    more => format!("it finishes the {more} tasks that it has"),
-                }
-            ))?;
+    let (host, wish) = match &command.action {
+        None => {
+            list(&mut connection, command.json)?;
+            return Ok(ExitCode::SUCCESS);
         }
-        Some(Action::Resume { host }) => {
-            let worker = find(&mut connection, host)?;
-            let steered = steering::steer(config, &mut connection, &worker, Wish::Resumed)?;
-            let queues: Vec<_> = steered.queues.iter().map(|one| one_line(one)).collect();
-            say(format_args!(
-                "{}: takes tasks from {}",
-                one_line(&steered.host),
-                queues.join(", ")
-            ))?;
-        }
-    }
+        Some(Action::Drain { host }) => (host, Wish::Drained),
+        Some(Action::Resume { host }) => (host, Wish::Resumed),
+    };
+    let worker = find(&mut connection, host)?;
+    // Whoever runs the command may interrupt it.
+    let (_running, never) = Signal::pending();
+    let steered = steering::steer(config, connection, &worker, wish, &never)?;
+    say(format_args!("{}", steered.in_words(wish)))?;
     Ok(ExitCode::SUCCESS)
 }
 

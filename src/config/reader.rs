@@ -36,10 +36,13 @@ fn may_be_shown(name: &str, value: &str) -> bool {
     if value.is_empty() {
         return true;
     }
-    if name.ends_with("PASSWORD") || name == "HTTP_BASIC_AUTH" {
+    if ["PASSWORD", "_AUTH"].iter().any(|end| name.ends_with(end)) {
         return false;
     }
-    if name.ends_with("PASSWORD_FILE") {
+    if ["PASSWORD_FILE", "_AUTH_FILE"]
+        .iter()
+        .any(|end| name.ends_with(end))
+    {
         // A password has no folder that is there; `/` is, and some begin with it.
         let folder = Path::new(value).parent();
         return folder.is_some_and(|folder| folder.file_name().is_some() && folder.is_dir());
@@ -74,7 +77,7 @@ impl<'a> Reader<'a> {
     /// All of it, with the default in place of what is faulty.
     pub(super) fn config(&mut self) -> Config {
         let reader = self;
-        Config {
+        let config = Config {
             sdk_rabbitmq: reader.rabbitmq(Vhost::Sdk),
             task_rabbitmq: reader.rabbitmq(Vhost::Task),
             celery_rabbitmq: reader.rabbitmq(Vhost::Celery),
@@ -106,10 +109,13 @@ impl<'a> Reader<'a> {
             delivery_limit: reader.count("DELIVERY_LIMIT_THRESHOLD_PER_JOB", 1, 1_000_000),
             handler_threads: reader.count("HANDLER_THREADS", 4, 256),
             http_bind: reader.http_bind(),
-            http_basic_auth: reader.http_basic_auth(),
+            http_basic_auth: reader.http_account("HTTP_BASIC_AUTH"),
+            http_readonly_auth: reader.http_account("HTTP_READONLY_AUTH"),
             log_level: reader.log_level(),
             log_format: reader.log_format(),
-        }
+        };
+        reader.check_accounts(&config);
+        config
     }
 
     /// The variable's value, if it is set. All lookups go through here.
@@ -343,7 +349,7 @@ impl<'a> Reader<'a> {
             true => (format!("{}: ", path.display()), ""),
             false => (String::new(), NOT_SHOWN),
         };
-        if value.is_some() {
+        if value.is_some_and(|value| !value.is_empty()) {
             self.faults.push(if more.is_empty() {
                 format!(
                     "{file_name}: found {}, but {name} is set too",
@@ -552,18 +558,32 @@ impl<'a> Reader<'a> {
         )
     }
 
-    fn http_basic_auth(&mut self) -> Option<Secret> {
-        let value = self
-            .given("HTTP_BASIC_AUTH", "")
-            .filter(|value| !value.is_empty())?;
-        match value.split_once(':') {
+    /// `user:password`.
+    fn http_account(&mut self, name: &str) -> Option<Secret> {
+        let account = self.password(name, "")?;
+        let is_in_file =
+            (self.variable)(&format!("{name}_FILE")).is_some_and(|file| !file.is_empty());
+        match account.reveal().split_once(':') {
+            // As the template has it. An empty file is a secret that is missing.
+            None if account.reveal().is_empty() && !is_in_file => return None,
             Some((user, password)) if !user.is_empty() && !password.is_empty() => {}
             // Not shown, since it may be just a password.
-            Some(_) | None => self
-                .faults
-                .push("HTTP_BASIC_AUTH: expected user:password".to_owned()),
+            Some(_) | None => self.faults.push(format!("{name}: expected user:password")),
         }
-        Some(Secret(value))
+        Some(account)
+    }
+
+    /// Who acts is told by the user's name, so each account has another one.
+    fn check_accounts(&mut self, config: &Config) {
+        let user = |account: &Option<Secret>| {
+            let name = account.as_ref()?.reveal().split(':').next()?;
+            Some(name.to_owned())
+        };
+        let reader = user(&config.http_readonly_auth);
+        if reader.is_some() && user(&config.http_basic_auth) == reader {
+            let fault = "HTTP_READONLY_AUTH: expected another user than that of HTTP_BASIC_AUTH";
+            self.faults.push(fault.to_owned());
+        }
     }
 
     fn log_format(&mut self) -> LogFormat {

@@ -125,7 +125,9 @@ fn a_password_is_not_shown(
         "INFLUXDB_PASSWORD",
         "TASK_RABBITMQ_PASSWORD_FILE",
         "POSTGRESQL_PASSWORD_FILE",
-        "HTTP_BASIC_AUTH"
+        "HTTP_BASIC_AUTH",
+        "HTTP_READONLY_AUTH",
+        "HTTP_BASIC_AUTH_FILE"
     )]
     name: &str,
 ) {
@@ -263,11 +265,15 @@ impl Drop for Files {
 fn a_password_may_be_in_a_file(#[case] content: &str, #[case] password: &str) {
     let files = Files::new();
     write(&files.0, "password", content);
+    write(&files.0, "account", "ben:look\n");
     let config = files
         .read(&[
             ("SDK_RABBITMQ_PASSWORD_FILE", "@password"),
             ("POSTGRESQL_PASSWORD_FILE", "@password"),
             ("INFLUXDB_PASSWORD_FILE", "@password"),
+            ("HTTP_READONLY_AUTH_FILE", "@account"),
+            // As the template has it.
+            ("HTTP_READONLY_AUTH", ""),
             // As when it is not set.
             ("TASK_RABBITMQ_PASSWORD_FILE", ""),
             ("TASK_RABBITMQ_PASSWORD", "hunter3"),
@@ -279,6 +285,50 @@ fn a_password_may_be_in_a_file(#[case] content: &str, #[case] password: &str) {
     assert_eq!(config.postgres.password.unwrap().reveal(), password);
     let influxdb = config.influxdb.unwrap();
     assert_eq!(influxdb.password.unwrap().reveal(), password);
+    assert_eq!(config.http_basic_auth, None);
+    assert_eq!(config.http_readonly_auth.unwrap().reveal(), "ben:look");
+}
+
+/// An account that is meant to be there must not be missed because its file is empty.
+#[rstest]
+fn an_empty_file_is_no_account(
+    #[values("HTTP_BASIC_AUTH", "HTTP_READONLY_AUTH")] name: &str,
+    #[values("", "\n", "\r\n")] content: &str,
+) {
+    let files = Files::new();
+    write(&files.0, "account", content);
+    let file_name = format!("{name}_FILE");
+    let faults = files.read(&[(&file_name, "@account")]).unwrap_err();
+    assert_eq!(
+        faults.to_string(),
+        format!("{name}: expected user:password")
+    );
+}
+
+#[rstest]
+#[case(
+    "HTTP_BASIC_AUTH",
+    "hunter2",
+    "HTTP_BASIC_AUTH: expected user:password"
+)]
+#[case(
+    "HTTP_READONLY_AUTH",
+    ":hunter2",
+    "HTTP_READONLY_AUTH: expected user:password"
+)]
+#[case(
+    "HTTP_READONLY_AUTH",
+    "ben:",
+    "HTTP_READONLY_AUTH: expected user:password"
+)]
+#[case(
+    "HTTP_READONLY_AUTH",
+    "anna:look",
+    "HTTP_READONLY_AUTH: expected another user than that of HTTP_BASIC_AUTH"
+)]
+fn an_account_has_a_user_of_its_own(#[case] name: &str, #[case] value: &str, #[case] fault: &str) {
+    let faults = read(&[(name, value), ("HTTP_BASIC_AUTH", "anna:s3cret")]).unwrap_err();
+    assert_eq!(faults.to_string(), fault);
 }
 
 #[rstest]

@@ -302,7 +302,7 @@ fn news(before: &Worker, next: &Worker) -> Option<News> {
 }
 
 impl Worker {
-    fn new(host: &str, now: Timestamp) -> Worker {
+    pub(crate) fn new(host: &str, now: Timestamp) -> Worker {
         Worker {
             host: host.to_owned(),
             state: WorkerState::Idle,

@@ -1,5 +1,4 @@
-//! The status page: what [`crate::domain::overview`] has, as HTML. It changes nothing, and shows neither
-//! ESDLs nor parameters.
+//! The status page: what [`crate::domain::overview`] has, as HTML. It shows neither ESDLs nor parameters.
 
 use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -15,7 +14,10 @@ use crate::telemetry::report::{harmless, percent, readable};
 use crate::telemetry::trouble::{Trouble, trouble};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
+pub(super) mod acting;
 mod workers;
+
+use acting::Acting;
 
 const STYLE: &str = include_str!("page/style.css");
 const SCRIPT: &str = include_str!("page/script.js");
@@ -26,12 +28,16 @@ const ESTIMATE: &str =
 
 /// What is on every page.
 pub(super) struct Frame<'a> {
-    /// The script nonce, fresh for each page.
-    pub(super) nonce: &'a str,
+    /// The script nonce, fresh for each page; None for one that must not change by itself.
+    pub(super) nonce: Option<&'a str>,
     pub(super) now: Timestamp,
     /// Which of the replicas answers.
     pub(super) host: &'a str,
     pub(super) parts: &'a [PartView],
+    /// What was done before this page was shown.
+    pub(super) note: Option<&'a str>,
+    /// None for whoever only looks.
+    pub(super) acting: Option<&'a Acting>,
 }
 
 /// The overview: all jobs, workflows, queues, health.
@@ -72,20 +78,23 @@ pub(super) fn overview(
                 p.alarm.warn {
                     (dead_letters) @if dead_letters == 1 { " message" } @else { " messages" }
                     " could not be handled: see " code { "omotes-orchestrator dead-letters list" } "."
+                    @if let Some(acting) = frame.acting { (acting.letters()) }
                 }
             }
             // Without RabbitMQ nobody knows.
             @if let (Some(all), true) = (&overview.workers, rabbitmq_works) { (workers::alarms(all, now)) }
             (workflow_table(&shown, workflows.len() - shown.len(), now))
-            @if !overview.turns.is_empty() { (turns_table(&overview.turns)) }
-            @if let Some(all) = &overview.workers { (workers::table(all, now)) }
+            @if !overview.turns.is_empty() { (turns_table(&overview.turns, frame.acting)) }
+            @if let Some(acting) = frame.acting { (acting.any_queue(overview)) }
+            @if let Some(all) = &overview.workers { (workers::table(all, now, frame.acting)) }
             (filters(filter, &names))
             nav {
                 (tab("Not finished", !filter.finished, "/"))
                 (tab("Finished", filter.finished, "/?finished=true"))
             }
-            @if filter.finished { (finished_table(&page.jobs, now)) } @else { (live_table(&page.jobs, now)) }
+            @if filter.finished { (finished_table(&page.jobs, now)) } @else { (live_table(&page.jobs, now, frame.acting)) }
             (paging(filter, page))
+            @if let Some(acting) = frame.acting { (acting.matching(filter, page.total)) }
             @if let Some(queues) = queues { (queue_table(queues, now)) }
         },
     )
@@ -147,6 +156,7 @@ pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
                 p.why { b { (why.sentence) } }
                 @if !why.evidence.is_empty() { ul.why.dim { @for fact in &why.evidence { li { (fact) } } } }
             }
+            @if let Some(acting) = frame.acting { (acting.job(job)) }
             div.card { dl {
                 dt { "Reference" } dd { (or_dash(&job.reference)) }
                 dt { "Workflow" } dd { (job.workflow.as_deref().map_or(or_dash(""), or_dash)) }
@@ -249,10 +259,11 @@ fn document(frame: &Frame<'_>, title: &str, content: Markup) -> String {
                         }
                     }
                     @if let Some(trouble) = trouble(frame.parts) { (lead(&trouble, frame.now)) }
+                    (acting::note(frame.note))
                     (content)
                     footer { (exactly(frame.now)) ", " (frame.host) ", version " (env!("CARGO_PKG_VERSION")) }
                 }
-                script nonce=(frame.nonce) { (PreEscaped(SCRIPT)) }
+                @if let Some(nonce) = frame.nonce { script nonce=(nonce) { (PreEscaped(SCRIPT)) } }
             }
         }
     };
@@ -345,32 +356,33 @@ fn tab(title: &str, current: bool, target: &str) -> Markup {
     html! { @if current { b { (title) } } @else { a href=(target) { (title) } } }
 }
 
-fn turns_table(queues: &[QueueView]) -> Markup {
+fn turns_table(queues: &[QueueView], acting: Option<&Acting>) -> Markup {
     html! {
         h2 { "Turns" }
         div.card { table {
             thead { tr {
                 th { "Task queue" } th { "Limits" } th.number { "Held" } th.number { "On hold" }
-                th.number { "Waiting" } th.number { "Running" }
+                th.number { "Waiting" } th.number { "Running" } @if acting.is_some() { th { "Actions" } }
             } }
-            tbody { @for queue in queues { tr {
+            tbody { @for queue in queues { tr id={ "turns-" (queue.name) } {
                 td { (harmless(&queue.name)) }
                 td class=[queue.limit.is_paused.then_some("warn")] { (queue.limit) }
                 td.number { (queue.held) }
                 td.number { (queue.on_hold) }
                 td.number { (queue.waiting) }
                 td.number { (queue.running) }
+                @if let Some(acting) = acting { (acting.queue(queue)) }
             } } }
         } }
     }
 }
 
-fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
+fn live_table(jobs: &[JobView], now: Timestamp, acting: Option<&Acting>) -> Markup {
     html! {
         div.card { table.jobs {
             thead { tr {
                 th { "Job" } th { "Workflow" } th { "State" } th { "Progress" } th { "Since" }
-                th.number { "Starts" } th title=(ESTIMATE) { "Estimate" }
+                th.number { "Starts" } th title=(ESTIMATE) { "Estimate" } @if acting.is_some() { th { "Actions" } }
             } }
             tbody {
                 @for job in jobs { tr id={ "job-" (job.id) } {
@@ -394,8 +406,9 @@ fn live_table(jobs: &[JobView], now: Timestamp) -> Markup {
                         } } }
                     td.number data-label="Starts" { (job.starts) }
                     td.dim data-label="Estimate" { span { @if let Some(estimate) = job.expectation() { (estimate) } } }
+                    @if let Some(acting) = acting { (acting.cell(job)) }
                 } }
-                @if jobs.is_empty() { tr { td.dim colspan="7" { "No such jobs." } } }
+                @if jobs.is_empty() { tr { td.dim colspan="8" { "No such jobs." } } }
             }
         } }
     }

@@ -61,6 +61,13 @@ impl Service {
         let connections = u32::try_from(config.handler_threads)? + 7;
         // Behind a pooler the maintenance has two.
         let connections = connections + u32::from(config.postgres.is_pooled);
+        // And those who act through the page.
+        let connections = connections
+            + if config.http_basic_auth.is_some() {
+                2
+            } else {
+                0
+            };
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         let (catalogue_changed, catalogue_news) = bounded(1);
         let service = Service {

@@ -181,6 +181,29 @@ impl Connection {
         })
     }
 
+    /// The ids of the jobs that match `filter`, have not ended, and were registered by then; whichever
+    /// part of the list the filter is at.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn live_ids(&mut self, filter: &Filter, until: Timestamp) -> Result<Vec<Uuid>, StoreError> {
+        let state = filter.state.map(JobState::name);
+        let text = filter.text.as_deref().map(like);
+        // Matches as the list does.
+        let rows = self.client.query(
+            "SELECT job_id FROM job
+             WHERE ($1::text IS NULL OR status::text = $1)
+               AND ($2::text IS NULL OR workflow_type = $2)
+               AND ($3::text IS NULL OR job_id::text ILIKE $3
+                    OR left(job_reference, 300) ILIKE $3 OR progress_message ILIKE $3)
+               AND registered_at <= $4
+               AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)
+             ORDER BY job_id",
+            &[&state, &filter.workflow, &text, &until],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     /// One job, if it is known.
     ///
     /// # Errors

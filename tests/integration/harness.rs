@@ -4,6 +4,7 @@ pub mod authority;
 pub mod browser;
 pub mod cluster;
 pub mod deployment;
+pub mod operator;
 pub mod peers;
 pub mod pooler;
 #[path = "../../examples/chaos/proxy.rs"]

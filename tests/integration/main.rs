@@ -9,6 +9,8 @@
 
 mod harness;
 
+mod acting;
+mod admission;
 mod cancelling;
 mod cli;
 mod cluster;

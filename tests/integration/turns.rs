@@ -15,7 +15,7 @@ use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker};
 use crate::python::{CeleryWorker, SdkClient};
 
-const TASK: &str = "workflow_1";
+pub const TASK: &str = "workflow_1";
 
 const HELD: &str = "SELECT count(*) FROM job_turn JOIN job USING (job_id)
                     WHERE granted_at IS NULL AND status = 'REGISTERED'";
@@ -24,19 +24,19 @@ const HELD: &str = "SELECT count(*) FROM job_turn JOIN job USING (job_id)
 const LEFT: &str = "SELECT (SELECT count(*) FROM job_input) + (SELECT count(*) FROM job_turn)";
 
 /// A client and a worker, on a deployment whose one workflow has these keys.
-pub(crate) struct Scene {
-    pub(crate) deployment: Deployment,
-    pub(crate) client: Client,
-    pub(crate) worker: Worker,
+pub struct Scene {
+    pub deployment: Deployment,
+    pub client: Client,
+    pub worker: Worker,
     file: PathBuf,
 }
 
 impl Scene {
-    pub(crate) fn new(keys: &Value) -> Scene {
+    pub fn new(keys: &Value) -> Scene {
         Scene::on(Deployment::new(), keys)
     }
 
-    fn on(deployment: Deployment, keys: &Value) -> Scene {
+    pub fn on(deployment: Deployment, keys: &Value) -> Scene {
         let file = deployment.folder.join("workflows.json");
         let mut workflow = json!({
             "workflow_type_name": TASK, "workflow_type_description_name": "One",
@@ -56,7 +56,7 @@ impl Scene {
         }
     }
 
-    pub(crate) fn variables(&self) -> [(&'static str, &str); 3] {
+    pub fn variables(&self) -> [(&'static str, &str); 3] {
         [
             ("WORKFLOW_CONFIG_PATH", self.file.to_str().unwrap()),
             ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
@@ -83,7 +83,7 @@ impl Scene {
     }
 
     /// A job whose reference says whose it is.
-    fn submit_as(&self, owner: &str) -> Uuid {
+    pub fn submit_as(&self, owner: &str) -> Uuid {
         let (job, mut submission) = self.client.submission(TASK);
         self.client.listen(job);
         submission.job_reference = Some(format!("{owner}/a job"));
@@ -94,21 +94,21 @@ impl Scene {
         job
     }
 
-    pub(crate) fn submit(&self, count: usize) -> Vec<Uuid> {
+    pub fn submit(&self, count: usize) -> Vec<Uuid> {
         (0..count).map(|_| self.submit_as("owner")).collect()
     }
 
-    pub(crate) fn held(&self, count: i64) {
+    pub fn held(&self, count: i64) {
         self.deployment.comes_to(count, HELD);
     }
 
-    pub(crate) fn runs(&self) -> Task {
+    pub fn runs(&self) -> Task {
         let task = self.worker.take();
         self.worker.start(&task);
         task
     }
 
-    fn ends(&self, task: &Task) {
+    pub fn ends(&self, task: &Task) {
         self.worker.succeed(task, "<e id='out'/>");
         assert_eq!(self.client.outcome(task.job).0, ResultType::Succeeded);
     }
@@ -125,7 +125,7 @@ impl Scene {
         self.nothing_is_left();
     }
 
-    fn nothing_is_left(&self) {
+    pub fn nothing_is_left(&self) {
         self.deployment.no_jobs_left();
         self.deployment.comes_to(0, LEFT);
     }

@@ -3,20 +3,18 @@
 use std::fmt::Write;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use jiff::{SignedDuration, Timestamp};
-use omotes_orchestrator::broker::{Delivered, Link, Publisher};
+use omotes_orchestrator::actions::{counted, jobs};
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::domain::overview::{Filter, JobState, JobView, MAX_LIMIT, spoken};
+use omotes_orchestrator::domain::overview::{Filter, JobState, JobView, spoken};
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
-use omotes_orchestrator::threads::Calls;
-use omotes_orchestrator::wire::{self, Outgoing};
 use uuid::Uuid;
 
 use super::state;
-use crate::cli::{Agreed, NOTHING_DONE, connect, print, say_aside, told_of};
+use crate::cli::{Agreed, NOTHING_DONE, connect, print, say_aside, told_of, turns};
 
 /// Jobs that are listed one by one before they are cancelled.
 const LISTED: usize = 20;
@@ -54,34 +52,10 @@ pub(super) fn run(config: &Config, ids: &[Uuid], matching: &Matching) -> anyhow:
     let mut connection = connect(config)?;
     match ids {
         [] => all_that_match(config, &mut connection, matching),
-        ids => these(config, &mut connection, ids),
+        ids => turns::tell(&told_of("RabbitMQ", || {
+            jobs::cancel(config, connection, ids)
+        })?),
     }
-}
-
-fn these(config: &Config, connection: &mut Connection, ids: &[Uuid]) -> anyhow::Result<ExitCode> {
-    let mut code = ExitCode::SUCCESS;
-    let mut text = String::new();
-    let mut live = Vec::new();
-    for id in ids {
-        let what = match connection.story(*id)?.map(|story| story.job.state) {
-            Some(JobState::Live(_)) => {
-                live.push(*id);
-                "is asked to end"
-            }
-            Some(JobState::Ended(_)) => {
-                code = ExitCode::FAILURE;
-                "has ended already"
-            }
-            None => {
-                code = ExitCode::FAILURE;
-                "is unknown"
-            }
-        };
-        let _ = writeln!(text, "job {id} {what}");
-    }
-    send(config, &live)?;
-    print(&text)?;
-    Ok(code)
 }
 
 fn all_that_match(
@@ -89,10 +63,10 @@ fn all_that_match(
     connection: &mut Connection,
     matching: &Matching,
 ) -> anyhow::Result<ExitCode> {
-    let jobs = found(connection, matching)?;
+    let found = found(connection, matching)?;
     let now = Timestamp::now();
     let mut text = String::new();
-    for job in jobs.iter().take(LISTED) {
+    for job in found.iter().take(LISTED) {
         let age = job.registered_at.map(|at| spoken(now.duration_since(at)));
         let _ = writeln!(
             text,
@@ -104,29 +78,23 @@ fn all_that_match(
             age.unwrap_or_default()
         );
     }
-    if let Some(more) = jobs.len().checked_sub(LISTED).filter(|more| *more > 0) {
+    if let Some(more) = found.len().checked_sub(LISTED).filter(|more| *more > 0) {
         let _ = writeln!(text, "and {more} more");
     }
-    let count = match jobs.len() {
-        1 => "1 job".to_owned(),
-        count => format!("{count} jobs"),
-    };
+    let count = counted(found.len(), "job");
     if !matching.agreed.yes {
         print(&text)?;
         say_aside(format_args!("{count} would be cancelled; {NOTHING_DONE}"));
         return Ok(ExitCode::FAILURE);
     }
-    let ids: Vec<_> = jobs.iter().map(|job| job.id).collect();
-    send(config, &ids)?;
+    let ids: Vec<_> = found.iter().map(|job| job.id).collect();
+    jobs::ask_to_end(config, &ids)?;
     print(&format!("{text}{count} asked to end\n"))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// The jobs that match and have not ended.
 fn found(connection: &mut Connection, matching: &Matching) -> anyhow::Result<Vec<JobView>> {
-    if let Some(JobState::Ended(_)) = matching.state {
-        bail!("jobs in this state have ended already");
-    }
     let before = match matching.older_than {
         Some(age) => Timestamp::now()
             .checked_sub(age)
@@ -134,51 +102,14 @@ fn found(connection: &mut Connection, matching: &Matching) -> anyhow::Result<Vec
         None => Timestamp::MAX,
     };
     let reference = matching.reference.as_deref().unwrap_or_default();
-    let mut found = Vec::new();
-    let mut filter = Filter {
+    let filter = Filter {
         state: matching.state,
         workflow: matching.workflow.clone(),
         text: matching.reference.clone(),
-        limit: MAX_LIMIT,
         ..Filter::default()
     };
-    loop {
-        let page = connection.jobs(&filter)?;
-        let is_last = page.jobs.len() < usize::from(MAX_LIMIT);
-        filter.offset += u32::from(MAX_LIMIT);
-        let is_meant = |job: &JobView| {
-            let is_live = matches!(job.state, JobState::Live(_));
-            let is_old = job.registered_at.is_none_or(|at| at <= before);
-            is_live && is_old && job.reference.starts_with(reference)
-        };
-        found.extend(page.jobs.into_iter().filter(is_meant));
-        if is_last {
-            return Ok(found);
-        }
-    }
-}
-
-/// Sends the cancels that clients would send.
-fn send(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    let messages: Vec<_> = ids
-        .iter()
-        .map(|id| Outgoing {
-            // Without the orchestrator's queue the message would vanish.
-            mandatory: true,
-            ..wire::job_delete(*id)
-        })
-        .collect();
-    let link = told_of("RabbitMQ", || {
-        Link::open(&config.sdk_rabbitmq, "cancelling")
-    })?;
-    let calls = Calls::default();
-    let delivered = Publisher::new(&link, &calls).publish(&messages)?;
-    link.close()?;
-    if !delivered.iter().all(|one| *one == Delivered::Yes) {
-        bail!("RabbitMQ has not taken the cancels: is an orchestrator running on this vhost?");
-    }
-    Ok(())
+    Ok(jobs::unfinished(connection, &filter, |job| {
+        let is_old = job.registered_at.is_none_or(|at| at <= before);
+        is_old && job.reference.starts_with(reference)
+    })?)
 }

@@ -5,8 +5,13 @@
 const PERIOD = 2000;
 const PATIENCE = 15000;
 
+// Forms in which somebody has typed or chosen something. They stay as they are: options have no
+// identity, and another one may take the place of the one that was chosen.
+const touched = new WeakSet();
+document.addEventListener("input", ({ target }) => target.form && touched.add(target.form));
+
 function morph(old, fresh) {
-  if (old.isEqualNode(fresh)) return;
+  if (old.isEqualNode(fresh) || touched.has(old)) return;
   if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName || old.id !== fresh.id) {
     old.replaceWith(fresh);
     return;
@@ -17,8 +22,8 @@ function morph(old, fresh) {
   }
   if (old.hasAttribute("data-keep")) return;
   for (const { name } of [...old.attributes]) {
-    // What somebody has opened stays open.
-    if (name !== "open" && !fresh.hasAttribute(name)) old.removeAttribute(name);
+    // What a visitor has opened stays open.
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
   }
   for (const { name, value } of fresh.attributes) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);
@@ -68,7 +73,7 @@ async function run() {
   }
 }
 
-for (const field of document.querySelectorAll("form select")) {
+for (const field of document.querySelectorAll("form[data-keep] select")) {
   field.addEventListener("change", () => field.form.submit());
 }
 run();

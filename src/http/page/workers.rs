@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use maud::{Markup, html};
 
+use super::acting::Acting;
 use super::ago;
 use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
@@ -21,7 +22,7 @@ pub(super) fn alarms(workers: &Workers, now: Timestamp) -> Markup {
     }
 }
 
-pub(super) fn table(workers: &Workers, now: Timestamp) -> Markup {
+pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {
     html! {
         @if let Some(looked_at) = workers.looked_at {
             h2 { "Workers " span.dim { (ago(looked_at, now)) " ago" } }
@@ -30,21 +31,21 @@ pub(super) fn table(workers: &Workers, now: Timestamp) -> Markup {
                     th { "Worker" } th { "State" } th { "For" } th { "Queues" } th { "Computes" }
                     th.number title="Begun in the last hour." { "Tasks/h" }
                     th.number title="Of the tasks that it was seen with, those that ended in the last hour." { "Ended" }
-                    th.number { "Failed" }
+                    th.number { "Failed" } @if acting.is_some() { th { "Actions" } }
                 } }
                 tbody {
-                    @for worker in &workers.workers { (row(worker, now)) }
-                    @if workers.workers.is_empty() { tr { td.dim colspan="8" { "No worker has answered." } } }
+                    @for worker in &workers.workers { (row(worker, now, acting)) }
+                    @if workers.workers.is_empty() { tr { td.dim colspan="9" { "No worker has answered." } } }
                 }
             } }
         }
     }
 }
 
-fn row(worker: &WorkerView, now: Timestamp) -> Markup {
+fn row(worker: &WorkerView, now: Timestamp, acting: Option<&Acting>) -> Markup {
     let queues: Vec<_> = worker.queues.iter().map(|queue| one_line(queue)).collect();
     html! {
-        tr.worker {
+        tr.worker id={ "worker-" (one_line(&worker.host)) } {
             td { (one_line(&worker.host)) div.dim { (about(worker)) } }
             td.nowrap { span class=(class(worker.state)) { (worker.state.text()) } }
             td.nowrap { (ago(worker.since, now)) }
@@ -53,6 +54,7 @@ fn row(worker: &WorkerView, now: Timestamp) -> Markup {
             td.number { @if let Some(rate) = worker.tasks_per_hour { (format!("{rate:.1}")) } }
             td.number { (worker.ended) }
             td.number class=[(worker.failed > 0).then_some("bad")] { (worker.failed) }
+            @if let Some(acting) = acting { (acting.worker(worker)) }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use amiquip::{
     AmqpProperties, AmqpValue, Channel, Confirm, Connection, Exchange, ExchangeDeclareOptions,
-    ExchangeType, FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
+    ExchangeType, FieldTable, Get, Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use omotes_orchestrator::wire::{
     self, EsdlMessage, JobDelete, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission,
@@ -144,6 +144,15 @@ impl Peer {
     pub fn queue_length(&self, queue: &str) -> u32 {
         let queue = self.channel.queue_declare_passive(queue).unwrap();
         queue.declared_message_count().unwrap()
+    }
+
+    /// Takes a message as one who looks at it.
+    pub fn hold(&self, queue: &str) -> Get {
+        self.channel.basic_get(queue, false).unwrap().unwrap()
+    }
+
+    pub fn give_back(&self, held: Get) {
+        held.nack(&self.channel, true).unwrap();
     }
 
     pub fn declare(&self, queue: &str) {

@@ -1,0 +1,85 @@
+//! What operators do to jobs, queues and dead letters. The command line and the status page ask for
+//! it in their ways, and both say of it what is said here; draining a worker is in
+//! [`crate::service::workers`].
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use ring::digest::{Context, SHA256};
+
+pub mod jobs;
+pub mod letters;
+pub mod queues;
+
+/// Why something was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It cannot be done, whoever asks.
+    #[error("{0}")]
+    Refused(String),
+    /// A service has failed; the text says what is certain all the same.
+    #[error("{0:#}")]
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Failure {
+        Failure::Failed(error)
+    }
+}
+
+impl From<crate::store::StoreError> for Failure {
+    fn from(error: crate::store::StoreError) -> Failure {
+        Failure::Failed(error.into())
+    }
+}
+
+/// Names a set of ids, in whatever order they are: what somebody agrees to is what they were shown.
+pub fn digest(ids: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
+    let mut ids: Vec<_> = ids.into_iter().collect();
+    ids.sort_unstable_by(|one, other| one.as_ref().cmp(other.as_ref()));
+    let mut context = Context::new(&SHA256);
+    for id in &ids {
+        let id = id.as_ref();
+        context.update(&u64::try_from(id.len()).unwrap_or(u64::MAX).to_be_bytes());
+        context.update(id);
+    }
+    BASE64_URL_SAFE_NO_PAD.encode(context.finish())
+}
+
+/// Jobs and letters that a line of the log or a page names.
+pub const TOLD: usize = 20;
+
+/// The first of them.
+pub fn bounded(texts: &[String], between: &str) -> String {
+    let mut text = texts[..texts.len().min(TOLD)].join(between);
+    if let Some(more) = texts.len().checked_sub(TOLD).filter(|more| *more > 0) {
+        text += &format!("{between}and {more} more");
+    }
+    text
+}
+
+/// `1 job`, `2 jobs`.
+pub fn counted(count: usize, noun: &str) -> String {
+    match count {
+        1 => format!("1 {noun}"),
+        count => format!("{count} {noun}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case::in_another_order(&["b", "a"], true)]
+    #[case::one_for_another(&["a", "c"], false)]
+    #[case::one_more(&["a", "b", "b"], false)]
+    #[case::one_less(&["a"], false)]
+    #[case::none(&[], false)]
+    #[case::run_together(&["ab", ""], false)]
+    #[case::run_together_too(&["ab"], false)]
+    fn a_digest_is_of_one_set(#[case] ids: &[&str], #[case] is_same: bool) {
+        assert_eq!(digest(ids) == digest(["a", "b"]), is_same);
+    }
+}

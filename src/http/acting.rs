@@ -1,0 +1,388 @@
+//! What operators do through the page: asked again where something is destroyed, done by
+//! [`crate::actions`], and told in the log with who it was.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use jiff::Timestamp;
+use log::{info, warn};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::accounts::{Accounts, Purpose};
+use super::admission::Visit;
+use super::form::{Action, Form, Shown};
+use super::page::Frame;
+use super::page::acting::{self as pages, Acting, Letter};
+use super::server::Response;
+use super::{html, json_response, refusal};
+use crate::actions::letters::{Letters, all_named, exactly};
+use crate::actions::{Failure, TOLD, bounded, counted, digest, jobs, queues};
+use crate::broker::dead_letters::Fate;
+use crate::domain::overview::{Filter, JobState};
+use crate::domain::text::excerpt;
+use crate::domain::worker::Wish;
+use crate::service::shared::Service;
+use crate::service::workers::{find, steering};
+use crate::store::{Connection, LimitChange, StoreError, TurnChange};
+use crate::telemetry::health::Part;
+use crate::telemetry::report::{harmless, one_line};
+use crate::threads::Signal;
+
+/// How long going through the dead letters of a vhost may take, while somebody waits for the page.
+const LETTERS_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the text may be that goes along in a link.
+const MAX_NOTE: usize = 2000;
+const NOTHING_DONE: &str = "nothing was done";
+
+/// What came of an action.
+enum Came {
+    Done(Vec<String>),
+    /// There are others now than the operator was shown: it is asked again.
+    Others,
+}
+
+/// The page that asks again.
+pub(super) fn confirm(
+    service: &Service,
+    visit: &Visit,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    form: &Form,
+) -> Response {
+    let asked = match &form.action {
+        Action::Cancel(ids) => confirm_cancel(service, frame, acting, ids),
+        Action::CancelMatching(filter, _) => confirm_matching(service, frame, acting, filter, None),
+        Action::Requeue(_) | Action::RequeueAll(_) => confirm_requeue(service, frame, acting, None),
+        Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(Failure::Refused(
+            "this is done without being asked again".to_owned(),
+        )),
+    };
+    asked
+        .map(|page| html(200, frame.nonce, page))
+        .unwrap_or_else(|failure| failed(visit, &failure))
+}
+
+fn confirm_cancel(
+    service: &Service,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    ids: &[Uuid],
+) -> Result<String, Failure> {
+    let mut connection = looking(service)?;
+    let mut live = Vec::new();
+    for id in ids {
+        let story = connection.story(*id)?;
+        live.extend(story.map(|story| story.job));
+    }
+    live.retain(|job| matches!(job.state, JobState::Live(_)));
+    Ok(match live.is_empty() {
+        true => pages::gone(ids),
+        false => pages::confirm_cancel(frame, acting, &live),
+    })
+}
+
+fn confirm_matching(
+    service: &Service,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    filter: &Filter,
+    notice: Option<&str>,
+) -> Result<String, Failure> {
+    // As Postgres keeps it.
+    let at = Timestamp::from_microsecond(frame.now.as_microsecond()).unwrap_or(frame.now);
+    let named = u16::try_from(pages::NAMED).unwrap_or(u16::MAX);
+    let found = jobs::matching(&mut looking(service)?, filter, at, named)?;
+    let digest = digest(&found.ids);
+    let shown = Shown { at, digest };
+    Ok(pages::confirm_matching(
+        frame, acting, &found, &shown, notice,
+    ))
+}
+
+fn confirm_requeue(
+    service: &Service,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    notice: Option<&str>,
+) -> Result<String, Failure> {
+    let letters = Letters::open(&service.config, LETTERS_PATIENCE)?;
+    let mut first = Vec::new();
+    let mut ids = Vec::new();
+    letters.look(|_, letter| {
+        ids.push(letter.id.clone());
+        if first.len() < pages::NAMED {
+            first.push(Letter {
+                id: letter.id.clone(),
+                time: letter.time.clone(),
+                queue: letter.queue.clone(),
+                reason: letter.reason.clone(),
+            });
+        }
+    })?;
+    letters.close()?;
+    let digest = digest(&ids);
+    Ok(pages::confirm_requeue(
+        frame, acting, &first, &ids, &digest, notice,
+    ))
+}
+
+/// Does what a form asks for, and sends the operator back. The log has who asks before, should the
+/// service end in the middle of it, and what came of it.
+pub(super) fn act(
+    service: &Service,
+    accounts: &Accounts,
+    visit: &Visit,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    form: &Form,
+    stop: &Signal,
+) -> Response {
+    let (who, account) = (visit.who(), visit.account());
+    let what = in_words(&form.action);
+    info!(account; "{who} asks: {what}");
+    match perform(service, &form.action, stop) {
+        Ok(Came::Done(lines)) => {
+            // All of them, a readable part at a time.
+            for told in lines.chunks(TOLD) {
+                let told = told.join("; ");
+                info!(account; "{who}: {what}: {told}");
+            }
+            done(accounts, visit, form, &lines, frame.now)
+        }
+        Ok(Came::Others) => {
+            info!(account; "{who}: {what}: not done, for there are others now than were shown");
+            ask_again(service, visit, frame, acting, form)
+        }
+        Err(failure) => {
+            warn!(account; "{who}: {what}: failed: {}", one_line(&failure.to_string()));
+            failed(visit, &failure)
+        }
+    }
+}
+
+fn perform(service: &Service, action: &Action, stop: &Signal) -> Result<Came, Failure> {
+    let config = &service.config;
+    let lines = match action {
+        // Only looks: RabbitMQ keeps it while Postgres does not write.
+        Action::Cancel(ids) => lines(&jobs::cancel(config, looking(service)?, ids)?),
+        Action::CancelMatching(filter, shown) => {
+            let at = shown.as_ref().map_or(Timestamp::now(), |shown| shown.at);
+            let ids = jobs::matching(&mut looking(service)?, filter, at, 0)?.ids;
+            if shown
+                .as_ref()
+                .is_none_or(|shown| shown.digest != digest(&ids))
+            {
+                return Ok(Came::Others);
+            }
+            jobs::ask_to_end(config, &ids)?;
+            let count = counted(ids.len(), "job");
+            let each = ids.iter().map(|id| format!("job {id}"));
+            std::iter::once(format!("{count} asked to end"))
+                .chain(each)
+                .collect()
+        }
+        Action::Turns(ids, change) => lines(&jobs::change_turns(
+            &mut connection(service)?,
+            ids,
+            *change,
+        )?),
+        Action::Limits(queue, changes) => {
+            let catalogue = service.catalogue.get();
+            let mut connection = connection(service)?;
+            let limit = queues::change_limits(&catalogue, &mut connection, queue, changes)?;
+            vec![format!("{}: {limit}", one_line(queue))]
+        }
+        Action::Steer(host, wish) => vec![steer(service, host, *wish, stop)?],
+        Action::Requeue(ids) => return requeue(service, Some(ids), None),
+        Action::RequeueAll(shown) => return requeue(service, None, shown.as_deref()),
+    };
+    Ok(Came::Done(lines))
+}
+
+fn lines(all: &[impl ToString]) -> Vec<String> {
+    all.iter().map(|one| harmless(&one.to_string())).collect()
+}
+
+/// A connection that writes.
+fn connection(service: &Service) -> Result<Connection, Failure> {
+    let connection = postgres_is_there(service).and_then(|()| Ok(service.store.connection()?));
+    Ok(connection.context(NOTHING_DONE)?)
+}
+
+/// One that only looks: while the server that takes writes is there, at that, which knows of the
+/// newest jobs.
+fn looking(service: &Service) -> Result<Connection, Failure> {
+    let is_there = postgres_is_there(service);
+    let connection = match (is_there, service.can_look_on.load(Ordering::Relaxed)) {
+        (Ok(()), _) => service.store.connection(),
+        (Err(_), true) => service.views.connection(),
+        (Err(why), false) => return Err(why.context(NOTHING_DONE).into()),
+    };
+    Ok(connection.context(NOTHING_DONE)?)
+}
+
+/// Nobody waits as long as connecting in vain takes, while that is known to be in vain.
+fn postgres_is_there(service: &Service) -> anyhow::Result<()> {
+    let (_, parts) = service.health.parts(Timestamp::now());
+    let mut parts = parts.iter().filter(|part| part.part == Part::Postgres);
+    match parts.find_map(|part| part.why.as_ref()) {
+        Some(why) => bail!("Postgres: {why}"),
+        None => Ok(()),
+    }
+}
+
+fn steer(service: &Service, host: &str, wish: Wish, stop: &Signal) -> Result<String, Failure> {
+    let mut connection = connection(service)?;
+    let worker =
+        find(&mut connection, host).map_err(|error| match error.downcast_ref::<StoreError>() {
+            Some(_) => Failure::Failed(error.context(NOTHING_DONE)),
+            None => Failure::Refused(format!("{error:#}")),
+        })?;
+    steering::check(&worker).map_err(Failure::Refused)?;
+    let steered = steering::steer(&service.config, connection, &worker, wish, stop);
+    let steered =
+        steered.context("whether the worker does so is not known; asking again does no harm")?;
+    Ok(steered.in_words(wish))
+}
+
+/// Requeues these, or all if they are those of this digest.
+fn requeue(
+    service: &Service,
+    which: Option<&[String]>,
+    shown: Option<&str>,
+) -> Result<Came, Failure> {
+    let letters = Letters::open(&service.config, LETTERS_PATIENCE)
+        .map_err(|error| error.context("nothing was requeued"))?;
+    let mut known = Vec::new();
+    letters.look(|_, letter| known.push(letter.id.clone()))?;
+    let ids = match which {
+        Some(ids) => all_named(ids, &known, exactly)?,
+        None if shown.is_none_or(|shown| shown != digest(&known)) => {
+            return Ok(Came::Others);
+        }
+        None => known,
+    };
+    let mut settled = Vec::new();
+    let outcome = letters.settle(&ids, Fate::Requeue, &mut settled);
+    let told = lines(&settled);
+    if let Err(error) = outcome {
+        let so_far = match told.is_empty() {
+            true => error,
+            false => error.context(format!("so far: {}", bounded(&told, "; "))),
+        };
+        return Err(so_far.into());
+    }
+    // What is confirmed stays so.
+    let _ = letters.close();
+    let requeued = settled.iter().filter(|one| one.failure.is_none()).count();
+    let all = counted(ids.len(), "dead letter");
+    let head = match requeued == ids.len() {
+        true => format!("{all} requeued"),
+        false => format!("{requeued} of {all} requeued"),
+    };
+    Ok(Came::Done(std::iter::once(head).chain(told).collect()))
+}
+
+/// An action as the log tells it.
+fn in_words(action: &Action) -> String {
+    match action {
+        Action::Cancel(ids) => format!("cancel {}", bounded(&lines(ids), ", ")),
+        Action::CancelMatching(filter, shown) => {
+            let which = match filter.query(0) {
+                query if query.is_empty() => "all jobs".to_owned(),
+                query => format!("all jobs with {}", one_line(&query)),
+            };
+            let at = shown
+                .as_ref()
+                .map(|shown| format!(", as shown at {}", shown.at));
+            format!("cancel {which}{}", at.unwrap_or_default())
+        }
+        Action::Turns(ids, change) => {
+            let verb = match change {
+                TurnChange::Hold => "hold".to_owned(),
+                TurnChange::Release => "release".to_owned(),
+                TurnChange::First => "move first".to_owned(),
+                TurnChange::Priority(priority) => format!("priority {}", priority.name()),
+            };
+            format!("{verb} {}", bounded(&lines(ids), ", "))
+        }
+        Action::Limits(queue, changes) => {
+            let verbs: Vec<_> = changes
+                .iter()
+                .map(|change| match change {
+                    LimitChange::Paused(true) => "pause",
+                    LimitChange::Paused(false) => "resume",
+                    LimitChange::Window(_) => "window",
+                    LimitChange::MaxRunning(_) => "max_running",
+                })
+                .collect();
+            format!("{} of queue {}", verbs.join(" and "), one_line(queue))
+        }
+        Action::Steer(host, Wish::Drained) => format!("drain worker {}", one_line(host)),
+        Action::Steer(host, Wish::Resumed) => format!("resume worker {}", one_line(host)),
+        Action::Requeue(ids) => format!("requeue {}", one_line(&bounded(ids, ", "))),
+        Action::RequeueAll(_) => "requeue all dead letters that were shown".to_owned(),
+    }
+}
+
+/// Sends a browser back to where it came from, with what was done.
+fn done(
+    accounts: &Accounts,
+    visit: &Visit,
+    form: &Form,
+    lines: &[String],
+    now: Timestamp,
+) -> Response {
+    if !visit.html {
+        return json_response(200, &json!({"done": lines}));
+    }
+    let note = bounded(lines, "\n");
+    let note = excerpt(&note, MAX_NOTE);
+    let path = form.back.path();
+    let between = if path.contains('?') { '&' } else { '?' };
+    let mut query = form_urlencoded::Serializer::new(String::new());
+    query.append_pair("note", &note);
+    query.append_pair("seal", &accounts.seal(Purpose::Note, &note, now));
+    let mut response = Response::text(303, &note);
+    let location = format!("{path}{between}{}", query.finish());
+    response.headers.push(("Location", location));
+    response
+}
+
+/// Asks again, for what there is now.
+fn ask_again(
+    service: &Service,
+    visit: &Visit,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    form: &Form,
+) -> Response {
+    const NOTICE: &str = "There are others now than this form was for. Nothing was done.";
+    if !visit.html {
+        return json_response(409, &json!({"error": NOTICE}));
+    }
+    let asked = match &form.action {
+        Action::CancelMatching(filter, _) => {
+            confirm_matching(service, frame, acting, filter, Some(NOTICE))
+        }
+        Action::Cancel(_)
+        | Action::Requeue(_)
+        | Action::RequeueAll(_)
+        | Action::Turns(..)
+        | Action::Limits(..)
+        | Action::Steer(..) => confirm_requeue(service, frame, acting, Some(NOTICE)),
+    };
+    asked
+        .map(|page| html(409, frame.nonce, page))
+        .unwrap_or_else(|failure| failed(visit, &failure))
+}
+
+fn failed(visit: &Visit, failure: &Failure) -> Response {
+    let status = match failure {
+        Failure::Refused(_) => 400,
+        Failure::Failed(_) => 503,
+    };
+    refusal(visit.html, status, &failure.to_string())
+}

@@ -1,0 +1,372 @@
+//! The forms by which operators act, and the pages that ask again before something is destroyed. Only
+//! whoever may act is shown any of it.
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+use uuid::Uuid;
+
+use super::{Frame, STYLE, document};
+use crate::actions::jobs::Matching;
+use crate::actions::{TOLD, counted};
+use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
+use crate::domain::worker::{WorkerState, WorkerView};
+use crate::http::form::{Back, Shown};
+use crate::telemetry::report::{harmless, one_line, readable};
+
+/// Jobs and letters that a page of confirmation names.
+pub(in crate::http) const NAMED: usize = TOLD;
+
+/// What each form carries.
+pub(in crate::http) struct Acting {
+    /// Says that this service has shown the form.
+    pub(in crate::http) token: String,
+    /// Where the operator goes back to.
+    pub(in crate::http) back: Back,
+}
+
+/// A dead letter, for a page of confirmation.
+pub(in crate::http) struct Letter {
+    pub(in crate::http) id: String,
+    pub(in crate::http) time: String,
+    pub(in crate::http) queue: String,
+    pub(in crate::http) reason: String,
+}
+
+impl Acting {
+    /// A form of these fields and buttons.
+    fn form(&self, content: Markup) -> Markup {
+        html! {
+            // Firefox would give a row's form the hidden fields that the row at its place had before.
+            form.act method="post" action="/act" autocomplete="off" {
+                input type="hidden" name="token" value=(self.token);
+                (self.back())
+                (content)
+            }
+        }
+    }
+
+    fn back(&self) -> Markup {
+        let (name, value) = self.back_field();
+        html! { @if !value.is_empty() { input type="hidden" name=(name) value=(value); } }
+    }
+
+    fn back_field(&self) -> (&'static str, String) {
+        match &self.back {
+            Back::List(filter) => ("list", filter.query(filter.offset)),
+            Back::Job(id) => ("job", id.to_string()),
+        }
+    }
+
+    /// The page that asks again, for these fields.
+    fn confirmation(&self, fields: &[(&str, &str)]) -> String {
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        query.extend_pairs(fields);
+        let (name, value) = self.back_field();
+        // What matches is in the list's own field already.
+        if !fields.iter().any(|(field, _)| *field == name) && !value.is_empty() {
+            query.append_pair(name, &value);
+        }
+        format!("/confirm?{}", query.finish())
+    }
+
+    /// What can be done about a job, wherever it is shown.
+    fn about_job(&self, job: &JobView) -> Markup {
+        if !matches!(job.state, JobState::Live(_)) {
+            return html! {};
+        }
+        let name = job_name(job);
+        let id = job.id.to_string();
+        let button = |verb: &str, text: &str| {
+            html! { button name="do" value=(verb) aria-label={ (text) ": " (name) } { (text) } }
+        };
+        html! {
+            @if let Some(turn) = &job.turn {
+                (self.form(html! {
+                    input type="hidden" name="id" value=(id);
+                    @if turn.on_hold { (button("release", "Release")) } @else {
+                        (button("first", "Move first"))
+                        (button("hold", "Hold"))
+                    }
+                }))
+            }
+            a.button href=(self.confirmation(&[("do", "cancel"), ("id", &id)]))
+                aria-label={ "Cancel: " (name) } { "Cancel…" }
+        }
+    }
+
+    /// In the list's last column.
+    pub(super) fn cell(&self, job: &JobView) -> Markup {
+        html! { td data-label="Actions" { div.actions { (self.about_job(job)) } } }
+    }
+
+    /// On a job's own page.
+    pub(super) fn job(&self, job: &JobView) -> Markup {
+        html! {
+            div.actions {
+                (self.about_job(job))
+                @if job.turn.is_some() {
+                    (self.form(html! {
+                        input type="hidden" name="id" value=(job.id);
+                        label { "Priority "
+                            select name="level" {
+                                @for level in ["high", "medium", "low"] {
+                                    option value=(level) selected[is_level(job, level)] { (level) }
+                                }
+                            }
+                        }
+                        button name="do" value="priority" { "Set priority" }
+                    }))
+                }
+            }
+        }
+    }
+
+    /// Below the list: all that match its filter.
+    pub(super) fn matching(&self, filter: &Filter, total: i64) -> Markup {
+        let all = filter.query(0);
+        html! {
+            @if !filter.finished && total > 0 {
+                div.actions {
+                    a.button href=(self.confirmation(&[("do", "cancel-all"), ("list", &all)])) {
+                        "Cancel all that match…"
+                    }
+                }
+            }
+        }
+    }
+
+    /// In the last column of the queues with limits.
+    pub(super) fn queue(&self, queue: &QueueView) -> Markup {
+        let name = one_line(&queue.name);
+        let (verb, text) = match queue.limit.is_paused {
+            true => ("resume", "Resume"),
+            false => ("pause", "Pause"),
+        };
+        html! { td { div.actions {
+            (self.form(html! {
+                input type="hidden" name="queue" value=(queue.name);
+                button name="do" value=(verb) aria-label={ (text) ": " (name) } { (text) }
+            }))
+            (self.form(html! {
+                input type="hidden" name="queue" value=(queue.name);
+                (limit_fields(&name))
+            }))
+        } } }
+    }
+
+    /// Below them: any task queue.
+    pub(super) fn any_queue(&self, overview: &Overview) -> Markup {
+        let mut names: Vec<&str> = Vec::new();
+        for workflow in &overview.defined {
+            match overview.tasks.get(workflow) {
+                Some(tasks) => names.extend(tasks.iter().map(String::as_str)),
+                None => names.push(workflow),
+            }
+        }
+        names.sort_unstable();
+        names.dedup();
+        html! {
+            @if !names.is_empty() {
+                details { summary { "Pause or limit a task queue" }
+                    (self.form(html! {
+                        label { "Task queue "
+                            select name="queue" {
+                                @for name in names { option value=(name) { (harmless(name)) } }
+                            }
+                        }
+                        button name="do" value="pause" { "Pause" }
+                        button name="do" value="resume" { "Resume" }
+                        (limit_fields("the task queue"))
+                    }))
+                }
+            }
+        }
+    }
+
+    /// In the last column of the workers.
+    pub(super) fn worker(&self, worker: &WorkerView) -> Markup {
+        let action = match worker.state {
+            WorkerState::Idle | WorkerState::Busy | WorkerState::BusyAndDeaf => {
+                Some(("drain", "Drain"))
+            }
+            WorkerState::Draining | WorkerState::Drained => Some(("send-back", "Resume")),
+            WorkerState::Silent | WorkerState::Gone => None,
+        };
+        html! { td { @if let Some((verb, text)) = action {
+            (self.form(html! {
+                input type="hidden" name="worker" value=(worker.host);
+                button name="do" value=(verb) aria-label={ (text) ": " (one_line(&worker.host)) } { (text) }
+            }))
+        } } }
+    }
+
+    /// Beside the number of dead letters.
+    pub(super) fn letters(&self) -> Markup {
+        html! { " " a.button href=(self.confirmation(&[("do", "requeue")])) { "Requeue…" } }
+    }
+}
+
+fn limit_fields(name: &str) -> Markup {
+    html! {
+        label { "Window " input name="window" size="8" placeholder="unchanged"
+            aria-label={ "Window of " (name) }; }
+        label { "Running " input name="max_running" size="8" placeholder="unchanged"
+            aria-label={ "Most that run, of " (name) }; }
+        button name="do" value="limit" aria-label={ "Set limits of " (name) }
+            title="A number of tasks, unlimited, or default." { "Set" }
+    }
+}
+
+fn is_level(job: &JobView, level: &str) -> bool {
+    let now = job.priority.unwrap_or_default();
+    now.name().eq_ignore_ascii_case(level)
+}
+
+fn job_name(job: &JobView) -> String {
+    match job.reference.is_empty() {
+        true => job.id.to_string(),
+        false => one_line(&job.reference),
+    }
+}
+
+/// What was done, on top of the page that the operator has come back to.
+pub(super) fn note(note: Option<&str>) -> Markup {
+    html! { @if let Some(note) = note { p.alarm.note role="status" { (readable(note)) } } }
+}
+
+/// Asks again before so many jobs are cancelled, `jobs` and others; `notice` says why it asks once
+/// more. `fields` are those of the form.
+fn cancelling(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    (jobs, count): (&[JobView], usize),
+    notice: Option<&str>,
+    fields: Markup,
+) -> String {
+    let what = counted(count, "job");
+    let named = &jobs[..jobs.len().min(NAMED)];
+    let content = html! {
+        @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
+        h2 { "Cancel " (what) "?" }
+        p { "Their workers stop, and what they have computed is lost. Clients are told that they were cancelled." }
+        ul { @for job in named { li {
+            a href={ "/jobs/" (job.id) } { (job_name(job)) } " "
+            span.dim { (harmless(job.workflow.as_deref().unwrap_or("–"))) ", " (harmless(&job.state_text())) }
+        } } }
+        @if count > named.len() { p.dim { "and " (count - named.len()) " more" } }
+        @if count == 0 { p { "There is none that has not ended." } } @else {
+            (acting.form(html! { (fields) button.danger { "Cancel " (what) } }))
+        }
+        (leave(acting))
+    };
+    document(frame, "Cancel?", content)
+}
+
+fn leave(acting: &Acting) -> Markup {
+    html! { p { a href=(acting.back.path()) { "← leave everything as it is" } } }
+}
+
+pub(in crate::http) fn confirm_cancel(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    jobs: &[JobView],
+) -> String {
+    let fields = html! {
+        input type="hidden" name="do" value="cancel";
+        @for job in jobs { input type="hidden" name="id" value=(job.id); }
+    };
+    cancelling(frame, acting, (jobs, jobs.len()), None, fields)
+}
+
+pub(in crate::http) fn confirm_matching(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    found: &Matching,
+    shown: &Shown,
+    notice: Option<&str>,
+) -> String {
+    let fields = html! {
+        input type="hidden" name="do" value="cancel-all";
+        input type="hidden" name="shown" value=(shown.digest);
+        input type="hidden" name="at" value=(shown.at.as_microsecond());
+    };
+    let jobs = (&*found.first, found.ids.len());
+    cancelling(frame, acting, jobs, notice, fields)
+}
+
+/// Asks which dead letters are requeued.
+pub(in crate::http) fn confirm_requeue(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    first: &[Letter],
+    ids: &[String],
+    digest: &str,
+    notice: Option<&str>,
+) -> String {
+    let count = ids.len();
+    let what = counted(count, "dead letter");
+    let content = html! {
+        @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
+        h2 { "Requeue " (what) "?" }
+        p { "They go back to the queues they came from, as they were, and are handled again." }
+        @if count == 0 { p { "There is none, or somebody else is looking at them now." } } @else {
+            div.card { table {
+                thead { tr { th { "Id" } th { "Time" } th { "Queue" } th { "Reason" } th { "Actions" } } }
+                tbody { @for letter in first { tr {
+                    td { code { (one_line(&letter.id)) } }
+                    td { (one_line(&letter.time)) }
+                    td { (one_line(&letter.queue)) }
+                    td { (one_line(&letter.reason)) }
+                    td { @if !letter.id.is_empty() { (acting.form(html! {
+                        input type="hidden" name="letter" value=(letter.id);
+                        @let same = ids.iter().filter(|id| **id == letter.id).count();
+                        @let text = if same == 1 { "Requeue this one".to_owned() } else {
+                            format!("Requeue the {same} with this id")
+                        };
+                        button name="do" value="requeue"
+                            aria-label={ (text) ": " (one_line(&letter.id)) } { (text) }
+                    })) } }
+                } } }
+            } }
+            @if count > first.len() { p.dim { "and " (count - first.len()) " more" } }
+            (acting.form(html! {
+                input type="hidden" name="shown" value=(digest);
+                button name="do" value="requeue" { "Requeue " (what) }
+            }))
+        }
+        (leave(acting))
+    };
+    document(frame, "Requeue?", content)
+}
+
+/// A job that a confirmation was asked for is not there.
+pub(in crate::http) fn gone(ids: &[Uuid]) -> String {
+    let ids: Vec<_> = ids.iter().map(Uuid::to_string).collect();
+    refused(
+        "Nothing to cancel",
+        &format!("job {} has ended, or is unknown", ids.join(", ")),
+    )
+}
+
+/// Why a request got nothing, for a browser. It shows nothing of the deployment, for it may be for
+/// somebody without an account.
+pub(in crate::http) fn refused(title: &str, why: &str) -> String {
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                link rel="icon" href="data:,";
+                title { (title) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body { main {
+                header { h1 { a href="/" { "OMOTES jobs" } } }
+                h2 { (title) }
+                p.alarm.message role="alert" { (readable(why)) }
+                nav { a href="/" { "← all jobs" } }
+            } }
+        }
+    };
+    page.into_string()
+}

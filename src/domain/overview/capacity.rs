@@ -24,8 +24,7 @@ impl Overview {
     /// Who takes the tasks of a workflow without several steps: as the workers themselves say or, where
     /// they say nothing, one process for each consumer of its queue, and what runs of the workflow.
     pub(super) fn capacity(&self, workflow: &str, runs: &Runs, now: Timestamp) -> Capacity {
-        let own = self.tasks.get(workflow).and_then(|tasks| tasks.first());
-        let queue = own.map_or(workflow, String::as_str);
+        let queue = self.queue_of(workflow);
         let capacity = self.as_workers_say(queue, runs, now).unwrap_or_else(|| {
             let consumers = self.queues.as_ref();
             let consumers = consumers.and_then(|queues| queues.workers(queue));
@@ -43,6 +42,13 @@ impl Overview {
             }),
             ..capacity
         }
+    }
+
+    /// Where the task of a job without several steps waits.
+    pub(super) fn queue_of<'a>(&'a self, workflow: &'a str) -> &'a str {
+        let tasks = self.tasks.get(workflow);
+        let first = tasks.and_then(|tasks| tasks.first());
+        first.map_or(workflow, String::as_str)
     }
 
     fn as_workers_say(&self, queue: &str, runs: &Runs, now: Timestamp) -> Option<Capacity> {
@@ -208,6 +214,17 @@ mod tests {
         let medians = found.left.iter().map(|left| left.median.as_secs());
         assert_eq!(medians.collect::<Vec<_>>(), left);
         assert_eq!(found.processes, processes);
+    }
+
+    #[test]
+    fn a_workflow_may_have_a_task_of_another_name() {
+        let mut overview = overview(NOW, Vec::new());
+        let tasks = vec!["simulator".to_owned()];
+        overview.tasks.insert("simulate".to_owned(), tasks);
+        assert_eq!(overview.queue_of("simulate"), "simulator");
+        assert_eq!(overview.queue_of("optimiser"), "optimiser");
+        let found = overview.capacity("simulate", &runs(100), at(NOW));
+        assert_eq!(found.processes, 3);
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl Telling {
             (JobStatus::Running, Some(since), _) => telling.running(job, since, overview, now),
             (JobStatus::Running, None, _) => telling.say("Runs"),
             (JobStatus::Submitted, _, Some(since)) => {
-                let queue = job.workflow.as_deref().unwrap_or_default();
+                let queue = overview.queue_of(job.workflow.as_deref().unwrap_or_default());
                 telling.waiting(job, queue, since, overview, now)
             }
             (JobStatus::Submitted, _, None) => telling.say("Waits for a worker"),

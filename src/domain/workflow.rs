@@ -94,6 +94,14 @@ impl Catalogue {
             .collect()
     }
 
+    /// The tasks of a workflow; of one that is not defined, that of its name.
+    pub fn tasks_of(&self, workflow: &str) -> Vec<String> {
+        let Some(definition) = self.definition(workflow) else {
+            return vec![workflow.to_owned()];
+        };
+        definition.steps.tasks().map(str::to_owned).collect()
+    }
+
     /// The tasks of the workflows that do not have just the one of their own name.
     pub fn tasks_by_workflow(&self) -> BTreeMap<String, Vec<String>> {
         let definitions = self.definitions.iter();

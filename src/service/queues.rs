@@ -31,8 +31,9 @@ pub fn run(service: &Service, stop: &Signal) {
         // Jobs may belong to workflows that are no longer defined.
         let of_jobs = service.views.connection();
         let of_jobs = of_jobs.and_then(|mut connection| connection.tasks_of_jobs());
-        let of_jobs = of_jobs.unwrap_or_default();
         let catalogue = service.catalogue.get();
+        let of_jobs = of_jobs.unwrap_or_default().into_iter();
+        let of_jobs: BTreeSet<_> = of_jobs.flat_map(|name| catalogue.tasks_of(&name)).collect();
         let mut names: Vec<_> = catalogue.tasks().into_iter().map(str::to_owned).collect();
         names.extend(of_jobs.iter().cloned());
         names.sort_unstable();

@@ -288,3 +288,30 @@ fn no_logs_are_kept_where_none_may_be() {
                      + (SELECT count(*) FROM job_step WHERE logs <> '' OR why IS NOT NULL)";
     assert_eq!(scene.deployment.count(kept), 0);
 }
+
+#[test]
+fn a_workflow_whose_task_has_another_name_is_told_by_its_own_queue() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let definitions = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/development.json");
+    let service = deployment.start_with(&[("WORKFLOW_CONFIG_PATH", definitions)]);
+    eventually("nobody has made its queue", || {
+        let overview = json(&service, "/api/overview")?;
+        let queues = overview["queues"]["queues"].as_array()?.iter();
+        let queue = queues.clone().find(|queue| queue["name"] == "simulator")?;
+        queue["depth"].is_null().then_some(())
+    });
+    let job = client.submit("simulate");
+    says(&service, job, "Waits: no worker takes `simulator`");
+    let peer = Peer::new(&deployment, &deployment.celery_vhost());
+    let _worker = peer
+        .channel
+        .basic_consume("simulator", ConsumerOptions::default())
+        .unwrap();
+    eventually("its worker is seen", || {
+        let overview = json(&service, "/api/overview")?;
+        let mut workflows = overview["workflows"].as_array()?.iter();
+        let workflow = workflows.find(|one| one["name"] == "simulate")?;
+        (workflow["workers"] == 1).then_some(())
+    });
+}

@@ -173,9 +173,7 @@ impl<'c> Consumers<'c> {
             } else {
                 for (place, message) in arrived(inputs, event) {
                     let queue = self.sources[place].queue;
-                    let mut delivery = delivered(self.in_hand.link, queue, message)?;
-                    hand_over(place, received(self.in_hand.link, &mut delivery));
-                    self.in_hand.take(place, delivery);
+                    self.in_hand.pass_on(queue, place, message, hand_over)?;
                 }
             }
         }
@@ -279,10 +277,8 @@ impl<'c> Consumers<'c> {
             is_ended = matches!(last, None | Some(ConsumerMessage::ClientCancelled));
             let last = (!is_ended).then_some((place, last));
             for (place, message) in before(&self.inputs, place).chain(last) {
-                let link = self.in_hand.link;
-                let mut delivery = delivered(link, self.sources[place].queue, message)?;
-                hand_over(place, received(link, &mut delivery));
-                self.in_hand.take(place, delivery);
+                let queue = self.sources[place].queue;
+                self.in_hand.pass_on(queue, place, message, hand_over)?;
             }
         }
         self.inputs[place] = never();
@@ -559,6 +555,20 @@ impl<'c> InHand<'c> {
             limit: prefetch.sum::<usize>() / 4,
             waiting_since: None,
         }
+    }
+
+    /// Hands a delivery over, and takes it.
+    fn pass_on(
+        &mut self,
+        queue: &str,
+        place: usize,
+        message: Option<ConsumerMessage>,
+        hand_over: &mut impl FnMut(usize, Received),
+    ) -> anyhow::Result<()> {
+        let mut delivery = delivered(self.link, queue, message)?;
+        hand_over(place, received(self.link, &mut delivery));
+        self.take(place, delivery);
+        Ok(())
     }
 
     /// Takes a delivery, whose content has been handed over.

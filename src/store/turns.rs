@@ -14,14 +14,28 @@ use crate::domain::turns::{HandedOver, Held, Limits, QueueLimit, Waiting};
 
 pub(super) use self::view::{granted_at, view};
 
-mod view;
-
 /// Tells all replicas that something has changed that they decide turns by.
 const CHANNEL: &str = "omotes_turns";
 
 /// Owners at a queue that are looked at in one decision, beside those whose tasks have waited
 /// longest.
 const MAX_OWNERS: i64 = 1000;
+
+/// Whether a worker has started the task that a row `turn` of `job_turn` is about; NULL when its job is
+/// gone.
+macro_rules! is_started {
+    () => {
+        "(
+    SELECT coalesce(
+        (SELECT started_at IS NOT NULL FROM job_step AS step
+         WHERE step.job_id = turn.job_id AND finished_at IS NULL),
+        status = 'RUNNING')
+    FROM job WHERE job.job_id = turn.job_id
+)"
+    };
+}
+
+mod view;
 
 /// What changes of jobs' turns.
 #[derive(Default)]
@@ -167,16 +181,12 @@ impl Transaction<'_> {
     /// The connection is lost.
     pub fn handed_over(&mut self, queue: &str) -> Result<HandedOver, StoreError> {
         // Sub-selects, so that the few rows are looked up whatever Postgres believes of the tables.
-        let rows = self.query(
+        let statement = concat!(
             "SELECT owner, count(*) AS tasks, count(*) FILTER (WHERE NOT started) AS waiting
              FROM (
-                 SELECT owner, (
-                     SELECT coalesce(
-                         (SELECT started_at IS NOT NULL FROM job_step AS step
-                          WHERE step.job_id = turn.job_id AND finished_at IS NULL),
-                         status = 'RUNNING')
-                     FROM job WHERE job.job_id = turn.job_id
-                 ) AS started
+                 SELECT owner, ",
+            is_started!(),
+            " AS started
                  FROM job_turn AS turn
                  WHERE queue = $1 AND granted_at IS NOT NULL
                    -- One that its task has not ended itself is told to end after its outcome is
@@ -187,9 +197,9 @@ impl Transaction<'_> {
                         WHERE ended.job_id = turn.job_id) IS NOT TRUE
              ) AS granted
              WHERE started IS NOT NULL
-             GROUP BY owner",
-            &[&queue],
-        )?;
+             GROUP BY owner"
+        );
+        let rows = self.query(statement, &[&queue])?;
         let mut handed_over = HandedOver::default();
         for row in &rows {
             let (tasks, waiting): (i64, i64) = (row.try_get("tasks")?, row.try_get("waiting")?);

@@ -56,7 +56,8 @@ fn a_faulty_query_is_told(#[case] query: &str, #[case] error: &str) {
     assert!(found.starts_with(error), "{found}");
 }
 
-fn waiting(position: i64) -> JobView {
+/// At a place of its queue, of which nothing else is known.
+pub(super) fn waiting(position: i64) -> JobView {
     JobView {
         id: Uuid::nil(),
         reference: String::new(),

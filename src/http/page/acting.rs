@@ -1,10 +1,10 @@
 //! The forms by which operators act, and the pages that ask again before something is destroyed. Only
 //! whoever may act is shown any of it.
 
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use maud::{DOCTYPE, Markup, html};
 use uuid::Uuid;
 
-use super::{Frame, STYLE, document};
+use super::{Frame, document, head};
 use crate::actions::jobs::Matching;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
@@ -353,13 +353,7 @@ pub(in crate::http) fn refused(title: &str, why: &str) -> String {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                link rel="icon" href="data:,";
-                title { (title) }
-                style { (PreEscaped(STYLE)) }
-            }
+            (head(title))
             body { main {
                 header { h1 { a href="/" { "OMOTES jobs" } } }
                 h2 { (title) }

@@ -21,15 +21,11 @@ impl Connection {
         limits: &Limits,
         aging: Duration,
     ) -> Result<Vec<QueueView>, StoreError> {
-        let rows = self.client.query(
+        let statement = concat!(
             "WITH granted AS (
-                 SELECT queue, job_id, granted_at, (
-                     SELECT coalesce(
-                         (SELECT started_at IS NOT NULL FROM job_step AS step
-                          WHERE step.job_id = turn.job_id AND finished_at IS NULL),
-                         status = 'RUNNING')
-                     FROM job WHERE job.job_id = turn.job_id
-                 ) AS started
+                 SELECT queue, job_id, granted_at, ",
+            is_started!(),
+            " AS started
                  FROM job_turn AS turn
                  WHERE granted_at IS NOT NULL
                    AND (SELECT true FROM job_history AS ended
@@ -52,9 +48,10 @@ impl Connection {
                               WHERE queue_limit.queue = shown.queue), false) AS is_operators
              FROM (unnest($1::varchar[]) AS limited (queue)
                    FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)) AS shown
-             ORDER BY queue",
-            &[&limits.keys().collect::<Vec<_>>(), &SEATS],
-        )?;
+             ORDER BY queue"
+        );
+        let limited: Vec<_> = limits.keys().collect();
+        let rows = self.client.query(statement, &[&limited, &SEATS])?;
         let mut queues = Vec::with_capacity(rows.len());
         for row in &rows {
             let name: String = row.try_get("queue")?;

@@ -5,6 +5,7 @@ use rstest::rstest;
 
 use super::*;
 use crate::domain::job::Progress;
+use crate::domain::overview::tests::waiting as at_place;
 use crate::domain::overview::{Depth, End, Queue, Queues, WorkflowRows};
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::{LostTask, Workers};
@@ -25,25 +26,11 @@ fn waiting() -> JobView {
     JobView {
         id: id(7),
         reference: "a job".to_owned(),
-        workflow: Some("simulator".to_owned()),
-        state: JobState::Live(JobStatus::Submitted),
-        priority: None,
         task_id: Some("task".to_owned()),
         registered_at: Some(minute(180)),
         submitted_at: Some(minute(180)),
-        running_at: None,
-        finished_at: None,
-        timeout_ms: None,
-        starts: 0,
-        progress: None,
-        result_bytes: None,
         position: None,
-        estimate: None,
-        step: None,
-        turn: None,
-        granted_at: None,
-        ends: End::default(),
-        why: None,
+        ..at_place(0)
     }
 }
 

@@ -53,7 +53,7 @@ impl Handler<'_> {
         // Dropped on any error, and closed if the error was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.store.connection()?,
+            None => self.store.connection()?.for_batches()?,
         };
         let Committed {
             ending,

@@ -422,7 +422,11 @@ fn accept<'a>(
     Decision {
         next: Some(State::Live(job)),
         publications: vec![task, enqueued],
-        ..Decision::nothing(Event::Submitted { task_id, faults })
+        ..Decision::nothing(Event::Submitted {
+            task_id,
+            queue: queue.clone(),
+            faults,
+        })
     }
 }
 

@@ -100,6 +100,10 @@ pub(super) fn admit(
     if !["GET", "HEAD"].contains(&request.method.as_str()) {
         return Err(refuse((405, "only GET and HEAD".to_owned())));
     }
+    if matches!(route, Route::Follow(_)) {
+        // It takes one of few places.
+        comes_from_here(request, &visit)?;
+    }
     if matches!(route, Route::Confirm(_)) {
         may_act(request, &visit)?;
         // It costs something to find out what is asked about.

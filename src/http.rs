@@ -2,6 +2,7 @@
 //! check.
 
 use std::cell::RefCell;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -30,10 +31,13 @@ mod live;
 mod page;
 mod server;
 mod streams;
+mod submission;
+mod submitting;
+mod upload;
 mod views;
 
 use accounts::Accounts;
-use admission::Visit;
+use admission::{Uploads, Visit};
 use form::{Action, Form};
 pub use live::follow as follow_pages;
 use server::{DEADLINE, Reply, Request, Response, Server, Ticket};
@@ -51,7 +55,7 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -59,6 +63,7 @@ pub struct Endpoint {
     server: Server,
     accounts: Accounts,
     activity: Mutex<KnownActivity>,
+    uploads: Uploads,
 }
 
 /// A request whose answer needs the database or RabbitMQ, and when it arrived.
@@ -97,9 +102,11 @@ impl<T> Lanes<T> {
                 | Action::Turns(..)
                 | Action::Limits(..) => &self.actions,
             },
+            Route::SubmitForm(_) | Route::Submission(..) => &self.actions,
             Route::Live
             | Route::Ready
             | Route::Form
+            | Route::Upload
             | Route::Follow(_)
             | Route::Overview
             | Route::Workers
@@ -128,6 +135,7 @@ impl Endpoint {
             server,
             accounts,
             activity: Mutex::default(),
+            uploads: Uploads::default(),
         }))
     }
 
@@ -141,7 +149,12 @@ impl Endpoint {
 /// their lane.
 pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Question>>) {
     let guesses = RefCell::default();
-    let admit = |request: &Request| admission::admit(request, &endpoint.accounts, &guesses);
+    let admit = |request: &Request| {
+        let Endpoint {
+            accounts, uploads, ..
+        } = endpoint;
+        admission::admit(request, accounts, &guesses, uploads)
+    };
     let answer = |(route, visit): (Route, Visit), request: &mut Request, ticket| {
         let route = match route {
             Route::Live => return Reply::Now(json_response(200, &json!({"live": true}))),
@@ -157,6 +170,10 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
                 Ok(form) => Route::Act(Box::new(form)),
                 Err(refusal) => return Reply::Now(refusal),
             },
+            Route::Upload => {
+                let kind = request.header("content-type").unwrap_or_default();
+                Route::Submission(kind, mem::take(&mut request.body))
+            }
             Route::Follow(route) => return follow(endpoint, *route, &visit, request),
             route => route,
         };
@@ -164,7 +181,7 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
         let late = |why| Some(Box::new(refusal(html, 503, why)));
         let (time, otherwise) = match route {
             Route::Confirm(_) => (ACTION_TIME, late(CONFIRMED_LATE)),
-            Route::Act(_) => (ACTION_TIME, late(DONE_LATE)),
+            Route::Act(_) | Route::Submission(..) => (ACTION_TIME, late(DONE_LATE)),
             _ => (Duration::ZERO, None),
         };
         let question = Question {
@@ -217,7 +234,7 @@ pub fn answer(
                         let fault = |_| refusal(question.visit.html, 500, "A fault; the log has it.");
                         response.unwrap_or_else(fault)
                     }
-                    (false, Route::Confirm(_) | Route::Act(_)) => {
+                    (false, Route::Confirm(_) | Route::Act(_) | Route::Submission(..)) => {
                         const LATE: &str = "Others' actions take too long; nothing was done.";
                         refusal(question.visit.html, 503, LATE)
                     }
@@ -247,13 +264,20 @@ enum Route {
     Follow(Box<Route>),
     /// Asks again before something is destroyed.
     Confirm(Box<Form>),
+    /// The form to submit a job, for a workflow.
+    SubmitForm(Option<String>),
     /// A form whose fields are in the body.
     Form,
+    /// A form to submit a job, whose fields are in the body with its ESDL.
+    Upload,
+    /// The same with its type and its body.
+    Submission(String, Vec<u8>),
     Act(Box<Form>),
 }
 
 /// Where forms are sent to.
 const ACT: &str = "/act";
+const SUBMIT: &str = "/submit";
 
 /// What a path and a query ask for.
 fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
@@ -275,6 +299,7 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
             let form = Form::parse(query.as_bytes()).map_err(|error| (400, error))?;
             Route::Confirm(Box::new(form))
         }
+        SUBMIT => Route::SubmitForm(workflow(query)?),
         ACT => return Err((405, "only POST".to_owned())),
         _ => {
             let below = |folder| path.strip_prefix(folder);
@@ -286,6 +311,18 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
             }
         }
     })
+}
+
+/// The workflow that a job is to be submitted for.
+fn workflow(query: &str) -> Result<Option<String>, (u16, String)> {
+    let mut name = None;
+    for (field, value) in form_urlencoded::parse(query.as_bytes()) {
+        match &*field {
+            "workflow" => name = Some(value.into_owned()).filter(|name| !name.is_empty()),
+            _ => return Err((400, format!("{} is not known here", one_line(&field)))),
+        }
+    }
+    Ok(name)
 }
 
 /// A filter whose list may be followed.

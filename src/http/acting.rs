@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::accounts::{Accounts, Purpose};
 use super::admission::Visit;
-use super::form::{Action, Form, Shown, Whole};
+use super::form::{Action, Back, Form, Shown, Whole};
 use super::page::Frame;
 use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
@@ -151,7 +151,7 @@ pub(super) fn act(
                 let told = told.join("; ");
                 info!(account; "{who}: {what}: {told}");
             }
-            done(accounts, visit, form, &lines, frame.now)
+            done(accounts, visit, &form.back, &lines, frame.now)
         }
         Ok(Came::Others) => {
             info!(account; "{who}: {what}: not done, for there are others now than were shown");
@@ -355,10 +355,10 @@ fn in_words(action: &Action) -> String {
 }
 
 /// Sends a browser back to where it came from, with what was done.
-fn done(
+pub(super) fn done(
     accounts: &Accounts,
     visit: &Visit,
-    form: &Form,
+    back: &Back,
     lines: &[String],
     now: Timestamp,
 ) -> Response {
@@ -367,7 +367,7 @@ fn done(
     }
     let note = bounded(lines, "\n");
     let note = excerpt(&note, MAX_NOTE);
-    let path = form.back.path();
+    let path = back.path();
     let between = if path.contains('?') { '&' } else { '?' };
     let mut query = form_urlencoded::Serializer::new(String::new());
     query.append_pair("note", &note);
@@ -406,7 +406,7 @@ fn ask_again(
         .unwrap_or_else(|failure| failed(visit, &failure))
 }
 
-fn failed(visit: &Visit, failure: &Failure) -> Response {
+pub(super) fn failed(visit: &Visit, failure: &Failure) -> Response {
     let status = match failure {
         Failure::Refused(_) => 400,
         Failure::Failed(_) => 503,

@@ -18,6 +18,7 @@ mod charts;
 mod job;
 mod layout;
 mod list;
+mod submit;
 mod words;
 mod workers;
 
@@ -25,6 +26,7 @@ use acting::Acting;
 pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
+pub(super) use submit::submit;
 use words::{command, since};
 
 /// The overview: how all is, what is wrong, all jobs, and what they run on.

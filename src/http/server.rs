@@ -19,8 +19,10 @@ use super::streams::{Hub, Seat, Stream};
 /// A client that has not sent its request and read the answer by then is disconnected, unless it is
 /// given more time.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
-/// The largest body that is read.
+/// The largest body that is read as quickly as everything else.
 pub(super) const MAX_BODY: usize = 64 * 1024;
+/// Within this time a larger one has to have arrived.
+const UPLOAD_TIME: Duration = Duration::from_secs(60);
 /// Beyond that the oldest is disconnected.
 const MAX_CONNECTIONS: usize = 512;
 /// The largest request head; browsers send less than one KiB.
@@ -65,7 +67,7 @@ pub(super) enum BodyFault {
     /// It does not say how long it is; sent in chunks, perhaps.
     NoLength,
     FaultyLength,
-    /// It is longer than [`MAX_BODY`].
+    /// It is longer than it may be.
     TooLong,
 }
 
@@ -77,11 +79,11 @@ impl Request {
         (!values.is_empty()).then(|| values.join(", "))
     }
 
-    /// The length of the body.
+    /// The length of the body, which may be so long.
     ///
     /// # Errors
     /// It is not known, or too long.
-    pub(super) fn body_length(&self) -> Result<usize, BodyFault> {
+    pub(super) fn body_length(&self, most: usize) -> Result<usize, BodyFault> {
         if self.header("transfer-encoding").is_some() {
             return Err(BodyFault::NoLength);
         }
@@ -91,7 +93,7 @@ impl Request {
             return Err(BodyFault::FaultyLength);
         }
         match length.parse() {
-            Ok(length) if length <= MAX_BODY => Ok(length),
+            Ok(length) if length <= most => Ok(length),
             Ok(_) | Err(_) => Err(BodyFault::TooLong),
         }
     }
@@ -487,7 +489,10 @@ impl<R> Connection<R> {
                         let mut length = 0;
                         if request.method == "POST" {
                             // Whoever admits it has looked at the length.
-                            length = request.body_length().unwrap_or_default();
+                            length = request.body_length(usize::MAX).unwrap_or_default();
+                            if length > MAX_BODY {
+                                self.deadline = Instant::now() + UPLOAD_TIME;
+                            }
                             request.body = head.split_off(head_length);
                             if request.body.len() < length {
                                 ask_for_body(&mut self.stream, &request)?;

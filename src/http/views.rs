@@ -16,7 +16,7 @@ use super::page::acting::Acting;
 use super::page::{self, Frame, Sheet};
 use super::server::Response;
 use super::streams::Topic;
-use super::{Endpoint, Question, Route, acting, html, json_response};
+use super::{Endpoint, Question, Route, acting, html, json_response, submitting};
 use crate::domain::activity::Activity;
 use crate::domain::overview::{Filter, Overview};
 use crate::service::shared::Service;
@@ -60,6 +60,13 @@ pub(super) fn respond(
         (Route::Act(form), Some(acting)) => {
             let accounts = &endpoint.accounts;
             return acting::act(service, accounts, visit, &frame, acting, form, stop);
+        }
+        (Route::SubmitForm(workflow), Some(acting)) => {
+            return submitting::form(service, &frame, acting, workflow.as_deref());
+        }
+        (Route::Submission(kind, body), Some(acting)) => {
+            let accounts = &endpoint.accounts;
+            return submitting::submit(service, accounts, visit, &frame, acting, (kind, body));
         }
         _ => {}
     }
@@ -119,6 +126,9 @@ fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Re
         Route::Live
         | Route::Ready
         | Route::Form
+        | Route::Upload
+        | Route::Submission(..)
+        | Route::SubmitForm(_)
         | Route::Follow(_)
         | Route::Confirm(_)
         | Route::Act(_)
@@ -142,6 +152,9 @@ fn with_database(
         Route::Live
         | Route::Ready
         | Route::Form
+        | Route::Upload
+        | Route::Submission(..)
+        | Route::SubmitForm(_)
         | Route::Follow(_)
         | Route::Confirm(_)
         | Route::Act(_) => {
@@ -305,6 +318,9 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
         Route::Live
         | Route::Ready
         | Route::Form
+        | Route::Upload
+        | Route::Submission(..)
+        | Route::SubmitForm(_)
         | Route::Follow(_)
         | Route::Confirm(_)
         | Route::Act(_)

@@ -126,8 +126,7 @@ fn count_of(state: JobState, count: i64, filter: &Filter) -> Markup {
     let only = Filter {
         finished: matches!(state, JobState::Ended(_)),
         state: Some(state),
-        offset: 0,
-        ..filter.clone()
+        ..Filter::default()
     };
     let current = (filter.state == Some(state)).then_some("true");
     let class = match state {

@@ -4,6 +4,8 @@ use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use crate::harness::deployment::eventually;
@@ -63,6 +65,35 @@ impl Browser {
         let body = json!({"script": script, "args": []});
         let mut answer = post(&format!("{}/execute/sync", self.session), &body).unwrap();
         answer["value"].take()
+    }
+
+    /// Presses a key.
+    pub fn press(&self, key: &str) {
+        let actions = ["keyDown", "keyUp"].map(|kind| json!({"type": kind, "value": key}));
+        let body = json!({"actions": [{"type": "key", "id": "keyboard", "actions": actions}]});
+        post(&format!("{}/actions", self.session), &body).unwrap();
+    }
+
+    /// Chooses a file in the field that a selector names.
+    pub fn choose(&self, selector: &str, path: &str) {
+        let wanted = json!({"using": "css selector", "value": selector});
+        let found = post(&format!("{}/element", self.session), &wanted).unwrap();
+        let element = found["value"].as_object().unwrap().values().next().unwrap();
+        let element = element.as_str().unwrap();
+        let url = format!("{}/element/{element}/value", self.session);
+        post(&url, &json!({"text": path})).unwrap();
+    }
+
+    /// What the window shows, as a WebP.
+    pub fn screenshot(&self) -> Vec<u8> {
+        let wanted = json!({
+            "cmd": "Page.captureScreenshot",
+            "params": {"format": "webp", "quality": 75},
+        });
+        let url = format!("{}/goog/cdp/execute", self.session);
+        let answer = post(&url, &wanted).unwrap();
+        let picture = answer["value"]["data"].as_str().unwrap();
+        BASE64_STANDARD.decode(picture).unwrap()
     }
 
     /// Waits until the page's text has this in it.

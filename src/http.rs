@@ -327,10 +327,10 @@ fn workflow(query: &str) -> Result<Option<String>, (u16, String)> {
 
 /// A filter whose list may be followed.
 fn followed(filter: Filter) -> Result<Filter, (u16, String)> {
-    const WHY: &str = "what is searched for goes through all of the history, and is not followed";
-    match filter.text {
-        Some(_) => Err((400, WHY.to_owned())),
-        None => Ok(filter),
+    const WHY: &str = "a search, and a list of more than 200 jobs, is not followed";
+    match page::is_followed(&filter) {
+        true => Ok(filter),
+        false => Err((400, WHY.to_owned())),
     }
 }
 

@@ -63,13 +63,21 @@ pub(super) fn overview(
     Sheet::new("OMOTES jobs", content).live(events(filter))
 }
 
-/// Where the changes of a list are told; nowhere those of a search, which goes through all of the
-/// history: that is too much to do again and again.
+/// The longest list that is followed.
+const MAX_FOLLOWED: u16 = 200;
+
+/// Whether the changes of a list are told. A search goes through all of the history, and a list may be
+/// long: that is too much to do again and again.
+pub(super) fn is_followed(filter: &Filter) -> bool {
+    filter.text.is_none() && filter.limit <= MAX_FOLLOWED
+}
+
+/// Where the changes of a list are told, if they are.
 pub(super) fn events(filter: &Filter) -> String {
-    match (&filter.text, filter.query(filter.offset)) {
-        (Some(_), _) => String::new(),
-        (None, query) if query.is_empty() => "/events".to_owned(),
-        (None, query) => format!("/events?{query}"),
+    match (is_followed(filter), filter.query(filter.offset)) {
+        (false, _) => String::new(),
+        (true, query) if query.is_empty() => "/events".to_owned(),
+        (true, query) => format!("/events?{query}"),
     }
 }
 
@@ -231,8 +239,8 @@ fn workflow_table(all: &[WorkflowView], now: Timestamp) -> Markup {
     let shown: Vec<_> = busy.collect();
     let hidden = all.len() - shown.len();
     html! {
-        section aria-labelledby="workflows" {
-            h2 #workflows { "Workflows" }
+        section {
+            h2 { "Workflows" }
             @if shown.is_empty() {
                 div.empty { p { b { "No jobs and no workers." } " The workflows that are defined: " (command("omotes-orchestrator workflows list")) } }
             } @else {
@@ -271,8 +279,8 @@ fn workflow_row(workflow: &WorkflowView, now: Timestamp) -> Markup {
 
 fn turns_table(queues: &[QueueView], acting: Option<&Acting>) -> Markup {
     html! {
-        section aria-labelledby="turns" {
-            h2 #turns { "Turns" }
+        section {
+            h2 { "Turns" }
             div.card tabindex="0" role="region" aria-label="Turns" { table {
                 thead { tr {
                     th scope="col" { "Task queue" } th scope="col" { "Limits" } th.number scope="col" { "Held" }

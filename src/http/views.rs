@@ -30,6 +30,9 @@ use crate::threads::Signal;
 /// For how long the charts' figures are kept: they change slowly, and go through all jobs of a day.
 const ACTIVITY_AGE: Duration = Duration::from_secs(20);
 
+/// For how long they are done without where they took too long.
+const ACTIVITY_PAUSE: Duration = Duration::from_secs(300);
+
 /// The charts' figures, and when they were counted; nothing where that went wrong.
 pub(super) type KnownActivity = Option<(Instant, Option<Arc<Activity>>)>;
 
@@ -224,10 +227,14 @@ fn activity(
         .activity
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
-    if let Some((counted, activity)) = &*known
-        && counted.elapsed() < ACTIVITY_AGE
-    {
-        return activity.clone();
+    if let Some((counted, activity)) = &*known {
+        let age = match activity {
+            Some(_) => ACTIVITY_AGE,
+            None => ACTIVITY_PAUSE,
+        };
+        if counted.elapsed() < age {
+            return activity.clone();
+        }
     }
     let counted = connection.activity(now);
     let activity = counted.map(Arc::new);

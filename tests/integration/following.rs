@@ -191,6 +191,7 @@ fn pages_are_followed_by_those_who_may_see_them() {
             .is(403, "by another site");
     }
     anna.get("/events?text=a").is(400, "is not followed");
+    anna.get("/events?limit=201").is(400, "is not followed");
     anna.get("/events?colour=red")
         .is(400, "colour is not known");
     anna.get("/events/jobs/1").is(404, "1 is no job id");

@@ -4,7 +4,7 @@ use crate::acting::{ACCOUNTS, ANNA, BEN};
 use crate::harness::browser::Browser;
 use crate::harness::deployment::{Deployment, Service, eventually};
 use crate::harness::operator::{Answer, Operator};
-use crate::harness::peers::{Client, Worker};
+use crate::harness::peers::{Client, Task, Worker};
 use crate::harness::planted::workflows;
 
 const ESDL: &str = "<?xml version='1.0'?><esdl:EnergySystem id='e'/>";
@@ -49,10 +49,11 @@ fn send(operator: &Operator, fields: &[(&str, &str)], esdl: &str, headers: &str)
 
 #[test]
 fn a_job_is_submitted_as_its_workflow_is_defined() {
+    let scene = scene();
     let Scene {
         service, worker, ..
-    } = scene();
-    let anna = Operator::at(&service, ANNA);
+    } = &scene;
+    let anna = Operator::at(service, ANNA);
     anna.get("/submit").is(200, "Choose one");
     let page = anna.get("/submit?workflow=simulator");
     for text in [
@@ -82,7 +83,8 @@ fn a_job_is_submitted_as_its_workflow_is_defined() {
     let sent = send(&anna, &fields, ESDL, "");
     assert_eq!(sent.status, 303, "{sent:?}");
     let location = sent.header("Location").unwrap().to_owned();
-    let task = worker.take();
+    let message = worker.take_message();
+    let task = Task::of(&message);
     assert!(location.starts_with(&format!("/jobs/{}?note=", task.job)));
     let page = eventually("the job's page", || {
         Some(anna.get(&location)).filter(|page| page.status == 200)
@@ -92,7 +94,7 @@ fn a_job_is_submitted_as_its_workflow_is_defined() {
     assert!(page.body.contains("high priority"), "{page:?}");
     let line = service.logged(&format!("submit a job to simulator: job {}", task.job));
     assert!(line.contains("anna at 127.0.0.1:"), "{line}");
-    let task = format!("{task:?}");
+    let task = message.json().to_string();
     for text in ["EnergySystem", "900", "1767225600", "1769904000", "gurobi"] {
         assert!(task.contains(text), "{text}: {task}");
     }
@@ -121,12 +123,13 @@ fn a_job_is_submitted_as_its_workflow_is_defined() {
 
 #[test]
 fn what_is_submitted_comes_from_the_form_alone() {
+    let scene = scene();
     let Scene {
         service,
         deployment,
         ..
-    } = scene();
-    let anna = Operator::at(&service, ANNA);
+    } = &scene;
+    let anna = Operator::at(service, ANNA);
     let token = anna.token();
     let fields = |token| [("token", token), ("workflow", "optimiser")];
     for wrong in ["", "x", &token[1..]] {
@@ -190,12 +193,12 @@ fn what_is_submitted_comes_from_the_form_alone() {
 
 #[test]
 fn the_form_works_in_a_browser() {
+    let scene = scene();
     let Scene {
         service,
         worker,
         deployment,
-        ..
-    } = scene();
+    } = &scene;
     let file = deployment.folder.join("model.esdl");
     std::fs::write(&file, ESDL).unwrap();
     let browser = Browser::new(390, 844, false);

@@ -30,8 +30,8 @@ pub(super) fn warnings(workers: &Workers, now: Timestamp) -> Vec<Markup> {
 pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {
     html! {
         @if let Some(looked_at) = workers.looked_at {
-            section aria-labelledby="workers" {
-                h2 #workers { "Workers " span.dim { (since(looked_at, now)) " ago" } }
+            section {
+                h2 { "Workers " span.dim { (since(looked_at, now)) " ago" } }
                 @if workers.workers.is_empty() {
                     div.empty {
                         p { b { "No worker has answered." } " Start one; what keeps those away that run: "

@@ -1,5 +1,6 @@
 //! A headless Chromium, driven over the WebDriver protocol.
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -60,6 +61,26 @@ impl Browser {
         post(&format!("{}/url", self.session), &json!({"url": url})).unwrap();
     }
 
+    /// The same of one that is long: a body of half a megabyte the driver does not get from `ureq`.
+    pub fn run_long(&self, script: &str) -> Value {
+        let body = json!({"script": script, "args": []}).to_string();
+        let mut curl = Command::new("curl")
+            .args(["-sS", "-m", "60", "--data-binary", "@-"])
+            .arg(format!("{}/execute/sync", self.session))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        curl.stdin
+            .take()
+            .unwrap()
+            .write_all(body.as_bytes())
+            .unwrap();
+        let output = curl.wait_with_output().unwrap();
+        let mut answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        answer["value"].take()
+    }
+
     /// What the body of a function without arguments returns.
     pub fn run(&self, script: &str) -> Value {
         let body = json!({"script": script, "args": []});
@@ -84,12 +105,13 @@ impl Browser {
         post(&url, &json!({"text": path})).unwrap();
     }
 
-    /// What the window shows, as a WebP.
-    pub fn screenshot(&self) -> Vec<u8> {
-        let wanted = json!({
-            "cmd": "Page.captureScreenshot",
-            "params": {"format": "webp", "quality": 75},
-        });
+    /// What the window shows, as `webp` or `png`.
+    pub fn screenshot(&self, format: &str) -> Vec<u8> {
+        let mut how = json!({"format": format});
+        if format == "webp" {
+            how["quality"] = 75.into();
+        }
+        let wanted = json!({"cmd": "Page.captureScreenshot", "params": how});
         let url = format!("{}/goog/cdp/execute", self.session);
         let answer = post(&url, &wanted).unwrap();
         let picture = answer["value"]["data"].as_str().unwrap();

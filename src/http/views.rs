@@ -167,7 +167,7 @@ fn with_database(
         Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
         Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
         Route::Jobs(filter) => {
-            let mut page = connection.jobs(filter)?;
+            let mut page = service.page(connection, filter)?;
             overview.explain(&mut page.jobs, now);
             json_response(200, &json!(page))
         }
@@ -179,7 +179,7 @@ fn with_database(
             None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
         },
         Route::Page(_) | Route::JobPage(_) => {
-            let (status, sheet) = sheet(endpoint, connection, &overview, route, frame)?;
+            let (status, sheet) = sheet((endpoint, service), connection, &overview, route, frame)?;
             html(status, frame.nonce, sheet.document(frame))
         }
     })
@@ -187,7 +187,7 @@ fn with_database(
 
 /// What a page shows, with its status.
 fn sheet(
-    endpoint: &Endpoint,
+    (endpoint, service): (&Endpoint, &Service),
     connection: &mut Connection,
     overview: &Overview,
     route: &Route,
@@ -206,7 +206,7 @@ fn sheet(
         Route::Page(filter) => filter.clone(),
         _ => Filter::default(),
     };
-    let mut page = connection.jobs(&filter)?;
+    let mut page = service.page(connection, &filter)?;
     overview.explain(&mut page.jobs, frame.now);
     let activity = activity(endpoint, connection, frame.now);
     let activity = activity.as_deref();
@@ -277,7 +277,8 @@ pub(super) fn fragments(
         };
         let sheet = match &mut known {
             Ok((connection, overview)) => {
-                sheet(endpoint, connection, overview, route, &frame).map(|(_, sheet)| sheet)
+                sheet((endpoint, service), connection, overview, route, &frame)
+                    .map(|(_, sheet)| sheet)
             }
             Err(_) => Ok(page::without_database(&frame, events(route))),
         };

@@ -111,7 +111,9 @@ function hear(now) {
   stale.hidden = true;
   if (now) {
     ahead = Date.parse(now) - Date.now();
-    write(document.getElementById("as-of"), local.format(new Date(now)));
+    const time = document.querySelector("#as-of time");
+    time.dateTime = now;
+    write(time, local.format(new Date(now)));
   }
 }
 

@@ -61,14 +61,15 @@ impl Amber {
             Some(step) => step.started_at?,
             None => job.running_at?,
         };
-        if job.estimate.is_some_and(|estimate| estimate.run.is_none()) {
-            return Some(Amber::Overdue);
-        }
         let last_word = job
             .progress
             .as_ref()
             .map_or(began, |said| said.at.max(began));
-        (now.duration_since(last_word) > SILENCE).then_some(Amber::Silent)
+        if now.duration_since(last_word) > SILENCE {
+            return Some(Amber::Silent);
+        }
+        let estimate = job.estimate?;
+        estimate.run.is_none().then_some(Amber::Overdue)
     }
 
     pub(super) fn badge(self) -> Markup {

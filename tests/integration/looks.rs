@@ -25,6 +25,9 @@ fn axe() -> Option<String> {
 fn looked_at(browser: &Browser, name: &str) {
     let fits = "return document.documentElement.scrollWidth <= innerWidth";
     assert_eq!(browser.run(fits), true, "{name} is too wide");
+    let fits = "const jobs = document.querySelector('.jobs')?.parentElement; \
+                return !jobs || jobs.scrollWidth <= jobs.clientWidth";
+    assert_eq!(browser.run(fits), true, "the list of {name} is too wide");
     if let Ok(folder) = env::var("OMOTES_SCREENSHOTS") {
         for format in ["webp", "png"] {
             let path = Path::new(&folder).join(format!("{name}.{format}"));

@@ -125,7 +125,7 @@ fn steps(attempts: &[AttemptView], now: Timestamp) -> Markup {
                 span class={ "runs " (tone(one.outcome)) } style=(part(length(one.ran(now)))) title={ (harmless(&one.title)) ": " (one.state()) } {}
             }
         }
-        div.card { table {
+        div.card tabindex="0" role="region" aria-label="Steps" { table {
             thead { tr {
                 th scope="col" { "Step" } th scope="col" { "Task" } th scope="col" { "State" } th scope="col" { "Waited" }
                 th scope="col" { "Ran" } th.number scope="col" { "Starts" } th scope="col" { "Logs" }

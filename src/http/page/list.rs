@@ -132,10 +132,10 @@ fn live_table(jobs: &[JobView], now: Timestamp, acting: Option<&Acting>) -> Mark
     html! {
         div.card { table.jobs {
             thead { tr {
-                th scope="col" { "Job" } th scope="col" { "State" } th scope="col" { "Progress" }
-                th.number scope="col" { "Since" } th scope="col" { "Why" } th scope="col" { "Workflow" }
+                th.job scope="col" { "Job" } th.of-state scope="col" { "State" } th.progress scope="col" { "Progress" }
+                th.number.time scope="col" { "Since" } th.why scope="col" { "Why" } th.workflow scope="col" { "Workflow" }
                 th.number.starts scope="col" { "Starts" } th.estimate scope="col" title=(ESTIMATE) { "Estimate" }
-                @if acting.is_some() { th scope="col" { "Actions" } }
+                @if acting.is_some() { th.does scope="col" { "Actions" } }
             } }
             tbody { @for job in jobs { tr id={ "job-" (job.id) } {
                 th.job scope="row" { (link(job)) }
@@ -171,9 +171,9 @@ fn finished_table(jobs: &[JobView], now: Timestamp) -> Markup {
     html! {
         div.card { table.jobs {
             thead { tr {
-                th scope="col" { "Job" } th scope="col" { "Outcome" } th.number scope="col" { "Finished" }
-                th.number scope="col" { "Waited" } th.number scope="col" { "Ran" } th scope="col" { "Why" }
-                th scope="col" { "Workflow" } th.number.starts scope="col" { "Starts" }
+                th.job scope="col" { "Job" } th.of-state scope="col" { "Outcome" } th.number.time scope="col" { "Finished" }
+                th.number.waited scope="col" { "Waited" } th.number.ran scope="col" { "Ran" } th.why scope="col" { "Why" }
+                th.workflow scope="col" { "Workflow" } th.number.starts scope="col" { "Starts" }
             } }
             tbody { @for job in jobs { tr id={ "job-" (job.id) } {
                 th.job scope="row" { (link(job)) }

@@ -51,10 +51,23 @@ impl Browser {
             let answer = post(&format!("{base}/session"), &wanted)?;
             answer["value"]["sessionId"].as_str().map(str::to_owned)
         });
-        Browser {
+        let browser = Browser {
             driver,
             session: format!("{base}/session/{id}"),
-        }
+        };
+        // No window is narrower than 500 pixels by itself.
+        let metrics = json!({
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false,
+        });
+        browser.devtools("Emulation.setDeviceMetricsOverride", &metrics);
+        browser
+    }
+
+    fn devtools(&self, command: &str, parameters: &Value) -> Value {
+        let url = format!("{}/goog/cdp/execute", self.session);
+        let wanted = json!({"cmd": command, "params": parameters});
+        let mut answer = post(&url, &wanted).unwrap();
+        answer["value"].take()
     }
 
     pub fn open(&self, url: &str) {
@@ -111,10 +124,8 @@ impl Browser {
         if format == "webp" {
             how["quality"] = 75.into();
         }
-        let wanted = json!({"cmd": "Page.captureScreenshot", "params": how});
-        let url = format!("{}/goog/cdp/execute", self.session);
-        let answer = post(&url, &wanted).unwrap();
-        let picture = answer["value"]["data"].as_str().unwrap();
+        let answer = self.devtools("Page.captureScreenshot", &how);
+        let picture = answer["data"].as_str().unwrap();
         BASE64_STANDARD.decode(picture).unwrap()
     }
 

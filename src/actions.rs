@@ -9,6 +9,7 @@ use ring::digest::{Context, SHA256};
 pub mod jobs;
 pub mod letters;
 pub mod queues;
+pub mod submission;
 
 /// Why something was not done.
 #[derive(Debug, thiserror::Error)]

@@ -92,7 +92,10 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
     assert_eq!(browser.run(fits), true);
     browser.shows(&task.id);
     assert!(!browser.text().contains("<esdl"), "{}", browser.text());
-    assert_eq!(browser.run("return document.title"), format!("Job {job}"));
+    assert_eq!(
+        browser.run("return document.title"),
+        "<script>document.title = 'hacked'</script>"
+    );
     assert!(service.stop().success());
     browser.shows("The orchestrator does not answer.");
 }

@@ -405,6 +405,7 @@ fn with_database(
         Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
+                service.name_parameters(&mut story);
                 match route {
                     Route::JobPage(_) => html(200, frame.nonce, page::job(frame, &story)),
                     _ => json_response(200, &json!(story)),

@@ -23,6 +23,8 @@ use uuid::Uuid;
 use super::{Agreed, connect, has_room, overview, print, table, turns, watch as watch_queues};
 
 mod cancel;
+pub(super) mod origin;
+mod story;
 
 const WATCH_PERIOD: Duration = Duration::from_secs(2);
 
@@ -306,6 +308,7 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
         JobState::Ended(_) => Overview::default(),
     };
     overview.explain(std::slice::from_mut(&mut story.job), now);
+    story::name_parameters(config, &mut story);
     if json {
         print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
@@ -325,6 +328,7 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
     if !story.attempts.is_empty() {
         let _ = write!(text, "\n{}\n", attempts(&story.attempts, now).trim_fmt());
     }
+    text += &story::text(&story);
     print(&text)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -142,7 +142,7 @@ pub(super) fn act(
     let (who, account) = (visit.who(), visit.account());
     let what = in_words(&form.action);
     info!(account; "{who} asks: {what}");
-    match perform(service, &form.action, stop) {
+    match perform(service, &form.action, visit, stop) {
         Ok(Came::Done(lines)) => {
             // All of them, a readable part at a time.
             for told in lines.chunks(TOLD) {
@@ -162,11 +162,21 @@ pub(super) fn act(
     }
 }
 
-fn perform(service: &Service, action: &Action, stop: &Signal) -> Result<Came, Failure> {
+fn perform(
+    service: &Service,
+    action: &Action,
+    visit: &Visit,
+    stop: &Signal,
+) -> Result<Came, Failure> {
     let config = &service.config;
     let lines = match action {
         // Only looks: RabbitMQ keeps it while Postgres does not write.
-        Action::Cancel(ids) => lines(&jobs::cancel(config, looking(service)?, ids)?),
+        Action::Cancel(ids) => lines(&jobs::cancel(
+            config,
+            looking(service)?,
+            ids,
+            &visit.origin(),
+        )?),
         Action::CancelMatching(filter, shown) => {
             let at = shown.as_ref().map_or(Timestamp::now(), |shown| shown.at);
             let ids = jobs::matching(&mut looking(service)?, filter, at, 0)?.ids;
@@ -176,7 +186,7 @@ fn perform(service: &Service, action: &Action, stop: &Signal) -> Result<Came, Fa
             {
                 return Ok(Came::Others);
             }
-            jobs::ask_to_end(config, &ids)?;
+            jobs::ask_to_end(config, &ids, &visit.origin())?;
             let count = counted(ids.len(), "job");
             let each = ids.iter().map(|id| format!("job {id}"));
             std::iter::once(format!("{count} asked to end"))

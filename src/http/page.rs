@@ -1,4 +1,4 @@
-//! The status page: what [`crate::domain::overview`] has, as HTML. It shows neither ESDLs nor parameters.
+//! The status page: what [`crate::domain::overview`] has, as HTML. It shows no ESDLs.
 
 use jiff::{SignedDuration, Timestamp};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -15,6 +15,7 @@ use crate::telemetry::trouble::{Trouble, trouble};
 use crate::wire::DEAD_LETTERS_QUEUE;
 
 pub(super) mod acting;
+mod story;
 mod workers;
 
 use acting::Acting;
@@ -182,6 +183,7 @@ pub(super) fn job(frame: &Frame<'_>, story: &Story) -> String {
                 dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (harmless(id)) }, None => span.dim { "–" } } }
             } }
             @if !story.attempts.is_empty() { (time_line(&story.attempts, now)) }
+            (story::section(frame, story))
         },
     )
 }

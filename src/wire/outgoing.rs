@@ -1,16 +1,17 @@
 //! What the service publishes, and its example programs.
 
 use prost::{Message as _, encoding};
-use serde_json::Map;
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::incoming::{FROM, VIA, WHO};
 use super::{
     AVAILABLE_WORKFLOWS_KEY, AvailableWorkflows, CANCELS_QUEUE, EsdlMessage, JobDelete,
     JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, OMOTES_EXCHANGE, Outgoing,
     SUBMISSIONS_QUEUE, WORKFLOW_REQUESTS_HELD_KEY, job_status_update, progress_queue, result_queue,
     status_queue,
 };
-use crate::domain::job::{ClientStatus, ResultType};
+use crate::domain::job::{ClientStatus, Origin, ResultType};
 use crate::proto;
 
 /// A message to SDK clients: as their own are, persistent, with an id and nothing else.
@@ -117,6 +118,22 @@ pub fn job_delete(job_id: Uuid) -> Outgoing {
         uuid: job_id.to_string(),
     };
     to_clients(CANCELS_QUEUE.to_owned(), message.encode_to_vec())
+}
+
+/// The same for somebody else; a service that does not know the headers goes without them.
+pub fn job_delete_for(job_id: Uuid, origin: &Origin) -> Outgoing {
+    let texts = [
+        (VIA, Some(origin.via.name())),
+        (WHO, origin.who.as_deref()),
+        (FROM, origin.from.as_deref()),
+    ];
+    let headers = texts
+        .into_iter()
+        .filter_map(|(name, text)| Some((name.to_owned(), Value::from(text?))));
+    Outgoing {
+        headers: headers.collect(),
+        ..job_delete(job_id)
+    }
 }
 
 /// A message that is routed to no queue, to check that the broker takes messages.

@@ -38,6 +38,7 @@ mod servers;
 mod stalled;
 mod steps;
 mod stopping;
+mod story;
 mod switch;
 mod time_series;
 mod tls;

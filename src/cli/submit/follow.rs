@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use super::display::{Display, print_line};
 use super::output::Output;
+use crate::cli::jobs::origin::origin;
 use crate::cli::{told_of, warn};
 
 /// How long queues without a client stay, as in the Python SDK.
@@ -164,7 +165,7 @@ fn converse(
     let display = Display::new();
     let workflow = one_line(&submission.workflow_type);
     display.line(&format!("job {job_id} submitted to {workflow}"));
-    let cancel = || send(wire::job_delete(job_id));
+    let cancel = || send(wire::job_delete_for(job_id, &origin()));
     let result = wait(&display, updates, done, interrupts, cancel);
     display.end();
     result

@@ -9,9 +9,9 @@ use super::decision::{cancellation, error_result, revoke};
 use super::{
     Attempt, ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job,
     JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Publication, State, Submission, TimeSeries,
-    kept_why,
+    Told, kept_why,
 };
-use super::{hand_over, starts};
+use super::{hand_over, starts, told};
 use crate::domain::parameters;
 use crate::domain::text::excerpt;
 use crate::domain::workflow::Definition;
@@ -127,7 +127,7 @@ impl Ending {
             Command::Result { .. } => self.ended.outcome == Outcome::Rejected,
             Command::Submit(_)
             | Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::TimeOut
@@ -143,7 +143,7 @@ impl Ending {
     fn cancelled_before(&self, command: &Command) -> bool {
         let is_submission = match command {
             Command::Submit(_) | Command::Refuse { .. } => true,
-            Command::Cancel
+            Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Result { .. }
@@ -187,9 +187,11 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     };
     let logs = format!("The job {what} {LOST_LOGS}");
     let (result_bytes, why) = (logs.len(), kept_why(&logs));
+    let kept = told::kept_of_result(&logs, &[], context);
     let to_client = [error_result(job_id, Cow::Owned(logs))];
     job.ends(Outcome::Lost, result_bytes, to_client, context)
         .because(why)
+        .telling(kept)
 }
 
 /// The state that a decision sees: a job that is ending looks live to the message that led to its
@@ -214,7 +216,7 @@ fn decide_for<'a>(
             workflow_type,
             reference,
         } => refuse(job_id, standing, reason, workflow_type, reference, context),
-        Command::Cancel => cancel(job_id, standing, context),
+        Command::Cancel(origin) => cancel(job_id, standing, context).asked_by(origin),
         Command::TimeOut => time_out(job_id, standing, context),
         Command::Expire => expire(job_id, standing, context),
         Command::NoWorker => no_worker(job_id, standing, context),
@@ -373,6 +375,8 @@ fn accept<'a>(
     let job = Job {
         timeout_ms: timeout_ms.map(i64::from),
         priority: Some(submission.priority),
+        parameters: (context.rules.keep_parameters)
+            .then(|| told::kept_parameters(&submission.params)),
         ..Job::without_task(
             &submission.workflow_type,
             &submission.reference,
@@ -496,6 +500,7 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
                 start_ids: Vec::new(),
                 result_bytes: 0,
                 why: None,
+                told: Some(Box::new(Told::new(&[], context))),
             })),
             time_series: vec![TimeSeries::Retire],
             ..Decision::nothing(Event::CancelNoted)

@@ -76,6 +76,8 @@ impl Item {
             Ok(Ok(Request::Job { id, mut command })) => {
                 if let Command::Submit(submission) = &mut command {
                     submission.sender = received.sender().map(str::to_owned);
+                } else if let Command::Cancel(origin) = &mut command {
+                    *origin = wire::origin(|name| received.header(name), received.sender());
                 }
                 self.job = Some((id, command));
             }
@@ -264,7 +266,7 @@ fn size(command: &Command) -> usize {
         } => task_id.len() + message.len(),
         Command::Judge { task_id, .. } | Command::TaskLost { task_id, .. } => task_id.len(),
         Command::Fail { reason, task_id } => reason.len() + task_id.as_ref().map_or(0, String::len),
-        Command::Cancel
+        Command::Cancel(_)
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker

@@ -49,7 +49,7 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
                          yet: the log will tell.";
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -101,6 +101,7 @@ impl<T> Lanes<T> {
             | Route::Workers
             | Route::Jobs(_)
             | Route::Job(_)
+            | Route::Result(_)
             | Route::Page(_)
             | Route::JobPage(_) => &self.pages,
         }
@@ -219,6 +220,8 @@ enum Route {
     Workers,
     Jobs(Filter),
     Job(Uuid),
+    /// Its output ESDL.
+    Result(Uuid),
     Page(Filter),
     JobPage(Uuid),
     /// Asks again before something is destroyed.
@@ -252,7 +255,10 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
         }
         ACT => return Err((405, "only POST".to_owned())),
         _ => match (path.strip_prefix("/api/jobs/"), path.strip_prefix("/jobs/")) {
-            (Some(id), _) => Route::Job(job(id)?),
+            (Some(rest), _) => match rest.strip_suffix("/result") {
+                Some(id) => Route::Result(job(id)?),
+                None => Route::Job(job(rest)?),
+            },
             (None, Some(id)) => Route::JobPage(job(id)?),
             (None, None) => return Err((404, format!("there are {PATHS}"))),
         },
@@ -369,6 +375,7 @@ fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Re
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
+        | Route::Result(_)
         | Route::Job(_) => json_response(503, &json!({"error": why})),
     }
 }
@@ -402,6 +409,13 @@ fn with_database(
                 page::overview(frame, &overview, filter, &page),
             )
         }
+        Route::Result(id) => match connection.kept_result(*id)? {
+            Some(esdl) => result(*id, esdl),
+            None => {
+                let why = format!("no output ESDL of job {id} is kept");
+                json_response(404, &json!({"error": why}))
+            }
+        },
         Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
@@ -417,6 +431,21 @@ fn with_database(
             },
         },
     })
+}
+
+/// An output ESDL, as a file. It is a worker's text, and must not be run as a page of this site.
+fn result(job_id: Uuid, esdl: String) -> Response {
+    let mut response = Response::new(200, "application/octet-stream", esdl);
+    let disposition = format!("attachment; filename=\"{job_id}.esdl\"");
+    response.headers.extend([
+        ("Content-Disposition", disposition),
+        ("X-Content-Type-Options", "nosniff".to_owned()),
+        (
+            "Content-Security-Policy",
+            "default-src 'none'; sandbox".to_owned(),
+        ),
+    ]);
+    response
 }
 
 fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
@@ -443,6 +472,7 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
+        | Route::Result(_)
         | Route::Job(_) => {
             let error = format!("Postgres does not answer: {}", one_line(why));
             json_response(503, &json!({"error": error}))

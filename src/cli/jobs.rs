@@ -1,6 +1,7 @@
 //! `jobs`: what the status page shows, and cancelling.
 
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use super::{Agreed, connect, has_room, overview, print, table, turns, watch as w
 
 mod cancel;
 pub(super) mod origin;
+mod result;
 mod story;
 
 const WATCH_PERIOD: Duration = Duration::from_secs(2);
@@ -51,6 +53,13 @@ pub(crate) enum Action {
         /// As JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Print the output ESDL of a job whose client had gone; for KEEP_RESULTS_SEC it is kept.
+    Result {
+        id: Uuid,
+        /// File for it.
+        #[arg(long)]
+        output: Option<PathBuf>,
     },
     /// Cancel jobs, as their clients would: those with these ids, or all that match.
     ///
@@ -150,6 +159,7 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Show { id, json } => show(config, id, json),
+        Action::Result { id, output } => result::run(config, id, output.as_deref()),
         Action::Cancel { ids, matching } => cancel::run(config, &ids, &matching),
         Action::Priority { id, level } => {
             turns::change(config, &[id], TurnChange::Priority(level.priority()))

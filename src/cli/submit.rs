@@ -21,7 +21,7 @@ use self::output::Output;
 
 mod display;
 mod follow;
-mod output;
+pub(super) mod output;
 
 /// Exit code of a job that was cancelled; as a shell reports Ctrl-C.
 const EXIT_CANCELLED: u8 = 130;

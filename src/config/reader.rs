@@ -97,6 +97,7 @@ impl<'a> Reader<'a> {
             timeout_result: reader.timeout_result(),
             reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
             keep_logs: reader.switch_from("KEEP_LOGS", "true"),
+            keep_results: reader.seconds("KEEP_RESULTS_SEC", 0),
             keep_parameters: reader.switch_from("KEEP_PARAMETERS", "true"),
             no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
             priority_aging: reader.seconds("PRIORITY_AGING_SEC", 3600),

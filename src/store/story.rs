@@ -98,6 +98,7 @@ const STORY: &str = "
            told.esdl_messages, coalesce(told.parameters, job.parameters) AS parameters,
            coalesce(told.marks, job.marks) AS marks, told.progress, told.progress_message,
            told.progress_at,
+           (SELECT bytes FROM job_result WHERE job_result.job_id = wanted.job_id) AS result_bytes,
            (SELECT array_agg(started_at ORDER BY started_at) FROM job_starts
             WHERE job_starts.job_id = wanted.job_id) AS started_at,
            (SELECT array_agg(verdict ORDER BY started_at) FROM job_starts
@@ -126,6 +127,7 @@ fn rows(row: &Row, attempts: Vec<AttemptView>) -> anyhow::Result<Rows> {
         last: progress(row)?,
         ended_by: from_json(row, "ended_by")?,
         parameters: from_json(row, "parameters")?,
+        result_bytes: row.try_get("result_bytes")?,
         logs: row.try_get("logs")?,
         esdl_messages: messages.map(messages_from_text).unwrap_or_default(),
     })

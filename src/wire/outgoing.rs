@@ -103,6 +103,14 @@ pub fn job_result(
     }
 }
 
+/// The job and the output ESDL of such a message; nothing of one without.
+pub fn output_of_result(body: &[u8]) -> Option<(Uuid, String)> {
+    let result = JobResult::decode(body).ok()?;
+    let job_id = Uuid::try_parse(&result.uuid).ok()?;
+    let output_esdl = result.output_esdl.filter(|esdl| !esdl.is_empty())?;
+    Some((job_id, output_esdl))
+}
+
 pub fn available_workflows(message: &AvailableWorkflows) -> Outgoing {
     to_clients(AVAILABLE_WORKFLOWS_KEY.to_owned(), message.encode_to_vec())
 }

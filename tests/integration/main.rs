@@ -23,6 +23,7 @@ mod faults;
 mod guarded_stream;
 mod http;
 mod inquiry;
+mod kept;
 mod maintenance;
 mod memory;
 mod migrate;

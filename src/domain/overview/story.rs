@@ -31,6 +31,8 @@ pub struct Rows {
     /// Who asked it to end.
     pub ended_by: Option<Origin>,
     pub parameters: Option<Map<String, Value>>,
+    /// Size of its output ESDL, if that is kept.
+    pub result_bytes: Option<i64>,
     pub logs: Option<String>,
     pub esdl_messages: Vec<EsdlMessage>,
 }
@@ -62,6 +64,8 @@ pub struct Story {
     /// Of its result, without their middle if they are long.
     pub logs: Option<String>,
     pub esdl_messages: Vec<MessageView>,
+    /// Size of its output ESDL, if that is kept because its client has gone.
+    pub kept_result: Option<i64>,
 }
 
 /// Something that has happened to a job.
@@ -111,6 +115,7 @@ impl Story {
                 })
                 .collect(),
             logs: rows.logs,
+            kept_result: rows.result_bytes,
             esdl_messages: messages.map(MessageView::new).collect(),
             job,
         }

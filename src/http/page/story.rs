@@ -9,6 +9,10 @@ use crate::telemetry::report::{harmless, readable};
 pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
     let now = frame.now;
     html! {
+        @if let Some(bytes) = story.kept_result {
+            p { a href={ "/api/jobs/" (story.job.id) "/result" } download { "The output ESDL" } ", "
+                (bytes) " bytes: nobody has taken it" }
+        }
         h2 #story { "Story" }
         div.card { table.story {
             tbody { @for event in &story.events { tr {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use jiff::Timestamp;
-use log::debug;
+use log::{debug, warn};
 use uuid::Uuid;
 
 use super::closed::Destination;
@@ -79,6 +79,12 @@ impl Handler<'_> {
         let (announced, stalled): (Vec<_>, Vec<_>) = ending
             .into_iter()
             .partition(|job_id| !unavailable.queues.contains(&wire::result_queue(*job_id)));
+        if !unavailable.gone.is_empty() && !self.common.service.config.keep_results.is_zero() {
+            let results = announcements.results_for(&unavailable.gone);
+            for job_id in connection.keep_results(&results)? {
+                warn!("job {job_id}: its output ESDL is too large to be kept");
+            }
+        }
         if !announced.is_empty() {
             let keeps_logs = self.common.service.config.keep_logs;
             connection.settle(&announced, with_course, keeps_logs)?;

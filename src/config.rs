@@ -54,6 +54,8 @@ pub struct Config {
     pub reject_invalid_params: bool,
     /// Whether anything of workers' logs is kept of jobs that have ended.
     pub keep_logs: bool,
+    /// For how long what clients submit is kept, for another run of it; zero if never.
+    pub keep_inputs: Duration,
     /// For how long the output ESDL of a job is kept whose client has gone; zero if never.
     pub keep_results: Duration,
     /// Whether jobs' parameters are kept, for whoever looks at them.

@@ -91,6 +91,7 @@ impl<T> Lanes<T> {
                 }
                 Action::Cancel(_)
                 | Action::CancelMatching(..)
+                | Action::Again(_)
                 | Action::Turns(..)
                 | Action::Limits(..) => &self.actions,
             },

@@ -24,7 +24,9 @@ use uuid::Uuid;
 use super::{Agreed, connect, has_room, overview, print, table, turns, watch as watch_queues};
 
 mod cancel;
+mod compare;
 pub(super) mod origin;
+mod rerun;
 mod result;
 mod story;
 
@@ -50,6 +52,21 @@ pub(crate) enum Action {
     /// Show one job in full. Exits with 1 when it is not known.
     Show {
         id: Uuid,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a job again as its client submitted it; for KEEP_INPUTS_SEC that is kept.
+    ///
+    /// No client waits for its result: --output takes it, and otherwise KEEP_RESULTS_SEC keeps it.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator jobs rerun 0e9b… --param discount_rate=4\n  \
+        omotes-orchestrator jobs rerun 0e9b… --output again.esdl")]
+    Rerun(rerun::Rerun),
+    /// Compare two jobs: parameters, durations, messages. What differs is marked.
+    Compare {
+        one: Uuid,
+        other: Uuid,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -159,6 +176,8 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Show { id, json } => show(config, id, json),
+        Action::Rerun(rerun) => rerun::run(config, rerun),
+        Action::Compare { one, other, json } => compare::run(config, [one, other], json),
         Action::Result { id, output } => result::run(config, id, output.as_deref()),
         Action::Cancel { ids, matching } => cancel::run(config, &ids, &matching),
         Action::Priority { id, level } => {

@@ -15,12 +15,14 @@ use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
 
 use self::capacity::Capacity;
+pub use self::compare::{Line, compare};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
 pub use self::why::Why;
 
 mod capacity;
+mod compare;
 mod steps;
 mod story;
 mod turns;

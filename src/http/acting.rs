@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use jiff::Timestamp;
 use log::{info, warn};
-use serde_json::json;
+use serde_json::{Map, json};
 use uuid::Uuid;
 
 use super::accounts::{Accounts, Purpose};
@@ -18,8 +18,9 @@ use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
 use super::{html, json_response, refusal};
 use crate::actions::letters::{Letters, all_named, exactly};
-use crate::actions::{Failure, TOLD, bounded, counted, digest, jobs, queues};
+use crate::actions::{Failure, TOLD, again, bounded, counted, digest, jobs, queues};
 use crate::broker::dead_letters::Fate;
+use crate::domain::job::Origin;
 use crate::domain::overview::{Filter, JobState};
 use crate::domain::text::excerpt;
 use crate::domain::worker::Wish;
@@ -55,9 +56,9 @@ pub(super) fn confirm(
         Action::Cancel(ids) => confirm_cancel(service, frame, acting, ids),
         Action::CancelMatching(filter, _) => confirm_matching(service, frame, acting, filter, None),
         Action::Requeue(_) | Action::RequeueAll(_) => confirm_requeue(service, frame, acting, None),
-        Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(Failure::Refused(
-            "this is done without being asked again".to_owned(),
-        )),
+        Action::Again(_) | Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(
+            Failure::Refused("this is done without being asked again".to_owned()),
+        ),
     };
     asked
         .map(|page| html(200, frame.nonce, page))
@@ -193,6 +194,7 @@ fn perform(
                 .chain(each)
                 .collect()
         }
+        Action::Again(ids) => run_again(service, ids, &visit.origin())?,
         Action::Turns(ids, change) => lines(&jobs::change_turns(
             &mut connection(service)?,
             ids,
@@ -213,6 +215,25 @@ fn perform(
 
 fn lines(all: &[impl ToString]) -> Vec<String> {
     all.iter().map(|one| harmless(&one.to_string())).collect()
+}
+
+/// Submits these jobs once more.
+fn run_again(service: &Service, ids: &[Uuid], origin: &Origin) -> Result<Vec<String>, Failure> {
+    let config = &service.config;
+    let mut told = Vec::new();
+    for id in ids {
+        let submitted = again::submission(config, &mut looking(service)?, *id, &Map::new())
+            .and_then(|(new, submission)| {
+                again::submit(config, &submission, origin)?;
+                Ok(new)
+            });
+        match submitted {
+            Ok(new) => told.push(format!("job {id} runs again as job {new}")),
+            Err(failure) if told.is_empty() && ids.len() == 1 => return Err(failure),
+            Err(failure) => told.push(harmless(&failure.to_string())),
+        }
+    }
+    Ok(told)
 }
 
 /// A connection that writes.
@@ -309,6 +330,7 @@ fn in_words(action: &Action) -> String {
                 .map(|shown| format!(", as shown at {}", shown.at));
             format!("cancel {which}{}", at.unwrap_or_default())
         }
+        Action::Again(ids) => format!("run again {}", bounded(&lines(ids), ", ")),
         Action::Turns(ids, change) => {
             let verb = match change {
                 TurnChange::Hold => "hold".to_owned(),
@@ -378,6 +400,7 @@ fn ask_again(
             confirm_matching(service, frame, acting, filter, Some(NOTICE))
         }
         Action::Cancel(_)
+        | Action::Again(_)
         | Action::Requeue(_)
         | Action::RequeueAll(_)
         | Action::Turns(..)

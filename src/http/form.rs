@@ -19,6 +19,8 @@ pub(super) enum Action {
     Cancel(Vec<Uuid>),
     /// All that match, if they are those that the operator was shown; None before that.
     CancelMatching(Filter, Option<Shown>),
+    /// Another run of each.
+    Again(Vec<Uuid>),
     Turns(Vec<Uuid>, TurnChange),
     Limits(String, Vec<LimitChange>),
     Steer(String, Wish),
@@ -176,6 +178,7 @@ impl Fields {
         Ok(match required("do", &self.verb)?.as_str() {
             "cancel" => Action::Cancel(self.ids()?),
             "cancel-all" => Action::CancelMatching(self.list()?, self.shown()?),
+            "again" => Action::Again(self.ids()?),
             "priority" => Action::Turns(self.ids()?, TurnChange::Priority(self.priority()?)),
             "first" => Action::Turns(self.ids()?, TurnChange::First),
             "hold" => Action::Turns(self.ids()?, TurnChange::Hold),
@@ -252,6 +255,7 @@ mod tests {
             Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
         )
     )]
+    #[case("do=again&id=ID", Action::Again(vec![id()]))]
     #[case("do=cancel-all", Action::CancelMatching(Filter::default(), None))]
     #[case(
         "do=priority&id=ID&level=high",

@@ -474,11 +474,16 @@ impl Maintenance<'_> {
         if results > 0 {
             info!("forgot {results} output ESDLs that nobody has taken");
         }
+        let inputs = connection.forget_submissions(config.keep_inputs, KEPT_AT_ONCE)?;
+        if inputs > 0 {
+            info!("forgot what was submitted for {inputs} jobs");
+        }
         let swept = connection.sweep_courses()?;
         if swept > 0 {
             info!("forgot {swept} steps of jobs that another service has ended");
         }
-        if forgotten < MAX_FINDINGS.into() && results < KEPT_AT_ONCE.unsigned_abs() {
+        let most = results.max(inputs);
+        if forgotten < MAX_FINDINGS.into() && most < KEPT_AT_ONCE.unsigned_abs() {
             self.history = Chore::Done;
         }
         Ok(())

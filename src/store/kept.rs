@@ -1,4 +1,5 @@
-//! What is kept of jobs for a while, compressed: output ESDLs that no client has taken.
+//! What is kept of jobs for a while, compressed: output ESDLs that no client has taken, and what clients
+//! submitted.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use flate2::write::ZlibEncoder;
 use postgres::types::ToSql;
 use uuid::Uuid;
 
-use super::{Connection, StoreError};
+use super::{Connection, StoreError, Transaction};
 
 /// What one row may have, compressed: Postgres takes no more than 1 GiB in a message, and a handler's
 /// memory is bounded as well.
@@ -104,6 +105,74 @@ impl Connection {
                  ORDER BY kept_at LIMIT $2)",
             &[&kept.as_secs_f64(), &limit],
         )?)
+    }
+
+    /// The message by which a job was submitted, if it is kept.
+    ///
+    /// # Errors
+    /// The connection is lost, or it is not what was written.
+    pub fn kept_submission(&mut self, job_id: Uuid) -> Result<Option<Vec<u8>>, StoreError> {
+        let rows = self.client.query(
+            "SELECT bytes, message FROM job_submission WHERE job_id = $1",
+            &[&job_id],
+        )?;
+        let Some(row) = rows.first() else {
+            return Ok(None);
+        };
+        let (bytes, message): (i64, &[u8]) = (row.get("bytes"), row.get("message"));
+        let read = decompressed(message, bytes).map_err(|error| {
+            StoreError::Refused(format!("the submission of job {job_id}: {error:#}"))
+        });
+        read.map(Some)
+    }
+
+    /// The same as [`Connection::forget_results`] of submissions, but for those of jobs that have not
+    /// ended.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn forget_submissions(&mut self, kept: Duration, limit: i64) -> Result<u64, StoreError> {
+        Ok(self.client.execute(
+            "DELETE FROM job_submission WHERE job_id IN (
+                 SELECT job_id FROM job_submission AS kept
+                 WHERE kept_at <= clock_timestamp() - $1 * interval '1 second'
+                   AND NOT EXISTS (SELECT FROM job WHERE job.job_id = kept.job_id)
+                 ORDER BY kept_at LIMIT $2)",
+            &[&kept.as_secs_f64(), &limit],
+        )?)
+    }
+}
+
+impl Transaction<'_> {
+    /// Keeps the messages by which these jobs were submitted. Returns those that are too large.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn keep_submissions(
+        &mut self,
+        submissions: &[(Uuid, &[u8])],
+    ) -> Result<Vec<Uuid>, StoreError> {
+        let (mut ids, mut sizes, mut messages) = (Vec::new(), Vec::new(), Vec::new());
+        let mut too_large = Vec::new();
+        for (job_id, message) in submissions {
+            let small = compressed(message)?;
+            if small.len() > MAX_COMPRESSED {
+                too_large.push(*job_id);
+                continue;
+            }
+            ids.push(*job_id);
+            sizes.push(i64::try_from(message.len()).unwrap_or(i64::MAX));
+            messages.push(small);
+        }
+        self.execute(
+            "INSERT INTO job_submission (job_id, kept_at, bytes, message)
+             SELECT job_id, clock_timestamp(), bytes, message
+             FROM unnest($1::uuid[], $2::bigint[], $3::bytea[]) AS new (job_id, bytes, message)
+             ON CONFLICT (job_id) DO UPDATE
+             SET kept_at = excluded.kept_at, bytes = excluded.bytes, message = excluded.message",
+            &[&ids, &sizes, &messages],
+        )?;
+        Ok(too_large)
     }
 }
 

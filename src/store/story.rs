@@ -99,6 +99,8 @@ const STORY: &str = "
            coalesce(told.marks, job.marks) AS marks, told.progress, told.progress_message,
            told.progress_at,
            (SELECT bytes FROM job_result WHERE job_result.job_id = wanted.job_id) AS result_bytes,
+           EXISTS (SELECT FROM job_submission
+                   WHERE job_submission.job_id = wanted.job_id) AS can_run_again,
            (SELECT array_agg(started_at ORDER BY started_at) FROM job_starts
             WHERE job_starts.job_id = wanted.job_id) AS started_at,
            (SELECT array_agg(verdict ORDER BY started_at) FROM job_starts
@@ -128,6 +130,7 @@ fn rows(row: &Row, attempts: Vec<AttemptView>) -> anyhow::Result<Rows> {
         ended_by: from_json(row, "ended_by")?,
         parameters: from_json(row, "parameters")?,
         result_bytes: row.try_get("result_bytes")?,
+        can_run_again: row.try_get("can_run_again")?,
         logs: row.try_get("logs")?,
         esdl_messages: messages.map(messages_from_text).unwrap_or_default(),
     })

@@ -1,10 +1,11 @@
 //! What the service publishes, and its example programs.
 
-use prost::{Message as _, encoding};
+use prost::{DecodeError, Message as _, encoding};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::incoming::{FROM, VIA, WHO};
+use super::params::protobuf_struct;
 use super::{
     AVAILABLE_WORKFLOWS_KEY, AvailableWorkflows, CANCELS_QUEUE, EsdlMessage, JobDelete,
     JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, OMOTES_EXCHANGE, Outgoing,
@@ -128,8 +129,33 @@ pub fn job_delete(job_id: Uuid) -> Outgoing {
     to_clients(CANCELS_QUEUE.to_owned(), message.encode_to_vec())
 }
 
-/// The same for somebody else; a service that does not know the headers goes without them.
+/// The same for somebody else.
 pub fn job_delete_for(job_id: Uuid, origin: &Origin) -> Outgoing {
+    for_somebody(job_delete(job_id), origin)
+}
+
+/// What a client has sent to submit a job, for another one with these parameters in place of its own.
+///
+/// # Errors
+/// It is no such message.
+pub fn submission_again(
+    message: &[u8],
+    job_id: Uuid,
+    parameters: &Map<String, Value>,
+) -> Result<JobSubmission, DecodeError> {
+    let mut submission = JobSubmission::decode(message)?;
+    submission.uuid = job_id.to_string();
+    let changed = protobuf_struct(parameters).fields;
+    submission
+        .params_dict
+        .get_or_insert_default()
+        .fields
+        .extend(changed);
+    Ok(submission)
+}
+
+/// A message that is sent for somebody; a service that does not know the headers goes without them.
+pub fn for_somebody(message: Outgoing, origin: &Origin) -> Outgoing {
     let texts = [
         (VIA, Some(origin.via.name())),
         (WHO, origin.who.as_deref()),
@@ -140,7 +166,7 @@ pub fn job_delete_for(job_id: Uuid, origin: &Origin) -> Outgoing {
         .filter_map(|(name, text)| Some((name.to_owned(), Value::from(text?))));
     Outgoing {
         headers: headers.collect(),
-        ..job_delete(job_id)
+        ..message
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) struct Order {
 }
 
 impl Order {
-    fn submission(&self, job_id: Uuid) -> anyhow::Result<JobSubmission> {
+    pub(super) fn submission(&self, job_id: Uuid) -> anyhow::Result<JobSubmission> {
         Ok(JobSubmission {
             uuid: job_id.to_string(),
             timeout_ms: self
@@ -67,7 +67,7 @@ enum Update {
     Lost(anyhow::Error),
 }
 
-/// Submits `order`, shows its course, and returns how it ended; the output ESDL goes to `output`.
+/// Submits a job, shows its course, and returns how it ended; the output ESDL goes to `output`.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
 ///
@@ -75,12 +75,11 @@ enum Update {
 /// RabbitMQ is not there or refuses something, or the output could not be written and was printed.
 pub(super) fn submit(
     rabbitmq: &config::RabbitMq,
-    order: &Order,
+    submission: &JobSubmission,
     output: Output,
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<ResultType> {
-    let job_id = Uuid::new_v4();
-    let submission = order.submission(job_id)?;
+    let job_id = submission.uuid.parse()?;
     let incoming = told_of("RabbitMQ", || Link::open(rabbitmq, "client, consuming"))?;
     let outgoing = Link::open(rabbitmq, "client, publishing")?;
     incoming.declare_for_clients()?;
@@ -104,7 +103,7 @@ pub(super) fn submit(
             });
         let result = spawned
             .context("following the job")
-            .and_then(|_| converse(job_id, &submission, &outgoing, &updates, &done, interrupts));
+            .and_then(|_| converse(job_id, submission, &outgoing, &updates, &done, interrupts));
         let ended = result.and_then(|result| {
             show_result(output, &result)?;
             Ok(result.result_type())

@@ -9,7 +9,7 @@ use super::decision::{cancellation, error_result, revoke};
 use super::{
     Attempt, ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job,
     JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Publication, State, Submission, TimeSeries,
-    Told, kept_why,
+    kept_why,
 };
 use super::{hand_over, starts, told};
 use crate::domain::parameters;
@@ -187,11 +187,9 @@ fn lose<'a>(job_id: Uuid, ending: &Ending, context: &Context<'_>) -> Decision<'a
     };
     let logs = format!("The job {what} {LOST_LOGS}");
     let (result_bytes, why) = (logs.len(), kept_why(&logs));
-    let kept = told::kept_of_result(&logs, &[], context);
     let to_client = [error_result(job_id, Cow::Owned(logs))];
     job.ends(Outcome::Lost, result_bytes, to_client, context)
         .because(why)
-        .telling(kept)
 }
 
 /// The state that a decision sees: a job that is ending looks live to the message that led to its
@@ -375,8 +373,7 @@ fn accept<'a>(
     let job = Job {
         timeout_ms: timeout_ms.map(i64::from),
         priority: Some(submission.priority),
-        parameters: (context.rules.keep_parameters)
-            .then(|| told::kept_parameters(&submission.params)),
+        parameters: told::kept_parameters(&submission.params, context),
         ..Job::without_task(
             &submission.workflow_type,
             &submission.reference,
@@ -500,7 +497,7 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
                 start_ids: Vec::new(),
                 result_bytes: 0,
                 why: None,
-                told: Some(Box::new(Told::new(&[], context))),
+                told: Some(Box::default()),
             })),
             time_series: vec![TimeSeries::Retire],
             ..Decision::nothing(Event::CancelNoted)

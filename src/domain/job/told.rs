@@ -146,8 +146,16 @@ fn head_and_tail(logs: &str) -> String {
     format!("{head}\n[{left_out} bytes are left out]\n{tail}").replace('\0', "")
 }
 
-/// Parameters as JSON, those that fit.
-pub(super) fn kept_parameters(parameters: &Map<String, Value>) -> String {
+/// Parameters as JSON, if they may be kept.
+pub(super) fn kept_parameters(
+    parameters: &Map<String, Value>,
+    context: &Context<'_>,
+) -> Option<String> {
+    let may_be_kept = context.rules.keep_parameters;
+    may_be_kept.then(|| those_that_fit(parameters))
+}
+
+fn those_that_fit(parameters: &Map<String, Value>) -> String {
     let mut text = String::from("{");
     for (key, value) in parameters {
         let value = match value {
@@ -236,10 +244,10 @@ mod tests {
     fn parameters_that_are_too_long_are_left_out() {
         let long = "x".repeat(MAX_PARAMETERS);
         let parameters = json!({"a": 1.5, "b": long, "c": [long], "d\"": "é\n"});
-        let kept = kept_parameters(parameters.as_object().unwrap());
+        let kept = those_that_fit(parameters.as_object().unwrap());
         let kept: Value = serde_json::from_str(&kept).unwrap();
         assert_eq!(kept, json!({"a": 1.5, "d\"": "é\n"}));
-        assert_eq!(kept_parameters(&Map::new()), "{}");
+        assert_eq!(those_that_fit(&Map::new()), "{}");
     }
 
     proptest! {

@@ -33,6 +33,8 @@ pub struct Rows {
     pub parameters: Option<Map<String, Value>>,
     /// Size of its output ESDL, if that is kept.
     pub result_bytes: Option<i64>,
+    /// Whether what its client submitted is kept.
+    pub can_run_again: bool,
     pub logs: Option<String>,
     pub esdl_messages: Vec<EsdlMessage>,
 }
@@ -66,6 +68,8 @@ pub struct Story {
     pub esdl_messages: Vec<MessageView>,
     /// Size of its output ESDL, if that is kept because its client has gone.
     pub kept_result: Option<i64>,
+    /// Whether what its client submitted is kept, for another run.
+    pub can_run_again: bool,
 }
 
 /// Something that has happened to a job.
@@ -116,6 +120,7 @@ impl Story {
                 .collect(),
             logs: rows.logs,
             kept_result: rows.result_bytes,
+            can_run_again: rows.can_run_again,
             esdl_messages: messages.map(MessageView::new).collect(),
             job,
         }

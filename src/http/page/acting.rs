@@ -120,6 +120,14 @@ impl Acting {
         }
     }
 
+    /// Another run of a job whose input is kept.
+    pub(super) fn again(&self, job: &JobView) -> Markup {
+        self.form(html! {
+            input type="hidden" name="id" value=(job.id);
+            button name="do" value="again" { "Run again" }
+        })
+    }
+
     /// Below the list: all that match its filter.
     pub(super) fn matching(&self, filter: &Filter, total: i64) -> Markup {
         let all = filter.query(0);

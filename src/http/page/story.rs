@@ -13,6 +13,9 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
             p { a href={ "/api/jobs/" (story.job.id) "/result" } download { "The output ESDL" } ", "
                 (bytes) " bytes: nobody has taken it" }
         }
+        @if let (Some(acting), true) = (frame.acting, story.can_run_again) {
+            div.actions { (acting.again(&story.job)) }
+        }
         h2 #story { "Story" }
         div.card { table.story {
             tbody { @for event in &story.events { tr {

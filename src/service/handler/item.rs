@@ -107,6 +107,14 @@ impl Item {
         !self.released
     }
 
+    /// What its message holds.
+    pub(super) fn body(&self) -> Option<&[u8]> {
+        match &self.work {
+            Work::Message { received, .. } => Some(&received.body),
+            Work::Finding { .. } | Work::WorkflowsChanged => None,
+        }
+    }
+
     /// Where its message came from; None for a finding.
     pub(super) fn inbox(&self) -> Option<Inbox> {
         match &self.work {

@@ -4,6 +4,7 @@
 pub mod database;
 pub mod handler;
 pub mod inquiry;
+pub mod looks;
 pub mod maintenance;
 pub mod queues;
 mod requests;

@@ -1,4 +1,4 @@
--- Revises: b7d2e4c19a35
+-- Revises: c492bb3b2d4e
 -- What its task is given beside the ESDL, as JSON, and where its progress was on the way: a line of JSON each,
 -- few of them. Null in rows of the Python service.
 ALTER TABLE job

@@ -23,8 +23,10 @@ pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 
+mod alerts;
 mod batch;
 mod connect;
+mod ids;
 pub mod inspection;
 pub mod migrate;
 pub mod rights;

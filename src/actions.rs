@@ -6,8 +6,11 @@ use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use ring::digest::{Context, SHA256};
 
+pub use crate::domain::text::counted;
+
 pub mod jobs;
 pub mod letters;
+pub mod names;
 pub mod queues;
 
 /// Why something was not done.
@@ -56,14 +59,6 @@ pub fn bounded(texts: &[String], between: &str) -> String {
         text += &format!("{between}and {more} more");
     }
     text
-}
-
-/// `1 job`, `2 jobs`.
-pub fn counted(count: usize, noun: &str) -> String {
-    match count {
-        1 => format!("1 {noun}"),
-        count => format!("{count} {noun}s"),
-    }
 }
 
 #[cfg(test)]

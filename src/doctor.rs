@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::config::{self, Config};
+use crate::domain::text::counted;
 use crate::domain::workflow::Catalogue;
 use crate::influx::Influx;
 use crate::store::inspection::Inspection;
@@ -208,7 +209,13 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
     match config::read_catalogue(&config.workflow_config_path) {
         Ok(catalogue) => {
             let path = config.workflow_config_path.display();
-            findings.ok(PART, format!("{path} defines {}", catalogue.names().len()));
+            findings.ok(
+                PART,
+                format!(
+                    "{path} defines {}",
+                    counted(catalogue.names().len(), "workflow")
+                ),
+            );
             let steps = catalogue.tasks_by_workflow();
             let steps: Vec<_> = steps.keys().map(|name| one_line(name)).collect();
             if !steps.is_empty() {
@@ -269,7 +276,7 @@ fn influxdb(config: &Config, findings: &mut Findings) {
              looked after. An empty INFLUXDB_HOST switches it off.",
         ),
         Ok(databases) => match influx.check_rights() {
-            Ok(()) => findings.ok(PART, format!("{at} answers, with {} databases", databases.len())),
+            Ok(()) => findings.ok(PART, format!("{at} answers, with {}", counted(databases.len(), "database"))),
             Err(error) => findings.add(
                 PART,
                 Severity::Warning,

@@ -55,11 +55,15 @@ pub(super) fn examine(seen: &Seen, inspection: Option<&Inspection>, findings: &m
     let waiting: Vec<_> = waiting
         .map(|(count, noun)| counted(usize::try_from(*count).unwrap_or(0), noun))
         .collect();
+    let verb = match waiting.as_slice() {
+        [one] if one.starts_with("1 ") => "waits",
+        _ => "wait",
+    };
     let (severity, more) = match waiting.is_empty() {
         true => (Severity::Warning, String::new()),
         false => (
             Severity::Error,
-            format!(": {} wait for it", waiting.join(", ")),
+            format!(", and {} {verb}", waiting.join(", ")),
         ),
     };
     findings.add(

@@ -235,9 +235,11 @@ fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings
             BACK,
             Severity::Note,
             format!(
-                "{} jobs have ended and their clients are not told: the Python service does not know how, \
-                 and decides anew",
-                in_flight.untold
+                "{} not told: the Python service does not know how, and decides anew",
+                match in_flight.untold {
+                    1 => "1 job has ended and its client is".to_owned(),
+                    more => format!("{more} jobs have ended and their clients are"),
+                }
             ),
             "Let this service run until they are told, where it matters that the history says the same.",
         );

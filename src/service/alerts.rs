@@ -33,6 +33,9 @@ const FIRST_PAUSE: Duration = Duration::from_secs(5);
 const LAST_PAUSE: Duration = Duration::from_secs(300);
 /// Attempts to tell one thing, over more than an hour.
 const MOST_ATTEMPTS: u32 = 20;
+/// How long after its start a replica can say that no job waits without a worker: it counts from its own
+/// first look on.
+const SETTLED: Duration = Duration::from_secs(45);
 /// How old a look at the workers may be.
 const RECENT: SignedDuration = SignedDuration::from_mins(2);
 
@@ -46,6 +49,7 @@ pub fn run(service: &Service, alerts: &Alerts, stop: &Signal) {
         of_itself: BTreeMap::new(),
         attempts: BTreeMap::new(),
         pause: None,
+        begun: Instant::now(),
     };
     info!("troubles are told to {}", one_line(&webhook::host(alerts)));
     let period = PERIOD.min(alerts.after.max(Duration::from_secs(1)));
@@ -66,6 +70,7 @@ struct Teller<'s> {
     attempts: BTreeMap<Key, u32>,
     /// After a failure: until when nothing is sent, and how long the next pause is.
     pause: Option<(Instant, Duration)>,
+    begun: Instant,
 }
 
 impl Teller<'_> {
@@ -102,7 +107,10 @@ impl Teller<'_> {
         let overview = self.service.overview(&mut connection)?;
         // Nobody else is to wait for it while a receiver takes its time.
         drop(connection);
-        let seen = seen(&overview, parts, self.alerts, now);
+        let mut seen = seen(&overview, parts, self.alerts, now);
+        if self.begun.elapsed() < SETTLED {
+            seen.known.remove(&Alert::NoWorker);
+        }
         for message in self.in_order(messages(&told, &seen, self.after(1), now)) {
             if !self.tell(&message, now) {
                 break;

@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
+use crate::domain::text::one_line;
+
 /// How many troubles of one kind are told at a time: where everything is broken, more say no more.
 const MOST: usize = 10;
 
@@ -186,7 +188,7 @@ impl Message {
         };
         let about = match subject.is_empty() {
             true => String::new(),
-            false => format!(" ({subject})"),
+            false => format!(" ({})", one_line(subject)),
         };
         let (event, text) = match self.event {
             Event::Begins => ("begin", format!("{name}{about}: {}", self.what)),

@@ -111,8 +111,10 @@ impl Teller<'_> {
         if self.begun.elapsed() < SETTLED {
             seen.known.remove(&Alert::NoWorker);
         }
+        let begun = Instant::now();
         for message in self.in_order(messages(&told, &seen, self.after(1), now)) {
-            if !self.tell(&message, now) {
+            // For longer than that another replica might take this one for gone, and tell the same.
+            if begun.elapsed() > PERIOD || !self.tell(&message, now) {
                 break;
             }
             let mut connection = self.service.store.connection()?;

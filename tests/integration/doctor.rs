@@ -489,7 +489,7 @@ fn what_the_service_declares_can_be_declared_before_it_starts() {
     );
     let done = text(&deployment, &["--fix", "--yes"], &[]);
     assert!(
-        done.ends_with("the queues and exchanges of the service are declared\n"),
+        done.contains("the queues and exchanges of the service are declared\n"),
         "{done}"
     );
     let queues = deployment.queues();

@@ -389,12 +389,12 @@ fn with_database(
         Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
         Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
         Route::Jobs(filter) => {
-            let mut page = connection.jobs(filter)?;
+            let mut page = service.page(connection, filter)?;
             overview.explain(&mut page.jobs, now);
             json_response(200, &json!(page))
         }
         Route::Page(filter) => {
-            let mut page = connection.jobs(filter)?;
+            let mut page = service.page(connection, filter)?;
             overview.explain(&mut page.jobs, now);
             html(
                 200,

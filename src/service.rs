@@ -5,6 +5,7 @@ pub mod alerts;
 pub mod database;
 pub mod handler;
 pub mod inquiry;
+pub mod looks;
 pub mod maintenance;
 pub mod queues;
 mod requests;

@@ -204,6 +204,25 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// The same for the batches of a handler, for as long as it lives. Each of their statements looks
+    /// up rows by their keys, whatever the tables hold, so it is planned once instead of each time,
+    /// which would take longer than its execution; and never by reading a whole table, which is
+    /// best only while that is as good as empty. Has no effect behind a pooler, where nothing lives
+    /// that long.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn for_batches(mut self) -> Result<Connection, StoreError> {
+        if !self.client.is_pooled() {
+            // Others who take it from the pool ask for other things.
+            self.client.give_up();
+            self.client.batch_execute(
+                "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off",
+            )?;
+        }
+        Ok(self)
+    }
+
     /// Works on the revisions, see [`migrate`].
     ///
     /// # Errors

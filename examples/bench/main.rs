@@ -7,6 +7,7 @@
     reason = "a program that reports, and nobody's library"
 )]
 
+mod crowd;
 #[path = "../common/figures.rs"]
 mod figures;
 mod floor;
@@ -45,7 +46,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, page.
+    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, crowd, page.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -104,6 +105,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("latency") {
         bench.latency()?;
+    }
+    if wanted("crowd") {
+        bench.crowd()?;
     }
     if wanted("replicas") {
         bench.throughput("2 kB, 3 replicas", 2_000, messages, 3)?;
@@ -277,6 +281,35 @@ impl Bench {
         self.site.variables.clear();
         self.load.purge()?;
         // Those that only bothered have not ended.
+        self.site.fill_jobs(&self.config.postgres, 0, 0)
+    }
+
+    /// Whether it matters how many tasks wait for their turn.
+    fn crowd(&mut self) -> anyhow::Result<()> {
+        for held in [100, 100_000] {
+            let first: Vec<Uuid> = (0..=crowd::SAMPLES).map(|_| Uuid::new_v4()).collect();
+            let postgres = self.config.postgres.clone();
+            self.site.fill_jobs(&postgres, 0, 0)?;
+            self.site.fill_held(&postgres, &first, held)?;
+            self.site.variables = vec![("OUTCOME_DELAY_MS", "0")];
+            self.site.start(1)?;
+            let (config, load) = (&self.config, &self.load);
+            let times = crowd::measure(config, load, &self.site, &first);
+            self.site.stop()?;
+            let times = times?;
+            for (what, times) in [
+                ("submission to its client", times.submissions),
+                ("result to the next task", times.starts),
+                ("page", times.pages),
+                ("list of jobs", times.lists),
+            ] {
+                self.percentiles(&format!("{held} tasks wait more: {what}"), times);
+            }
+            self.load.purge()?;
+        }
+        let unlimited = ["workflows", "limit", HELD, "--max-running", "default"];
+        self.site.command(&unlimited)?;
+        self.site.variables.clear();
         self.site.fill_jobs(&self.config.postgres, 0, 0)
     }
 

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use crossbeam_channel::after;
 use omotes_orchestrator::config;
+use uuid::Uuid;
+
+use crate::load::HELD;
 
 /// How long a process may take to be ready, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -179,6 +182,41 @@ impl Site {
             self.fill_history(config, finished)?;
         }
         client.batch_execute("VACUUM ANALYZE job")?;
+        Ok(())
+    }
+
+    /// Makes jobs wait for their turn at [`HELD`]: first these, then so many others.
+    pub fn fill_held(
+        &self,
+        config: &config::Postgres,
+        first: &[Uuid],
+        others: i32,
+    ) -> anyhow::Result<()> {
+        let mut client = sql(config)?;
+        client.execute(
+            "WITH held AS (
+                 SELECT id, now() - interval '1 day' + place * interval '10 ms' AS at
+                 FROM unnest($1::uuid[] || ARRAY(
+                     SELECT gen_random_uuid() FROM generate_series(1, $2::integer)
+                 )) WITH ORDINALITY AS jobs (id, place)
+             ), jobs AS (
+                 INSERT INTO job (job_id, workflow_type, status, registered_at, job_reference,
+                                  priority)
+                 SELECT id, $3::text, 'REGISTERED', at, 'a reference', 'MEDIUM' FROM held
+             ), turns AS (
+                 INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
+                 SELECT id, $3::text, 'an owner', 'MEDIUM', at FROM held
+             ), inputs AS (
+                 INSERT INTO job_input (job_id, steps, parameters, reference, esdl, owner)
+                 SELECT id, format('[{\"task\": \"%s\"}]', $3::text), '{}', '\"a reference\"',
+                        '<esdl>' || repeat('x', 2000) || '</esdl>', 'an owner'
+                 FROM held
+             )
+             INSERT INTO job_step (job_id, number, attempt, fallback, title, task)
+             SELECT id, 1, 1, 0, $3::text, $3::text FROM held",
+            &[&first, &others, &HELD],
+        )?;
+        client.batch_execute("VACUUM ANALYZE")?;
         Ok(())
     }
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::domain::job::{
-    self, Attempt, Command, Context, Decision, Ended, Ending, Event, Job, Publication, State,
-    TaskInput, TimeSeries, Turn,
+    self, Attempt, ClientStatus, Command, Context, Decision, Ended, Ending, Event, Job,
+    Publication, State, TaskInput, TimeSeries, Turn,
 };
 
 /// A message of a batch and what it asks for.
@@ -223,6 +223,23 @@ impl<'a> Plan<'a> {
             }),
         }
         next
+    }
+
+    /// Whether all that is published is that submissions are accepted whose tasks wait for their turn.
+    /// It is told once more when they come again, so the commit need not wait for its arrival.
+    pub fn only_accepts(&self) -> bool {
+        self.publications
+            .iter()
+            .all(|publication| match publication {
+                Publication::Status { status, .. } => match status {
+                    ClientStatus::Enqueued => true,
+                    ClientStatus::Running | ClientStatus::Cancelled => false,
+                },
+                Publication::Task { .. }
+                | Publication::Revoke { .. }
+                | Publication::Progress { .. }
+                | Publication::Result { .. } => false,
+            })
     }
 
     /// The queues at which one task of the batch begins to wait for its turn, and only one: with its

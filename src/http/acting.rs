@@ -142,7 +142,10 @@ pub(super) fn act(
     let (who, account) = (visit.who(), visit.account());
     let what = in_words(&form.action);
     info!(account; "{who} asks: {what}");
-    match perform(service, &form.action, stop) {
+    let performed = perform(service, &form.action, stop);
+    // Whatever came of it.
+    service.look_anew();
+    match performed {
         Ok(Came::Done(lines)) => {
             // All of them, a readable part at a time.
             for told in lines.chunks(TOLD) {

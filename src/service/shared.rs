@@ -12,9 +12,10 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::domain::job::Rules;
-use crate::domain::overview::{Overview, Queues};
-use crate::domain::turns::{self, CurrentLimits};
+use crate::domain::overview::{Filter, Overview, Page, Queues};
+use crate::domain::turns::{self, CurrentLimits, Limits};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
+use crate::service::looks::Looks;
 use crate::store::{Connection, Store, StoreError, Upkeep};
 use crate::telemetry::health::{Health, Part, PartView};
 use crate::telemetry::metrics::Metrics;
@@ -42,6 +43,10 @@ pub struct Service {
     pub metrics: Metrics,
     /// RabbitMQ's queues, as last seen.
     pub queues: Mutex<Option<Queues>>,
+    /// The state of the deployment as last seen, by what is defined and allowed.
+    overviews: Looks<(Vec<String>, Limits), Overview>,
+    /// Pages of jobs, as last seen.
+    pages: Looks<Filter, Page>,
     /// This replica's name.
     pub host: String,
     pub celery_sender: celery::Sender,
@@ -82,6 +87,8 @@ impl Service {
             health: Health::starting(Timestamp::now()),
             metrics: Metrics::default(),
             queues: Mutex::default(),
+            overviews: Looks::default(),
+            pages: Looks::default(),
             host: host.clone(),
             celery_sender: celery::Sender {
                 origin: format!("gen{}@{host}", process::id()),
@@ -127,12 +134,51 @@ impl Service {
         }
     }
 
-    /// The state of the deployment, without the single jobs.
+    /// The state of the deployment, without the single jobs; what Postgres knows of it as of a moment
+    /// ago.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn overview(&self, connection: &mut Connection) -> Result<Overview, StoreError> {
-        let overview = self.overview_without_database();
+        let now = self.overview_without_database();
+        let limits = self.limits.get().as_ref().clone();
+        let seen = self
+            .overviews
+            .at((now.defined.clone(), limits.clone()), || {
+                self.overview_of_database(&now.defined, &limits, connection)
+            })?;
+        let seen = seen.as_ref().clone();
+        Ok(Overview {
+            has_rows: seen.has_rows,
+            rows: seen.rows,
+            turns: seen.turns,
+            workers: seen.workers,
+            maintenance: seen.maintenance,
+            ..now
+        })
+    }
+
+    /// A page of the jobs that match `filter`, as of a moment ago.
+    ///
+    /// # Errors
+    /// As [`Connection::jobs`].
+    pub fn page(&self, connection: &mut Connection, filter: &Filter) -> Result<Page, StoreError> {
+        let look = || connection.jobs(filter);
+        Ok(self.pages.at(filter.clone(), look)?.as_ref().clone())
+    }
+
+    /// Has pages show what has just been done.
+    pub fn look_anew(&self) {
+        self.overviews.forget();
+        self.pages.forget();
+    }
+
+    fn overview_of_database(
+        &self,
+        defined: &[String],
+        limits: &Limits,
+        connection: &mut Connection,
+    ) -> Result<Overview, StoreError> {
         let mut maintenance = connection.maintenance_runs()?;
         if self.config.influxdb.is_none() {
             // It may have run earlier, and is not late now.
@@ -147,11 +193,11 @@ impl Service {
         };
         Ok(Overview {
             has_rows: true,
-            rows: connection.workflows(&overview.defined)?,
-            turns: connection.turns(&self.limits.get(), self.config.priority_aging)?,
+            rows: connection.workflows(defined)?,
+            turns: connection.turns(limits, self.config.priority_aging)?,
             workers,
             maintenance,
-            ..overview
+            ..Overview::default()
         })
     }
 

@@ -219,7 +219,8 @@ impl Transaction<'_> {
         let most = i64::try_from(most).unwrap_or(i64::MAX);
         let rows = self.query(
             // Postgres takes `IS NOT TRUE` for every second row and reads on in the index's order; of
-            // `IS NULL` it believes that it is rare, and sorts them all.
+            // `IS NULL` it believes that it is rare, and sorts them all. `held_at > '-infinity'` asks
+            // for the index that is made for the oldest.
             "WITH RECURSIVE owners AS (
                  (SELECT owner FROM job_turn
                   WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
@@ -250,7 +251,7 @@ impl Transaction<'_> {
                  SELECT oldest.* FROM levels, LATERAL (
                      SELECT job_id, owner, priority, held_at, moved_at FROM job_turn
                      WHERE queue = $1 AND granted_at IS NULL AND NOT on_hold
-                       AND priority = levels.priority
+                       AND held_at > '-infinity' AND priority = levels.priority
                        AND (SELECT true FROM job_history AS ended
                             WHERE ended.job_id = job_turn.job_id) IS NOT TRUE
                      ORDER BY held_at, job_id LIMIT $2

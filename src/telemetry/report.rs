@@ -38,7 +38,9 @@ pub fn log(report: &Report<'_>) {
     } = report;
     let new_task;
     let (task, faults) = match event {
-        Event::Submitted { task_id, faults } => {
+        Event::Submitted {
+            task_id, faults, ..
+        } => {
             new_task = task_id.to_string();
             (Some(new_task.as_str()), faults.as_slice())
         }
@@ -84,9 +86,8 @@ pub fn log(report: &Report<'_>) {
 fn line(report: &Report<'_>) -> String {
     let Report { event, command, .. } = report;
     match event {
-        Event::Submitted { task_id, .. } => {
-            let workflow = command.workflow_type().map(one_line).unwrap_or_default();
-            format!("submitted to {workflow} as task {task_id}")
+        Event::Submitted { task_id, queue, .. } => {
+            format!("submitted to {} as task {task_id}", one_line(queue))
         }
         Event::Held { what, queue, .. } => {
             let queue = one_line(queue);

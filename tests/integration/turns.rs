@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::iter;
 use std::path::PathBuf;
 
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
@@ -115,8 +116,13 @@ impl Scene {
 
     /// The task that runs has no copy, and the next one has its turn after it.
     fn both_go_through(&self, running: &Task, next: Uuid) {
-        assert_eq!(self.client.status(running.job), JobStatus::Enqueued);
-        assert_eq!(self.client.status(running.job), JobStatus::Running);
+        // A replica that is killed may have told it, and not know.
+        let told = iter::from_fn(|| match self.client.status(running.job) {
+            JobStatus::Enqueued => Some(()),
+            JobStatus::Running => None,
+            other => panic!("{other:?}"),
+        });
+        assert!((1..=2).contains(&told.count()));
         assert_eq!(self.worker.waiting(), 0);
         self.ends(running);
         let task = self.runs();
@@ -354,10 +360,10 @@ fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
 
 /// There is room when it comes, and so its turn is granted with its submission.
 #[rstest]
-#[case("before publish", 1)]
-#[case("after publish", 2)]
-#[case("after commit", 1)]
-fn a_turn_at_once_survives_a_kill(#[case] point: &str, #[case] told: usize) {
+#[case("before publish")]
+#[case("after publish")]
+#[case("after commit")]
+fn a_turn_at_once_survives_a_kill(#[case] point: &str) {
     let scene = Scene::new(&json!({"max_running": 1}));
     let held = Held::at(point, &scene.deployment, &scene.variables());
     let first = scene.client.submit(TASK);
@@ -366,9 +372,6 @@ fn a_turn_at_once_survives_a_kill(#[case] point: &str, #[case] told: usize) {
     let _service = scene.start();
     let task = scene.worker.take();
     assert_eq!(task.job, first);
-    for _ in 1..told {
-        assert_eq!(scene.client.status(first), JobStatus::Enqueued);
-    }
     let second = scene.submit(1)[0];
     scene.held(1);
     scene.worker.start(&task);
@@ -616,9 +619,11 @@ fn large_inputs_have_their_turns_at_once() {
     assert!(!log.contains("nobody has handed it over"), "{log}");
 }
 
-/// Nobody reads them all to find it.
-#[test]
-fn the_next_of_a_hundred_thousand_is_found_by_an_index() {
+/// Nobody reads them all to find it, whatever Postgres believes of their owners.
+#[rstest]
+#[case::of_one_owner(1)]
+#[case::of_many_owners(50)]
+fn the_next_of_a_hundred_thousand_is_found_by_an_index(#[case] owners: i32) {
     let scene = Scene::new(&json!({"max_running": 1}));
     // What another service has left is looked for with that period.
     let rarely = [("TIMEOUT_JOB_HANDLER_RERUN_SEC", "600")];
@@ -629,12 +634,15 @@ fn the_next_of_a_hundred_thousand_is_found_by_an_index() {
     let task = scene.runs();
     assert_eq!(task.job, first);
     let plant = "INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
-                 SELECT gen_random_uuid(), 'workflow_1', 'owner ' || number % 50, 'LOW', now()
+                 SELECT gen_random_uuid(), 'workflow_1', 'owner ' || number % $1::integer, 'LOW',
+                        now()
                  FROM generate_series(1, 100000) AS number";
-    scene.deployment.sql().execute(plant, &[]).unwrap();
+    scene.deployment.sql().execute(plant, &[&owners]).unwrap();
     let mut vacuum = scene.deployment.sql();
     vacuum.batch_execute("VACUUM ANALYZE job_turn").unwrap();
-    let read = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'job_turn'";
+    let read = "SELECT seq_tup_read + (SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes
+                                       WHERE relname = 'job_turn')
+                FROM pg_stat_user_tables WHERE relname = 'job_turn'";
     let by_index = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'job_turn'";
     // What was looked for before Postgres knew of so many has been counted by then.
     let counted = scene.deployment.count(by_index);
@@ -653,7 +661,7 @@ fn the_next_of_a_hundred_thousand_is_found_by_an_index() {
     // Each of the turns, and what each second looks for, has been counted by then.
     scene.deployment.at_least(before.1 + 100, by_index);
     let read = scene.deployment.count(read) - before.0;
-    assert!(read < 100_000, "{read} rows read one after the other");
+    assert!(read < 100_000, "{read} rows read");
 }
 
 /// With the SDK's clients and Celery's workers.

@@ -18,6 +18,7 @@ use crate::domain::workflow::Definition;
 
 /// Why an event of a task that is no longer the job's is not heeded.
 const EARLIER_STEP: &str = "it is of an attempt that has ended";
+const SUBMITTED_ALREADY: &str = "the job was submitted already";
 const NO_WORKER: &str = "Waiting: no worker for this workflow is connected.";
 
 /// What to do about `command` for the job `job_id`, which is in `state`. Every pair has an answer;
@@ -354,7 +355,18 @@ fn submit<'a>(
             &submission.reference,
             context,
         ),
+        Expected::Again => Decision {
+            publications: vec![enqueued(job_id)],
+            ..Decision::ignored(SUBMITTED_ALREADY)
+        },
         Expected::No(why) => Decision::ignored(why),
+    }
+}
+
+fn enqueued<'a>(job_id: Uuid) -> Publication<'a> {
+    Publication::Status {
+        job_id,
+        status: ClientStatus::Enqueued,
     }
 }
 
@@ -379,10 +391,7 @@ fn accept<'a>(
             registered_at,
         )
     };
-    let enqueued = Publication::Status {
-        job_id,
-        status: ClientStatus::Enqueued,
-    };
+    let enqueued = enqueued(job_id);
     let queue = &definition.steps.all()[0].task;
     if (context.has_limits)(queue) {
         let course = Some(hand_over::hold(submission, &definition.steps, context));
@@ -413,7 +422,11 @@ fn accept<'a>(
     Decision {
         next: Some(State::Live(job)),
         publications: vec![task, enqueued],
-        ..Decision::nothing(Event::Submitted { task_id, faults })
+        ..Decision::nothing(Event::Submitted {
+            task_id,
+            queue: queue.clone(),
+            faults,
+        })
     }
 }
 
@@ -434,6 +447,7 @@ fn refuse<'a>(
         Expected::Cancelled => {
             cancelled_before_submission(job_id, workflow_type, reference, context)
         }
+        Expected::Again => Decision::ignored(SUBMITTED_ALREADY),
         Expected::No(why) => Decision::ignored(why),
     }
 }
@@ -445,7 +459,15 @@ enum Expected {
     },
     /// The cancel of this submission came first.
     Cancelled,
+    /// It is none, but that it was accepted may not have reached its client.
+    Again,
     No(&'static str),
+}
+
+/// Whether its task has had to wait for its turn.
+fn waits_or_waited(job: &Job) -> bool {
+    let course = job.course.as_ref();
+    course.is_some_and(|course| course.turn.is_some())
 }
 
 fn submission_expected(standing: Standing<'_>) -> Expected {
@@ -457,8 +479,9 @@ fn submission_expected(standing: Standing<'_>) -> Expected {
             JobStatus::Registered if job.course.is_none() => Expected::Yes {
                 registered_at: Some(job.registered_at),
             },
+            JobStatus::Registered | JobStatus::Submitted if waits_or_waited(job) => Expected::Again,
             JobStatus::Registered | JobStatus::Submitted | JobStatus::Running => {
-                Expected::No("the job was submitted already")
+                Expected::No(SUBMITTED_ALREADY)
             }
         },
         Standing::Ended(ended) if ended.registered_at.is_none() => Expected::Cancelled,

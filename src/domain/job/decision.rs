@@ -243,6 +243,8 @@ pub enum TimeSeries<'a> {
 pub enum Event {
     Submitted {
         task_id: Uuid,
+        /// The task's queue.
+        queue: String,
         /// How its parameters do not fit the workflow's definition.
         faults: Vec<String>,
     },

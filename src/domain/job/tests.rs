@@ -323,7 +323,9 @@ fn summary(decision: &Decision<'_>) -> String {
     let mut text = match &decision.event {
         Event::Ignored(why) => format!("ignored: {why}"),
         Event::Revoked(why) => format!("revoked: {why}"),
-        Event::Submitted { task_id, faults } if *task_id == new_task() => {
+        Event::Submitted {
+            task_id, faults, ..
+        } if *task_id == new_task() => {
             format!("submitted{}", faults.concat())
         }
         event => format!("{event:?}"),
@@ -737,6 +739,7 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
         decision.event,
         Event::Submitted {
             task_id: new_task(),
+            queue: "simulator".to_owned(),
             faults: faults.to_vec()
         }
     );

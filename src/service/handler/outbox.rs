@@ -153,6 +153,22 @@ impl<'s> Handler<'s> {
         published
     }
 
+    /// Sends what [`Plan::only_accepts`](crate::domain::batch::Plan::only_accepts) is true of;
+    /// [`Handler::confirm_acceptances`] must follow.
+    pub(super) fn send_acceptances(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+        Ok(self.publishers.sdk.send(&outbox.sdk)?)
+    }
+
+    /// Waits until it has arrived.
+    pub(super) fn confirm_acceptances(&mut self, outbox: &Outbox) -> Result<(), Trouble> {
+        let outcome = self.publishers.sdk.confirm()?;
+        self.count_published(outcome.iter());
+        for message in undelivered(&outbox.sdk, &outcome).rejected {
+            warn!("a queue for {} takes nothing more", message.routing_key);
+        }
+        Ok(())
+    }
+
     fn count_published<'d>(&self, outcomes: impl Iterator<Item = &'d Delivered>) {
         let [mut confirmed, mut unroutable, mut rejected] = [0; 3];
         for outcome in outcomes {

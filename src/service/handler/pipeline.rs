@@ -53,7 +53,7 @@ impl Handler<'_> {
         // Dropped on any error, and closed if the error was the connection's.
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.store.connection()?,
+            None => self.store.connection()?.for_batches()?,
         };
         let Committed {
             ending,
@@ -222,9 +222,13 @@ impl Handler<'_> {
         // Only now, since what Postgres refuses must not have been asked of anybody. And before the
         // commit, since a committed task must have been published.
         let mut outbox = Outbox::default();
+        let accepts = plan.only_accepts();
         self.write_out(mem::take(&mut plan.publications), inputs, &mut outbox)?;
         self.has_published = true;
-        self.publish(&outbox)?;
+        match accepts {
+            true => self.send_acceptances(&outbox)?,
+            false => drop(self.publish(&outbox)?),
+        }
         stopwatch.lap(Stage::Publish);
         fault_point::reached("after publish");
         let granted = self.grant_at_once(&plan, &catalogue, &mut transaction)?;
@@ -232,6 +236,9 @@ impl Handler<'_> {
         stopwatch.lap(Stage::Commit);
         for (queue, job_id, at) in granted {
             Findings::hand_over(self.common.findings.of_turns(&queue), job_id, at);
+        }
+        if accepts {
+            self.confirm_acceptances(&outbox)?;
         }
         self.report(batch, &plan, &catalogue);
         self.write_out(plan.announcements, HashMap::new(), announcements)?;

@@ -522,6 +522,21 @@ fn a_granted_task_is_published_once() {
     assert_eq!(story.tell(&late), ["no step's turn has come"]);
 }
 
+/// The commit does not wait until the client has been told, so who is killed may have told nobody.
+#[test]
+fn that_a_held_submission_is_accepted_is_told_when_it_comes_again() {
+    let again = ["Enqueued", "the job was submitted already"];
+    let mut story = Story::new(r#"[{"task": "a"}]"#);
+    story.limited = vec!["a"];
+    assert_eq!(story.submit(), ["Enqueued"]);
+    assert_eq!(story.submit(), again);
+    story.take_turn(7);
+    assert_eq!(story.submit(), again);
+    // Its client is not to hear of it after that.
+    assert_eq!(story.start(), ["Running"]);
+    assert_eq!(story.submit(), again[1..]);
+}
+
 /// Killed before its client is told, and what was refused comes again.
 #[test]
 fn a_refused_hand_over_is_told_when_it_comes_again() {
@@ -794,6 +809,8 @@ struct World {
     last_progress: f64,
     statuses: Vec<ClientStatus>,
     deaths: usize,
+    /// How often the submission has been handled.
+    submissions: usize,
     limited: bool,
 }
 
@@ -816,6 +833,7 @@ impl World {
             last_progress: 0.0,
             statuses: Vec::new(),
             deaths: 0,
+            submissions: 0,
             limited: false,
         }
     }
@@ -945,6 +963,7 @@ impl World {
             rules: &RULES,
         };
         self.deaths += usize::from(death != Death::Never);
+        self.submissions += usize::from(matches!(command, Command::Submit(_)));
         let decision = decide(job_id(), &self.state, command, &context);
         let sent = self.publish(&decision.publications);
         if death == Death::AfterPublish {
@@ -1098,7 +1117,8 @@ proptest! {
         let outcomes: BTreeSet<_> = world.results.iter().collect();
         prop_assert!(outcomes.len() == 1, "{outcomes:?}");
         let count = |status| world.statuses.iter().filter(|one| **one == status).count();
-        prop_assert!(count(ClientStatus::Enqueued) <= 1 + world.deaths);
+        // Told once more with each submission while its task is not started.
+        prop_assert!(count(ClientStatus::Enqueued) <= world.submissions);
         prop_assert!(count(ClientStatus::Running) <= 1 + world.deaths);
     }
 }

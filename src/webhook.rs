@@ -83,3 +83,76 @@ fn in_words(error: &ureq::Error) -> String {
         _ => "the message could not be sent".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::{env, fs};
+
+    use rstest::rstest;
+    use rustls::StreamOwned;
+    use serde_json::json;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::authority::{Authority, write};
+    use crate::config::Secret;
+    use crate::tls::Roots;
+    use crate::tls::tests::server;
+
+    /// A receiver that speaks TLS takes a message, if it is the one that is meant.
+    #[rstest]
+    #[case::its_authority("ca.pem", "localhost", "")]
+    #[case::a_stranger("other.pem", "localhost", "UnknownIssuer")]
+    #[case::another_name("ca.pem", "elsewhere", "not valid for name")]
+    fn a_receiver_with_tls_is_checked(
+        #[case] roots: &str,
+        #[case] name: &str,
+        #[case] fault: &str,
+    ) {
+        let folder = env::temp_dir().join(format!("webhook-{}", Uuid::new_v4()));
+        fs::create_dir(&folder).unwrap();
+        let authority = Authority::new();
+        write(&folder, "ca.pem", &authority.pem());
+        write(&folder, "other.pem", &Authority::new().pem());
+        let tls = server(&authority.issue(name));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let receiver = thread::spawn(move || {
+            let (socket, _) = listener.accept().unwrap();
+            let mut stream = StreamOwned::new(tls, socket);
+            let (mut heard, mut part) = (Vec::new(), [0; 1024]);
+            while !heard.ends_with(b"}") {
+                match stream.read(&mut part) {
+                    Ok(count) if count > 0 => heard.extend_from_slice(&part[..count]),
+                    // It has hung up.
+                    Ok(_) | Err(_) => return false,
+                }
+            }
+            let answer = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n";
+            stream.write_all(answer).is_ok()
+        });
+        let alerts = Alerts {
+            url: Secret::from(format!("https://localhost:{port}/s3cret")),
+            roots: Roots::File(folder.join(roots)),
+            after: Duration::ZERO,
+            queue_age: Duration::ZERO,
+        };
+        let (_running, never) = Signal::pending();
+        let sent = send(&alerts, &json!({"event": "test"}), &never);
+        assert_eq!(receiver.join().unwrap(), fault.is_empty());
+        match sent {
+            Ok(sent) => assert!(fault.is_empty() && sent.is_some()),
+            Err(error) => {
+                let text = format!("{error:#}");
+                assert!(!fault.is_empty() && text.contains(fault), "{text}");
+                assert!(
+                    text.starts_with("localhost: ") && !text.contains("s3cret"),
+                    "{text}"
+                );
+            }
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

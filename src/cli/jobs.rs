@@ -60,7 +60,7 @@ pub(crate) enum Action {
     /// without --yes.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator jobs cancel 0e9b…\n  \
-        omotes-orchestrator jobs cancel --reference study-7/ --state registered --yes\n  \
+        omotes-orchestrator jobs cancel --reference study-7/ --state held --yes\n  \
         omotes-orchestrator jobs cancel --workflow simulator --older-than 2h")]
     Cancel {
         /// The jobs' ids, or their beginnings.

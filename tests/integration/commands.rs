@@ -138,7 +138,7 @@ fn submit(deployment: &Deployment, esdl: &str, arguments: &[&str]) -> Command {
 
 #[rstest]
 #[case::workflow(ESDL, &["simulater"], "there is no workflow simulater: did you mean simulator? There are")]
-#[case::another_workflow(ESDL, &["x"], "There are grow_optimizer_no_heat_losses,")]
+#[case::another_workflow(ESDL, &["x"], "grow_optimizer_with_pressure, ")]
 #[case::key(
     ESDL, &["simulator", "--param", "timestpe=1h"],
     "timestpe is not known: did you mean timestep? There are timestep, start_time, end_time")]

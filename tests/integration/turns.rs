@@ -308,14 +308,7 @@ fn a_job_that_waits_for_its_turn_can_be_cancelled() {
     assert_eq!(scene.client.status(jobs[0]), JobStatus::Enqueued);
     assert_eq!(scene.client.status(jobs[0]), JobStatus::Cancelled);
     assert_eq!(scene.client.outcome(jobs[0]).0, ResultType::Cancelled);
-    let asked = scene.run(&[
-        "jobs",
-        "cancel",
-        "--reference",
-        "owner/",
-        "--state",
-        "registered",
-    ]);
+    let asked = scene.run(&["jobs", "cancel", "--reference", "owner/", "--state", "held"]);
     assert!(!asked.0);
     assert!(asked.1.contains("1 job would be cancelled"), "{}", asked.1);
     assert!(asked.1.contains(&jobs[1].to_string()), "{}", asked.1);

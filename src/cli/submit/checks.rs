@@ -75,6 +75,7 @@ fn no_workflow(catalogue: &Catalogue, name: &str) -> String {
         Some(meant) => format!(": did you mean {}?", one_line(meant)),
         None => ".".to_owned(),
     };
-    let known = one_line(&names.join(", "));
+    // As many as there are: whoever reads this looks for theirs.
+    let known = harmless(&names.join(", "));
     format!("there is no workflow {name_shown}{meant} There are {known}")
 }

@@ -12,6 +12,7 @@ pub mod jobs;
 pub mod letters;
 pub mod names;
 pub mod queues;
+pub mod submission;
 
 /// Why something was not done.
 #[derive(Debug, thiserror::Error)]

@@ -23,6 +23,7 @@ pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 
+mod activity;
 mod alerts;
 mod batch;
 mod connect;
@@ -194,8 +195,8 @@ impl Store {
     }
 }
 
-/// Status page, searches, metrics, the queue watch, and two for those who act.
-const VIEWERS: u32 = 6;
+/// Status page, pages that are followed, searches, metrics, the queue watch, and two for those who act.
+const VIEWERS: u32 = 7;
 
 /// One connection with the statements prepared on it so far.
 pub struct Connection {

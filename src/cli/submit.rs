@@ -10,13 +10,13 @@ use clap::{Args, ValueEnum};
 use clap_complete::ArgValueCandidates;
 use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
+use omotes_orchestrator::actions::submission::Order;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 
-use self::follow::Order;
 use self::output::Output;
 use super::complete;
 
@@ -88,7 +88,6 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
     let order = Order {
         esdl,
         workflow: submit.workflow,
-        tasks,
         params,
         reference: submit.reference,
         priority: match submit.priority {
@@ -115,7 +114,7 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
                     let _ = interrupt.send(signal);
                 }
             })?;
-        let result = follow::submit(config, &order, output, &interrupts);
+        let result = follow::submit(config, &order, &tasks, output, &interrupts);
         handle.close();
         result
     })?;

@@ -5,17 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
+use omotes_orchestrator::actions::submission::Order;
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Source};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::telemetry::report::{one_line, readable};
 use omotes_orchestrator::threads::{Calls, Signal, within_deadline};
 use omotes_orchestrator::wire::job_result::ResultType;
-use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::{
     self, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, Outgoing,
 };
 use prost::Message as _;
-use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::display::Display;
@@ -29,38 +28,6 @@ const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
 /// How long the clean-up at RabbitMQ may take.
 const CLEAN_UP_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A job to submit.
-#[derive(Debug)]
-pub(super) struct Order {
-    pub(super) esdl: String,
-    pub(super) workflow: String,
-    /// The queues that its tasks go to.
-    pub(super) tasks: Vec<String>,
-    pub(super) params: Map<String, Value>,
-    pub(super) reference: Option<String>,
-    pub(super) priority: JobPriority,
-    /// How long the job may run.
-    pub(super) timeout: Option<Duration>,
-}
-
-impl Order {
-    fn submission(&self, job_id: Uuid) -> anyhow::Result<JobSubmission> {
-        Ok(JobSubmission {
-            uuid: job_id.to_string(),
-            timeout_ms: self
-                .timeout
-                .map(|timeout| u32::try_from(timeout.as_millis()))
-                .transpose()
-                .context("the timeout is above 49 days")?,
-            workflow_type: self.workflow.clone(),
-            esdl: self.esdl.clone(),
-            params_dict: Some(wire::protobuf_struct(&self.params)),
-            job_reference: self.reference.clone(),
-            job_priority: Some(self.priority.into()),
-        })
-    }
-}
-
 enum Update {
     Status(JobStatusUpdate),
     Progress(JobProgressUpdate),
@@ -69,7 +36,8 @@ enum Update {
     Lost(anyhow::Error),
 }
 
-/// Submits `order`, shows its course, and returns how it ended; the output ESDL goes to `output`.
+/// Submits `order`, whose tasks go to these queues, shows its course, and returns how it ended; the output
+/// ESDL goes to `output`.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
 ///
@@ -78,6 +46,7 @@ enum Update {
 pub(super) fn submit(
     config: &Config,
     order: &Order,
+    tasks: &[String],
     output: Output,
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<ResultType> {
@@ -99,7 +68,7 @@ pub(super) fn submit(
     if let Some(nobody) = takers::of_submissions(&incoming)? {
         warn(nobody);
     }
-    let workers = takers::Workers::new(&config.celery_rabbitmq, &order.tasks);
+    let workers = takers::Workers::new(&config.celery_rabbitmq, tasks);
     let (stop, stopped) = Signal::pending();
     let (done, all_done) = unbounded();
     let (update, updates) = unbounded();

@@ -7,8 +7,11 @@ use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use ring::digest::{Context, SHA256};
 
 pub mod again;
+pub use crate::domain::text::counted;
+
 pub mod jobs;
 pub mod letters;
+pub mod names;
 pub mod queues;
 pub mod submission;
 
@@ -58,14 +61,6 @@ pub fn bounded(texts: &[String], between: &str) -> String {
         text += &format!("{between}and {more} more");
     }
     text
-}
-
-/// `1 job`, `2 jobs`.
-pub fn counted(count: usize, noun: &str) -> String {
-    match count {
-        1 => format!("1 {noun}"),
-        count => format!("{count} {noun}s"),
-    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
 use crate::http::{self, Endpoint};
+use crate::service::alerts;
 use crate::service::database;
 use crate::service::handler::{ForWantOfPostgres, panic_text};
 use crate::service::queues;
@@ -77,6 +78,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             if let Some(influxdb) = &service.config.influxdb {
                 aside.push(named("time-series").spawn_scoped(scope, || {
                     time_series::run(&service.store, &service.config, influxdb, &stopped);
+                })?);
+            }
+            if let Some(alerts) = &service.config.alerts {
+                aside.push(named("alerts").spawn_scoped(scope, || {
+                    restarted(&stopped, || alerts::run(service, alerts, &stopped));
                 })?);
             }
             run_sessions(service, &stopped);

@@ -18,6 +18,7 @@ mod questions;
 mod readable;
 mod received;
 mod refusals;
+pub mod stale;
 mod tls_stream;
 mod topology;
 mod unacked;

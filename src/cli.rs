@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
 use console::Term;
 use omotes_orchestrator::app;
@@ -22,11 +22,14 @@ use omotes_orchestrator::telemetry::logger;
 use omotes_orchestrator::telemetry::report::{one_line, readable};
 use omotes_orchestrator::threads::Signal;
 
+mod alerts;
+mod complete;
 mod configuration;
 mod db;
 mod dead_letters;
 mod doctor;
 mod jobs;
+mod man;
 mod queues;
 mod submit;
 mod time_series;
@@ -71,13 +74,15 @@ enum Command {
     Config(configuration::Configuration),
     /// Check the deployment: what is wrong with it, and what to do about it.
     ///
-    /// Checks each connection and its rights, mixed-up vhosts, queues declared otherwise, workflows
-    /// without a worker, limits of RabbitMQ, the workflow definitions, the tables, clocks,
-    /// InfluxDB, and dead letters. Changes nothing that lasts. Exits with 1 when there is a warning
-    /// or an error.
+    /// Checks each connection and its rights, whether an orchestrator runs, mixed-up vhosts, queues
+    /// declared otherwise, workflows without a worker, tasks of jobs that have ended, limits of
+    /// RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB, and dead letters. What several
+    /// findings follow from comes first. Without --fix it changes nothing that lasts. Exits with 1
+    /// when there is a warning or an error.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator doctor\n  \
         omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \
+        omotes-orchestrator doctor --fix\n  \
         omotes-orchestrator doctor --before-switch=back\n  \
         omotes-orchestrator doctor --json | jq '.[] | select(.severity == \"error\")'")]
     Doctor(doctor::Doctor),
@@ -93,13 +98,39 @@ enum Command {
     /// The messages that could not be handled, of both vhosts.
     #[command(subcommand)]
     DeadLetters(dead_letters::Action),
+    /// Tell a webhook of troubles.
+    #[command(subcommand)]
+    Alerts(alerts::Action),
     /// Submit a job and follow it to its end.
     ///
-    /// Ctrl-C cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
+    /// What becomes of it is told on standard error, and its output ESDL printed to standard output. Ctrl-C
+    /// cancels the job. Exits with 0 when the job succeeded, 1 when it failed, 130 when it
     /// was cancelled.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator submit in.esdl --workflow simulator --param timestep=1h > out.esdl\n  \
+        omotes-orchestrator submit in.esdl --workflow simulator --param start_time=2026-01-01 --output out.esdl")]
     Submit(submit::Submit),
     /// Print the completions of a shell, to be sourced or put where it looks for them.
-    Completions { shell: clap_complete::Shell },
+    ///
+    /// They ask this program for the names of workflows, states, jobs and workers. Source them anew with
+    /// each version.
+    #[command(after_help = "Examples:\n  \
+        source <(omotes-orchestrator completions bash)\n  \
+        omotes-orchestrator completions fish > ~/.config/fish/completions/omotes-orchestrator.fish")]
+    Completions {
+        /// The shell that reads them.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual of a command, or write that of all.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator man jobs list | man -l -\n  \
+        omotes-orchestrator man --all /usr/local/share/man/man1")]
+    Man(man::Manual),
+}
+
+/// Answers a shell that asks for completions, and ends the process then.
+pub(crate) fn complete() {
+    complete::answer();
 }
 
 /// # Errors
@@ -118,11 +149,16 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(doctor) => doctor::run(&config()?, &environment, &doctor),
         Command::Queues(queues) => queues::run(&config()?, &queues),
         Command::Workers(workers) => workers::run(&config()?, &workers),
-        Command::Completions { shell } => complete(shell),
+        Command::Completions { shell } => {
+            print(&complete::script(shell)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man(manual) => man::run(&manual),
         Command::Db(command) => db::run(command, config),
         Command::Workflows(command) => workflows::run(&command, config),
         Command::TimeSeries(command) => time_series::run(&config()?, &command),
         Command::DeadLetters(command) => dead_letters::run(&config()?, &command),
+        Command::Alerts(action) => alerts::run(&config()?, &action),
         Command::Submit(submit) => submit::run(&config()?, submit),
     }
 }
@@ -143,15 +179,6 @@ fn serve(config: Config, environment: &Environment) -> anyhow::Result<ExitCode> 
     })
 }
 
-fn complete(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
-    let mut completions = Vec::new();
-    let mut command = Cli::command();
-    let name = command.get_name().to_owned();
-    clap_complete::generate(shell, &mut command, name, &mut completions);
-    print(&String::from_utf8_lossy(&completions))?;
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Consent to what cannot be undone.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct Agreed {
@@ -166,12 +193,20 @@ pub(crate) const NOTHING_DONE: &str = "nothing was done: --yes does it";
 /// # Errors
 /// Postgres is not there.
 pub(crate) fn connect(config: &Config) -> anyhow::Result<Connection> {
-    let store = Store::new(&config.postgres, 1);
     told_of(&format!("Postgres at {}", config.postgres), || {
-        store
-            .connection()
-            .with_context(|| config.postgres.to_string())
+        connect_quietly(config)
     })
+}
+
+/// The same, without a word when Postgres takes its time.
+///
+/// # Errors
+/// The same.
+pub(crate) fn connect_quietly(config: &Config) -> anyhow::Result<Connection> {
+    let store = Store::new(&config.postgres, 1);
+    store
+        .connection()
+        .with_context(|| config.postgres.to_string())
 }
 
 /// What RabbitMQ has in its queues can be looked at through this, if it answers. Where it does not, that
@@ -251,10 +286,9 @@ pub(crate) fn overview(
     })
 }
 
-/// Whether a table has room for a sentence in each row: a narrow terminal would cut all its columns up.
-pub(crate) fn has_room() -> bool {
-    const COLUMNS: u16 = 160;
-    !io::stdout().is_terminal() || Term::stdout().size().1 >= COLUMNS
+/// How wide a line of standard output may be; None where it is no terminal.
+pub(crate) fn width() -> Option<u16> {
+    io::stdout().is_terminal().then(|| Term::stdout().size().1)
 }
 
 /// A table as wide as the terminal; without wrapping where there is none.
@@ -262,8 +296,7 @@ pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(header.iter().map(|text| text.to_uppercase()));
-    if io::stdout().is_terminal() {
-        let (_, columns) = Term::stdout().size();
+    if let Some(columns) = width() {
         table.set_content_arrangement(ContentArrangement::Dynamic);
         table.set_width(columns);
     }
@@ -300,9 +333,17 @@ pub(crate) fn say(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
 /// # Errors
 /// It cannot be written to.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    print_on(text).map(drop)
+}
+
+/// The same; false when the reader has gone.
+///
+/// # Errors
+/// The same.
+pub(crate) fn print_on(text: &str) -> anyhow::Result<bool> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("standard output"),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).context("standard output"),
     }
 }

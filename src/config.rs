@@ -16,7 +16,7 @@ use crate::domain::job::TimeoutResult;
 use crate::domain::vhost::Vhost;
 use crate::domain::workflow::Catalogue;
 use crate::text_file;
-use crate::tls::Tls;
+use crate::tls::{Roots, Tls};
 
 mod reader;
 
@@ -83,8 +83,23 @@ pub struct Config {
     pub http_basic_auth: Option<Secret>,
     /// The same of an account that may only look.
     pub http_readonly_auth: Option<Secret>,
+    /// Who is told of troubles; None if nobody is.
+    pub alerts: Option<Alerts>,
     pub log_level: LevelFilter,
     pub log_format: LogFormat,
+}
+
+/// Where troubles are told, and which.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Alerts {
+    /// Whoever has it can write there.
+    pub url: Secret,
+    /// Whose signature the receiver's certificate has.
+    pub roots: Roots,
+    /// How long most of them have to last before they are told.
+    pub after: Duration,
+    /// How long a job may wait before it is one.
+    pub queue_age: Duration,
 }
 
 /// How a line of the log looks.
@@ -107,6 +122,13 @@ pub struct RabbitMq {
     pub vhost: String,
     /// None for a connection without TLS.
     pub tls: Option<Tls>,
+}
+
+impl RabbitMq {
+    /// `host:port`, of all servers.
+    pub fn listed(&self) -> String {
+        listed(&self.servers)
+    }
 }
 
 /// `user@host:port/vhost`, with all servers, for messages.

@@ -1,20 +1,29 @@
-//! Checks a deployment and says what is wrong with it and what to do about it. It changes nothing
+//! Checks a deployment and says what is wrong with it and what to do about it. Checking changes nothing
 //! that lasts.
+
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use crate::config::{self, Config};
+use crate::domain::text::counted;
 use crate::domain::workflow::Catalogue;
 use crate::influx::Influx;
 use crate::store::inspection::Inspection;
 use crate::telemetry::report::one_line;
 
+mod cause;
 mod cluster;
+mod fix;
 mod limits;
+mod orchestrator;
 mod postgres;
 mod rabbitmq;
 mod switch;
 
+use self::cause::Kind;
+pub use self::cause::Role;
+pub use self::fix::Fix;
 pub use self::switch::Switch;
 
 /// The size of the trial message, unless the history has a larger result.
@@ -52,6 +61,31 @@ pub struct Finding {
     pub found: String,
     /// What to do about it; empty when there is nothing to do.
     pub remedy: String,
+    pub role: Role,
+    #[serde(skip)]
+    kind: Kind,
+    /// What puts it right without a loss.
+    #[serde(skip)]
+    pub fix: Option<Fix>,
+}
+
+impl Finding {
+    fn new(
+        part: &'static str,
+        severity: Severity,
+        found: impl Into<String>,
+        remedy: &str,
+    ) -> Finding {
+        Finding {
+            part,
+            severity,
+            found: found.into(),
+            remedy: remedy.to_owned(),
+            role: Role::Own,
+            kind: Kind::Other,
+            fix: None,
+        }
+    }
 }
 
 /// The findings so far.
@@ -66,12 +100,21 @@ impl Findings {
         found: impl Into<String>,
         remedy: &str,
     ) {
-        self.0.push(Finding {
-            part,
-            severity,
-            found: found.into(),
-            remedy: remedy.to_owned(),
-        });
+        self.0.push(Finding::new(part, severity, found, remedy));
+    }
+
+    /// Says what the last one is.
+    fn is(&mut self, kind: Kind) {
+        if let Some(last) = self.0.last_mut() {
+            last.kind = kind;
+        }
+    }
+
+    /// Says what puts the last one right.
+    fn fix(&mut self, fix: Fix) {
+        if let Some(last) = self.0.last_mut() {
+            last.fix = Some(fix);
+        }
     }
 
     fn ok(&mut self, part: &'static str, found: impl Into<String>) {
@@ -115,8 +158,15 @@ pub fn examine(
     let size = size.clamp(USUAL_SIZE, MAX_SIZE);
     let seen = rabbitmq::examine(config, &names, size, &mut findings);
     rabbitmq::judge_vhosts(config, &seen, &mut findings);
-    let waiting = inspection.as_ref().map(|inspection| &inspection.waiting);
-    rabbitmq::judge_workers(&names, &seen, waiting, &mut findings);
+    let jobs = inspection.as_ref().map(|one| rabbitmq::Jobs {
+        waiting: &one.waiting,
+        handed_over: handed_over(one, steps.as_ref()),
+    });
+    rabbitmq::judge_workers(&names, &seen, jobs.as_ref(), &mut findings);
+    if switch.is_none() {
+        // Before a switch none may run, which is told there.
+        orchestrator::examine(&seen, inspection.as_ref(), &mut findings);
+    }
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
     limits::limits(rabbitmqctl, longest, config.job_retention, &mut findings);
@@ -132,7 +182,26 @@ pub fn examine(
     if let Some(command) = rabbitmqctl {
         cluster::deliveries(config, command, &mut findings);
     }
+    cause::lead(&mut findings.0);
     findings.0
+}
+
+/// How many tasks are wanted in each queue. `steps` has the tasks of workflows that do not have just the
+/// one of their own name.
+fn handed_over(
+    inspection: &Inspection,
+    steps: Option<&BTreeMap<String, Vec<String>>>,
+) -> BTreeMap<String, i64> {
+    let mut queues = BTreeMap::new();
+    for ((workflow, step), count) in &inspection.handed_over {
+        let tasks = steps.and_then(|steps| steps.get(workflow));
+        let queue = match (step, tasks.map(Vec::as_slice)) {
+            (Some(task), _) | (None, Some([task])) => task,
+            (None, Some(_) | None) => workflow,
+        };
+        *queues.entry(queue.clone()).or_default() += count;
+    }
+    queues
 }
 
 fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
@@ -140,7 +209,13 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
     match config::read_catalogue(&config.workflow_config_path) {
         Ok(catalogue) => {
             let path = config.workflow_config_path.display();
-            findings.ok(PART, format!("{path} defines {}", catalogue.names().len()));
+            findings.ok(
+                PART,
+                format!(
+                    "{path} defines {}",
+                    counted(catalogue.names().len(), "workflow")
+                ),
+            );
             let steps = catalogue.tasks_by_workflow();
             let steps: Vec<_> = steps.keys().map(|name| one_line(name)).collect();
             if !steps.is_empty() {
@@ -158,6 +233,7 @@ fn workflows(config: &Config, findings: &mut Findings) -> Option<Catalogue> {
                 "Put the file right, or WORKFLOW_CONFIG_PATH; `workflows check FILE` tells all that \
                  is wrong. The service does not start with it.",
             );
+            findings.is(Kind::Needed);
             None
         }
     }
@@ -200,7 +276,7 @@ fn influxdb(config: &Config, findings: &mut Findings) {
              looked after. An empty INFLUXDB_HOST switches it off.",
         ),
         Ok(databases) => match influx.check_rights() {
-            Ok(()) => findings.ok(PART, format!("{at} answers, with {} databases", databases.len())),
+            Ok(()) => findings.ok(PART, format!("{at} answers, with {}", counted(databases.len(), "database"))),
             Err(error) => findings.add(
                 PART,
                 Severity::Warning,

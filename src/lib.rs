@@ -22,4 +22,5 @@ pub mod telemetry;
 pub mod text_file;
 pub mod threads;
 pub mod tls;
+pub mod webhook;
 pub mod wire;

@@ -13,6 +13,7 @@ mod cli;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
+    cli::complete();
     match cli::run(cli::Cli::parse()) {
         Ok(code) => code,
         Err(error) => {

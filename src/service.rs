@@ -1,6 +1,7 @@
 //! The service at work: a session with RabbitMQ and its threads, and those that look after what is in
 //! the databases.
 
+pub mod alerts;
 pub mod database;
 pub mod handler;
 pub mod inquiry;

@@ -25,8 +25,10 @@ use crate::config;
 use crate::threads::Calls;
 
 mod activity;
+mod alerts;
 mod batch;
 mod connect;
+mod ids;
 pub mod inspection;
 mod kept;
 pub mod migrate;

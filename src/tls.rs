@@ -114,6 +114,29 @@ impl Roots {
     }
 }
 
+impl Roots {
+    /// What HTTP is spoken with, to a server whose certificate is made out to its name.
+    ///
+    /// # Errors
+    /// As [`Tls::client_config`].
+    pub fn for_http(&self) -> anyhow::Result<ureq::tls::TlsConfig> {
+        let found = match self {
+            Roots::File(path) => certificates(path)?,
+            Roots::System => rustls_native_certs::load_native_certs().certs,
+        };
+        let roots = found
+            .iter()
+            .map(|one| ureq::tls::Certificate::from_der(one).to_owned());
+        let roots: Vec<_> = roots.collect();
+        ensure!(!roots.is_empty(), "the system has no root certificates");
+        Ok(ureq::tls::TlsConfig::builder()
+            .provider(ureq::tls::TlsProvider::Rustls)
+            .unversioned_rustls_crypto_provider(Arc::new(ring::default_provider()))
+            .root_certs(ureq::tls::RootCerts::new_with_certs(&roots))
+            .build())
+    }
+}
+
 impl Identity {
     /// Whether the files are there, and belong together.
     ///

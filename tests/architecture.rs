@@ -66,7 +66,7 @@ const FLOORS: &[&[&str]] = &[
     &["proto", "tls", "text_file", "threads", "fault_point"],
     &["domain"],
     &["config", "wire"],
-    &["broker", "store", "influx"],
+    &["broker", "store", "influx", "webhook"],
     &["telemetry"],
     &["service"],
     &["doctor", "actions"],

@@ -14,7 +14,7 @@ use crate::domain::job::{Origin, Priority};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_LIMIT};
 use crate::store::{Connection, TurnChange};
 use crate::threads::{Calls, within_deadline};
-use crate::wire::{self, Outgoing};
+use crate::wire::{self, CANCELS_QUEUE, Outgoing};
 
 /// What became of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,17 +59,32 @@ pub fn cancel(
     drop(connection);
     let live = all.iter().filter(|one| one.is_done);
     let live: Vec<_> = live.map(|one| one.id).collect();
-    ask_to_end(config, &live, origin)?;
+    if let Asked::Nobody = ask_to_end(config, &live, origin)? {
+        for one in all.iter_mut().filter(|one| one.is_done) {
+            one.what = WAITS;
+        }
+    }
     Ok(all)
 }
+
+/// Who has been asked to end jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    Orchestrator,
+    /// The cancels wait in RabbitMQ.
+    Nobody,
+}
+
+const WAITS: &str =
+    "is asked to end, but no orchestrator runs on this vhost: it goes on until one does";
 
 /// Sends the cancels that clients would send, for somebody.
 ///
 /// # Errors
 /// RabbitMQ is not there, or no orchestrator has been on this vhost.
-pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Result<()> {
+pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Result<Asked> {
     if ids.is_empty() {
-        return Ok(());
+        return Ok(Asked::Orchestrator);
     }
     let link = Link::open(&config.sdk_rabbitmq, "cancelling").context("nothing was cancelled")?;
     let count = counted(ids.len(), "job");
@@ -78,6 +93,7 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Res
         delivered.extend(publish_cancels(&link, some, origin)?);
         Ok::<_, anyhow::Error>(())
     });
+    let takers = link.depths_in_time(&[CANCELS_QUEUE]);
     // What is confirmed stays so, whatever becomes of the connection.
     let _ = link.close_within(DEADLINE);
     let outcomes = ids.iter().zip(&delivered);
@@ -90,8 +106,10 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Res
              asking again does no harm"
         )
     })?;
+    let takers = takers.unwrap_or_default().into_iter().flatten().next();
     match missing.is_empty() {
-        true => Ok(()),
+        true if takers.is_some_and(|queue| queue.consumers == 0) => Ok(Asked::Nobody),
+        true => Ok(Asked::Orchestrator),
         false => bail!(
             "RabbitMQ has taken the cancels of {taken} of {count}, but not those of {}: is an \
              orchestrator running on this vhost?",

@@ -6,7 +6,7 @@ use std::{fmt, iter};
 
 use anyhow::Context;
 
-use super::{Failure, counted};
+use super::{Failure, bounded, counted};
 
 use crate::broker::dead_letters::{DeadLetter, Fate, go_through};
 use crate::broker::{DEADLINE, Link};
@@ -217,12 +217,16 @@ pub fn named(beginning: &str, known: &[String]) -> Result<String, Failure> {
     }
     let fitting = known.iter().filter(|id| id.starts_with(beginning));
     let fitting: BTreeSet<_> = fitting.collect();
-    let mut fitting = fitting.into_iter();
-    match (fitting.next(), fitting.next()) {
-        (Some(id), None) => Ok(id.clone()),
-        (Some(_), Some(_)) => Err(Failure::Refused(format!(
-            "{beginning:?} is the beginning of several ids"
-        ))),
+    let mut ids = fitting.iter();
+    match (ids.next(), ids.next()) {
+        (Some(id), None) => Ok((*id).clone()),
+        (Some(_), Some(_)) => {
+            let all: Vec<_> = fitting.iter().map(|id| one_line(id)).collect();
+            Err(Failure::Refused(format!(
+                "{beginning:?} is the beginning of several ids: {}",
+                bounded(&all, ", ")
+            )))
+        }
         (None, _) => Err(Failure::Refused(format!(
             "there is no dead letter {beginning:?}"
         ))),

@@ -14,12 +14,16 @@ use super::{Agreed, NOTHING_DONE, connect, say, say_aside};
 #[derive(Subcommand)]
 pub(super) enum Action {
     /// Apply revisions, by default all of them.
-    Upgrade { revision: Option<String> },
+    Upgrade {
+        /// The last revision to apply.
+        revision: Option<String>,
+    },
     /// Undo the revisions after the given one; `base` undoes all.
     ///
     /// Says which tables and columns go, with how much in them, and does it with --yes alone. No replica
     /// may be connected.
     Downgrade {
+        /// The revision that is left as the last one, or `base`.
         revision: String,
         #[command(flatten)]
         agreed: Agreed,
@@ -29,7 +33,10 @@ pub(super) enum Action {
     /// List all revisions.
     History,
     /// Make a folder for a new revision in `migrations/`, on top of the last one.
-    Revision { message: String },
+    Revision {
+        /// What it does, of which its folder gets its name.
+        message: String,
+    },
 }
 
 /// `config` is asked for where a command needs it.

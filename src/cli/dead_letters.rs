@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use omotes_orchestrator::actions::counted;
 use omotes_orchestrator::actions::letters::{self, Letters};
 use omotes_orchestrator::broker::dead_letters::{DeadLetter, Fate};
 use omotes_orchestrator::config::Config;
@@ -61,6 +62,14 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
         Action::List | Action::Show { .. } | Action::Requeue(_) => false,
     };
     let known = known_letters(&letters, unasked || matches!(action, Action::List))?;
+    let is_about_all = match action {
+        Action::List => true,
+        Action::Requeue(which) | Action::Drop { which, .. } => which.all,
+        Action::Show { .. } => false,
+    };
+    if is_about_all && known.is_empty() {
+        say_aside(format_args!("there are no dead letters"));
+    }
     if unasked && !known.is_empty() {
         would_delete(known.len());
         return Ok(ExitCode::FAILURE);
@@ -108,10 +117,8 @@ fn show(letters: &Letters, id: &str, body: Option<&Path>) -> anyhow::Result<()> 
 }
 
 fn would_delete(letters: usize) {
-    let noun = if letters == 1 { "letter" } else { "letters" };
-    say_aside(format_args!(
-        "this would delete {letters} dead {noun}; {NOTHING_DONE}"
-    ));
+    let letters = counted(letters, "dead letter");
+    say_aside(format_args!("this would delete {letters}; {NOTHING_DONE}"));
 }
 
 /// The ids of all dead letters; a line for each is printed if they are to be listed.

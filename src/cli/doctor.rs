@@ -1,15 +1,19 @@
 //! `doctor`: what is wrong with a deployment, and what to do about it.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use console::Style;
+use console::{Style, Term};
+use omotes_orchestrator::actions::counted;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::config::environment::Environment;
-use omotes_orchestrator::doctor::{Severity, Switch, examine};
+use omotes_orchestrator::doctor::{Finding, Role, Severity, Switch, examine};
+use omotes_orchestrator::telemetry::report::one_line;
 
-use super::{print, told_after_a_while};
+use super::{NOTHING_DONE, print, say, say_aside, told_after_a_while};
 
 #[derive(Args)]
 pub(crate) struct Doctor {
@@ -30,6 +34,12 @@ pub(crate) struct Doctor {
         default_missing_value = "back"
     )]
     before_switch: Option<Direction>,
+    /// Also put right what can be put right without a loss: say what that is, ask, and do it.
+    #[arg(long, conflicts_with_all = ["json", "before_switch"])]
+    fix: bool,
+    /// With --fix: do not ask.
+    #[arg(long, requires = "fix")]
+    yes: bool,
 }
 
 /// All that matters on the way here matters on the way back.
@@ -62,27 +72,85 @@ pub(crate) fn run(
     if doctor.json {
         print(&(serde_json::to_string_pretty(&findings)? + "\n"))?;
     } else {
-        let mut text = String::new();
-        for finding in &findings {
-            let style = match finding.severity {
-                Severity::Ok => Style::new().green(),
-                Severity::Note => Style::new().cyan(),
-                Severity::Warning => Style::new().yellow(),
-                Severity::Error => Style::new().red(),
-            };
-            let severity = style.apply_to(format!("{:<8}", finding.severity.name()));
-            let _ = writeln!(text, "{severity}{:<16}{}", finding.part, finding.found);
-            if !finding.remedy.is_empty() {
-                let _ = writeln!(text, "{:24}{}", "", finding.remedy);
-            }
-        }
-        print(&text)?;
+        print(&text(&findings))?;
+    }
+    if doctor.fix {
+        return fix(config, &findings, doctor.yes);
     }
     let worst = findings.iter().map(|finding| finding.severity).max();
     Ok(match worst {
         None | Some(Severity::Ok | Severity::Note) => ExitCode::SUCCESS,
         Some(Severity::Warning | Severity::Error) => ExitCode::FAILURE,
     })
+}
+
+/// A finding in each line or two; first the one from which others follow.
+fn text(findings: &[Finding]) -> String {
+    let mut text = String::new();
+    let follow = findings.iter().filter(|one| one.role == Role::Follows);
+    let follow = counted(follow.count(), "other finding");
+    for finding in findings {
+        let style = match finding.severity {
+            Severity::Ok => Style::new().green(),
+            Severity::Note => Style::new().cyan(),
+            Severity::Warning => Style::new().yellow(),
+            Severity::Error => Style::new().red(),
+        };
+        if finding.role == Role::Cause {
+            let _ = writeln!(text, "One cause, from which {follow} may follow:");
+        }
+        let severity = style.apply_to(format!("{:<8}", finding.severity.name()));
+        let _ = writeln!(text, "{severity}{:<16}{}", finding.part, finding.found);
+        let remedy = match finding.role {
+            Role::Cause | Role::Own => finding.remedy.as_str(),
+            Role::Follows => "Follows from the first.",
+        };
+        if !remedy.is_empty() {
+            let _ = writeln!(text, "{:24}{remedy}", "");
+        }
+    }
+    text
+}
+
+/// Says what can be put right, and does it where somebody agrees. Exits with 1 when nothing was done
+/// although something could be, or did not work out.
+fn fix(config: &Config, findings: &[Finding], yes: bool) -> anyhow::Result<ExitCode> {
+    let fixes: BTreeSet<_> = findings.iter().filter_map(|one| one.fix.clone()).collect();
+    if fixes.is_empty() {
+        say(format_args!("there is nothing that --fix puts right"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for fix in &fixes {
+        say(format_args!("--fix would {fix}"))?;
+    }
+    if !yes && !is_agreed()? {
+        say_aside(format_args!("{NOTHING_DONE}"));
+        return Ok(ExitCode::FAILURE);
+    }
+    let mut code = ExitCode::SUCCESS;
+    for fix in &fixes {
+        match fix.apply(config) {
+            Ok(done) => say(format_args!("{done}"))?,
+            Err(error) => {
+                let error = one_line(&format!("{error:#}"));
+                say_aside(format_args!("could not {fix}: {error}"));
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// Asks whoever sits at the terminal; nobody does without one.
+fn is_agreed() -> anyhow::Result<bool> {
+    let terminal = Term::stderr();
+    if !terminal.is_term() || !io::stdin().is_terminal() {
+        return Ok(false);
+    }
+    terminal.write_str("Do it? [y/N] ")?;
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(["y", "yes"].contains(&answer.trim().to_lowercase().as_str()))
 }
 
 fn switch(direction: Direction, environment: &Environment) -> Switch {

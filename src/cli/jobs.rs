@@ -3,25 +3,26 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::bail;
-use clap::{Args, Subcommand};
+use clap::Subcommand;
+use clap_complete::ArgValueCandidates;
 use comfy_table::{Cell, Table};
-use console::{Style, Term, style};
-use crossbeam_channel::{after, select, unbounded};
+use console::Style;
 use jiff::{SignedDuration, Timestamp};
+use omotes_orchestrator::actions::names::resolve;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{
-    AttemptView, Filter, JobState, JobView, MAX_LIMIT, Overview, Page, Tone, Why, spoken,
+    AttemptView, JobName, JobState, JobView, Overview, Tone, Why, spoken,
 };
-use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::{Connection, TurnChange};
 use omotes_orchestrator::telemetry::report::{one_line, percent};
-use signal_hook::consts::SIGINT;
 use uuid::Uuid;
 
-use super::{Agreed, connect, has_room, overview, print, table, turns, watch as watch_queues};
+use self::list::{DEFAULT_LIMIT, Selection};
+use super::{
+    Agreed, complete, connect, overview, print, say_aside, table, turns, watch as watch_queues,
+};
 
 mod cancel;
 mod compare;
@@ -30,7 +31,8 @@ mod rerun;
 mod result;
 mod story;
 
-const WATCH_PERIOD: Duration = Duration::from_secs(2);
+mod list;
+mod watch;
 
 #[derive(Subcommand)]
 pub(crate) enum Action {
@@ -41,6 +43,7 @@ pub(crate) enum Action {
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator jobs list --state running\n  \
         omotes-orchestrator jobs list --finished --workflow simulator --limit 10\n  \
+        omotes-orchestrator jobs list --state timed-out\n  \
         omotes-orchestrator jobs list --json | jq -r '.jobs[].id'")]
     List {
         #[command(flatten)]
@@ -51,7 +54,9 @@ pub(crate) enum Action {
     },
     /// Show one job in full. Exits with 1 when it is not known.
     Show {
-        id: Uuid,
+        /// The job's id, or its beginning.
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: JobName,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -65,15 +70,21 @@ pub(crate) enum Action {
     Rerun(rerun::Rerun),
     /// Compare two jobs: parameters, durations, messages. What differs is marked.
     Compare {
-        one: Uuid,
-        other: Uuid,
+        /// The one job's id, or its beginning.
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        one: JobName,
+        /// The other's.
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        other: JobName,
         /// As JSON.
         #[arg(long)]
         json: bool,
     },
     /// Print the output ESDL of a job whose client had gone; for KEEP_RESULTS_SEC it is kept.
     Result {
-        id: Uuid,
+        /// The job's id, or its beginning.
+        #[arg(add = ArgValueCandidates::new(complete::jobs))]
+        id: JobName,
         /// File for it.
         #[arg(long)]
         output: Option<PathBuf>,
@@ -84,32 +95,46 @@ pub(crate) enum Action {
     /// without --yes.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator jobs cancel 0e9b…\n  \
-        omotes-orchestrator jobs cancel --reference study-7/ --state registered --yes\n  \
+        omotes-orchestrator jobs cancel --reference study-7/ --state held --yes\n  \
         omotes-orchestrator jobs cancel --workflow simulator --older-than 2h")]
     Cancel {
-        #[arg(required_unless_present_any = ["reference", "workflow", "state", "older_than"])]
-        ids: Vec<Uuid>,
+        /// The jobs' ids, or their beginnings.
+        #[arg(
+            required_unless_present_any = ["reference", "workflow", "state", "older_than"],
+            add = ArgValueCandidates::new(complete::live_jobs)
+        )]
+        ids: Vec<JobName>,
         #[command(flatten)]
         matching: cancel::Matching,
     },
     /// Change the priority of a job that waits for its turn.
-    Priority { id: Uuid, level: turns::Level },
+    Priority {
+        /// The job's id, or its beginning.
+        #[arg(add = ArgValueCandidates::new(complete::live_jobs))]
+        id: JobName,
+        /// Its new priority.
+        level: turns::Level,
+    },
     /// Move a job that waits for its turn.
     Move {
-        id: Uuid,
+        /// The job's id, or its beginning.
+        #[arg(add = ArgValueCandidates::new(complete::live_jobs))]
+        id: JobName,
         /// Before all others of its queue, of whatever owner and priority.
         #[arg(long, required = true)]
         first: bool,
     },
     /// Do not let jobs go that wait for their turn.
     Hold {
-        #[arg(required = true)]
-        ids: Vec<Uuid>,
+        /// The jobs' ids, or their beginnings.
+        #[arg(required = true, add = ArgValueCandidates::new(complete::live_jobs))]
+        ids: Vec<JobName>,
     },
     /// Let jobs wait for their turn again that are on hold.
     Release {
-        #[arg(required_unless_present = "all")]
-        ids: Vec<Uuid>,
+        /// The jobs' ids, or their beginnings.
+        #[arg(required_unless_present = "all", add = ArgValueCandidates::new(complete::live_jobs))]
+        ids: Vec<JobName>,
         /// Hand everything over that waits for its turn, whatever is allowed: before the Python
         /// service takes over, which knows nothing of turns.
         #[arg(long, conflicts_with = "ids")]
@@ -117,43 +142,12 @@ pub(crate) enum Action {
         #[command(flatten)]
         agreed: Agreed,
     },
-    /// Show the list and keep it up to date, until Ctrl-C.
+    /// Show the list on the whole screen and keep it up to date; scroll, filter and cancel there.
+    ///
+    /// The arrows, j and k move; Page Up and Page Down, Home and End go further. `/` narrows the list to what
+    /// has a text, `f` shows those that have ended, Enter shows one job, `c` cancels it after `y`, and `q`
+    /// ends this. Where standard output is no terminal, the list is printed anew every two seconds.
     Watch(Selection),
-}
-
-#[derive(Args)]
-pub(crate) struct Selection {
-    /// In this state: registered, submitted or running, or an outcome such as succeeded.
-    #[arg(long, value_parser = state)]
-    state: Option<JobState>,
-    #[arg(long)]
-    workflow: Option<String>,
-    /// With this text in the id, the reference or the last message.
-    #[arg(long)]
-    text: Option<String>,
-    /// Finished jobs, the last one first.
-    #[arg(long)]
-    finished: bool,
-    /// At most this many.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_LIMIT)))]
-    limit: u16,
-}
-
-fn state(name: &str) -> Result<JobState, String> {
-    JobState::named(name).ok_or_else(|| format!("expected one of {}", JobState::names()))
-}
-
-impl Selection {
-    fn filter(&self) -> Filter {
-        Filter {
-            finished: self.finished || matches!(self.state, Some(JobState::Ended(_))),
-            state: self.state,
-            workflow: self.workflow.clone(),
-            text: self.text.clone(),
-            limit: self.limit,
-            ..Filter::default()
-        }
-    }
 }
 
 /// # Errors
@@ -162,23 +156,28 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
     match action {
         Action::List { list, json } => {
             let mut connection = connect(config)?;
-            let filter = list.filter();
-            let watch = match filter.finished {
+            let watch = match list.filter().finished {
                 true => None,
                 false => watch_queues(config),
             };
-            let page = jobs(config, &mut connection, watch.as_ref(), &filter)?;
-            print(&if json {
-                serde_json::to_string_pretty(&page)? + "\n"
-            } else {
-                list_text(&page, &list, Space::Paper)
-            })?;
+            let page = list::jobs(
+                config,
+                &mut connection,
+                watch.as_ref(),
+                &list,
+                list.limit(DEFAULT_LIMIT),
+            )?;
+            match json {
+                true => print(&(serde_json::to_string_pretty(&page)? + "\n"))?,
+                false if page.jobs.is_empty() => say_aside(format_args!("{}", list.nothing())),
+                false => print(&list::text(&page, &list))?,
+            }
             Ok(ExitCode::SUCCESS)
         }
-        Action::Show { id, json } => show(config, id, json),
+        Action::Show { id, json } => show(config, &id, json),
         Action::Rerun(rerun) => rerun::run(config, rerun),
-        Action::Compare { one, other, json } => compare::run(config, [one, other], json),
-        Action::Result { id, output } => result::run(config, id, output.as_deref()),
+        Action::Compare { one, other, json } => compare::run(config, &[one, other], json),
+        Action::Result { id, output } => result::run(config, &id, output.as_deref()),
         Action::Cancel { ids, matching } => cancel::run(config, &ids, &matching),
         Action::Priority { id, level } => {
             turns::change(config, &[id], TurnChange::Priority(level.priority()))
@@ -189,141 +188,13 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             all: true, agreed, ..
         } => turns::release_all(config, agreed),
         Action::Release { ids, .. } => turns::change(config, &ids, TurnChange::Release),
-        Action::Watch(list) => watch(config, &list),
+        Action::Watch(list) => watch::run(config, list),
     }
 }
 
-fn jobs(
-    config: &Config,
-    connection: &mut Connection,
-    watch: Option<&Watch>,
-    filter: &Filter,
-) -> anyhow::Result<Page> {
-    let mut page = connection.jobs(filter)?;
-    let overview = match filter.finished {
-        true => Overview::default(),
-        false => overview(config, connection, watch)?,
-    };
-    overview.explain(&mut page.jobs, Timestamp::now());
-    Ok(page)
-}
-
-/// Where a list goes.
-#[derive(Clone, Copy)]
-enum Space {
-    /// No further than to its end.
-    Screen,
-    Paper,
-}
-
-fn list_text(page: &Page, list: &Selection, space: Space) -> String {
-    let filter = list.filter();
-    let now = Timestamp::now();
-    let mut table = match filter.finished {
-        true => finished_table(&page.jobs, now),
-        false => live_table(&page.jobs, now),
-    };
-    if let Space::Screen = space
-        && has_room()
-    {
-        // As many jobs were asked for as there are lines.
-        for row in table.row_iter_mut() {
-            row.max_height(1);
-        }
-    }
-    let mut text = table.trim_fmt();
-    text.push('\n');
-    let shown = i64::try_from(page.jobs.len()).unwrap_or(i64::MAX);
-    if shown < page.total {
-        let _ = writeln!(text, "{shown} of {}; --limit shows more", page.total);
-    }
-    text
-}
-
-fn live_table(jobs: &[JobView], now: Timestamp) -> Table {
-    let mut table = table(&[
-        "id",
-        "reference",
-        "workflow",
-        "state",
-        "for",
-        "progress",
-        "estimate",
-    ]);
-    for job in jobs {
-        let progress = job.progress.as_ref().map_or_else(String::new, |progress| {
-            format!(
-                "{} {}",
-                percent(progress.fraction),
-                one_line(&progress.message)
-            )
-        });
-        let mut state = one_line(&job.state_text());
-        if let Some(position) = job.position {
-            let _ = write!(state, ", no. {position}");
-        }
-        table.add_row([
-            Cell::new(job.id),
-            Cell::new(one_line(&job.reference)),
-            Cell::new(one_line(job.workflow.as_deref().unwrap_or("-"))),
-            Cell::new(state),
-            Cell::new(
-                job.ran(now)
-                    .or_else(|| job.waited(now))
-                    .map_or_else(String::new, spoken),
-            ),
-            Cell::new(progress),
-            Cell::new(job.expectation().unwrap_or_default()),
-        ]);
-    }
-    with_sentences(table, jobs)
-}
-
-fn finished_table(jobs: &[JobView], now: Timestamp) -> Table {
-    let mut table = table(&[
-        "id",
-        "reference",
-        "workflow",
-        "outcome",
-        "finished",
-        "waited",
-        "ran",
-    ]);
-    let time = |time: Option<SignedDuration>| time.map_or_else(String::new, spoken);
-    for job in jobs {
-        let finished = job
-            .finished_at
-            .map_or_else(String::new, |at| format!("{at:.0}"));
-        table.add_row([
-            Cell::new(job.id),
-            Cell::new(one_line(&job.reference)),
-            Cell::new(one_line(job.workflow.as_deref().unwrap_or("-"))),
-            Cell::new(job.state.text()),
-            Cell::new(finished),
-            Cell::new(time(job.waited(now))),
-            Cell::new(time(job.ran(now))),
-        ]);
-    }
-    with_sentences(table, jobs)
-}
-
-/// With why each of the jobs is as it is, where there is room.
-fn with_sentences(mut table: Table, jobs: &[JobView]) -> Table {
-    if has_room() {
-        if let Some(mut header) = table.header().cloned() {
-            header.add_cell(Cell::new("WHY"));
-            table.set_header(header);
-        }
-        for (row, job) in table.row_iter_mut().zip(jobs) {
-            let sentence = job.why.as_ref().map_or("", |why| &why.sentence);
-            row.add_cell(Cell::new(sentence));
-        }
-    }
-    table
-}
-
-fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
+fn show(config: &Config, name: &JobName, json: bool) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
+    let id = the_one(&mut connection, name)?;
     let Some(mut story) = connection.story(id)? else {
         bail!("job {id} is unknown");
     };
@@ -383,6 +254,12 @@ fn attempts(attempts: &[AttemptView], now: Timestamp) -> Table {
         ]);
     }
     table
+}
+
+/// The id of the job that is named so.
+fn the_one(connection: &mut Connection, name: &JobName) -> anyhow::Result<Uuid> {
+    let ids = resolve(connection, std::slice::from_ref(name))?;
+    Ok(ids[0])
 }
 
 /// What is known of a job, by name.
@@ -446,58 +323,4 @@ fn colour(state: JobState) -> Style {
         Tone::Dim => Style::new().dim(),
         Tone::Bad => Style::new().red(),
     }
-}
-
-/// Overwrites the list with the next one, on a terminal.
-fn watch(config: &Config, list: &Selection) -> anyhow::Result<ExitCode> {
-    let terminal = Term::stdout();
-    if !terminal.is_term() {
-        bail!("this is for a terminal; `jobs list` is for everything else");
-    }
-    let (interrupt, interrupted) = unbounded();
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT])?;
-    let handle = signals.handle();
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            for signal in signals.forever() {
-                // Its receiver lives as long as signals can come.
-                let _ = interrupt.send(signal);
-            }
-        });
-        let outcome = (|| {
-            let (mut connection, mut queues) = (None, None);
-            loop {
-                // Both may reconnect.
-                queues = queues
-                    .filter(|watch: &Watch| watch.look(config, &[]).is_ok())
-                    .or_else(|| Watch::open(config).ok());
-                let (rows, _) = terminal.size();
-                let limit = rows.saturating_sub(4).clamp(1, list.limit);
-                let filter = Filter {
-                    limit,
-                    ..list.filter()
-                };
-                let text = connection
-                    .take()
-                    .map_or_else(|| connect(config), Ok)
-                    .and_then(|mut open| {
-                        let page = jobs(config, &mut open, queues.as_ref(), &filter)?;
-                        connection = Some(open);
-                        Ok(list_text(&page, list, Space::Screen))
-                    })
-                    .unwrap_or_else(|error| format!("{error:#}"));
-                let head = style(format!("{:.0}  Ctrl-C ends this", Timestamp::now())).dim();
-                terminal.clear_screen()?;
-                let rows = usize::from(rows.saturating_sub(2));
-                let shown: Vec<_> = text.lines().take(rows).collect();
-                terminal.write_line(&format!("{head}\n{}", shown.join("\n")))?;
-                select! {
-                    recv(interrupted) -> _ => return Ok(ExitCode::SUCCESS),
-                    recv(after(WATCH_PERIOD)) -> _ => {}
-                }
-            }
-        })();
-        handle.close();
-        outcome
-    })
 }

@@ -14,7 +14,7 @@ use omotes_orchestrator::telemetry::report::one_line;
 use serde_json::json;
 
 use super::workflows::defined;
-use super::{connect, overview, print, table, told_of};
+use super::{connect, overview, print, say_aside, table, told_of};
 
 #[derive(Args)]
 pub(crate) struct Queues {
@@ -62,6 +62,12 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
         });
         let looks: Vec<_> = looks.collect();
         print(&(serde_json::to_string_pretty(&looks)? + "\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if looks.is_empty() {
+        say_aside(format_args!(
+            "none of the queues is there: no orchestrator has been on these vhosts, and no worker"
+        ));
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = table(&["connection", "queue", "messages", "consumers", "change/s"]);

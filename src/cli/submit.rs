@@ -7,6 +7,7 @@ use std::{fs, thread};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use clap_complete::ArgValueCandidates;
 use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
 use omotes_orchestrator::actions::submission::Order;
@@ -14,16 +15,19 @@ use omotes_orchestrator::config::Config;
 use omotes_orchestrator::wire::JobSubmission;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
-use serde_json::{Map, Value};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
+pub(super) use self::checks::tasks;
 use self::output::Output;
+use super::complete;
 
+mod checks;
 mod display;
 mod follow;
 pub(super) mod output;
+mod takers;
 
 /// Exit code of a job that was cancelled; as a shell reports Ctrl-C.
 const EXIT_CANCELLED: u8 = 130;
@@ -32,23 +36,29 @@ const EXIT_CANCELLED: u8 = 130;
 pub(super) struct Submit {
     /// File with the input ESDL.
     esdl: PathBuf,
-    /// Name of the workflow.
-    #[arg(long)]
+    /// Name of the workflow; `workflows list` has them.
+    #[arg(long, value_name = "NAME", add = ArgValueCandidates::new(complete::workflows))]
     workflow: String,
-    /// A parameter of the workflow: JSON where it parses as such, a text otherwise.
+    /// A parameter of the workflow, as its definition has it: a date such as 2026-01-31T12:00, in UTC
+    /// unless it says otherwise, a length of time such as 1h30m, a number, true, a text.
     #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_param)]
-    params: Vec<(String, Value)>,
+    params: Vec<(String, String)>,
     /// Your name for the job.
-    #[arg(long)]
+    #[arg(long, value_name = "TEXT")]
     reference: Option<String>,
+    /// Its place in the queue before or behind others.
     #[arg(long, value_enum, default_value_t = PriorityOption::Medium)]
     priority: PriorityOption,
     /// How long the job may run: `90s`, `10m`, `1h30m`.
-    #[arg(long, value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     timeout: Option<Duration>,
-    /// File for the output ESDL, which is printed otherwise.
-    #[arg(long)]
+    /// File for the output ESDL, which goes to standard output otherwise.
+    #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Do not hold the ESDL, the workflow and its parameters against the definitions that are here, which
+    /// may be others than the service has.
+    #[arg(long)]
+    unchecked: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -58,10 +68,9 @@ enum PriorityOption {
     High,
 }
 
-pub(in crate::cli) fn parse_param(text: &str) -> Result<(String, Value), String> {
+pub(in crate::cli) fn parse_param(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
-    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
-    Ok((key.to_owned(), value))
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
@@ -78,10 +87,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
     let esdl =
         fs::read_to_string(&submit.esdl).with_context(|| submit.esdl.display().to_string())?;
+    let (params, tasks) = checks::check(config, &submit, &esdl)?;
     let order = Order {
         esdl,
         workflow: submit.workflow,
-        params: submit.params.into_iter().collect::<Map<_, _>>(),
+        params,
         reference: submit.reference,
         priority: match submit.priority {
             PriorityOption::Low => JobPriority::Low,
@@ -96,16 +106,17 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
         None => Output::Printed,
     };
     let submission = order.submission(Uuid::new_v4())?;
-    follow_to_its_end(config, &submission, output)
+    follow_to_its_end(config, &submission, &tasks, output)
 }
 
-/// Submits this and follows it to its end; the output ESDL goes to `output`.
+/// Submits this, whose tasks go to these queues, and follows it to its end; the output ESDL goes to `output`.
 ///
 /// # Errors
 /// As [`follow::submit`].
 pub(super) fn follow_to_its_end(
     config: &Config,
     submission: &JobSubmission,
+    tasks: &[String],
     output: Output,
 ) -> anyhow::Result<ExitCode> {
     let (interrupt, interrupts) = unbounded();
@@ -120,7 +131,7 @@ pub(super) fn follow_to_its_end(
                     let _ = interrupt.send(signal);
                 }
             })?;
-        let result = follow::submit(&config.sdk_rabbitmq, submission, output, &interrupts);
+        let result = follow::submit(config, submission, tasks, output, &interrupts);
         handle.close();
         result
     })?;

@@ -4,10 +4,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Subcommand;
+use omotes_orchestrator::actions::bounded;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::time_series::{Guard, PROTECTED};
 use omotes_orchestrator::influx::Influx;
 use omotes_orchestrator::service::time_series;
+use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
 
 use super::{Agreed, NOTHING_DONE, connect, say, say_aside};
@@ -17,9 +19,13 @@ pub(super) enum Action {
     /// List what is known of them, and whether InfluxDB has a database for each.
     List,
     /// Keep them from now on, also those of a deleted job.
-    Keep { esdl_id: String },
+    Keep {
+        /// The id of the ESDL, or an unambiguous beginning of it.
+        esdl_id: String,
+    },
     /// Drop them now, without waiting for their retention.
     Drop {
+        /// The id of the ESDL, or an unambiguous beginning of it.
         esdl_id: String,
         #[command(flatten)]
         agreed: Agreed,
@@ -37,11 +43,16 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
     match action {
         Action::List => {
             let databases = influx.databases()?;
-            for guard in connection.guards()? {
+            let guards = connection.guards()?;
+            if guards.is_empty() {
+                say_aside(format_args!("nothing is known of any time series"));
+            }
+            for guard in guards {
                 say(format_args!("{}", describe_series(&guard, &databases)))?;
             }
         }
         Action::Keep { esdl_id } => {
+            let esdl_id = &named(&mut connection, esdl_id)?.esdl_id;
             if !connection.set_series_in_use(esdl_id, true)? {
                 bail!("nothing is known of time series {esdl_id}");
             }
@@ -52,17 +63,18 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
             if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
                 bail!("the database {esdl_id} is protected");
             }
+            let guard = named(&mut connection, esdl_id)?;
+            let esdl_id = &guard.esdl_id;
             if !agreed.yes {
-                let guards = connection.guards()?;
-                let guard = guards.iter().find(|guard| guard.esdl_id == *esdl_id);
-                let guard =
-                    guard.with_context(|| format!("nothing is known of time series {esdl_id}"))?;
                 say(format_args!(
                     "{}",
-                    describe_series(guard, &influx.databases()?)
+                    describe_series(&guard, &influx.databases()?)
                 ))?;
                 say_aside(format_args!("these would be dropped; {NOTHING_DONE}"));
                 return Ok(ExitCode::FAILURE);
+            }
+            if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
+                bail!("the database {esdl_id} is protected");
             }
             if !connection.set_series_in_use(esdl_id, false)? {
                 bail!("nothing is known of time series {esdl_id}");
@@ -72,6 +84,29 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The one that is called so, or else the only one whose id begins so.
+fn named(connection: &mut Connection, name: &str) -> anyhow::Result<Guard> {
+    let mut guards = connection.guards()?;
+    if let Some(place) = guards.iter().position(|guard| guard.esdl_id == name) {
+        return Ok(guards.swap_remove(place));
+    }
+    guards.retain(|guard| !name.is_empty() && guard.esdl_id.starts_with(name));
+    match guards.len() {
+        0 => bail!("nothing is known of time series {name}"),
+        1 => Ok(guards.remove(0)),
+        _ => {
+            let ids: Vec<_> = guards
+                .iter()
+                .map(|guard| one_line(&guard.esdl_id))
+                .collect();
+            bail!(
+                "{name} is the beginning of several: {}",
+                bounded(&ids, ", ")
+            )
+        }
+    }
 }
 
 /// The time series of an ESDL in a line; `databases` are those that InfluxDB has.

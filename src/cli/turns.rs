@@ -5,27 +5,30 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use clap_complete::ArgValueCandidates;
 use omotes_orchestrator::actions::jobs::{self, Became};
+use omotes_orchestrator::actions::names::resolve;
 use omotes_orchestrator::actions::queues;
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::job::Priority;
+use omotes_orchestrator::domain::overview::JobName;
 use omotes_orchestrator::store::{LimitChange, QueueChange, TurnChange};
 use omotes_orchestrator::telemetry::report::one_line;
-use uuid::Uuid;
 
-use super::{Agreed, NOTHING_DONE, connect, print, say, say_aside, table};
+use super::{Agreed, NOTHING_DONE, complete, connect, print, say, say_aside, table};
 
 /// Another limit for a queue.
 #[derive(Args)]
 pub(super) struct Limit {
     /// The task queue: the workflow's name, or the task of one of its steps.
+    #[arg(add = ArgValueCandidates::new(complete::tasks))]
     name: String,
     /// Tasks that may be handed to RabbitMQ and not started: a number, `unlimited`, or `default` for
     /// what the definition file says.
-    #[arg(long, value_parser = queues::parse_change, required_unless_present = "max_running")]
+    #[arg(long, value_name = "NUMBER", value_parser = queues::parse_change, required_unless_present = "max_running")]
     window: Option<QueueChange>,
     /// Tasks that may be handed to RabbitMQ and not ended, such as a licence has seats; likewise.
-    #[arg(long, value_parser = queues::parse_change)]
+    #[arg(long, value_name = "NUMBER", value_parser = queues::parse_change)]
     max_running: Option<QueueChange>,
 }
 
@@ -114,11 +117,12 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
 /// Postgres is not there, or holds a lock for too long.
 pub(super) fn change(
     config: &Config,
-    ids: &[Uuid],
+    names: &[JobName],
     change: TurnChange,
 ) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
-    tell(&jobs::change_turns(&mut connection, ids, change)?)
+    let ids = resolve(&mut connection, names)?;
+    tell(&jobs::change_turns(&mut connection, &ids, change)?)
 }
 
 /// Says what became of each job. Exits with 1 if it was not what was asked for.
@@ -139,7 +143,12 @@ pub(super) fn tell(all: &[Became]) -> anyhow::Result<ExitCode> {
 pub(super) fn release_all(config: &Config, agreed: Agreed) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
     if !agreed.yes {
-        for queue in queues::at_rest(&mut connection)? {
+        let queues = queues::at_rest(&mut connection)?;
+        if queues.is_empty() {
+            say(format_args!("no job waits for its turn"))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        for queue in queues {
             let held = queue.held + queue.on_hold;
             say(format_args!("{}: {held} held", one_line(&queue.name)))?;
         }
@@ -149,8 +158,12 @@ pub(super) fn release_all(config: &Config, agreed: Agreed) -> anyhow::Result<Exi
         return Ok(ExitCode::FAILURE);
     }
     let released = connection.release_all().context("releasing all")?;
+    let (count, them) = match released {
+        1 => ("1 job is".to_owned(), "it"),
+        more => (format!("{more} jobs are"), "them"),
+    };
     say(format_args!(
-        "{released} jobs are released; a running orchestrator hands them over"
+        "{count} released; a running orchestrator hands {them} over"
     ))?;
     Ok(ExitCode::SUCCESS)
 }

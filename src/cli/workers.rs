@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
+use clap_complete::ArgValueCandidates;
 use comfy_table::{Cell, CellAlignment};
 use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::config::Config;
@@ -13,7 +14,7 @@ use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
 use omotes_orchestrator::threads::Signal;
 
-use super::{connect, print, say, table, warn};
+use super::{complete, connect, print, say, say_aside, table, warn};
 
 /// How old a look may be before that is worth a warning.
 const RECENT: SignedDuration = SignedDuration::from_mins(2);
@@ -34,9 +35,17 @@ enum Action {
     ///
     /// It stays so until `resume`, or until it is started again. Exits with 1 when it has not confirmed
     /// it.
-    Drain { host: String },
+    Drain {
+        /// The worker's name, or what follows the `@` of it.
+        #[arg(add = ArgValueCandidates::new(complete::workers))]
+        host: String,
+    },
     /// Have a drained worker take tasks again.
-    Resume { host: String },
+    Resume {
+        /// The worker's name, or what follows the `@` of it.
+        #[arg(add = ArgValueCandidates::new(complete::workers))]
+        host: String,
+    },
 }
 
 /// # Errors
@@ -74,6 +83,9 @@ fn list(connection: &mut Connection, json: bool) -> anyhow::Result<()> {
     if json {
         return print(&(serde_json::to_string_pretty(&workers)? + "\n"));
     }
+    if workers.workers.is_empty() {
+        say_aside(format_args!("no worker is known"));
+    }
     print(&text(&workers, now))
 }
 
@@ -103,7 +115,10 @@ fn text(workers: &Workers, now: Timestamp) -> String {
             number(worker.failed.to_string()),
         ]);
     }
-    let mut text = format!("{}\n", table.trim_fmt());
+    let mut text = match workers.workers.is_empty() {
+        true => String::new(),
+        false => format!("{}\n", table.trim_fmt()),
+    };
     for lost in &workers.lost_tasks {
         text += &format!(
             "job {}: no worker has its task {} for {}\n",

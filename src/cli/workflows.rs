@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Subcommand;
+use clap_complete::ArgValueCandidates;
 use jiff::SignedDuration;
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::overview::{shares, spoken};
@@ -16,12 +17,15 @@ use omotes_orchestrator::domain::workflow::{
 use omotes_orchestrator::telemetry::report::{harmless, percent};
 use omotes_orchestrator::wire::workflow_parameter::ParameterType;
 
-use super::{print, say, table, turns};
+use super::{complete, print, say, table, turns};
 
 #[derive(Subcommand)]
 pub(super) enum Action {
     /// Check a definition file and print what clients would see.
-    Check { file: PathBuf },
+    Check {
+        /// The definition file.
+        file: PathBuf,
+    },
     /// List the workflows that are defined, with their tasks and parameters.
     List {
         /// Only the tasks, one in a line: the names of the queues that workers take.
@@ -33,11 +37,13 @@ pub(super) enum Action {
     /// Let no more tasks go to a queue: they wait for their turn. What is there goes on.
     Pause {
         /// The task queue: the workflow's name, or the task of one of its steps.
+        #[arg(add = ArgValueCandidates::new(complete::tasks))]
         name: String,
     },
     /// Let tasks go to a queue again.
     Resume {
         /// As for `pause`.
+        #[arg(add = ArgValueCandidates::new(complete::tasks))]
         name: String,
     },
     /// Limit how many tasks go to a queue; the others wait for their turn. All replicas heed it at

@@ -7,9 +7,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
+use ureq::http::Uri;
 
 use super::{
-    Address, Config, Encryption, InfluxDb, LogFormat, Postgres, RabbitMq, Secret, Setting,
+    Address, Alerts, Config, Encryption, InfluxDb, LogFormat, Postgres, RabbitMq, Secret, Setting,
 };
 use crate::domain::job::TimeoutResult;
 use crate::domain::vhost::Vhost;
@@ -36,10 +37,13 @@ fn may_be_shown(name: &str, value: &str) -> bool {
     if value.is_empty() {
         return true;
     }
-    if ["PASSWORD", "_AUTH"].iter().any(|end| name.ends_with(end)) {
+    if ["PASSWORD", "_AUTH", "_URL"]
+        .iter()
+        .any(|end| name.ends_with(end))
+    {
         return false;
     }
-    if ["PASSWORD_FILE", "_AUTH_FILE"]
+    if ["PASSWORD_FILE", "_AUTH_FILE", "_URL_FILE"]
         .iter()
         .any(|end| name.ends_with(end))
     {
@@ -114,6 +118,7 @@ impl<'a> Reader<'a> {
             http_bind: reader.http_bind(),
             http_basic_auth: reader.http_account("HTTP_BASIC_AUTH"),
             http_readonly_auth: reader.http_account("HTTP_READONLY_AUTH"),
+            alerts: reader.alerts(),
             log_level: reader.log_level(),
             log_format: reader.log_format(),
         };
@@ -598,6 +603,34 @@ impl<'a> Reader<'a> {
             let fault = "HTTP_READONLY_AUTH: expected another user than that of HTTP_BASIC_AUTH";
             self.faults.push(fault.to_owned());
         }
+    }
+
+    fn alerts(&mut self) -> Option<Alerts> {
+        const URL: &str = "ALERT_WEBHOOK_URL";
+        let url = self.password(URL, "");
+        let roots = match self.path("ALERT_WEBHOOK_CA_FILE") {
+            Some(path) => self.roots("ALERT_WEBHOOK_CA_FILE", path),
+            None => Roots::System,
+        };
+        let after = self.seconds("ALERT_AFTER_SEC", 120);
+        let queue_age = self.seconds("ALERT_QUEUE_AGE_SEC", 3600);
+        let url = url.filter(|url| !url.reveal().is_empty())?;
+        let parsed = url.reveal().parse::<Uri>().ok();
+        let is_one = parsed.is_some_and(|uri| {
+            let scheme = uri.scheme_str().unwrap_or_default();
+            let host = uri.host().unwrap_or_default();
+            ["http", "https"].contains(&scheme) && !host.is_empty()
+        });
+        if !is_one {
+            let fault = format!("{URL}: expected http://… or https://…{NOT_SHOWN}");
+            self.faults.push(fault);
+        }
+        Some(Alerts {
+            url,
+            roots,
+            after,
+            queue_age,
+        })
     }
 
     fn log_format(&mut self) -> LogFormat {

@@ -601,3 +601,40 @@ fn what_is_kept_of_a_submission_has_its_parameters() {
         "{faults}"
     );
 }
+
+#[rstest]
+#[case::plain("http://chat.example/hooks/s3cret", None)]
+#[case::tls("https://chat.example:8443/hooks?token=s3cret", None)]
+#[case::no_scheme("chat.example/s3cret", Some("ALERT_WEBHOOK_URL: expected http://"))]
+#[case::another_scheme(
+    "ftp://chat.example/s3cret",
+    Some("ALERT_WEBHOOK_URL: expected http://")
+)]
+#[case::no_host("https:///s3cret", Some("ALERT_WEBHOOK_URL: expected http://"))]
+#[case::a_space(
+    "https://chat.example/s3 cret",
+    Some("ALERT_WEBHOOK_URL: expected http://")
+)]
+fn a_webhook_is_a_url_that_is_not_shown(#[case] url: &str, #[case] fault: Option<&str>) {
+    let variables = [("ALERT_WEBHOOK_URL", url)];
+    match (read(&variables), fault) {
+        (Ok(config), None) => {
+            assert_eq!(config.alerts.as_ref().unwrap().url.reveal(), url);
+            assert!(!format!("{config:?}").contains("s3cret"));
+        }
+        (Err(faults), Some(fault)) => {
+            assert!(faults.to_string().contains(fault), "{faults}");
+            assert!(!faults.to_string().contains("cret"), "{faults}");
+        }
+        (outcome, _) => panic!("{outcome:?}"),
+    }
+    let settings = Config::settings(&|name| (name == "ALERT_WEBHOOK_URL").then(|| url.to_owned()));
+    let shown = settings.iter().find(|one| one.name == "ALERT_WEBHOOK_URL");
+    assert_eq!(shown.unwrap().value, "***");
+}
+
+#[test]
+fn nobody_is_told_of_troubles_unless_there_is_somebody() {
+    assert_eq!(read(&[]).unwrap().alerts, None);
+    assert_eq!(read(&[("ALERT_WEBHOOK_URL", "")]).unwrap().alerts, None);
+}

@@ -197,12 +197,7 @@ fn judge_deliveries(
             ),
         )
     };
-    Some(Finding {
-        part,
-        severity: Severity::Warning,
-        found,
-        remedy,
-    })
+    Some(Finding::new(part, Severity::Warning, found, &remedy))
 }
 
 #[cfg(test)]

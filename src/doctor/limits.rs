@@ -34,12 +34,10 @@ pub(super) fn limits(
         );
         return;
     };
-    let unknown = |what: &str, error: &anyhow::Error| Finding {
-        part: PART,
-        severity: Severity::Note,
-        found: format!("{what} not known: {}", one_line(&format!("{error:#}"))),
-        remedy: "Put --rabbitmqctl right: the command has to work in a shell on this machine."
-            .to_owned(),
+    let unknown = |what: &str, error: &anyhow::Error| {
+        let found = format!("{what} not known: {}", one_line(&format!("{error:#}")));
+        let remedy = "Put --rabbitmqctl right: the command has to work in a shell on this machine.";
+        Finding::new(PART, Severity::Note, found, remedy)
     };
     let timeout = evaluate(command, CONSUMER_TIMEOUT).and_then(|text| parse_timeout(&text));
     findings.0.push(match timeout {
@@ -98,12 +96,8 @@ fn judge_files(files: u64, queues: u64) -> Finding {
     } else {
         (Severity::Ok, "")
     };
-    Finding {
-        part: "RabbitMQ",
-        severity,
-        found: found + more,
-        remedy: if severity == Severity::Ok { "" } else { REMEDY }.to_owned(),
-    }
+    let remedy = if severity == Severity::Ok { "" } else { REMEDY };
+    Finding::new("RabbitMQ", severity, found + more, remedy)
 }
 
 /// Reads Erlang's `{1024,7}`.
@@ -149,12 +143,8 @@ fn judge_consumer_timeout(
         ),
     };
     let text = |time| spoken(SignedDuration::from_millis(time));
-    let finding = |severity, found, remedy: &str| Finding {
-        part: "RabbitMQ",
-        severity,
-        found,
-        remedy: remedy.to_owned(),
-    };
+    let finding =
+        |severity, found: String, remedy: &str| Finding::new("RabbitMQ", severity, found, remedy);
     match (timeout, longest) {
         (None, _) => finding(Severity::Ok, no_timeout.to_owned(), ""),
         (Some(timeout), Some((longest, what))) if longest >= timeout => finding(

@@ -2,6 +2,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::cause::Kind;
 use super::{Findings, Severity};
 use crate::config::Config;
 use crate::domain::overview::spoken;
@@ -34,6 +35,7 @@ pub(super) fn examine(config: &Config, findings: &mut Findings) -> Option<Inspec
                 "Check POSTGRESQL_HOST, _PORT, _DATABASE, _USERNAME and _PASSWORD, and that the server \
                  runs and lets this host in.",
             );
+            findings.is(Kind::Needed);
             None
         }
         Ok(inspection) => {
@@ -62,16 +64,23 @@ fn judge_database(
         Some(Ok(applied)) => findings.add(
             PART,
             Severity::Note,
-            format!("the tables lack {} of the {} revisions", REVISIONS.len() - applied, REVISIONS.len()),
+            format!(
+                "the tables lack {} of the {} revisions",
+                REVISIONS.len() - applied,
+                REVISIONS.len()
+            ),
             "The service applies them at its next start; `db upgrade` does now.",
         ),
-        Some(Err(error)) => findings.add(
-            PART,
-            Severity::Error,
-            one_line(error),
-            "The service does not start with these tables. Run the version that upgraded them, or have \
-             that one undo it: `db downgrade`.",
-        ),
+        Some(Err(error)) => {
+            findings.add(
+                PART,
+                Severity::Error,
+                one_line(error),
+                "The service does not start with these tables. Run the version that upgraded them, or \
+                 have that one undo it: `db downgrade`.",
+            );
+            findings.is(Kind::Needed);
+        }
         None => {}
     }
     if let Some(clock) = inspection.clock {
@@ -130,6 +139,7 @@ fn judge_settings(inspection: &Inspection, handlers: usize, findings: &mut Findi
             "Point POSTGRESQL_HOST to the primary, or reset the setting of the role, the database or the \
              server. Messages wait, or go to other replicas, until it takes writes.",
         );
+        findings.is(Kind::Needed);
     }
     let settings = &inspection.settings;
     if settings.synchronous_commit == "off" {

@@ -4,11 +4,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::cause::Kind;
+use super::fix::Fix;
 use super::{Findings, Severity, cluster};
 use crate::broker::Link;
 use crate::broker::inspection::{ExchangeKind, Inspected, is_replicated_by};
 use crate::config::Config;
 use crate::domain::overview::Depth;
+use crate::domain::text::counted;
 use crate::domain::vhost::Vhost;
 use crate::telemetry::report::one_line;
 use crate::threads::within_deadline;
@@ -55,6 +58,10 @@ pub(super) fn examine(
             Ok(link) => link,
             Err(error) => {
                 unreachable(vhost, &format!("{error:#}"), findings);
+                findings.is(Kind::Unreachable {
+                    servers: rabbitmq.listed(),
+                    why: error.root_cause().to_string(),
+                });
                 continue;
             }
         };
@@ -221,7 +228,10 @@ fn judge_queue(part: &'static str, name: &str, standing: &Inspected, findings: &
         Inspected::Good(depth) if name == DEAD_LETTERS_QUEUE && depth.messages > 0 => findings.add(
             part,
             Severity::Warning,
-            format!("{} messages that could not be handled wait in {name}", depth.messages),
+            match depth.messages {
+                1 => format!("1 message that could not be handled waits in {name}"),
+                more => format!("{more} messages that could not be handled wait in {name}"),
+            },
             "`dead-letters list` shows them; `dead-letters requeue` or `drop` takes them away.",
         ),
         Inspected::Good(_) => {}
@@ -334,15 +344,23 @@ pub(super) fn judge_vhosts(config: &Config, seen: &Seen, findings: &mut Findings
     }
 }
 
-/// Reports task queues with jobs and no consumer. `waiting` has the jobs by workflow, if known.
+/// What is known of jobs.
+pub(super) struct Jobs<'i> {
+    /// Those that wait, by workflow.
+    pub(super) waiting: &'i BTreeMap<String, i64>,
+    /// Tasks that are wanted, by queue.
+    pub(super) handed_over: BTreeMap<String, i64>,
+}
+
+/// Reports task queues with jobs and no consumer, and with tasks that nobody wants any more.
 pub(super) fn judge_workers(
-    workflows: &[String],
+    queues: &[String],
     seen: &Seen,
-    waiting: Option<&BTreeMap<String, i64>>,
+    jobs: Option<&Jobs<'_>>,
     findings: &mut Findings,
 ) {
-    for workflow in workflows {
-        let depth = match seen.get(&(Vhost::Celery, workflow.clone())) {
+    for queue in queues {
+        let depth = match seen.get(&(Vhost::Celery, queue.clone())) {
             Some(Inspected::Good(depth)) => *depth,
             Some(Inspected::Absent) => Depth {
                 messages: 0,
@@ -350,19 +368,46 @@ pub(super) fn judge_workers(
             },
             Some(Inspected::Otherwise(_) | Inspected::Forbidden(_)) | None => continue,
         };
-        let jobs = waiting.and_then(|waiting| waiting.get(workflow)).copied();
-        let jobs = jobs.unwrap_or(0).max(depth.messages.into());
-        if depth.consumers == 0 && jobs > 0 {
-            findings.add(
-                part(Vhost::Celery),
-                Severity::Error,
-                format!(
-                    "{jobs} jobs wait for {}, which has no worker",
-                    one_line(workflow)
-                ),
-                "Start a worker that consumes the queue of this name, in the vhost of \
-                 CELERY_RABBITMQ_VIRTUALHOST.",
-            );
+        // Workers drop what is stale when they get at it.
+        if depth.consumers == 0 {
+            let tasks = i64::from(depth.messages);
+            let wanted = jobs.map(|jobs| jobs.handed_over.get(queue).copied().unwrap_or(0));
+            let waiting = jobs.and_then(|jobs| jobs.waiting.get(queue)).copied();
+            let waiting = waiting.unwrap_or(0).max(wanted.unwrap_or(tasks));
+            let stale = wanted.map_or(0, |wanted| tasks.saturating_sub(wanted).max(0));
+            judge_queue_without_worker(queue, waiting, stale, findings);
         }
+    }
+}
+
+fn judge_queue_without_worker(queue: &str, waiting: i64, stale: i64, findings: &mut Findings) {
+    let shown = one_line(queue);
+    let number = |count: i64| usize::try_from(count).unwrap_or(0);
+    if waiting > 0 {
+        let verb = if waiting == 1 { "waits" } else { "wait" };
+        findings.add(
+            part(Vhost::Celery),
+            Severity::Error,
+            format!(
+                "{} {verb} for {shown}, which has no worker",
+                counted(number(waiting), "job")
+            ),
+            "Start a worker that consumes the queue of this name, in the vhost of \
+             CELERY_RABBITMQ_VIRTUALHOST.",
+        );
+    }
+    if stale > 0 {
+        let found = match stale {
+            1 => format!("1 task in {shown} is of a job that has ended"),
+            more => format!("{more} tasks in {shown} are of jobs that have ended"),
+        };
+        findings.add(
+            part(Vhost::Celery),
+            Severity::Warning,
+            found,
+            "No job waits for it. A worker that starts would begin it and be told to stop; \
+             `doctor --fix` takes it away.",
+        );
+        findings.fix(Fix::DropStale(queue.to_owned()));
     }
 }

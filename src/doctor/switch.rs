@@ -219,8 +219,12 @@ fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings
             BACK,
             Severity::Warning,
             format!(
-                "{} jobs wait for their turn in Postgres, where the Python service would leave them for ever",
-                in_flight.held
+                "{} in Postgres, where the Python service would leave {} for ever",
+                match in_flight.held {
+                    1 => "1 job waits for its turn".to_owned(),
+                    more => format!("{more} jobs wait for their turn"),
+                },
+                if in_flight.held == 1 { "it" } else { "them" }
             ),
             "Hand them over while this service runs: `jobs release --all --yes`. Lift the limits of their \
              queues first (`workflows limits`), so that no more have to wait.",
@@ -231,9 +235,11 @@ fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings
             BACK,
             Severity::Note,
             format!(
-                "{} jobs have ended and their clients are not told: the Python service does not know how, \
-                 and decides anew",
-                in_flight.untold
+                "{} not told: the Python service does not know how, and decides anew",
+                match in_flight.untold {
+                    1 => "1 job has ended and its client is".to_owned(),
+                    more => format!("{more} jobs have ended and their clients are"),
+                }
             ),
             "Let this service run until they are told, where it matters that the history says the same.",
         );

@@ -52,6 +52,47 @@ pub fn energy_system_id(text: &str) -> Option<String> {
     outermost.flatten()
 }
 
+/// Why `text` is no ESDL, if it is none: it has to be XML as a whole, and about an `EnergySystem`.
+pub fn fault(text: &str) -> Option<String> {
+    if text.trim().is_empty() {
+        return Some("it is empty".to_owned());
+    }
+    let mut reader = Reader::from_str(text);
+    let (mut outermost, mut has_system, mut open) = (None::<String>, false, 0_usize);
+    loop {
+        let event = match reader.read_event() {
+            Ok(event) => event,
+            Err(error) => return Some(format!("it is no XML: {error}")),
+        };
+        match event {
+            Event::Start(ref element) | Event::Empty(ref element) => {
+                let name = element.local_name().into_inner();
+                has_system |= name == ENERGY_SYSTEM;
+                outermost.get_or_insert_with(|| name.to_owned());
+                open += usize::from(matches!(event, Event::Start(_)));
+            }
+            // One too many is an error of the reader's.
+            Event::End(_) => open = open.saturating_sub(1),
+            Event::Eof => break,
+            Event::CData(_)
+            | Event::GeneralRef(_)
+            | Event::Text(_)
+            | Event::Comment(_)
+            | Event::Decl(_)
+            | Event::DocType(_)
+            | Event::PI(_) => {}
+        }
+    }
+    match (outermost, has_system) {
+        (None, _) => Some("it is no XML".to_owned()),
+        (Some(_), _) if open > 0 => Some("it ends in the middle: it may be cut off".to_owned()),
+        (Some(_), true) => None,
+        (Some(name), false) => Some(format!(
+            "it has no {ENERGY_SYSTEM}, but is a document {name:?}"
+        )),
+    }
+}
+
 fn id(element: &BytesStart<'_>, entities: &Entities) -> Option<String> {
     let id = element.try_get_attribute("id").ok()??;
     // A line break in an attribute is a space, unless it is a reference to one.
@@ -106,7 +147,7 @@ impl Entities {
 
 #[cfg(test)]
 mod tests {
-    use super::energy_system_id;
+    use super::{energy_system_id, fault};
     use rstest::rstest;
 
     #[rstest]
@@ -182,5 +223,30 @@ mod tests {
         };
         assert_eq!(energy_system_id(&text(1_000_000)).as_deref(), Some("x"));
         assert_eq!(energy_system_id(&text(2_000_000)), None);
+    }
+
+    #[rstest]
+    #[case::esdl(
+        "<?xml version='1.0'?>\n<esdl:EnergySystem id='a'><x/></esdl:EnergySystem>",
+        ""
+    )]
+    #[case::empty_system("<EnergySystem/>", "")]
+    #[case::among_others("<xmi:XMI><esdl:EnergySystem id='a'/></xmi:XMI>", "")]
+    #[case::empty(" \n", "is empty")]
+    #[case::text("optimise this", "is no XML")]
+    #[case::json("{\"a\": 1}", "is no XML")]
+    #[case::another_document(
+        "<html><body/></html>",
+        "has no EnergySystem, but is a document \"html\""
+    )]
+    #[case::cut_off("<esdl:EnergySystem id='a'><x>", "ends in the middle")]
+    #[case::cut_off_in_a_tag("<esdl:EnergySystem id='a", "is no XML")]
+    #[case::crossed("<EnergySystem><x></EnergySystem></x>", "is no XML")]
+    fn what_is_no_esdl_is_said_to_be_none(#[case] text: &str, #[case] expected: &str) {
+        let said = fault(text).unwrap_or_default();
+        assert!(
+            said.contains(expected) && said.is_empty() == expected.is_empty(),
+            "{said}"
+        );
     }
 }

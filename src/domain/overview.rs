@@ -16,6 +16,7 @@ use crate::domain::worker::Workers;
 
 use self::capacity::Capacity;
 pub use self::compare::{Line, compare};
+pub use self::named::{JobName, short_ids};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
@@ -23,6 +24,7 @@ pub use self::why::Why;
 
 mod capacity;
 mod compare;
+mod named;
 mod steps;
 mod story;
 mod turns;
@@ -145,9 +147,10 @@ impl JobState {
         }
     }
 
-    /// By its name, in any case.
+    /// By its name or as operators say it, in any case.
     pub fn named(name: &str) -> Option<JobState> {
-        JobState::all().find(|state| state.name().eq_ignore_ascii_case(name))
+        JobState::all()
+            .find(|state| state.name().eq_ignore_ascii_case(name) || is_said(state.text(), name))
     }
 
     /// As operators say it.
@@ -274,14 +277,43 @@ pub struct Estimate {
     pub run: Option<Span>,
 }
 
+/// The words that [`JobView::shown`] has for jobs that have not ended.
+pub const SHOWN: [&str; 6] = [
+    "registered",
+    "waiting",
+    "running",
+    "held",
+    "on hold",
+    "to be tried again",
+];
+
+/// All words for a state, as they are typed.
+pub fn state_words() -> Vec<String> {
+    let ended = JobState::all().filter(|state| matches!(state, JobState::Ended(_)));
+    let words = SHOWN.into_iter().chain(ended.map(JobState::text));
+    words.map(|word| word.replace(' ', "-")).collect()
+}
+
+/// Whether somebody means this word by what they write, in any case and however they join its parts.
+pub fn is_said(word: &str, text: &str) -> bool {
+    word.eq_ignore_ascii_case(&text.trim().replace(['-', '_'], " "))
+}
+
 impl JobView {
+    /// Its state in a word or two, as lists show it: of a job with steps, what its step does.
+    pub fn shown(&self) -> &'static str {
+        match (&self.turn, &self.step) {
+            (Some(turn), _) => turn.text(),
+            (None, Some(step)) => step.activity(),
+            (None, None) => self.state.text(),
+        }
+    }
+
     /// Its state, with its step where there are several.
     pub fn state_text(&self) -> String {
-        match (&self.step, &self.turn) {
-            (Some(step), Some(turn)) => format!("{}, {}", turn.text(), step.name()),
-            (Some(step), None) => format!("{}, {}", step.activity(), step.name()),
-            (None, Some(turn)) => turn.text().to_owned(),
-            (None, None) => self.state.text().to_owned(),
+        match &self.step {
+            Some(step) => format!("{}, {}", self.shown(), step.name()),
+            None => self.shown().to_owned(),
         }
     }
 

@@ -11,6 +11,8 @@ use crate::proto::{
     workflow_parameter::{Constraint, ParameterType, constraint::RelationType},
 };
 
+pub mod typed;
+
 /// Each way in which `params` do not fit `definitions`, as a text.
 ///
 /// A parameter may be missing if its definition has a default. Undefined parameters are left to the

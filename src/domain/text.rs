@@ -97,6 +97,14 @@ pub fn telling_line(logs: &str) -> &str {
 /// What Python's stack traces begin with.
 const TRACE: &str = "Traceback (most recent call last):";
 
+/// `1 job`, `2 jobs`.
+pub fn counted(count: usize, noun: &str) -> String {
+    match count {
+        1 => format!("1 {noun}"),
+        count => format!("{count} {noun}s"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

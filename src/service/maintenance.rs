@@ -17,6 +17,7 @@ use log::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::domain::job::Command;
+use crate::domain::text::counted;
 use crate::fault_point;
 use crate::service::handler::{self, MAX_FINDINGS, Work};
 use crate::service::shared::Service;
@@ -467,7 +468,10 @@ impl Maintenance<'_> {
         let retention = config.history_retention;
         let forgotten = connection.forget(retention, MAX_FINDINGS.into())?;
         if forgotten > 0 {
-            info!("forgot {forgotten} jobs that ended longer than {retention:?} ago");
+            info!(
+                "forgot {} that ended longer than {retention:?} ago",
+                counted(usize::try_from(forgotten).unwrap_or(0), "job")
+            );
         }
         // Also where nothing is to be kept any more.
         let results = connection.forget_results(config.keep_results, KEPT_AT_ONCE)?;

@@ -66,6 +66,7 @@ impl Service {
         let connections = u32::try_from(config.handler_threads)? + 7;
         // Behind a pooler the maintenance has two.
         let connections = connections + u32::from(config.postgres.is_pooled);
+        let connections = connections + u32::from(config.alerts.is_some());
         // And those who act through the page.
         let connections = connections
             + if config.http_basic_auth.is_some() {
@@ -192,6 +193,9 @@ impl Service {
         if self.config.influxdb.is_none() {
             // It may have run earlier, and is not late now.
             maintenance.retain(|(task, _)| task != Upkeep::TimeSeries.name());
+        }
+        if self.config.alerts.is_none() {
+            maintenance.retain(|(task, _)| task != Upkeep::Alerts.name());
         }
         let workers = match self.config.workers_period {
             Some(_) => Some(connection.workers()?),

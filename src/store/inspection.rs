@@ -23,6 +23,9 @@ pub struct Inspection {
     pub settings: Settings,
     /// Jobs that wait, and others, by workflow.
     pub waiting: BTreeMap<String, i64>,
+    /// Tasks that are handed over, wanted and not started: by workflow, and by the task of the job's step
+    /// where it has several.
+    pub handed_over: BTreeMap<(String, Option<String>), i64>,
     /// The longest timeout of a job that has not ended, in milliseconds.
     pub longest_timeout_ms: Option<i64>,
     /// The longest running time in the history, in milliseconds.
@@ -88,6 +91,7 @@ impl Connection {
                 &[],
             )?;
             inspection.waiting = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+            inspection.handed_over = self.handed_over()?;
             let row = self.client.query_one(
                 "SELECT (SELECT max(timeout_after_ms) FROM job),
                         (SELECT max(extract(epoch FROM finished_at - running_at) * 1000)::bigint
@@ -100,6 +104,37 @@ impl Connection {
             inspection.largest_result = row.get(2);
         }
         Ok(inspection)
+    }
+
+    fn handed_over(&mut self) -> Result<BTreeMap<(String, Option<String>), i64>, StoreError> {
+        let rows = self.client.query(
+            "SELECT workflow_type, step.task, count(*)
+             FROM job LEFT JOIN LATERAL (
+                 SELECT task, job_step.submitted_at IS NOT NULL AND started_at IS NULL
+                              AND finished_at IS NULL AS waits
+                 FROM job_step
+                 WHERE job_step.job_id = job.job_id ORDER BY number DESC, attempt DESC LIMIT 1
+             ) AS step ON true
+             WHERE status <> 'REGISTERED' AND coalesce(step.waits, status = 'SUBMITTED')
+               AND NOT EXISTS (SELECT FROM job_history WHERE job_history.job_id = job.job_id)
+             GROUP BY 1, 2",
+            &[],
+        )?;
+        let key = |row: &postgres::Row| ((row.get(0), row.get(1)), row.get(2));
+        Ok(rows.iter().map(key).collect())
+    }
+
+    /// Whether a job has ended for good: its client knows, and whatever comes of it is ignored.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn has_ended(&mut self, job_id: uuid::Uuid) -> Result<bool, StoreError> {
+        let row = self.client.query_one(
+            "SELECT EXISTS (SELECT FROM job_history WHERE job_id = $1)
+                    AND NOT EXISTS (SELECT FROM job WHERE job_id = $1)",
+            &[&job_id],
+        )?;
+        Ok(row.get(0))
     }
 
     /// Also of tables that this program has not upgraded.

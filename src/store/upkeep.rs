@@ -18,6 +18,8 @@ pub enum Upkeep {
     TimeSeries,
     /// Asking the workers what they do.
     Workers,
+    /// Telling a webhook of troubles.
+    Alerts,
 }
 
 impl Upkeep {
@@ -28,6 +30,7 @@ impl Upkeep {
             Upkeep::History => "history",
             Upkeep::TimeSeries => "time series",
             Upkeep::Workers => "workers",
+            Upkeep::Alerts => "alerts",
         }
     }
 }

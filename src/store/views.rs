@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use postgres::Row;
 use uuid::Uuid;
 
+use super::alerts::is_mark;
 use super::rows::{named, progress, seconds};
 use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
@@ -297,7 +298,10 @@ impl Connection {
             "SELECT task, last_run FROM maintenance_run ORDER BY task",
             &[],
         )?;
-        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+        let runs = rows.iter().map(|row| (row.get(0), row.get(1)));
+        Ok(runs
+            .filter(|(task, _): &(String, _)| !is_mark(task))
+            .collect())
     }
 
     /// Jobs that wait for a worker of this task and whose clients have not been told so, at most

@@ -172,6 +172,13 @@ fn object(value: Value) -> Map<String, Value> {
     }
 }
 
+/// The job that a task in its queue belongs to.
+pub fn job_of_task(body: &[u8]) -> Option<Uuid> {
+    let (args, _, _): (Value, Value, Value) = serde_json::from_slice(body).ok()?;
+    let hex = &args.get(0)?["__value__"]["hex"];
+    hex.as_str()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

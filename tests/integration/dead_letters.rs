@@ -32,7 +32,7 @@ fn fault(deployment: &Deployment, arguments: &[&str]) -> String {
 /// The lines of `list`, once there are so many.
 fn list(deployment: &Deployment, letters: usize) -> Vec<String> {
     eventually("the dead letters", || {
-        let list = said(deployment, &["list"]);
+        let list = String::from_utf8(run(deployment, &["list"]).stdout).unwrap();
         let lines: Vec<_> = list.lines().map(str::to_owned).collect();
         (lines.len() == letters).then_some(lines)
     })

@@ -20,13 +20,17 @@ fn findings(
     let arguments = [&["doctor", "--json"], arguments].concat();
     let mut command = deployment.command(&arguments);
     let output = command.envs(variables.iter().copied()).output().unwrap();
-    let findings: Vec<Value> = serde_json::from_slice(&output.stdout)
+    let all: Vec<Value> = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
-    let faulty: Vec<_> = findings
+    let is_faulty =
+        |finding: &&Value| finding["severity"] == "warning" || finding["severity"] == "error";
+    let faulty = all.iter().filter(is_faulty).count();
+    assert_eq!(output.status.code(), Some(i32::from(faulty > 0)));
+    // In most of these tests none runs.
+    let findings = all
         .iter()
-        .filter(|finding| finding["severity"] == "warning" || finding["severity"] == "error")
-        .collect();
-    assert_eq!(output.status.code(), Some(i32::from(!faulty.is_empty())));
+        .filter(|finding| finding["part"] != "Orchestrator");
+    let faulty: Vec<_> = findings.filter(is_faulty).collect();
     faulty
         .iter()
         .map(|finding| {
@@ -128,7 +132,7 @@ fn what_is_wrong_in_the_database_is_told() {
     assert_eq!(two.len(), 2, "{two:#?}");
     let undefined = "warning Workflows: there are jobs of renamed";
     assert!(two[0].starts_with(undefined), "{two:#?}");
-    let lonely = "error CELERY RabbitMQ: 1 jobs wait for renamed";
+    let lonely = "error CELERY RabbitMQ: 1 job waits for renamed";
     assert!(two[1].starts_with(lonely), "{two:#?}");
     sql.batch_execute("DELETE FROM job").unwrap();
 
@@ -217,7 +221,7 @@ fn what_others_have_made_of_the_broker_is_told() {
     // What cannot be handled.
     sdk.declare("omotes_dead_letters");
     sdk.send_safely("omotes_dead_letters", b"a letter");
-    let letters = "warning SDK RabbitMQ: 1 messages that could not be handled";
+    let letters = "warning SDK RabbitMQ: 1 message that could not be handled";
     one(&found(), letters, "omotes_dead_letters");
 }
 
@@ -285,7 +289,7 @@ fn rights_and_limits_of_the_broker_are_told() {
     );
     let arguments = ["--rabbitmqctl", &rabbitmqctl];
     let all = findings(&deployment, &arguments, &[]);
-    let lonely = "error CELERY RabbitMQ: 1 jobs wait for workflow_1";
+    let lonely = "error CELERY RabbitMQ: 1 job waits for workflow_1";
     assert!(all[0].starts_with(lonely), "{all:#?}");
     // A classic queue has it no longer from RabbitMQ 4.3 on.
     let has_timeout = rabbitmq_version() < [4, 3];
@@ -370,4 +374,131 @@ fn what_postgres_is_set_to_is_told() {
         text.contains("note    Postgres        fsync is off"),
         "{text}"
     );
+}
+
+/// What `doctor` prints.
+fn text(deployment: &Deployment, arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let mut command = deployment.command(&[&["doctor"], arguments].concat());
+    let output = command.envs(variables.iter().copied()).output().unwrap();
+    String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+}
+
+#[test]
+fn an_orchestrator_that_has_stopped_is_found() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let running = text(&deployment, &[], &[]);
+    assert!(
+        running.contains("1 orchestrator takes submissions"),
+        "{running}"
+    );
+    assert!(service.stop().success());
+    let stopped = text(&deployment, &[], &[]);
+    assert!(
+        stopped.contains("warning Orchestrator    no orchestrator runs\n"),
+        "{stopped}"
+    );
+    let client = Client::new(&deployment);
+    client.submit("workflow_1");
+    let waiting = text(&deployment, &[], &[]);
+    let expected = "error   Orchestrator    no orchestrator runs, and 1 submission waits";
+    assert!(waiting.contains(expected), "{waiting}");
+}
+
+#[test]
+fn one_cause_leads_what_follows_from_it() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let port = {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap().port().to_string()
+    };
+    let ports = ["SDK", "TASK", "CELERY"].map(|prefix| format!("{prefix}_RABBITMQ_PORT"));
+    let away: Vec<_> = ports
+        .iter()
+        .map(|name| (name.as_str(), port.as_str()))
+        .collect();
+    let said = text(&deployment, &[], &away);
+    let lines: Vec<_> = said.lines().collect();
+    assert_eq!(
+        lines[0], "One cause, from which 2 other findings may follow:",
+        "{said}"
+    );
+    assert!(lines[1].starts_with("error   SDK RabbitMQ"), "{said}");
+    assert_eq!(said.matches("Follows from the first.").count(), 2, "{said}");
+    let said = text(&deployment, &[], &[("POSTGRESQL_PORT", &port)]);
+    assert!(
+        said.starts_with("One cause, from which 1 other finding may follow:\n"),
+        "{said}"
+    );
+    let second = said.lines().nth(1).unwrap();
+    assert!(second.starts_with("error   Postgres"), "{said}");
+    assert!(
+        said.contains("no orchestrator runs\n                        Follows"),
+        "{said}"
+    );
+    assert!(!text(&deployment, &[], &[]).contains("One cause"));
+}
+
+#[test]
+fn tasks_of_ended_jobs_are_told_from_jobs_and_dropped() {
+    let deployment = Deployment::new();
+    let _service = deployment.start();
+    let client = Client::new(&deployment);
+    let [ended, waiting] = [(); 2].map(|()| client.submit("workflow_1"));
+    client.status(ended);
+    client.status(waiting);
+    client.cancel(ended);
+    client.outcome(ended);
+    deployment.comes_to(1, "SELECT count(*) FROM job");
+    let told = [
+        "error CELERY RabbitMQ: 1 job waits for workflow_1, which has no worker",
+        "warning CELERY RabbitMQ: 1 task in workflow_1 is of a job that has ended",
+    ];
+    assert_eq!(findings(&deployment, &[], &[]), told);
+    let asked = text(&deployment, &["--fix"], &[]);
+    let would = "--fix would drop the tasks in workflow_1 whose jobs have ended";
+    assert!(asked.contains(would), "{asked}");
+    assert!(
+        asked.ends_with("nothing was done: --yes does it\n"),
+        "{asked}"
+    );
+    assert_eq!(findings(&deployment, &[], &[]), told);
+    let done = text(&deployment, &["--fix", "--yes"], &[]);
+    assert!(
+        done.contains("1 task of jobs that have ended was dropped from workflow_1"),
+        "{done}"
+    );
+    assert_eq!(findings(&deployment, &[], &[]), told[..1]);
+    let worker = Worker::new(&deployment, "workflow_1");
+    assert_eq!(worker.take().job, waiting);
+    let nothing = text(&deployment, &["--fix", "--yes"], &[]);
+    assert!(
+        nothing.contains("there is nothing that --fix puts right"),
+        "{nothing}"
+    );
+}
+
+#[test]
+fn what_the_service_declares_can_be_declared_before_it_starts() {
+    let deployment = Deployment::new();
+    let before = text(&deployment, &[], &[]);
+    assert!(
+        before.contains("note    Orchestrator    there is no queue job_submissions"),
+        "{before}"
+    );
+    let done = text(&deployment, &["--fix", "--yes"], &[]);
+    assert!(
+        done.contains("the queues and exchanges of the service are declared\n"),
+        "{done}"
+    );
+    let queues = deployment.queues();
+    for queue in ["job_submissions", "job_deletions", "omotes_dead_letters"] {
+        assert!(queues.contains(&queue.to_owned()), "{queues:?}");
+    }
+    // The service takes what was sent meanwhile.
+    let client = Client::new(&deployment);
+    let job = client.submit("workflow_1");
+    let _service = deployment.start();
+    client.status(job);
 }

@@ -54,7 +54,7 @@ fn the_service_needs_no_deprecated_feature() {
         .peer
         .next(omotes_orchestrator::wire::DEAD_LETTERS_QUEUE);
     let file = deployment.folder.join("input.esdl");
-    fs::write(&file, "<e/>").unwrap();
+    fs::write(&file, "<EnergySystem/>").unwrap();
     let mut submit = deployment
         .command(&["submit", file.to_str().unwrap(), "--workflow", "workflow_1"])
         .stdout(Stdio::null())

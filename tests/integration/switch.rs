@@ -229,7 +229,7 @@ fn an_outcome_that_is_still_to_be_told_is_told_of() {
             "ok Switch: no orchestrator runs",
             "ok Switch: to the Python service the tables are",
             "note Switch: jobs are in flight: 1 RUNNING",
-            "note Switch back: 1 jobs have ended and their clients are not told",
+            "note Switch back: 1 job has ended and its client is not told",
         ],
     );
 }

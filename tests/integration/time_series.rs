@@ -350,7 +350,8 @@ fn the_commands_list_keep_and_drop() {
     assert!(said.contains("nothing was done: --yes does it"), "{said}");
     assert!(run(&["drop", &series.0, "--yes"]).0);
     assert!(!series.exists());
-    assert_eq!(run(&["list"]), (true, String::new()));
+    let nothing = "nothing is known of any time series\n";
+    assert_eq!(run(&["list"]), (true, nothing.to_owned()));
     assert_eq!(
         run(&["keep", "nobody"]),
         (

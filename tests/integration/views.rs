@@ -1,7 +1,7 @@
 //! What operators see: the page in a real browser, the API, metrics, and the command line.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
@@ -386,41 +386,6 @@ fn text_of(output: &Output) -> String {
 }
 
 #[test]
-fn the_list_is_watched_on_a_terminal() {
-    let deployment = Deployment::new();
-    let service = deployment.start();
-    let client = Client::new(&deployment);
-    let watch = deployment.command(&["jobs", "watch"]);
-    let seen = deployment.folder.join("terminal");
-    // A terminal of its own, and what is typed there. `exec`, for a shell that stays would get the
-    // interrupt too, and some end by it.
-    let mut terminal = Command::new("script")
-        .arg("-qec")
-        .arg(format!("exec {} jobs watch", watch.get_program().display()))
-        .arg("/dev/null")
-        .envs(
-            watch
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        )
-        .stdin(Stdio::piped())
-        .stdout(File::create(&seen).unwrap())
-        .spawn()
-        .unwrap();
-    let shows = |text: &str| {
-        eventually(&format!("{text:?} on the terminal"), || {
-            fs::read_to_string(&seen).ok()?.contains(text).then_some(())
-        });
-    };
-    shows("Ctrl-C");
-    submit(&service, &client, "one to watch");
-    shows("one to watch");
-    let mut typed = terminal.stdin.take().unwrap();
-    typed.write_all(b"\x03").unwrap();
-    assert!(terminal.wait().unwrap().success());
-}
-
-#[test]
 fn the_command_line_lists_shows_and_cancels() {
     let deployment = Deployment::new();
     let service = deployment.start();
@@ -482,5 +447,5 @@ fn the_command_line_lists_shows_and_cancels() {
     assert!(text.ends_with("is unknown\n"), "{text}");
     let (code, completions) = run(&["completions", "bash"]);
     assert_eq!(code, 0);
-    assert!(completions.contains("dead-letters"));
+    assert!(completions.contains("omotes-orchestrator"));
 }

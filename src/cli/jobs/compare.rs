@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use comfy_table::Cell;
-use console::style;
 use jiff::Timestamp;
+use omotes_orchestrator::actions::names::resolve;
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::domain::overview::JobName;
 use omotes_orchestrator::domain::overview::{Overview, Story, compare};
 use omotes_orchestrator::store::Connection;
 use uuid::Uuid;
@@ -16,8 +17,9 @@ use crate::cli::{connect, print, table};
 
 /// # Errors
 /// Postgres is not there, or one of them is not known.
-pub(super) fn run(config: &Config, ids: [Uuid; 2], json: bool) -> anyhow::Result<ExitCode> {
+pub(super) fn run(config: &Config, names: &[JobName; 2], json: bool) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
+    let ids = resolve(&mut connection, names)?;
     let one = story(config, &mut connection, ids[0])?;
     let other = story(config, &mut connection, ids[1])?;
     let lines = compare(&one, &other, Timestamp::now());
@@ -28,13 +30,7 @@ pub(super) fn run(config: &Config, ids: [Uuid; 2], json: bool) -> anyhow::Result
     let short = |id: Uuid| id.to_string()[..8].to_owned();
     let mut table = table(&["", &short(ids[0]), &short(ids[1])]);
     for line in &lines {
-        let text = |text: &Option<String>| {
-            let text = text.as_deref().unwrap_or("-");
-            match line.one == line.other {
-                true => Cell::new(text),
-                false => Cell::new(style(text).bold().to_string()),
-            }
-        };
+        let text = |text: &Option<String>| Cell::new(text.as_deref().unwrap_or("-"));
         let mark = if line.one == line.other { " " } else { "*" };
         let name = format!("{mark} {}", line.what);
         table.add_row([Cell::new(name), text(&line.one), text(&line.other)]);

@@ -4,21 +4,25 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use clap_complete::ArgValueCandidates;
 use omotes_orchestrator::actions::again;
 use omotes_orchestrator::config::Config;
-use serde_json::Value;
-use uuid::Uuid;
+use omotes_orchestrator::domain::overview::JobName;
+use omotes_orchestrator::domain::parameters::typed;
 
 use super::origin::origin;
+use super::the_one;
 use crate::cli::submit::{self, output::Output, parse_param};
-use crate::cli::{connect, say, told_of};
+use crate::cli::{complete, connect, say, told_of};
 
 #[derive(Args)]
 pub(crate) struct Rerun {
-    id: Uuid,
+    /// The job's id, or its beginning.
+    #[arg(add = ArgValueCandidates::new(complete::jobs))]
+    id: JobName,
     /// A parameter in place of the job's own: JSON where it parses as such, a text otherwise.
     #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_param)]
-    params: Vec<(String, Value)>,
+    params: Vec<(String, String)>,
     /// Follow it to its end, as `submit` does, and write its output ESDL to this file.
     #[arg(long)]
     output: Option<PathBuf>,
@@ -27,14 +31,16 @@ pub(crate) struct Rerun {
 /// # Errors
 /// Postgres or RabbitMQ is not there, or its input is not kept.
 pub(super) fn run(config: &Config, rerun: Rerun) -> anyhow::Result<ExitCode> {
-    let parameters = rerun.params.into_iter().collect();
+    let parameters = typed::plain(&rerun.params);
     let mut connection = connect(config)?;
-    let (new, submission) = again::submission(config, &mut connection, rerun.id, &parameters)?;
+    let id = the_one(&mut connection, &rerun.id)?;
+    let (new, submission) = again::submission(config, &mut connection, id, &parameters)?;
     drop(connection);
     if let Some(path) = &rerun.output {
-        return submit::follow_to_its_end(config, &submission, Output::to(path)?);
+        let tasks = submit::tasks(config, &submission.workflow_type);
+        return submit::follow_to_its_end(config, &submission, &tasks, Output::to(path)?);
     }
     told_of("RabbitMQ", || again::submit(config, &submission, &origin()))?;
-    say(format_args!("job {} runs again as job {new}", rerun.id))?;
+    say(format_args!("job {id} runs again as job {new}"))?;
     Ok(ExitCode::SUCCESS)
 }

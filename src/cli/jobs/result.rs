@@ -5,19 +5,26 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use omotes_orchestrator::config::Config;
-use uuid::Uuid;
+use omotes_orchestrator::domain::overview::JobName;
 
+use super::the_one;
 use crate::cli::submit::output::Output;
 use crate::cli::{connect, say_aside};
 
 /// # Errors
 /// Postgres is not there, no such result is kept, or it cannot be written.
-pub(super) fn run(config: &Config, id: Uuid, output: Option<&Path>) -> anyhow::Result<ExitCode> {
+pub(super) fn run(
+    config: &Config,
+    name: &JobName,
+    output: Option<&Path>,
+) -> anyhow::Result<ExitCode> {
     let output = match output {
         Some(path) => Output::to(path)?,
         None => Output::Printed,
     };
-    let Some(esdl) = connect(config)?.kept_result(id)? else {
+    let mut connection = connect(config)?;
+    let id = the_one(&mut connection, name)?;
+    let Some(esdl) = connection.kept_result(id)? else {
         let why = match config.keep_results.is_zero() {
             true => ": KEEP_RESULTS_SEC is 0",
             false => "; those of jobs are whose clients had gone, for KEEP_RESULTS_SEC",

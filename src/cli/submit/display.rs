@@ -1,10 +1,12 @@
-//! What is shown of a job while it goes on.
+//! What is shown of a job while it goes on, on standard error: standard output is for its result.
 
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{IsTerminal, stderr};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use omotes_orchestrator::telemetry::report::{one_line, percent};
+
+use crate::cli::say_aside;
 
 /// A progress bar on a terminal, plain lines elsewhere.
 pub(super) struct Display {
@@ -13,7 +15,7 @@ pub(super) struct Display {
 
 impl Display {
     pub(super) fn new() -> Display {
-        if !stdout().is_terminal() {
+        if !stderr().is_terminal() {
             return Display {
                 bar: ProgressBar::hidden(),
             };
@@ -33,7 +35,7 @@ impl Display {
 
     pub(super) fn line(&self, text: &str) {
         if self.bar.is_hidden() {
-            print_line(text);
+            say_aside(format_args!("{text}"));
         } else {
             self.bar.println(text);
         }
@@ -42,7 +44,7 @@ impl Display {
     pub(super) fn progress(&self, fraction: f64, message: &str) {
         let message = one_line(message);
         if self.bar.is_hidden() {
-            print_line(&format!("progress {} {message}", percent(fraction)));
+            say_aside(format_args!("progress {} {message}", percent(fraction)));
         } else {
             #[expect(
                 clippy::cast_possible_truncation,
@@ -54,9 +56,4 @@ impl Display {
             self.bar.set_message(message);
         }
     }
-}
-
-/// To standard output. Somebody who does not read it does not stop the job.
-pub(super) fn print_line(text: &str) {
-    let _ = writeln!(stdout(), "{text}");
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Source};
-use omotes_orchestrator::config;
+use omotes_orchestrator::config::Config;
 use omotes_orchestrator::telemetry::report::{one_line, readable};
 use omotes_orchestrator::threads::{Calls, Signal, within_deadline};
 use omotes_orchestrator::wire::job_result::ResultType;
@@ -16,10 +16,11 @@ use omotes_orchestrator::wire::{
 use prost::Message as _;
 use uuid::Uuid;
 
-use super::display::{Display, print_line};
+use super::display::Display;
 use super::output::Output;
+use super::takers;
 use crate::cli::jobs::origin::origin;
-use crate::cli::{told_of, warn};
+use crate::cli::{say_aside, told_of, warn};
 
 /// How long queues without a client stay, as in the Python SDK.
 const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
@@ -35,19 +36,22 @@ enum Update {
     Lost(anyhow::Error),
 }
 
-/// Submits a job, shows its course, and returns how it ended; the output ESDL goes to `output`.
+/// Submits a job, whose tasks go to these queues, shows its course, and returns how it ended; the output
+/// ESDL goes to `output`.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
 ///
 /// # Errors
 /// RabbitMQ is not there or refuses something, or the output could not be written and was printed.
 pub(super) fn submit(
-    rabbitmq: &config::RabbitMq,
+    config: &Config,
     submission: &JobSubmission,
+    tasks: &[String],
     output: Output,
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<ResultType> {
     let job_id = submission.uuid.parse()?;
+    let rabbitmq = &config.sdk_rabbitmq;
     let incoming = told_of("RabbitMQ", || Link::open(rabbitmq, "client, consuming"))?;
     let outgoing = Link::open(rabbitmq, "client, publishing")?;
     incoming.declare_for_clients()?;
@@ -60,6 +64,10 @@ pub(super) fn submit(
         incoming.declare_client_queue(queue, QUEUE_EXPIRY)?;
     }
 
+    if let Some(nobody) = takers::of_submissions(&incoming)? {
+        warn(nobody);
+    }
+    let workers = takers::Workers::new(&config.celery_rabbitmq, tasks);
     let (stop, stopped) = Signal::pending();
     let (done, all_done) = unbounded();
     let (update, updates) = unbounded();
@@ -69,9 +77,15 @@ pub(super) fn submit(
             .spawn_scoped(scope, || {
                 follow(&incoming, &queues, &stopped, &all_done, &update);
             });
-        let result = spawned
-            .context("following the job")
-            .and_then(|_| converse(job_id, submission, &outgoing, &updates, &done, interrupts));
+        let result = spawned.context("following the job").and_then(|_| {
+            let line = Line {
+                updates: &updates,
+                done: &done,
+                interrupts,
+                workers: &workers,
+            };
+            converse(job_id, submission, &outgoing, &line)
+        });
         let ended = result.and_then(|result| {
             show_result(output, &result)?;
             Ok(result.result_type())
@@ -113,14 +127,20 @@ fn tell(error: &anyhow::Error) {
     warn(&readable(&format!("{error:#}")));
 }
 
+/// What comes in while a job goes on.
+struct Line<'l> {
+    updates: &'l Receiver<(u64, Update)>,
+    done: &'l Sender<Handled>,
+    interrupts: &'l Receiver<i32>,
+    workers: &'l takers::Workers,
+}
+
 /// Submits the job and shows its updates until its result.
 fn converse(
     job_id: Uuid,
     submission: &JobSubmission,
     outgoing: &Link,
-    updates: &Receiver<(u64, Update)>,
-    done: &Sender<Handled>,
-    interrupts: &Receiver<i32>,
+    line: &Line<'_>,
 ) -> anyhow::Result<JobResult> {
     let calls = Calls::default();
     let mut publisher = Publisher::new(outgoing, &calls);
@@ -133,7 +153,7 @@ fn converse(
     let workflow = one_line(&submission.workflow_type);
     display.line(&format!("job {job_id} submitted to {workflow}"));
     let cancel = || send(wire::job_delete_for(job_id, &origin()));
-    let result = wait(&display, updates, done, interrupts, cancel);
+    let result = wait(&display, line, cancel);
     display.end();
     result
 }
@@ -166,20 +186,26 @@ fn follow(
 
 fn wait(
     display: &Display,
-    updates: &Receiver<(u64, Update)>,
-    done: &Sender<Handled>,
-    interrupts: &Receiver<i32>,
+    line: &Line<'_>,
     mut cancel: impl FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<JobResult> {
-    let mut interrupts = interrupts.clone();
+    let mut interrupts = line.interrupts.clone();
     let mut cancelled = false;
     loop {
         select! {
-            recv(updates) -> update => {
+            recv(line.workers.news()) -> nobody => {
+                if let Ok(nobody) = nobody {
+                    display.line(&format!("warning: {nobody}"));
+                }
+            },
+            recv(line.updates) -> update => {
                 let (tag, update) = update?;
                 match update {
                     Update::Status(update) => {
                         display.line(&format!("status {}", update.status().as_str_name()));
+                        if update.status() == wire::job_status_update::JobStatus::Enqueued {
+                            line.workers.look();
+                        }
                     }
                     Update::Progress(update) => display.progress(update.progress, &update.message),
                     // It stays unacked until it is written.
@@ -189,7 +215,7 @@ fn wait(
                         return Err(error.context(what));
                     }
                 }
-                done.send(Handled::Done(tag))?;
+                line.done.send(Handled::Done(tag))?;
             },
             recv(interrupts) -> signal => {
                 if signal.is_err() {
@@ -222,10 +248,13 @@ fn show_result(output: Output, result: &JobResult) -> anyhow::Result<()> {
         }
         (None, _) => (Ok(None), None),
     };
-    print_line(&format!("result {}", result.result_type().as_str_name()));
+    say_aside(format_args!(
+        "result {}",
+        result.result_type().as_str_name()
+    ));
     for message in &result.esdl_messages {
         let object = message.esdl_object_id.as_ref();
-        print_line(&format!(
+        say_aside(format_args!(
             "{} {}{}",
             message.severity().as_str_name(),
             readable(&message.technical_message),
@@ -235,14 +264,14 @@ fn show_result(output: Output, result: &JobResult) -> anyhow::Result<()> {
         ));
     }
     if !result.logs.is_empty() {
-        print_line(&format!("logs:\n{}", readable(result.logs.trim_end())));
+        say_aside(format_args!("logs:\n{}", readable(result.logs.trim_end())));
     }
     if let Some(esdl) = printed {
         Output::Printed.write(esdl).context("standard output")?;
     }
     let said = written.context("the output ESDL could not be written, and is printed instead")?;
     if let Some(said) = said {
-        print_line(&said);
+        say_aside(format_args!("{said}"));
     }
     Ok(())
 }

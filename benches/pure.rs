@@ -115,6 +115,7 @@ fn decide_about_a_submission(bencher: Bencher, bytes: usize) {
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
         keep_logs: true,
+        keep_parameters: true,
         fair_share_separator: String::new(),
     };
     bencher.bench(|| {

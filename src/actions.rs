@@ -6,6 +6,7 @@ use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use ring::digest::{Context, SHA256};
 
+pub mod again;
 pub mod jobs;
 pub mod letters;
 pub mod queues;

@@ -54,6 +54,12 @@ pub struct Config {
     pub reject_invalid_params: bool,
     /// Whether anything of workers' logs is kept of jobs that have ended.
     pub keep_logs: bool,
+    /// For how long what clients submit is kept, for another run of it; zero if never.
+    pub keep_inputs: Duration,
+    /// For how long the output ESDL of a job is kept whose client has gone; zero if never.
+    pub keep_results: Duration,
+    /// Whether jobs' parameters are kept, for whoever looks at them.
+    pub keep_parameters: bool,
     /// Whether clients whose jobs wait without a worker are told so, by a progress of 0.0.
     pub no_worker_notice: bool,
     /// With each such time that a task has waited for its turn, its priority rises by one level;

@@ -55,7 +55,7 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -99,6 +99,7 @@ impl<T> Lanes<T> {
                 }
                 Action::Cancel(_)
                 | Action::Matching(..)
+                | Action::Again(_)
                 | Action::Turns(..)
                 | Action::Limits(..) => &self.actions,
             },
@@ -112,6 +113,7 @@ impl<T> Lanes<T> {
             | Route::Workers
             | Route::Jobs(_)
             | Route::Job(_)
+            | Route::Result(_)
             | Route::Page(_)
             | Route::JobPage(_) => &self.pages,
         }
@@ -258,6 +260,8 @@ enum Route {
     Workers,
     Jobs(Filter),
     Job(Uuid),
+    /// Its output ESDL.
+    Result(Uuid),
     Page(Filter),
     JobPage(Uuid),
     /// What changes on a page.
@@ -304,7 +308,10 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
         _ => {
             let below = |folder| path.strip_prefix(folder);
             match (below("/api/jobs/"), below("/jobs/"), below("/events/jobs/")) {
-                (Some(id), ..) => Route::Job(job(id)?),
+                (Some(rest), ..) => match rest.strip_suffix("/result") {
+                    Some(id) => Route::Result(job(id)?),
+                    None => Route::Job(job(rest)?),
+                },
                 (_, Some(id), _) => Route::JobPage(job(id)?),
                 (.., Some(id)) => Route::Follow(Box::new(Route::JobPage(job(id)?))),
                 (None, None, None) => return Err((404, format!("there are {PATHS}"))),

@@ -18,6 +18,7 @@ use uuid::Uuid;
 pub use self::batch::Loaded;
 pub use self::connect::Session;
 use self::connect::{Access, ConnectError, Connector, noted};
+pub use self::kept::KeptResult;
 pub use self::turns::{LimitChange, LostGrant, QueueChange, TurnChange};
 pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
@@ -27,11 +28,13 @@ mod activity;
 mod batch;
 mod connect;
 pub mod inspection;
+mod kept;
 pub mod migrate;
 pub mod rights;
 mod rows;
 mod starts;
 mod steps;
+mod story;
 mod time_series;
 mod turns;
 mod upkeep;
@@ -246,7 +249,7 @@ impl Connection {
     }
 
     /// Deletes the rows of these jobs, which have ended, and whose clients have been told;
-    /// `with_course` if some of them have rows for their steps too, of which the logs stay if
+    /// `with_course` if some of them have rows for their steps too, of which logs and messages stay if
     /// `keeps_logs`.
     ///
     /// # Errors
@@ -266,7 +269,8 @@ impl Connection {
                 "WITH starts AS (DELETE FROM job_starts WHERE job_id = ANY($1)),
                       inputs AS (DELETE FROM job_input WHERE job_id = ANY($1)),
                       turns AS (DELETE FROM job_turn WHERE job_id = ANY($1)),
-                      steps AS (UPDATE job_step SET logs = NULL WHERE job_id = ANY($1))
+                      steps AS (UPDATE job_step SET logs = NULL, esdl_messages = NULL
+                                WHERE job_id = ANY($1))
                  DELETE FROM job WHERE job_id = ANY($1)"
             }
             (true, true) => {
@@ -325,7 +329,7 @@ impl Transaction<'_> {
     fn check_tables(&mut self) -> Result<(), StoreError> {
         self.execute("SET LOCAL lock_timeout = '1s'", &[])?;
         self.execute(
-            "LOCK TABLE job, job_history, job_starts, job_step, job_input, esdl_time_series_info
+            "LOCK TABLE job, job_history, job_story, job_starts, job_step, job_input, esdl_time_series_info
              IN ROW EXCLUSIVE MODE",
             &[],
         )?;

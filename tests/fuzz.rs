@@ -162,6 +162,7 @@ static RULES: Rules = Rules {
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: true,
     keep_logs: true,
+    keep_parameters: true,
     fair_share_separator: String::new(),
 };
 

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{Failure, bounded, counted};
 use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
-use crate::domain::job::Priority;
+use crate::domain::job::{Origin, Priority};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_LIMIT};
 use crate::store::{Connection, TurnChange};
 use crate::threads::{Calls, within_deadline};
@@ -33,7 +33,7 @@ impl fmt::Display for Became {
 const ENDED: &str = "has ended already";
 const UNKNOWN: &str = "is unknown";
 
-/// Asks these jobs to end, as their clients would, but for those that have ended or are not known.
+/// Asks these jobs to end for somebody, as their clients would, but for those that have ended or are not known.
 ///
 /// # Errors
 /// Postgres or RabbitMQ is not there, or no orchestrator has been on this vhost.
@@ -41,6 +41,7 @@ pub fn cancel(
     config: &Config,
     mut connection: Connection,
     ids: &[Uuid],
+    origin: &Origin,
 ) -> Result<Vec<Became>, Failure> {
     let mut all = Vec::with_capacity(ids.len());
     for id in ids {
@@ -58,15 +59,15 @@ pub fn cancel(
     drop(connection);
     let live = all.iter().filter(|one| one.is_done);
     let live: Vec<_> = live.map(|one| one.id).collect();
-    ask_to_end(config, &live)?;
+    ask_to_end(config, &live, origin)?;
     Ok(all)
 }
 
-/// Sends the cancels that clients would send.
+/// Sends the cancels that clients would send, for somebody.
 ///
 /// # Errors
 /// RabbitMQ is not there, or no orchestrator has been on this vhost.
-pub fn ask_to_end(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
+pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Result<()> {
     if ids.is_empty() {
         return Ok(());
     }
@@ -74,7 +75,7 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
     let count = counted(ids.len(), "job");
     let mut delivered = Vec::with_capacity(ids.len());
     let published = ids.chunks(AT_ONCE).try_for_each(|some| {
-        delivered.extend(publish_cancels(&link, some)?);
+        delivered.extend(publish_cancels(&link, some, origin)?);
         Ok::<_, anyhow::Error>(())
     });
     // What is confirmed stays so, whatever becomes of the connection.
@@ -102,13 +103,13 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid]) -> anyhow::Result<()> {
 /// Cancels that are sent within one deadline.
 const AT_ONCE: usize = 500;
 
-fn publish_cancels(link: &Link, ids: &[Uuid]) -> anyhow::Result<Vec<Delivered>> {
+fn publish_cancels(link: &Link, ids: &[Uuid], origin: &Origin) -> anyhow::Result<Vec<Delivered>> {
     let messages: Vec<_> = ids
         .iter()
         .map(|id| Outgoing {
             // Without the orchestrator's queue the message would vanish.
             mandatory: true,
-            ..wire::job_delete(*id)
+            ..wire::job_delete_for(*id, origin)
         })
         .collect();
     let calls = Calls::default();

@@ -69,6 +69,14 @@ impl Received {
         texts.into_iter().find(|text| !text.trim().is_empty())
     }
 
+    /// A header that is a text.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        match self.properties.headers().as_ref()?.get(name)? {
+            AmqpValue::LongString(text) => Some(text),
+            _ => None,
+        }
+    }
+
     pub fn correlation_id(&self) -> Option<&str> {
         self.properties.correlation_id().as_deref()
     }

@@ -1,6 +1,7 @@
 //! `jobs`: what the status page shows, and cancelling.
 
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -23,6 +24,11 @@ use uuid::Uuid;
 use super::{Agreed, connect, has_room, overview, print, table, turns, watch as watch_queues};
 
 mod cancel;
+mod compare;
+pub(super) mod origin;
+mod rerun;
+mod result;
+mod story;
 
 const WATCH_PERIOD: Duration = Duration::from_secs(2);
 
@@ -49,6 +55,28 @@ pub(crate) enum Action {
         /// As JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Run a job again as its client submitted it; for KEEP_INPUTS_SEC that is kept.
+    ///
+    /// No client waits for its result: --output takes it, and otherwise KEEP_RESULTS_SEC keeps it.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator jobs rerun 0e9b… --param discount_rate=4\n  \
+        omotes-orchestrator jobs rerun 0e9b… --output again.esdl")]
+    Rerun(rerun::Rerun),
+    /// Compare two jobs: parameters, durations, messages. What differs is marked.
+    Compare {
+        one: Uuid,
+        other: Uuid,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the output ESDL of a job whose client had gone; for KEEP_RESULTS_SEC it is kept.
+    Result {
+        id: Uuid,
+        /// File for it.
+        #[arg(long)]
+        output: Option<PathBuf>,
     },
     /// Cancel jobs, as their clients would: those with these ids, or all that match.
     ///
@@ -148,6 +176,9 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Show { id, json } => show(config, id, json),
+        Action::Rerun(rerun) => rerun::run(config, rerun),
+        Action::Compare { one, other, json } => compare::run(config, [one, other], json),
+        Action::Result { id, output } => result::run(config, id, output.as_deref()),
         Action::Cancel { ids, matching } => cancel::run(config, &ids, &matching),
         Action::Priority { id, level } => {
             turns::change(config, &[id], TurnChange::Priority(level.priority()))
@@ -306,6 +337,7 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
         JobState::Ended(_) => Overview::default(),
     };
     overview.explain(std::slice::from_mut(&mut story.job), now);
+    story::name_parameters(config, &mut story);
     if json {
         print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
@@ -325,6 +357,7 @@ fn show(config: &Config, id: Uuid, json: bool) -> anyhow::Result<ExitCode> {
     if !story.attempts.is_empty() {
         let _ = write!(text, "\n{}\n", attempts(&story.attempts, now).trim_fmt());
     }
+    text += &story::text(&story);
     print(&text)?;
     Ok(ExitCode::SUCCESS)
 }

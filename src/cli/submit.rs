@@ -11,17 +11,19 @@ use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
 use omotes_orchestrator::actions::submission::Order;
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::wire::JobSubmission;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
 use serde_json::{Map, Value};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
+use uuid::Uuid;
 
 use self::output::Output;
 
 mod display;
 mod follow;
-mod output;
+pub(super) mod output;
 
 /// Exit code of a job that was cancelled; as a shell reports Ctrl-C.
 const EXIT_CANCELLED: u8 = 130;
@@ -56,7 +58,7 @@ enum PriorityOption {
     High,
 }
 
-fn parse_param(text: &str) -> Result<(String, Value), String> {
+pub(in crate::cli) fn parse_param(text: &str) -> Result<(String, Value), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
     let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
     Ok((key.to_owned(), value))
@@ -93,6 +95,19 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
         Some(path) => Output::to(path)?,
         None => Output::Printed,
     };
+    let submission = order.submission(Uuid::new_v4())?;
+    follow_to_its_end(config, &submission, output)
+}
+
+/// Submits this and follows it to its end; the output ESDL goes to `output`.
+///
+/// # Errors
+/// As [`follow::submit`].
+pub(super) fn follow_to_its_end(
+    config: &Config,
+    submission: &JobSubmission,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
     let (interrupt, interrupts) = unbounded();
     let mut signals = Signals::new([SIGINT])?;
     let handle = signals.handle();
@@ -105,7 +120,7 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
                     let _ = interrupt.send(signal);
                 }
             })?;
-        let result = follow::submit(&config.sdk_rabbitmq, &order, output, &interrupts);
+        let result = follow::submit(&config.sdk_rabbitmq, submission, output, &interrupts);
         handle.close();
         result
     })?;

@@ -97,6 +97,9 @@ impl<'a> Reader<'a> {
             timeout_result: reader.timeout_result(),
             reject_invalid_params: reader.switch("REJECT_INVALID_PARAMS"),
             keep_logs: reader.switch_from("KEEP_LOGS", "true"),
+            keep_inputs: reader.seconds("KEEP_INPUTS_SEC", 0),
+            keep_results: reader.seconds("KEEP_RESULTS_SEC", 0),
+            keep_parameters: reader.switch_from("KEEP_PARAMETERS", "true"),
             no_worker_notice: reader.switch("NO_WORKER_NOTICE"),
             priority_aging: reader.seconds("PRIORITY_AGING_SEC", 3600),
             fair_share_separator: reader.text("FAIR_SHARE_SEPARATOR", "/"),
@@ -115,7 +118,18 @@ impl<'a> Reader<'a> {
             log_format: reader.log_format(),
         };
         reader.check_accounts(&config);
+        reader.check_what_is_kept(&config);
         config
+    }
+
+    /// A submission is kept as a whole.
+    fn check_what_is_kept(&mut self, config: &Config) {
+        if !config.keep_parameters && !config.keep_inputs.is_zero() {
+            self.faults.push(
+                "KEEP_INPUTS_SEC: with it parameters are kept too, which KEEP_PARAMETERS=false forbids"
+                    .to_owned(),
+            );
+        }
     }
 
     /// The variable's value, if it is set. All lookups go through here.

@@ -586,3 +586,18 @@ fn servers_of_postgres_that_make_no_sense(
     let faults = read(&[("POSTGRESQL_HOST", hosts), ("POSTGRESQL_PORT", ports)]).unwrap_err();
     assert_eq!(faults.to_string(), fault);
 }
+
+#[test]
+fn what_is_kept_of_a_submission_has_its_parameters() {
+    let kept = read(&[("KEEP_INPUTS_SEC", "60"), ("KEEP_RESULTS_SEC", "7")]).unwrap();
+    assert_eq!(kept.keep_inputs, Duration::from_secs(60));
+    assert_eq!(kept.keep_results, Duration::from_secs(7));
+    let none = read(&[("KEEP_PARAMETERS", "false")]).unwrap();
+    assert!(!none.keep_parameters && none.keep_inputs.is_zero());
+    let faults = read(&[("KEEP_PARAMETERS", "false"), ("KEEP_INPUTS_SEC", "60")]).unwrap_err();
+    let faults = faults.to_string();
+    assert!(
+        faults.contains("which KEEP_PARAMETERS=false forbids"),
+        "{faults}"
+    );
+}

@@ -31,6 +31,7 @@ mod decide;
 mod decision;
 mod hand_over;
 mod starts;
+mod told;
 
 pub use self::command::{Command, Completion, Submission};
 pub use self::course::{Attempt, Course, Grant, Input, Position, Report, Turn};
@@ -40,6 +41,7 @@ pub use self::decision::{
     TimeSeries, TimeoutResult,
 };
 pub use self::starts::{MAX_EXCUSED, Start, Suspicion, Verdict};
+pub use self::told::{Mark, Origin, Told, Via};
 
 /// How many characters of a client's reference are kept. The task carries it whole, but any cancel,
 /// say, loads the kept part.
@@ -98,6 +100,9 @@ pub struct Job {
     /// Its way through its workflow's steps, unless that is one plain step. Boxed, for most jobs
     /// have none.
     pub course: Option<Box<Course>>,
+    /// What it was submitted with, as JSON, if that may be kept; None as loaded, for nothing is decided by
+    /// it.
+    pub parameters: Option<String>,
 }
 
 /// A task's progress.
@@ -170,6 +175,8 @@ pub struct Ended {
     /// The line of what its client is told that says most of why it failed. None of a success or a
     /// cancel, and in rows of earlier versions.
     pub why: Option<String>,
+    /// What else its story keeps; None as loaded.
+    pub told: Option<Box<Told>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,6 +303,7 @@ impl Job {
             starts: Vec::new(),
             progress: None,
             course: None,
+            parameters: None,
         }
     }
 
@@ -332,6 +340,7 @@ impl Job {
             start_ids: self.start_ids(),
             result_bytes: to_i64(result_bytes),
             why: None,
+            told: None,
         }
     }
 }

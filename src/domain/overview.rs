@@ -15,12 +15,16 @@ use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
 
 use self::capacity::Capacity;
+pub use self::compare::{Line, compare};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
+pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
 pub use self::why::Why;
 
 mod capacity;
+mod compare;
 mod steps;
+mod story;
 mod turns;
 mod why;
 
@@ -202,7 +206,7 @@ impl Serialize for JobState {
     }
 }
 
-/// A job as operators see it; without its ESDL and parameters, which are the client's alone.
+/// A job as operators see it; without its ESDL, which is the client's alone.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct JobView {
     pub id: Uuid,
@@ -268,18 +272,6 @@ pub struct Estimate {
     /// From its start to its end, or what is left of that; None when it has been running for longer
     /// than all before it.
     pub run: Option<Span>,
-}
-
-/// The history of a job.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Story {
-    #[serde(flatten)]
-    pub job: JobView,
-    /// When workers began it, oldest first; not kept once it has ended.
-    pub started_at: Vec<Timestamp>,
-    /// The tasks that it has had, oldest first, if its workflow has more than one plain step.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub attempts: Vec<AttemptView>,
 }
 
 impl JobView {

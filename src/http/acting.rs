@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use jiff::Timestamp;
 use log::{info, warn};
-use serde_json::json;
+use serde_json::{Map, json};
 use uuid::Uuid;
 
 use super::accounts::{Accounts, Purpose};
@@ -18,8 +18,9 @@ use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
 use super::{html, json_response, refusal};
 use crate::actions::letters::{Letters, all_named, exactly};
-use crate::actions::{Failure, TOLD, bounded, counted, digest, jobs, queues};
+use crate::actions::{Failure, TOLD, again, bounded, counted, digest, jobs, queues};
 use crate::broker::dead_letters::Fate;
+use crate::domain::job::Origin;
 use crate::domain::overview::{Filter, JobState};
 use crate::domain::text::excerpt;
 use crate::domain::worker::Wish;
@@ -57,9 +58,9 @@ pub(super) fn confirm(
             confirm_matching(service, frame, acting, (*whole, filter), None)
         }
         Action::Requeue(_) | Action::RequeueAll(_) => confirm_requeue(service, frame, acting, None),
-        Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(Failure::Refused(
-            "this is done without being asked again".to_owned(),
-        )),
+        Action::Again(_) | Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(
+            Failure::Refused("this is done without being asked again".to_owned()),
+        ),
     };
     asked
         .map(|page| html(200, frame.nonce, page))
@@ -144,7 +145,7 @@ pub(super) fn act(
     let (who, account) = (visit.who(), visit.account());
     let what = in_words(&form.action);
     info!(account; "{who} asks: {what}");
-    let performed = perform(service, &form.action, stop);
+    let performed = perform(service, &form.action, visit, stop);
     // Whatever came of it.
     service.look_anew();
     match performed {
@@ -167,14 +168,25 @@ pub(super) fn act(
     }
 }
 
-fn perform(service: &Service, action: &Action, stop: &Signal) -> Result<Came, Failure> {
+fn perform(
+    service: &Service,
+    action: &Action,
+    visit: &Visit,
+    stop: &Signal,
+) -> Result<Came, Failure> {
     let config = &service.config;
     let lines = match action {
         // Only looks: RabbitMQ keeps it while Postgres does not write.
-        Action::Cancel(ids) => lines(&jobs::cancel(config, looking(service)?, ids)?),
+        Action::Cancel(ids) => lines(&jobs::cancel(
+            config,
+            looking(service)?,
+            ids,
+            &visit.origin(),
+        )?),
         Action::Matching(whole, filter, shown) => {
-            return to_all(service, *whole, filter, shown.as_ref());
+            return to_all(service, visit, *whole, filter, shown.as_ref());
         }
+        Action::Again(ids) => run_again(service, ids, &visit.origin())?,
         Action::Turns(ids, change) => lines(&jobs::change_turns(
             &mut connection(service)?,
             ids,
@@ -196,6 +208,7 @@ fn perform(service: &Service, action: &Action, stop: &Signal) -> Result<Came, Fa
 /// Does so to all that match, if they are those that were shown.
 fn to_all(
     service: &Service,
+    visit: &Visit,
     whole: Whole,
     filter: &Filter,
     shown: Option<&Shown>,
@@ -207,7 +220,7 @@ fn to_all(
     }
     let count = counted(ids.len(), "job");
     let Some(change) = whole.turn() else {
-        jobs::ask_to_end(&service.config, &ids)?;
+        jobs::ask_to_end(&service.config, &ids, &visit.origin())?;
         let each = ids.iter().map(|id| format!("job {id}"));
         let head = std::iter::once(format!("{count} asked to end"));
         return Ok(Came::Done(head.chain(each).collect()));
@@ -228,6 +241,25 @@ fn to_all(
 
 fn lines(all: &[impl ToString]) -> Vec<String> {
     all.iter().map(|one| harmless(&one.to_string())).collect()
+}
+
+/// Submits these jobs once more.
+fn run_again(service: &Service, ids: &[Uuid], origin: &Origin) -> Result<Vec<String>, Failure> {
+    let config = &service.config;
+    let mut told = Vec::new();
+    for id in ids {
+        let submitted = again::submission(config, &mut looking(service)?, *id, &Map::new())
+            .and_then(|(new, submission)| {
+                again::submit(config, &submission, origin)?;
+                Ok(new)
+            });
+        match submitted {
+            Ok(new) => told.push(format!("job {id} runs again as job {new}")),
+            Err(failure) if told.is_empty() && ids.len() == 1 => return Err(failure),
+            Err(failure) => told.push(harmless(&failure.to_string())),
+        }
+    }
+    Ok(told)
 }
 
 /// A connection that writes.
@@ -329,6 +361,7 @@ fn in_words(action: &Action) -> String {
             };
             format!("{verb} {which}{}", at.unwrap_or_default())
         }
+        Action::Again(ids) => format!("run again {}", bounded(&lines(ids), ", ")),
         Action::Turns(ids, change) => {
             let verb = match change {
                 TurnChange::Hold => "hold".to_owned(),
@@ -398,6 +431,7 @@ fn ask_again(
             confirm_matching(service, frame, acting, (*whole, filter), Some(NOTICE))
         }
         Action::Cancel(_)
+        | Action::Again(_)
         | Action::Requeue(_)
         | Action::RequeueAll(_)
         | Action::Turns(..)

@@ -13,6 +13,7 @@ use super::form::Form;
 use super::guard::{Guesses, PENALTY, Provenance};
 use super::server::{BodyFault, MAX_BODY, Request, Response};
 use super::{ACT, HTML, Route, SUBMIT, refusal, route};
+use crate::domain::job::{Origin, Via};
 use crate::telemetry::report::one_line;
 
 /// Who asks, and how it is to be answered.
@@ -53,6 +54,15 @@ impl Visit {
             Access::Act(name) | Access::Look(name) => name,
             Access::Open => "nobody",
         }
+    }
+
+    /// The same for whom it concerns later.
+    pub(super) fn origin(&self) -> Origin {
+        let from = match &self.forwarded {
+            Some(claimed) => format!("{}, which says it is for {claimed}", self.peer.ip()),
+            None => self.peer.ip().to_string(),
+        };
+        Origin::new(Via::Page, Some(self.account()), Some(&from))
     }
 
     /// The account, and where its request came from.

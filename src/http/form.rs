@@ -19,6 +19,8 @@ pub(super) enum Action {
     Cancel(Vec<Uuid>),
     /// This to all that match, if they are those that the operator was shown; None before that.
     Matching(Whole, Filter, Option<Shown>),
+    /// Another run of each.
+    Again(Vec<Uuid>),
     Turns(Vec<Uuid>, TurnChange),
     Limits(String, Vec<LimitChange>),
     Steer(String, Wish),
@@ -208,6 +210,7 @@ impl Fields {
             "cancel-all" => Action::Matching(Whole::Cancel, self.list()?, self.shown()?),
             "hold-all" => Action::Matching(Whole::Hold, self.list()?, self.shown()?),
             "release-all" => Action::Matching(Whole::Release, self.list()?, self.shown()?),
+            "again" => Action::Again(self.ids()?),
             "priority" => Action::Turns(self.ids()?, TurnChange::Priority(self.priority()?)),
             "first" => Action::Turns(self.ids()?, TurnChange::First),
             "hold" => Action::Turns(self.ids()?, TurnChange::Hold),
@@ -285,6 +288,7 @@ mod tests {
             Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
         )
     )]
+    #[case("do=again&id=ID", Action::Again(vec![id()]))]
     #[case(
         "do=cancel-all",
         Action::Matching(Whole::Cancel, Filter::default(), None)

@@ -1,4 +1,4 @@
-//! The status page: what [`crate::domain::overview`] has, as HTML. It shows neither ESDLs nor parameters.
+//! The status page: what [`crate::domain::overview`] has, as HTML. It shows no ESDLs.
 
 use jiff::Timestamp;
 use maud::{Markup, html};
@@ -18,6 +18,7 @@ mod charts;
 mod job;
 mod layout;
 mod list;
+mod story;
 mod submit;
 mod words;
 mod workers;

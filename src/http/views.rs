@@ -138,6 +138,7 @@ fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Re
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
+        | Route::Result(_)
         | Route::Job(_) => json_response(503, &json!({"error": why})),
     }
 }
@@ -171,9 +172,17 @@ fn with_database(
             overview.explain(&mut page.jobs, now);
             json_response(200, &json!(page))
         }
+        Route::Result(id) => match connection.kept_result(*id)? {
+            Some(esdl) => result(*id, esdl),
+            None => {
+                let why = format!("no output ESDL of job {id} is kept");
+                json_response(404, &json!({"error": why}))
+            }
+        },
         Route::Job(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
+                service.name_parameters(&mut story);
                 json_response(200, &json!(story))
             }
             None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
@@ -183,6 +192,21 @@ fn with_database(
             html(status, frame.nonce, sheet.document(frame))
         }
     })
+}
+
+/// An output ESDL, as a file. It is a worker's text, and must not be run as a page of this site.
+fn result(job_id: Uuid, esdl: String) -> Response {
+    let mut response = Response::new(200, "application/octet-stream", esdl);
+    let disposition = format!("attachment; filename=\"{job_id}.esdl\"");
+    response.headers.extend([
+        ("Content-Disposition", disposition),
+        ("X-Content-Type-Options", "nosniff".to_owned()),
+        (
+            "Content-Security-Policy",
+            "default-src 'none'; sandbox".to_owned(),
+        ),
+    ]);
+    response
 }
 
 /// What a page shows, with its status.
@@ -197,6 +221,7 @@ fn sheet(
         return Ok(match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), frame.now);
+                service.name_parameters(&mut story);
                 (200, page::job(frame, &story))
             }
             None => (404, page::unknown_job(frame, *id)),
@@ -335,6 +360,7 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
+        | Route::Result(_)
         | Route::Job(_) => {
             let error = format!("Postgres does not answer: {}", one_line(why));
             json_response(503, &json!({"error": error}))

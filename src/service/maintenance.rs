@@ -131,6 +131,9 @@ pub fn run(
     }
 }
 
+/// Large rows that are deleted in one statement.
+const KEPT_AT_ONCE: i64 = 100;
+
 /// What is due because time has passed.
 enum Due {
     Overdue(Overdue),
@@ -466,11 +469,21 @@ impl Maintenance<'_> {
         if forgotten > 0 {
             info!("forgot {forgotten} jobs that ended longer than {retention:?} ago");
         }
+        // Also where nothing is to be kept any more.
+        let results = connection.forget_results(config.keep_results, KEPT_AT_ONCE)?;
+        if results > 0 {
+            info!("forgot {results} output ESDLs that nobody has taken");
+        }
+        let inputs = connection.forget_submissions(config.keep_inputs, KEPT_AT_ONCE)?;
+        if inputs > 0 {
+            info!("forgot what was submitted for {inputs} jobs");
+        }
         let swept = connection.sweep_courses()?;
         if swept > 0 {
             info!("forgot {swept} steps of jobs that another service has ended");
         }
-        if forgotten < MAX_FINDINGS.into() {
+        let most = results.max(inputs);
+        if forgotten < MAX_FINDINGS.into() && most < KEPT_AT_ONCE.unsigned_abs() {
             self.history = Chore::Done;
         }
         Ok(())

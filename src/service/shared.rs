@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::domain::job::Rules;
-use crate::domain::overview::{Filter, Overview, Page, Queues};
+use crate::domain::overview::{Filter, Overview, Page, Queues, Story};
 use crate::domain::turns::{self, CurrentLimits, Limits};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
 use crate::service::looks::Looks;
@@ -102,11 +102,21 @@ impl Service {
                 timeout_result: config.timeout_result,
                 reject_invalid_params: config.reject_invalid_params,
                 keep_logs: config.keep_logs,
+                keep_parameters: config.keep_parameters,
                 fair_share_separator: config.fair_share_separator.clone(),
             },
             config,
         };
         Ok((service, catalogue_changed))
+    }
+
+    /// Calls a job's parameters as the definition of its workflow does.
+    pub fn name_parameters(&self, story: &mut Story) {
+        let catalogue = self.catalogue.get();
+        let workflow = story.job.workflow.as_deref();
+        if let Some(definition) = workflow.and_then(|name| catalogue.definition(name)) {
+            story.name_parameters(&definition.parameters);
+        }
     }
 
     /// Reads what is allowed at task queues.

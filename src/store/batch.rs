@@ -4,10 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use jiff::Timestamp;
+use serde_json::json;
 use uuid::Uuid;
 
 use super::rows::{same_row, state};
 use super::steps::CourseChanges;
+use super::story::ToldColumns;
 use super::{StoreError, Transaction, expect_rows, starts};
 use crate::domain::batch::{Series, SeriesChanges, Transition};
 use crate::domain::job::{
@@ -30,8 +32,8 @@ struct Changes<'a> {
     inserted: Vec<(Uuid, &'a Job)>,
     /// Each with its previous row.
     updated: Vec<(Uuid, &'a Job, &'a Job)>,
-    /// Those of which only the progress changes.
-    progressed: Vec<(Uuid, &'a Job)>,
+    /// The same of those of which only the progress changes.
+    progressed: Vec<(Uuid, &'a Job, &'a Job)>,
     /// Those whose task is no longer the one that was started.
     restarted: Vec<Uuid>,
     started: Vec<(Uuid, &'a Start)>,
@@ -62,7 +64,7 @@ impl<'a> Changes<'a> {
                 if !same_row(before, after) {
                     self.updated.push((job_id, before, after));
                 } else if before.progress != after.progress {
-                    self.progressed.push((job_id, after));
+                    self.progressed.push((job_id, before, after));
                 }
                 self.courses.add(job_id, before, after);
                 let known = match is_same_run(before, after) {
@@ -280,14 +282,16 @@ impl Transaction<'_> {
         let columns = JobColumns::of(jobs.iter().copied());
         self.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
-                              submitted_at, running_at, timeout_after_ms, job_reference, priority)
+                              submitted_at, running_at, timeout_after_ms, job_reference, priority,
+                              parameters)
              SELECT job_id, celery_id, workflow_type, status::jobstatus, registered_at,
-                    submitted_at, running_at, timeout_after_ms, job_reference, priority
+                    submitted_at, running_at, timeout_after_ms, job_reference, priority, parameters
              FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::text[], $5::timestamptz[],
                          $6::timestamptz[], $7::timestamptz[], $8::bigint[], $9::varchar[],
-                         $10::varchar[])
+                         $10::varchar[], $11::text[])
                   AS new (job_id, celery_id, workflow_type, status, registered_at,
-                          submitted_at, running_at, timeout_after_ms, job_reference, priority)",
+                          submitted_at, running_at, timeout_after_ms, job_reference, priority,
+                          parameters)",
             &[
                 &columns.ids,
                 &columns.tasks,
@@ -299,28 +303,33 @@ impl Transaction<'_> {
                 &columns.timeouts,
                 &columns.references,
                 &columns.priorities,
+                &columns.parameters,
             ],
         )?;
         Ok(())
     }
 
-    fn update_progress(&mut self, jobs: &[(Uuid, &Job)]) -> Result<(), StoreError> {
+    fn update_progress(&mut self, jobs: &[(Uuid, &Job, &Job)]) -> Result<(), StoreError> {
         if jobs.is_empty() {
             return Ok(());
         }
-        let ids: Vec<_> = jobs.iter().map(|(id, _)| id).collect();
-        let progress = ProgressColumns::of(jobs.iter().map(|(_, job)| *job));
+        let ids: Vec<_> = jobs.iter().map(|(id, ..)| id).collect();
+        let progress = ProgressColumns::of(jobs);
         let rows = self.execute(
             "UPDATE job
-             SET progress = new.progress, progress_message = new.message, progress_at = new.at
-             FROM unnest($1::uuid[], $2::float8[], $3::varchar[], $4::timestamptz[])
-                  AS new (job_id, progress, message, at)
+             SET progress = new.progress, progress_message = new.message, progress_at = new.at,
+                 marks = CASE WHEN new.mark IS NULL OR octet_length(job.marks) > $6 THEN job.marks
+                              ELSE concat(job.marks, new.mark, chr(10)) END
+             FROM unnest($1::uuid[], $2::float8[], $3::varchar[], $4::timestamptz[], $5::text[])
+                  AS new (job_id, progress, message, at, mark)
              WHERE job.job_id = new.job_id",
             &[
                 &ids,
                 &progress.fractions,
                 &progress.messages,
                 &progress.times,
+                &progress.marks,
+                &MAX_MARKS,
             ],
         )?;
         expect_rows("updating progress", rows, jobs.len())
@@ -331,19 +340,22 @@ impl Transaction<'_> {
             return Ok(());
         }
         let columns = JobColumns::of(jobs.iter().map(|(id, _, new)| (*id, *new)));
-        let progress = ProgressColumns::of(jobs.iter().map(|(_, _, new)| *new));
+        let progress = ProgressColumns::of(jobs);
         let old_statuses: Vec<_> = jobs.iter().map(|(_, old, _)| old.status.name()).collect();
         let rows = self.execute(
             "UPDATE job
              SET status = new.status::jobstatus, celery_id = new.celery_id,
                  submitted_at = new.submitted_at, running_at = new.running_at,
                  timeout_after_ms = new.timeout_after_ms, priority = new.priority,
-                 progress = new.progress, progress_message = new.message, progress_at = new.at
+                 progress = new.progress, progress_message = new.message, progress_at = new.at,
+                 marks = CASE WHEN new.mark IS NULL OR octet_length(job.marks) > $13 THEN job.marks
+                              ELSE concat(job.marks, new.mark, chr(10)) END,
+                 parameters = coalesce(new.parameters, job.parameters)
              FROM unnest($1::uuid[], $2::text[], $3::text[], $4::varchar[], $5::timestamptz[],
                          $6::timestamptz[], $7::bigint[], $8::varchar[], $9::float8[],
-                         $10::varchar[], $11::timestamptz[])
+                         $10::varchar[], $11::timestamptz[], $12::text[], $14::text[])
                   AS new (job_id, old_status, status, celery_id, submitted_at, running_at,
-                          timeout_after_ms, priority, progress, message, at)
+                          timeout_after_ms, priority, progress, message, at, mark, parameters)
              WHERE job.job_id = new.job_id AND job.status = new.old_status::jobstatus",
             &[
                 &columns.ids,
@@ -357,6 +369,9 @@ impl Transaction<'_> {
                 &progress.fractions,
                 &progress.messages,
                 &progress.times,
+                &progress.marks,
+                &MAX_MARKS,
+                &columns.parameters,
             ],
         )?;
         expect_rows("updating jobs", rows, jobs.len())
@@ -367,14 +382,45 @@ impl Transaction<'_> {
             return Ok(());
         }
         let columns = HistoryColumns::of(ended);
+        let told = ToldColumns::of(ended);
+        // Both rows in one statement. What is told twice is told by whoever knows more.
         self.execute(
-            "INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
+            "WITH new AS (
+                 SELECT * FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[],
+                                      $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
+                                      $8::timestamptz[], $9::integer[], $10::varchar[],
+                                      $11::bigint[], $12::varchar[], $13::varchar[], $14::text[],
+                                      $15::text[], $16::text[], $17::text[], $18::bool[])
+                      AS new (job_id, job_reference, workflow_type, celery_id, registered_at,
+                              submitted_at, running_at, finished_at, starts, outcome, result_bytes,
+                              start_ids, why, told_starts, ended_by, logs, esdl_messages,
+                              keeps_progress)
+             ), story AS (
+                 INSERT INTO job_story AS before (
+                     job_id, priority, timeout_ms, parameters, progress, progress_message,
+                     progress_at, marks, starts, ended_by, logs, esdl_messages)
+                 SELECT new.job_id, job.priority, job.timeout_after_ms, job.parameters,
+                        job.progress, CASE WHEN keeps_progress THEN job.progress_message END,
+                        job.progress_at, CASE WHEN keeps_progress THEN job.marks END,
+                        new.told_starts, new.ended_by, new.logs, new.esdl_messages
+                 FROM new LEFT JOIN LATERAL (
+                     SELECT * FROM job WHERE job.job_id = new.job_id LIMIT 1
+                 ) AS job ON true
+                 ON CONFLICT (job_id) DO UPDATE
+                 SET priority = excluded.priority, timeout_ms = excluded.timeout_ms,
+                     parameters = excluded.parameters, progress = excluded.progress,
+                     progress_message = excluded.progress_message,
+                     progress_at = excluded.progress_at, marks = excluded.marks,
+                     starts = excluded.starts,
+                     ended_by = coalesce(excluded.ended_by, before.ended_by),
+                     logs = excluded.logs, esdl_messages = excluded.esdl_messages
+             )
+             INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
                                       registered_at, submitted_at, running_at, finished_at,
                                       starts, outcome, result_bytes, start_ids, why)
-             SELECT * FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[],
-                                  $5::timestamptz[], $6::timestamptz[], $7::timestamptz[],
-                                  $8::timestamptz[], $9::integer[], $10::varchar[], $11::bigint[],
-                                  $12::varchar[], $13::varchar[])
+             SELECT job_id, job_reference, workflow_type, celery_id, registered_at, submitted_at,
+                    running_at, finished_at, starts, outcome, result_bytes, start_ids, why
+             FROM new
              ON CONFLICT (job_id) DO UPDATE
              SET job_reference = excluded.job_reference, workflow_type = excluded.workflow_type,
                  celery_id = excluded.celery_id, registered_at = excluded.registered_at,
@@ -396,6 +442,11 @@ impl Transaction<'_> {
                 &columns.sizes,
                 &columns.start_ids,
                 &columns.whys,
+                &told.starts,
+                &told.by,
+                &told.logs,
+                &told.messages,
+                &told.keeps_progress,
             ],
         )?;
         Ok(())
@@ -511,6 +562,7 @@ struct JobColumns<'a> {
     running: Vec<Option<Timestamp>>,
     timeouts: Vec<Option<i64>>,
     priorities: Vec<Option<&'static str>>,
+    parameters: Vec<Option<&'a str>>,
 }
 
 impl<'a> JobColumns<'a> {
@@ -527,6 +579,7 @@ impl<'a> JobColumns<'a> {
                 running_at,
                 timeout_ms,
                 priority,
+                parameters,
                 // They have rows of their own.
                 starts: _,
                 course: _,
@@ -543,6 +596,7 @@ impl<'a> JobColumns<'a> {
             columns.running.push(*running_at);
             columns.timeouts.push(*timeout_ms);
             columns.priorities.push(priority.map(Priority::name));
+            columns.parameters.push(parameters.as_deref());
         }
         columns
     }
@@ -554,13 +608,20 @@ struct ProgressColumns<'a> {
     fractions: Vec<Option<f64>>,
     messages: Vec<Option<&'a str>>,
     times: Vec<Option<Timestamp>>,
+    marks: Vec<Option<String>>,
 }
 
+/// Bytes of a job's marks up to which another one is added.
+const MAX_MARKS: i32 = 1200;
+
 impl<'a> ProgressColumns<'a> {
-    fn of(jobs: impl Iterator<Item = &'a Job>) -> ProgressColumns<'a> {
+    /// Each job with its previous row.
+    fn of(jobs: &[(Uuid, &'a Job, &'a Job)]) -> ProgressColumns<'a> {
         let mut columns = ProgressColumns::default();
-        for job in jobs {
+        for (_, before, job) in jobs {
             let progress = job.progress.as_ref();
+            let mark = progress.and_then(|one| one.mark(before.progress.as_ref()));
+            columns.marks.push(mark.map(|mark| json!(mark).to_string()));
             let fraction = progress.map(|progress| progress.fraction);
             let message = progress.map(|progress| progress.message.as_str());
             columns.fractions.push(fraction);
@@ -606,6 +667,8 @@ impl<'a> HistoryColumns<'a> {
                 start_ids,
                 result_bytes,
                 why,
+                // It has a row of its own.
+                told: _,
             } = job;
             columns.ids.push(*id);
             columns.whys.push(why.as_deref());

@@ -5,10 +5,13 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 17] = [
+const TABLES: [&str; 20] = [
     "job",
     "job_starts",
     "job_history",
+    "job_story",
+    "job_result",
+    "job_submission",
     "job_step",
     "job_input",
     "job_turn",

@@ -21,6 +21,8 @@ pub(super) fn same_row(before: &Job, after: &Job) -> bool {
         running_at,
         timeout_ms,
         priority,
+        // It changes with the status alone.
+        parameters: _,
         // They have rows of their own.
         starts: _,
         course: _,
@@ -66,6 +68,7 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
         starts: starts::starts(row)?,
         // It is read with a statement of its own.
         course: None,
+        parameters: None,
     }))
 }
 
@@ -98,6 +101,7 @@ fn ended(row: &Row) -> anyhow::Result<Option<Ended>> {
         start_ids: starts::ids_from_text(row.try_get("start_ids")?),
         result_bytes: row.try_get("result_bytes")?,
         why: row.try_get("why")?,
+        told: None,
     }))
 }
 
@@ -159,6 +163,7 @@ mod tests {
             starts: Vec::new(),
             progress: None,
             course: None,
+            parameters: None,
         };
         let mut after = before.clone();
         change(&mut after);

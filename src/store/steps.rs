@@ -471,7 +471,7 @@ fn report(row: &Row) -> anyhow::Result<Option<Report>> {
     }))
 }
 
-fn messages_to_text(messages: &[EsdlMessage]) -> String {
+pub(super) fn messages_to_text(messages: &[EsdlMessage]) -> String {
     let messages = messages.iter().map(|message| {
         let EsdlMessage {
             technical_message,
@@ -488,7 +488,7 @@ fn messages_to_text(messages: &[EsdlMessage]) -> String {
 }
 
 /// What is none is left out.
-fn messages_from_text(text: &str) -> Vec<EsdlMessage> {
+pub(super) fn messages_from_text(text: &str) -> Vec<EsdlMessage> {
     let list: Vec<Value> = serde_json::from_str(text).unwrap_or_default();
     let text = |value: &Value, key| value.get(key).and_then(Value::as_str).map(str::to_owned);
     list.iter()

@@ -403,6 +403,13 @@ impl Connection {
                  RETURNING job_id
              ), steps AS (
                  DELETE FROM job_step USING gone WHERE job_step.job_id = gone.job_id
+             ), stories AS (
+                 DELETE FROM job_story USING gone WHERE job_story.job_id = gone.job_id
+             ), results AS (
+                 DELETE FROM job_result USING gone WHERE job_result.job_id = gone.job_id
+             ), submissions AS (
+                 DELETE FROM job_submission USING gone
+                 WHERE job_submission.job_id = gone.job_id
              )
              SELECT count(*) FROM gone",
             &[&retention.as_secs_f64(), &limit],

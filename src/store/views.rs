@@ -10,9 +10,7 @@ use super::rows::{named, progress, seconds};
 use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
-use crate::domain::overview::{
-    End, Filter, JobState, JobView, MAX_COUNT, Page, Story, WorkflowRows,
-};
+use crate::domain::overview::{End, Filter, JobState, JobView, MAX_COUNT, Page, WorkflowRows};
 
 /// Live jobs, and those whose clients may not have been told yet: first those that workers have
 /// started, then the others in the order in which workers take them, and then those that are not
@@ -210,35 +208,6 @@ impl Connection {
             &[&state, &filter.workflow, &text, &until, &on_hold],
         )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// One job, if it is known.
-    ///
-    /// # Errors
-    /// As [`Connection::jobs`].
-    pub fn story(&mut self, job_id: Uuid) -> Result<Option<Story>, StoreError> {
-        let live = Filter {
-            id: Some(job_id),
-            ..Filter::default()
-        };
-        let finished = Filter {
-            finished: true,
-            ..live.clone()
-        };
-        let job = match self.jobs(&live)?.jobs.pop() {
-            Some(job) => Some(job),
-            None => self.jobs(&finished)?.jobs.pop(),
-        };
-        let Some(job) = job else { return Ok(None) };
-        let starts = self.client.query(
-            "SELECT started_at FROM job_starts WHERE job_id = $1 ORDER BY started_at",
-            &[&job_id],
-        )?;
-        Ok(Some(Story {
-            job,
-            started_at: starts.iter().map(|row| row.get(0)).collect(),
-            attempts: self.attempts(job_id)?,
-        }))
     }
 
     /// The figures of each workflow: of those in `defined`, and of others that jobs have.

@@ -21,6 +21,9 @@ pub struct Known {
     pub absences: Vec<Absence>,
 }
 
+/// Tasks of a job, each with a worker that was seen with it, that its story keeps.
+const MAX_SEEN: i64 = 10;
+
 /// The task of a running job, in its workflow's terms.
 #[derive(Debug)]
 pub struct Running {
@@ -204,7 +207,7 @@ impl Connection {
                                                    AND step.celery_id = worker_task.celery_id
                         LEFT JOIN job_history AS ended ON ended.job_id = worker_task.job_id
                                                        AND ended.celery_id = worker_task.celery_id
-                   WHERE NOT is_current) AS tasks
+                   WHERE NOT is_current AND last_seen >= now() - interval '1 hour') AS tasks
              GROUP BY host",
             &[],
         )?;
@@ -300,9 +303,26 @@ impl Transaction<'_> {
             ],
         )?;
         self.execute(
-            "DELETE FROM worker_task
-             WHERE NOT is_current AND last_seen < $1::timestamptz - interval '1 hour'",
-            &[&now],
+            "WITH gone AS (
+                 -- Of a job that has not ended the story is still to be told.
+                 DELETE FROM worker_task
+                 WHERE NOT is_current AND last_seen < $1::timestamptz - interval '1 hour'
+                   AND NOT EXISTS (SELECT FROM job WHERE job.job_id = worker_task.job_id)
+                 RETURNING host, celery_id, job_id, first_seen, last_seen
+             ), by_job AS (
+                 SELECT job_id, json_agg(json_build_object(
+                            'host', host, 'task_id', celery_id, 'first_seen', first_seen,
+                            'last_seen', last_seen) ORDER BY first_seen)::text AS hosts
+                 FROM (
+                     SELECT *, row_number() OVER (PARTITION BY job_id ORDER BY first_seen) AS place
+                     FROM gone WHERE job_id IS NOT NULL
+                 ) AS placed WHERE place <= $2 GROUP BY job_id
+             )
+             UPDATE job_story
+             SET hosts = (coalesce(job_story.hosts, '[]')::jsonb || by_job.hosts::jsonb)::text
+             FROM by_job WHERE job_story.job_id = by_job.job_id
+               AND coalesce(octet_length(job_story.hosts), 0) < 10000",
+            &[&now, &MAX_SEEN],
         )?;
         Ok(())
     }

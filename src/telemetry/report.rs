@@ -159,7 +159,7 @@ fn level(event: &Event, command: &Command) -> Level {
             | Command::Judge { .. } => Level::Debug,
             Command::Submit(_)
             | Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::Start { .. }
             | Command::Result { .. }
             | Command::TimeOut
@@ -187,7 +187,7 @@ fn reason(report: &Report<'_>) -> Option<String> {
             None | Some("") => format!("workflow {}", one_line(&submission.workflow_type)),
             Some(refusal) => one_line(refusal),
         }),
-        Command::Cancel
+        Command::Cancel(_)
         | Command::Start { .. }
         | Command::Progress { .. }
         | Command::Result { .. }

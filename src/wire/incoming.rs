@@ -8,7 +8,7 @@ use super::{
     Inbox, JobDelete, JobSubmission, RequestAvailableWorkflows, TaskProgressUpdate, TaskResult,
     bounds, job_submission, task_progress_update, task_result,
 };
-use crate::domain::job::{Command, Completion, Priority, Submission};
+use crate::domain::job::{Command, Completion, Origin, Priority, Submission, Via};
 use crate::domain::text::excerpt;
 
 /// A received message's content: what it asks for.
@@ -29,6 +29,20 @@ pub struct Undecodable {
     pub reason: String,
     /// What to do about the job, where the message at least names it.
     pub instead: Option<Box<(Uuid, Command)>>,
+}
+
+/// Headers of a cancel that is not its client's: by which way somebody asked for it, who, and from where.
+pub(super) const VIA: &str = "omotes_via";
+pub(super) const WHO: &str = "omotes_who";
+pub(super) const FROM: &str = "omotes_from";
+
+/// Who sent a message, as its headers say, and otherwise a client. Whoever sends one can say anything.
+pub fn origin<'m>(header: impl Fn(&str) -> Option<&'m str>, sender: Option<&str>) -> Origin {
+    let named = |name: &str| Via::ALL.iter().copied().find(|via| via.name() == name);
+    match header(VIA).and_then(named) {
+        Some(via) => Origin::new(via, header(WHO), header(FROM)),
+        None => Origin::new(Via::Client, sender, None),
+    }
 }
 
 /// Bytes of a task id; AMQP has no room for more. Ours are UUIDs.
@@ -71,7 +85,7 @@ pub fn decode(
         Inbox::Submissions => decode_submission(body),
         Inbox::Cancels => {
             let message = parse::<JobDelete>(body, |_| None)?;
-            job_request(&message.uuid, Command::Cancel)
+            job_request(&message.uuid, Command::Cancel(Origin::default()))
         }
         Inbox::WorkflowRequests | Inbox::NamedWorkflowRequests => {
             parse::<RequestAvailableWorkflows>(body, |_| None).map(|_| Request::ListWorkflows)

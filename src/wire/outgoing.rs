@@ -1,16 +1,18 @@
 //! What the service publishes, and its example programs.
 
-use prost::{Message as _, encoding};
-use serde_json::Map;
+use prost::{DecodeError, Message as _, encoding};
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::incoming::{FROM, VIA, WHO};
+use super::params::protobuf_struct;
 use super::{
     AVAILABLE_WORKFLOWS_KEY, AvailableWorkflows, CANCELS_QUEUE, EsdlMessage, JobDelete,
     JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, OMOTES_EXCHANGE, Outgoing,
     SUBMISSIONS_QUEUE, WORKFLOW_REQUESTS_HELD_KEY, job_status_update, progress_queue, result_queue,
     status_queue,
 };
-use crate::domain::job::{ClientStatus, ResultType};
+use crate::domain::job::{ClientStatus, Origin, ResultType};
 use crate::proto;
 
 /// A message to SDK clients: as their own are, persistent, with an id and nothing else.
@@ -102,6 +104,14 @@ pub fn job_result(
     }
 }
 
+/// The job and the output ESDL of such a message; nothing of one without.
+pub fn output_of_result(body: &[u8]) -> Option<(Uuid, String)> {
+    let result = JobResult::decode(body).ok()?;
+    let job_id = Uuid::try_parse(&result.uuid).ok()?;
+    let output_esdl = result.output_esdl.filter(|esdl| !esdl.is_empty())?;
+    Some((job_id, output_esdl))
+}
+
 pub fn available_workflows(message: &AvailableWorkflows) -> Outgoing {
     to_clients(AVAILABLE_WORKFLOWS_KEY.to_owned(), message.encode_to_vec())
 }
@@ -117,6 +127,47 @@ pub fn job_delete(job_id: Uuid) -> Outgoing {
         uuid: job_id.to_string(),
     };
     to_clients(CANCELS_QUEUE.to_owned(), message.encode_to_vec())
+}
+
+/// The same for somebody else.
+pub fn job_delete_for(job_id: Uuid, origin: &Origin) -> Outgoing {
+    for_somebody(job_delete(job_id), origin)
+}
+
+/// What a client has sent to submit a job, for another one with these parameters in place of its own.
+///
+/// # Errors
+/// It is no such message.
+pub fn submission_again(
+    message: &[u8],
+    job_id: Uuid,
+    parameters: &Map<String, Value>,
+) -> Result<JobSubmission, DecodeError> {
+    let mut submission = JobSubmission::decode(message)?;
+    submission.uuid = job_id.to_string();
+    let changed = protobuf_struct(parameters).fields;
+    submission
+        .params_dict
+        .get_or_insert_default()
+        .fields
+        .extend(changed);
+    Ok(submission)
+}
+
+/// A message that is sent for somebody; a service that does not know the headers goes without them.
+pub fn for_somebody(message: Outgoing, origin: &Origin) -> Outgoing {
+    let texts = [
+        (VIA, Some(origin.via.name())),
+        (WHO, origin.who.as_deref()),
+        (FROM, origin.from.as_deref()),
+    ];
+    let headers = texts
+        .into_iter()
+        .filter_map(|(name, text)| Some((name.to_owned(), Value::from(text?))));
+    Outgoing {
+        headers: headers.collect(),
+        ..message
+    }
 }
 
 /// A message that is routed to no queue, to check that the broker takes messages.

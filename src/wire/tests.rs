@@ -7,7 +7,7 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::*;
-use crate::domain::job::{ClientStatus, Command, Priority, ResultType, Submission};
+use crate::domain::job::{ClientStatus, Command, Origin, Priority, ResultType, Submission, Via};
 
 const JOB: &str = "ea19a9a2-f366-42c4-9d3b-815342135bc2";
 
@@ -159,7 +159,7 @@ fn a_job_id_is_read_as_python_reads_it(#[case] text: &str) {
         decoded(Inbox::Cancels, &message),
         Ok(Request::Job {
             id: job(),
-            command: Command::Cancel
+            command: Command::Cancel(Origin::default())
         })
     );
     assert_eq!(job_id(&message.encode_to_vec()), Some(job()));
@@ -598,4 +598,41 @@ fn whose_message_nobody_can_read_is_told(#[case] inbox: Inbox, #[case] instead: 
         instead.1.name()
     });
     assert_eq!(named, instead);
+}
+
+#[rstest]
+#[case::page(Origin::new(Via::Page, Some("anna"), Some("10.0.0.7")))]
+#[case::command_line(Origin::new(Via::CommandLine, None, Some("host")))]
+#[case::as_long_as_is_kept(Origin::new(Via::Page, Some(&"\u{e9}".repeat(1000)), None))]
+fn a_cancel_says_for_whom_it_is(#[case] origin: Origin) {
+    let outgoing = job_delete_for(job(), &origin);
+    let header = |name: &str| outgoing.headers.get(name).and_then(Value::as_str);
+    assert_eq!(incoming::origin(header, Some("a client")), origin);
+    assert_eq!(outgoing.body, job_delete(job()).body);
+}
+
+/// Clients may say anything.
+#[rstest]
+#[case::nothing(&[], None, Origin::default())]
+#[case::its_name(&[], Some("omotes"), Origin::new(Via::Client, Some("omotes"), None))]
+#[case::no_way(
+    &[("omotes_via", "god"), ("omotes_who", "zeus")],
+    None,
+    Origin::default()
+)]
+#[case::too_much(
+    &[("omotes_via", "page"), ("omotes_who", " \0 "), ("omotes_from", "\0x")],
+    None,
+    Origin::new(Via::Page, None, Some("x"))
+)]
+fn a_forged_origin_is_bounded(
+    #[case] headers: &[(&str, &str)],
+    #[case] sender: Option<&str>,
+    #[case] expected: Origin,
+) {
+    let header = |name: &str| {
+        let mut headers = headers.iter();
+        headers.find(|(one, _)| *one == name).map(|(_, text)| *text)
+    };
+    assert_eq!(origin(header, sender), expected);
 }

@@ -13,6 +13,7 @@ use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
 use uuid::Uuid;
 
+use super::origin::origin;
 use super::state;
 use crate::cli::{Agreed, NOTHING_DONE, connect, print, say_aside, told_of, turns};
 
@@ -53,7 +54,7 @@ pub(super) fn run(config: &Config, ids: &[Uuid], matching: &Matching) -> anyhow:
     match ids {
         [] => all_that_match(config, &mut connection, matching),
         ids => turns::tell(&told_of("RabbitMQ", || {
-            jobs::cancel(config, connection, ids)
+            jobs::cancel(config, connection, ids, &origin())
         })?),
     }
 }
@@ -88,7 +89,7 @@ fn all_that_match(
         return Ok(ExitCode::FAILURE);
     }
     let ids: Vec<_> = found.iter().map(|job| job.id).collect();
-    jobs::ask_to_end(config, &ids)?;
+    jobs::ask_to_end(config, &ids, &origin())?;
     print(&format!("{text}{count} asked to end\n"))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
-use omotes_orchestrator::actions::submission::Order;
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Source};
 use omotes_orchestrator::config;
 use omotes_orchestrator::telemetry::report::{one_line, readable};
@@ -19,6 +18,7 @@ use uuid::Uuid;
 
 use super::display::{Display, print_line};
 use super::output::Output;
+use crate::cli::jobs::origin::origin;
 use crate::cli::{told_of, warn};
 
 /// How long queues without a client stay, as in the Python SDK.
@@ -35,7 +35,7 @@ enum Update {
     Lost(anyhow::Error),
 }
 
-/// Submits `order`, shows its course, and returns how it ended; the output ESDL goes to `output`.
+/// Submits a job, shows its course, and returns how it ended; the output ESDL goes to `output`.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
 ///
@@ -43,12 +43,11 @@ enum Update {
 /// RabbitMQ is not there or refuses something, or the output could not be written and was printed.
 pub(super) fn submit(
     rabbitmq: &config::RabbitMq,
-    order: &Order,
+    submission: &JobSubmission,
     output: Output,
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<ResultType> {
-    let job_id = Uuid::new_v4();
-    let submission = order.submission(job_id)?;
+    let job_id = submission.uuid.parse()?;
     let incoming = told_of("RabbitMQ", || Link::open(rabbitmq, "client, consuming"))?;
     let outgoing = Link::open(rabbitmq, "client, publishing")?;
     incoming.declare_for_clients()?;
@@ -72,7 +71,7 @@ pub(super) fn submit(
             });
         let result = spawned
             .context("following the job")
-            .and_then(|_| converse(job_id, &submission, &outgoing, &updates, &done, interrupts));
+            .and_then(|_| converse(job_id, submission, &outgoing, &updates, &done, interrupts));
         let ended = result.and_then(|result| {
             show_result(output, &result)?;
             Ok(result.result_type())
@@ -133,7 +132,7 @@ fn converse(
     let display = Display::new();
     let workflow = one_line(&submission.workflow_type);
     display.line(&format!("job {job_id} submitted to {workflow}"));
-    let cancel = || send(wire::job_delete(job_id));
+    let cancel = || send(wire::job_delete_for(job_id, &origin()));
     let result = wait(&display, updates, done, interrupts, cancel);
     display.end();
     result

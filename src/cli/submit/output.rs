@@ -9,7 +9,7 @@ use tempfile::NamedTempFile;
 
 /// Where an output ESDL goes; that it can be written is checked before there is one.
 #[derive(Debug)]
-pub(super) enum Output {
+pub(in crate::cli) enum Output {
     /// Standard output, after all else.
     Printed,
     /// A new file that replaces the one at `path` atomically, once it is complete.
@@ -21,7 +21,7 @@ pub(super) enum Output {
 impl Output {
     /// # Errors
     /// There is no such folder, or nothing can be written there; the error names the path.
-    pub(super) fn to(path: &Path) -> anyhow::Result<Output> {
+    pub(in crate::cli) fn to(path: &Path) -> anyhow::Result<Output> {
         Output::open(path).with_context(|| path.display().to_string())
     }
 
@@ -78,7 +78,7 @@ impl Output {
     }
 
     /// Writes the output, and says where to.
-    pub(super) fn write(self, esdl: &str) -> anyhow::Result<Option<String>> {
+    pub(in crate::cli) fn write(self, esdl: &str) -> anyhow::Result<Option<String>> {
         let size = esdl.len();
         let (path, written) = match self {
             Output::Printed => {

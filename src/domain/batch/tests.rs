@@ -8,7 +8,7 @@ use serde_json::Map;
 
 use super::*;
 use crate::domain::job::{
-    Completion, Job, JobStatus, Outcome, Priority, Rules, Submission, TimeoutResult,
+    Completion, Job, JobStatus, Origin, Outcome, Priority, Rules, Submission, TimeoutResult,
 };
 use crate::domain::workflow::Catalogue;
 
@@ -75,6 +75,7 @@ fn submitted(second: i64) -> State {
         starts: Vec::new(),
         progress: None,
         course: None,
+        parameters: None,
     })
 }
 
@@ -95,6 +96,7 @@ fn plan(before: State, asked: &[(u128, Command)], has_waited: bool) -> String {
         timeout_result: TimeoutResult::Cancelled,
         reject_invalid_params: false,
         keep_logs: true,
+        keep_parameters: true,
         fair_share_separator: String::new(),
     };
     let before = HashMap::from([(Uuid::from_u128(1), before)]);
@@ -215,24 +217,24 @@ fn publication_in_short(publication: &Publication<'_>) -> String {
 )]
 #[case::a_cancel_after_the_result_is_one_of_an_ended_job(
     submitted(0),
-    &[(1, result()), (1, Command::Cancel)],
+    &[(1, result()), (1, Command::Cancel(Origin::default()))],
     "tell result Succeeded, job 1 ending SUCCEEDED, ends SUCCEEDED, settle 1, keep network of ours, \
      retire 1, log 0 1"
 )]
 #[case::a_result_after_the_cancel_comes_too_late(
     submitted(0),
-    &[(1, Command::Cancel), (1, result())],
+    &[(1, Command::Cancel(Origin::default())), (1, result())],
     "tell revoke task, tell Cancelled, tell result Cancelled, job 1 ending CANCELLED, ends CANCELLED, \
      settle 1, retire late network of ours, retire 1, log 0 1"
 )]
 #[case::a_cancel_before_its_submission(
     State::Unknown,
-    &[(1, Command::Cancel), (1, submit("simulator"))],
+    &[(1, Command::Cancel(Origin::default())), (1, submit("simulator"))],
     "job 1 ending CANCELLED, ends CANCELLED, 1 waits 10s refused, retire 1, log 0 1"
 )]
 #[case::an_outcome_waits_and_the_task_does_not(
     State::Unknown,
-    &[(1, submit("simulator")), (1, Command::Cancel)],
+    &[(1, submit("simulator")), (1, Command::Cancel(Origin::default()))],
     "send task 1, send Enqueued, tell revoke 1, job 1 ending CANCELLED, ends CANCELLED, 1 waits 10s, \
      retire 1, log 0 1"
 )]
@@ -264,7 +266,7 @@ fn publication_in_short(publication: &Publication<'_>) -> String {
 )]
 #[case::one_that_is_cancelled_at_once_takes_no_turn(
     State::Unknown,
-    &[(1, submit(LIMITED)), (1, Command::Cancel)],
+    &[(1, submit(LIMITED)), (1, Command::Cancel(Origin::default()))],
     "send Enqueued, job 1 ending CANCELLED, ends CANCELLED, 1 waits 10s, retire 1, log 0 1"
 )]
 #[case::nothing_is_asked(State::Unknown, &[], "log ")]
@@ -290,10 +292,11 @@ fn an_outcome_is_told_when_it_has_waited_and_is_no_news() {
         start_ids: Vec::new(),
         result_bytes: 0,
         why: None,
+        told: None,
     };
     let before = State::Ending(Ending { job, ended });
     assert_eq!(
-        plan(before, &[(1, Command::Cancel)], true),
+        plan(before, &[(1, Command::Cancel(Origin::default()))], true),
         "tell Cancelled, tell result Cancelled, settle 1, log "
     );
 }

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use super::{MAX_REFERENCE, MAX_WORKFLOW_TYPE, Priority, kept};
+use super::{MAX_REFERENCE, MAX_WORKFLOW_TYPE, Origin, Priority, kept};
 use crate::domain::{esdl, parameters};
 use crate::proto::EsdlMessage;
 
@@ -17,7 +17,7 @@ pub enum Command {
         workflow_type: String,
         reference: Option<String>,
     },
-    Cancel,
+    Cancel(Origin),
     /// A worker has begun a task.
     Start {
         task_id: String,
@@ -104,7 +104,7 @@ impl Command {
     pub fn name(&self) -> &'static str {
         match self {
             Command::Submit(_) | Command::Refuse { .. } => "a submission",
-            Command::Cancel => "a cancel",
+            Command::Cancel(_) => "a cancel",
             Command::Start { .. } => "a start",
             Command::Progress { .. } => "progress",
             Command::Result { .. } | Command::Fail { .. } => "a result",
@@ -122,7 +122,7 @@ impl Command {
         match self {
             Command::Submit(submission) => submission.reference.as_deref().unwrap_or_default(),
             Command::Refuse { reference, .. } => reference.as_deref().unwrap_or_default(),
-            Command::Cancel
+            Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Result { .. }
@@ -141,7 +141,7 @@ impl Command {
         match self {
             Command::Submit(submission) => Some(&submission.workflow_type),
             Command::Refuse { workflow_type, .. } => Some(workflow_type),
-            Command::Cancel
+            Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Result { .. }
@@ -166,7 +166,7 @@ impl Command {
             Command::Fail { task_id, .. } => task_id.as_deref(),
             Command::Submit(_)
             | Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::TimeOut
             | Command::Expire
             | Command::NoWorker
@@ -180,7 +180,7 @@ impl Command {
             Command::Submit(submission) => parameters::bytes(&submission.params),
             Command::Result(completion) => size_of_val(completion.esdl_messages.as_slice()),
             Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::TimeOut
@@ -206,7 +206,7 @@ impl Command {
             | Command::TakeTurn { .. } => true,
             Command::Submit(_)
             | Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::Progress { .. }
             | Command::NoWorker => false,
         }
@@ -245,7 +245,7 @@ impl Command {
                 task_id: Some(task_id.clone()),
             }),
             Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Expire

@@ -134,7 +134,7 @@ pub(super) fn kept_logs(logs: &str) -> String {
     }
 }
 
-fn kept_messages(messages: &[EsdlMessage]) -> Vec<EsdlMessage> {
+pub(super) fn kept_messages(messages: &[EsdlMessage]) -> Vec<EsdlMessage> {
     let mut bytes = 0;
     let fits = |message: &&EsdlMessage| {
         let object = message.esdl_object_id.as_ref().map_or(0, String::len);

@@ -11,7 +11,7 @@ use super::{
     JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Publication, State, Submission, TimeSeries,
     kept_why,
 };
-use super::{hand_over, starts};
+use super::{hand_over, starts, told};
 use crate::domain::parameters;
 use crate::domain::text::excerpt;
 use crate::domain::workflow::Definition;
@@ -128,7 +128,7 @@ impl Ending {
             Command::Result { .. } => self.ended.outcome == Outcome::Rejected,
             Command::Submit(_)
             | Command::Refuse { .. }
-            | Command::Cancel
+            | Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::TimeOut
@@ -144,7 +144,7 @@ impl Ending {
     fn cancelled_before(&self, command: &Command) -> bool {
         let is_submission = match command {
             Command::Submit(_) | Command::Refuse { .. } => true,
-            Command::Cancel
+            Command::Cancel(_)
             | Command::Start { .. }
             | Command::Progress { .. }
             | Command::Result { .. }
@@ -215,7 +215,7 @@ fn decide_for<'a>(
             workflow_type,
             reference,
         } => refuse(job_id, standing, reason, workflow_type, reference, context),
-        Command::Cancel => cancel(job_id, standing, context),
+        Command::Cancel(origin) => cancel(job_id, standing, context).asked_by(origin),
         Command::TimeOut => time_out(job_id, standing, context),
         Command::Expire => expire(job_id, standing, context),
         Command::NoWorker => no_worker(job_id, standing, context),
@@ -385,6 +385,7 @@ fn accept<'a>(
     let job = Job {
         timeout_ms: timeout_ms.map(i64::from),
         priority: Some(submission.priority),
+        parameters: told::kept_parameters(&submission.params, context),
         ..Job::without_task(
             &submission.workflow_type,
             &submission.reference,
@@ -519,6 +520,7 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
                 start_ids: Vec::new(),
                 result_bytes: 0,
                 why: None,
+                told: Some(Box::default()),
             })),
             time_series: vec![TimeSeries::Retire],
             ..Decision::nothing(Event::CancelNoted)

@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::course::Report;
-use super::{Ending, Job, Outcome, Priority, State, Submission, kept_why};
+use super::told::kept_of_result;
+use super::{Ended, Ending, Job, Outcome, Priority, State, Submission, Told, kept_why};
 use crate::domain::workflow::Catalogue;
 use crate::proto::EsdlMessage;
 
@@ -50,6 +51,8 @@ pub struct Rules {
     pub reject_invalid_params: bool,
     /// Whether anything of a worker's logs may be kept when its job has ended.
     pub keep_logs: bool,
+    /// Whether the parameters of jobs may be kept for their stories.
+    pub keep_parameters: bool,
     /// Ends the owner at the beginning of a job's reference; empty if there is none.
     pub fair_share_separator: String,
 }
@@ -337,7 +340,10 @@ impl Job {
         to_client: impl IntoIterator<Item = Publication<'a>>,
         context: &Context<'_>,
     ) -> Decision<'a> {
-        let ended = self.ended(outcome, result_bytes, context.now);
+        let ended = Ended {
+            told: Some(Box::new(Told::new(&self.starts, context))),
+            ..self.ended(outcome, result_bytes, context.now)
+        };
         let mut job = self.clone();
         let mut time_series = Vec::new();
         if let Some(course) = &mut job.course {
@@ -405,6 +411,7 @@ impl Job {
         };
         let status = status.map(|status| Publication::Status { job_id, status });
         let result_bytes = logs.len();
+        let kept = kept_of_result(&logs, &esdl_messages, context);
         let result = Publication::Result {
             job_id,
             result_type,
@@ -413,7 +420,9 @@ impl Job {
             esdl_messages,
         };
         let told = status.into_iter().chain([result]);
-        self.ends(outcome, result_bytes, told, context).because(why)
+        self.ends(outcome, result_bytes, told, context)
+            .because(why)
+            .telling(kept)
     }
 
     pub(super) fn rejected<'a>(

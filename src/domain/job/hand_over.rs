@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::course::{Attempt, Course, Input, Next, Position, Report, Turn, kept_logs};
 use super::decision::{Assignment, TaskInput};
+use super::told::kept_of_result;
 use super::{
     Completion, Context, Decision, Event, Job, JobStatus, Outcome, Priority, Progress, Publication,
     ResultType, State, Submission, TimeSeries, kept_why, kept_why_of_logs,
@@ -133,6 +134,7 @@ fn end<'a>(
         ),
     };
     let result_bytes = output_esdl.unwrap_or_default().len() + logs.len();
+    let kept = kept_of_result(&logs, &esdl_messages, context);
     let told = Publication::Result {
         job_id,
         result_type: match succeeded {
@@ -143,7 +145,9 @@ fn end<'a>(
         logs,
         esdl_messages,
     };
-    let ends = job.ends(outcome, result_bytes, [told], context);
+    let ends = job
+        .ends(outcome, result_bytes, [told], context)
+        .telling(kept);
     match succeeded {
         true => Decision {
             time_series: series_of_success(job, completion),

@@ -238,7 +238,7 @@ pub(super) fn may_end(job: &Job, command: &Command) -> bool {
         }
         Command::Submit(_)
         | Command::Refuse { .. }
-        | Command::Cancel
+        | Command::Cancel(_)
         | Command::Progress { .. }
         | Command::Result { .. }
         | Command::TimeOut

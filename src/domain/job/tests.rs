@@ -40,6 +40,7 @@ static RULES: Rules = Rules {
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
     keep_logs: true,
+    keep_parameters: true,
     fair_share_separator: String::new(),
 };
 
@@ -84,6 +85,7 @@ fn job(status: JobStatus) -> Job {
             .collect(),
         progress: None,
         course: None,
+        parameters: None,
     }
 }
 
@@ -189,7 +191,13 @@ fn fail_of(task: Option<&str>) -> Command {
 }
 
 fn states() -> Vec<(&'static str, State)> {
-    let noted = decide(job_id(), &State::Unknown, &Command::Cancel, &context()).next;
+    let noted = decide(
+        job_id(),
+        &State::Unknown,
+        &Command::Cancel(Origin::default()),
+        &context(),
+    )
+    .next;
     let crashed_once = started_again(&[]);
     let suspected = started_again(&[Verdict::Suspected]);
     let mut interrupted = job(JobStatus::Running);
@@ -284,7 +292,7 @@ fn commands() -> Vec<(&'static str, Command)> {
         ("submit", submission("simulator")),
         ("submit unknown workflow", submission("nonsense")),
         ("refuse", refusal),
-        ("cancel", Command::Cancel),
+        ("cancel", Command::Cancel(Origin::default())),
         ("start", start_of(TASK, "start-3")),
         ("start again delivered", start_of(TASK, "start-1")),
         ("start without id", start_without_id(TASK, false)),
@@ -428,6 +436,7 @@ fn a_submission_becomes_its_row_and_its_task() {
         starts: Vec::new(),
         progress: None,
         course: None,
+        parameters: Some("{}".to_owned()),
     };
     assert_eq!(decision.next, Some(State::Live(expected)));
 }
@@ -571,7 +580,8 @@ fn of_long_names_the_beginning_is_kept_and_the_task_has_it_all(#[case] workflow:
         other => other,
     };
     let instead = command.instead("why".to_owned(), false).unwrap();
-    let cancelled = decide(job_id(), &State::Unknown, &Command::Cancel, &context());
+    let cancel = Command::Cancel(Origin::default());
+    let cancelled = decide(job_id(), &State::Unknown, &cancel, &context());
     let cancelled = cancelled.next.unwrap();
     for (state, command) in [
         (&State::Unknown, &command),
@@ -603,6 +613,12 @@ fn the_history_tells_the_jobs_whole_story() {
     let command = result_of(TASK, true);
     let state = State::Live(job(JobStatus::Running));
     let decision = decide(job_id(), &state, &command, &context());
+    let told = Told {
+        logs: "logs".to_owned(),
+        starts: job(JobStatus::Running).starts,
+        keeps_progress: true,
+        ..Told::default()
+    };
     let expected = Ended {
         outcome: Outcome::Succeeded,
         workflow_type: Some("simulator".to_owned()),
@@ -616,6 +632,7 @@ fn the_history_tells_the_jobs_whole_story() {
         start_ids: vec!["start-1".to_owned()],
         result_bytes: i64::try_from(OUTPUT.len() + "logs".len()).unwrap(),
         why: None,
+        told: Some(Box::new(told)),
     };
     let Some(State::Ending(ending)) = decision.next else {
         panic!("{decision:?}");
@@ -791,7 +808,7 @@ fn an_outcome_waits_from_its_submission_on(
     for (state, command) in [
         (&live, &result),
         (&ending, &result),
-        (&live, &Command::Cancel),
+        (&live, &Command::Cancel(Origin::default())),
         (&live, &Command::TimeOut),
         (&live, &fail_of(None)),
     ] {
@@ -812,9 +829,14 @@ fn an_outcome_waits_from_its_submission_on(
 #[test]
 fn a_submission_after_its_cancel_ends_as_cancelled_whenever_it_comes() {
     let context = context();
-    let noted = decide(job_id(), &State::Unknown, &Command::Cancel, &context)
-        .next
-        .unwrap();
+    let noted = decide(
+        job_id(),
+        &State::Unknown,
+        &Command::Cancel(Origin::default()),
+        &context,
+    )
+    .next
+    .unwrap();
     let command = submission("simulator");
     let first = decide(job_id(), &noted, &command, &context);
     assert_eq!(first.publications, []);
@@ -826,7 +848,11 @@ fn a_submission_after_its_cancel_ends_as_cancelled_whenever_it_comes() {
     assert_eq!(ending.ended.registered_at, Some(at(100)));
     // Nobody knows whether it was told; the definitions may not have the workflow any more.
     let ending = State::Ending(ending);
-    for command in [&command, &submission("nonsense"), &Command::Cancel] {
+    for command in [
+        &command,
+        &submission("nonsense"),
+        &Command::Cancel(Origin::default()),
+    ] {
         let again = decide(job_id(), &ending, command, &context);
         assert_eq!(again.next, None);
         assert_eq!(again.announcements, cancellation(job_id()));
@@ -961,7 +987,7 @@ impl World {
     fn run(&mut self, happening: &Happening, death: Death) {
         let command = match happening {
             Happening::Submission => submission("simulator"),
-            Happening::Cancel => Command::Cancel,
+            Happening::Cancel => Command::Cancel(Origin::default()),
             Happening::TimePasses => {
                 self.seconds_passed += 10;
                 // Nobody has to deliver it again: it is found again.

@@ -128,6 +128,8 @@ pub struct AttemptView {
     pub outcome: Option<Outcome>,
     pub starts: Option<i32>,
     pub output_bytes: Option<i64>,
+    /// The line of all of its logs that says most of why it failed.
+    pub why: Option<String>,
     /// Their beginning, if they are long.
     pub logs: Option<String>,
 }
@@ -160,6 +162,7 @@ impl AttemptView {
             outcome: report.as_ref().map(|one| one.outcome),
             starts: report.as_ref().map(|one| one.starts),
             output_bytes: report.as_ref().map(|one| one.output_bytes),
+            why: report.as_ref().and_then(|one| one.why.clone()),
             logs: report.map(|one| one.logs).filter(|logs| !logs.is_empty()),
         }
     }

@@ -113,6 +113,14 @@ impl Acting {
         }
     }
 
+    /// Another run of a job whose input is kept.
+    pub(super) fn again(&self, job: &JobView) -> Markup {
+        self.form(html! {
+            input type="hidden" name="id" value=(job.id);
+            button name="do" value="again" { "Run again" }
+        })
+    }
+
     /// Below the list: all that match its filter. Some of them may wait for their turn, where `turns` says
     /// that there are any that do.
     pub(super) fn matching(&self, filter: &Filter, total: i64, turns: bool) -> Markup {

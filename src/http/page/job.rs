@@ -38,6 +38,7 @@ pub(in crate::http) fn job(frame: &Frame<'_>, story: &Story) -> Sheet {
         (course(story, now))
         (facts(story, now))
         @if !story.attempts.is_empty() { (steps(&story.attempts, now)) }
+        (super::story::section(frame, story))
     };
     let sheet = Sheet::new(title, content);
     match job.state {

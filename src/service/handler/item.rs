@@ -76,6 +76,8 @@ impl Item {
             Ok(Ok(Request::Job { id, mut command })) => {
                 if let Command::Submit(submission) = &mut command {
                     submission.sender = received.sender().map(str::to_owned);
+                } else if let Command::Cancel(origin) = &mut command {
+                    *origin = wire::origin(|name| received.header(name), received.sender());
                 }
                 self.job = Some((id, command));
             }
@@ -103,6 +105,14 @@ impl Item {
     /// Whether its message is as it was delivered, and not without its body.
     pub(super) fn is_whole(&self) -> bool {
         !self.released
+    }
+
+    /// What its message holds.
+    pub(super) fn body(&self) -> Option<&[u8]> {
+        match &self.work {
+            Work::Message { received, .. } => Some(&received.body),
+            Work::Finding { .. } | Work::WorkflowsChanged => None,
+        }
     }
 
     /// Where its message came from; None for a finding.
@@ -264,7 +274,7 @@ fn size(command: &Command) -> usize {
         } => task_id.len() + message.len(),
         Command::Judge { task_id, .. } | Command::TaskLost { task_id, .. } => task_id.len(),
         Command::Fail { reason, task_id } => reason.len() + task_id.as_ref().map_or(0, String::len),
-        Command::Cancel
+        Command::Cancel(_)
         | Command::TimeOut
         | Command::Expire
         | Command::NoWorker

@@ -13,6 +13,7 @@ use super::failure::{Refuser, Trouble};
 use super::{Handler, Publishers};
 use crate::broker::{Delivered, Found, PublishError, Publisher};
 use crate::domain::job::{Publication, TaskInput};
+use crate::store::KeptResult;
 use crate::wire::{self, Outgoing, celery};
 
 /// What a batch publishes, by connection.
@@ -22,6 +23,18 @@ pub(super) struct Outbox {
     celery: Vec<Outgoing>,
     /// The queues of the tasks among them.
     tasks_for: BTreeSet<String>,
+}
+
+impl Outbox {
+    /// The output ESDLs of the results for these queues.
+    pub(super) fn results_for(&self, queues: &[String]) -> Vec<KeptResult> {
+        let messages = self.sdk.iter();
+        let theirs = messages.filter(|message| queues.contains(&message.routing_key));
+        let results = theirs.filter_map(|message| wire::output_of_result(&message.body));
+        results
+            .map(|(job_id, esdl)| KeptResult { job_id, esdl })
+            .collect()
+    }
 }
 
 /// How many queues of clients RabbitMQ is asked about at once, and how long about none after it has
@@ -35,6 +48,8 @@ const UNANSWERED: Duration = Duration::from_secs(10);
 pub(super) struct Unavailable<'s> {
     pub(super) queues: BTreeSet<String>,
     pub(super) why: String,
+    /// The queues of results that nobody is waiting for any more, or that are full.
+    pub(super) gone: Vec<String>,
     /// No replica takes them for lost meanwhile.
     _doubt: Option<Doubt<'s>>,
 }
@@ -310,6 +325,7 @@ impl<'s> Handler<'s> {
         // The node may have been back by the time of the answer.
         for result in self.publish_or_ask(&full, &mut unavailable)? {
             warn!("{} takes no result", result.routing_key);
+            unavailable.gone.push(result.routing_key.clone());
         }
         Ok(unavailable)
     }
@@ -351,6 +367,7 @@ impl<'s> Handler<'s> {
                     (Found::There | Found::NotOurs, true) => full.push(*result),
                     (Found::Missing, _) | (Found::NotOurs, false) => {
                         info!("nobody is waiting any more in {queue}");
+                        unavailable.gone.push(queue.clone());
                     }
                     (Found::Unavailable(_) | Found::Silent, _) => {
                         unavailable.add(queue, &found.why_unavailable().unwrap_or_default());

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use jiff::Timestamp;
-use log::debug;
+use log::{debug, warn};
 use uuid::Uuid;
 
 use super::closed::Destination;
@@ -79,6 +79,12 @@ impl Handler<'_> {
         let (announced, stalled): (Vec<_>, Vec<_>) = ending
             .into_iter()
             .partition(|job_id| !unavailable.queues.contains(&wire::result_queue(*job_id)));
+        if !unavailable.gone.is_empty() && !self.common.service.config.keep_results.is_zero() {
+            let results = announcements.results_for(&unavailable.gone);
+            for job_id in connection.keep_results(&results)? {
+                warn!("job {job_id}: its output ESDL is too large to be kept");
+            }
+        }
         if !announced.is_empty() {
             let keeps_logs = self.common.service.config.keep_logs;
             connection.settle(&announced, with_course, keeps_logs)?;
@@ -212,6 +218,7 @@ impl Handler<'_> {
 
         let inputs = kept_inputs(&plan, &mut transaction)?;
         transaction.write(&plan.transitions, &plan.series, loaded.now)?;
+        self.keep_submissions(batch, &plan, &mut transaction)?;
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
         let taken = batch.iter().map(|item| item.work.size()).sum::<usize>();
@@ -250,6 +257,34 @@ impl Handler<'_> {
             waits: plan.waits,
             stalled: plan.stalled,
         })
+    }
+
+    /// Keeps what clients have submitted with this batch, where that is wanted.
+    fn keep_submissions(
+        &self,
+        batch: &[Item],
+        plan: &Plan<'_>,
+        transaction: &mut Transaction<'_>,
+    ) -> Result<(), Trouble> {
+        if self.common.service.config.keep_inputs.is_zero() {
+            return Ok(());
+        }
+        let accepted = plan.reports.iter().filter(|report| {
+            matches!(
+                report.event,
+                Event::Submitted { .. } | Event::Held { what: None, .. }
+            )
+        });
+        let messages: Vec<_> = accepted
+            .filter_map(|report| Some((report.subject.id, batch[report.place].body()?)))
+            .collect();
+        if messages.is_empty() {
+            return Ok(());
+        }
+        for job_id in transaction.keep_submissions(&messages)? {
+            warn!("job {job_id}: what was submitted is too large to be kept");
+        }
+        Ok(())
     }
 
     /// Grants a task that has just begun to wait its turn where there is room and nothing else waits:

@@ -9,7 +9,7 @@ use serde_json::{Map, json};
 
 use super::super::decision::TimeoutResult;
 use super::super::{
-    CRASH_LOOP_LOGS, ClientStatus, Command, Grant, Rules, Submission, Verdict, decide,
+    CRASH_LOOP_LOGS, ClientStatus, Command, Grant, Origin, Rules, Submission, Verdict, decide,
 };
 use super::*;
 use crate::domain::workflow::Catalogue;
@@ -25,6 +25,7 @@ static RULES: Rules = Rules {
     timeout_result: TimeoutResult::Cancelled,
     reject_invalid_params: false,
     keep_logs: true,
+    keep_parameters: true,
     fair_share_separator: String::new(),
 };
 
@@ -849,7 +850,7 @@ impl World {
                 timeout_ms: Some(200_000),
                 sender: None,
             })),
-            Happening::Cancel => self.messages.push(Command::Cancel),
+            Happening::Cancel => self.messages.push(Command::Cancel(Origin::default())),
             Happening::Taken(index) if !self.queued.is_empty() => {
                 let task = self.queued.remove(index.index(self.queued.len()));
                 self.take(task);

@@ -1,0 +1,74 @@
+//! Another run of a job, as its client submitted it.
+
+use anyhow::{Context, anyhow};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::Failure;
+use crate::broker::{DEADLINE, Delivered, Link, Publisher};
+use crate::config::Config;
+use crate::domain::job::Origin;
+use crate::store::Connection;
+use crate::threads::{Calls, within_deadline};
+use crate::wire::{self, JobSubmission, Outgoing};
+
+/// What is said of a job whose input is not there.
+pub fn not_kept(config: &Config, id: Uuid) -> String {
+    let why = match config.keep_inputs.is_zero() {
+        true => ": KEEP_INPUTS_SEC is 0",
+        false => " any more",
+    };
+    format!("what was submitted as job {id} is not kept{why}")
+}
+
+/// What was submitted as this job, for another one with an id of its own, and with these parameters in
+/// place of those.
+///
+/// # Errors
+/// Postgres is not there, or it is not kept.
+pub fn submission(
+    config: &Config,
+    connection: &mut Connection,
+    id: Uuid,
+    parameters: &Map<String, Value>,
+) -> Result<(Uuid, JobSubmission), Failure> {
+    let kept = connection
+        .kept_submission(id)
+        .context("nothing was submitted")?;
+    let Some(message) = kept else {
+        return Err(Failure::Refused(not_kept(config, id)));
+    };
+    let again = Uuid::new_v4();
+    let submission = wire::submission_again(&message, again, parameters);
+    let submission = submission.map_err(|error| anyhow!("what is kept of job {id}: {error}"))?;
+    Ok((again, submission))
+}
+
+/// Submits it, for somebody; no client waits for its result.
+///
+/// # Errors
+/// RabbitMQ is not there, or no orchestrator has been on this vhost.
+pub fn submit(config: &Config, submission: &JobSubmission, origin: &Origin) -> Result<(), Failure> {
+    const NOTHING: &str = "nothing was submitted";
+    let link = Link::open(&config.sdk_rabbitmq, "submitting again").context(NOTHING)?;
+    let message = Outgoing {
+        // Without the orchestrator's queue the message would vanish.
+        mandatory: true,
+        ..wire::for_somebody(wire::job_submission(submission), origin)
+    };
+    let calls = Calls::default();
+    let published = within_deadline(
+        DEADLINE,
+        || link.kill(),
+        || Ok(Publisher::new(&link, &calls).publish(&[message])?),
+    );
+    // What is confirmed stays so, whatever becomes of the connection.
+    let _ = link.close_within(DEADLINE);
+    let published = published.context("whether it was submitted is not known")?;
+    match published.first() {
+        Some(Delivered::Yes) => Ok(()),
+        _ => Err(Failure::Failed(anyhow!(
+            "RabbitMQ has not taken it: is an orchestrator running on this vhost?"
+        ))),
+    }
+}

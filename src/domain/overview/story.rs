@@ -1,0 +1,438 @@
+//! The story of a job: what has happened to it, in order. Most of it is told from rows that are there for
+//! other reasons.
+
+use std::fmt;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{AttemptView, JobState, JobView, spoken};
+use crate::domain::job::{Mark, Origin, Outcome, Priority, Progress, Verdict, Via};
+use crate::domain::text::{harmless, one_line};
+use crate::proto::{EsdlMessage, WorkflowParameter, esdl_message::Severity};
+
+/// Events of which a story has no more; those in its middle are left out.
+const MAX_EVENTS: usize = 200;
+/// Characters that are shown of a parameter.
+const MAX_VALUE: usize = 1000;
+
+/// What the database has of a job beside its row.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rows {
+    pub attempts: Vec<AttemptView>,
+    /// Of its current task, or its last one, oldest first.
+    pub starts: Vec<(Timestamp, Verdict)>,
+    pub seen: Vec<Seen>,
+    /// Where its progress was, oldest first.
+    pub marks: Vec<Mark>,
+    /// The last progress of a job that has ended.
+    pub last: Option<Progress>,
+    /// Who asked it to end.
+    pub ended_by: Option<Origin>,
+    pub parameters: Option<Map<String, Value>>,
+    /// Size of its output ESDL, if that is kept.
+    pub result_bytes: Option<i64>,
+    /// Whether what its client submitted is kept.
+    pub can_run_again: bool,
+    pub logs: Option<String>,
+    pub esdl_messages: Vec<EsdlMessage>,
+}
+
+/// A worker that was seen with one of its tasks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seen {
+    pub host: String,
+    pub task_id: String,
+    pub first_seen: Timestamp,
+    pub last_seen: Timestamp,
+}
+
+/// A job in full.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Story {
+    #[serde(flatten)]
+    pub job: JobView,
+    /// When workers began its task, or its last one, oldest first.
+    pub started_at: Vec<Timestamp>,
+    /// The tasks that it has had, oldest first, if its workflow has more than one plain step.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<AttemptView>,
+    /// What has happened to it, in order.
+    pub events: Vec<StoryEvent>,
+    /// Who cancelled it.
+    pub cancelled_by: Option<Origin>,
+    pub parameters: Vec<ParameterView>,
+    /// Of its result, without their middle if they are long.
+    pub logs: Option<String>,
+    pub esdl_messages: Vec<MessageView>,
+    /// Size of its output ESDL, if that is kept because its client has gone.
+    pub kept_result: Option<i64>,
+    /// Whether what its client submitted is kept, for another run.
+    pub can_run_again: bool,
+}
+
+/// Something that has happened to a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StoryEvent {
+    pub at: Timestamp,
+    /// In one line, that may be shown as it is.
+    pub what: String,
+    /// What more is known of it, as harmless as that.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub evidence: Vec<String>,
+}
+
+/// A parameter of a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ParameterView {
+    pub key: String,
+    /// As its workflow's definition calls it.
+    pub title: Option<String>,
+    pub value: Value,
+}
+
+/// What a worker says of the ESDL.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MessageView {
+    pub severity: &'static str,
+    pub text: String,
+    /// The id of what it is about.
+    pub asset: Option<String>,
+}
+
+impl Story {
+    pub fn new(job: JobView, rows: Rows) -> Story {
+        let events = bounded(events(&job, &rows));
+        let parameters = rows.parameters.unwrap_or_default().into_iter();
+        let messages = rows.esdl_messages.into_iter();
+        Story {
+            events,
+            started_at: rows.starts.iter().map(|(at, _)| *at).collect(),
+            attempts: rows.attempts,
+            cancelled_by: rows.ended_by,
+            parameters: parameters
+                .map(|(key, value)| ParameterView {
+                    key,
+                    title: None,
+                    value,
+                })
+                .collect(),
+            logs: rows.logs,
+            kept_result: rows.result_bytes,
+            can_run_again: rows.can_run_again,
+            esdl_messages: messages.map(MessageView::new).collect(),
+            job,
+        }
+    }
+
+    /// Calls its parameters as its workflow's definition does, and puts them into its order.
+    pub fn name_parameters(&mut self, definitions: &[WorkflowParameter]) {
+        let place = |key: &str| definitions.iter().position(|one| one.key_name == key);
+        for parameter in &mut self.parameters {
+            let definition = place(&parameter.key).map(|place| &definitions[place]);
+            parameter.title = definition.and_then(|one| one.title.clone());
+        }
+        self.parameters
+            .sort_by_key(|one| place(&one.key).unwrap_or(usize::MAX));
+    }
+}
+
+impl ParameterView {
+    pub fn name(&self) -> &str {
+        let title = self.title.as_deref();
+        title.filter(|title| !title.is_empty()).unwrap_or(&self.key)
+    }
+
+    /// Its value in one line, that may be shown as it is.
+    pub fn text(&self) -> String {
+        let text = match &self.value {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        harmless(&crate::domain::text::excerpt(&text, MAX_VALUE))
+    }
+}
+
+impl MessageView {
+    fn new(message: EsdlMessage) -> MessageView {
+        let severity = match message.severity() {
+            Severity::Debug => "debug",
+            Severity::Info => "info",
+            Severity::Warning => "warning",
+            Severity::Error => "error",
+        };
+        MessageView {
+            severity,
+            text: message.technical_message,
+            asset: message.esdl_object_id.filter(|id| !id.is_empty()),
+        }
+    }
+}
+
+/// `anna, by the status page, from 10.0.0.7`; harmless.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let way = match self.via {
+            Via::Client => "a client",
+            Via::Page => "the status page",
+            Via::CommandLine => "the command line",
+        };
+        match (&self.who, self.via) {
+            (Some(who), Via::Client) => write!(f, "{way}, {}", one_line(who))?,
+            (Some(who), _) => write!(f, "{}, by {way}", one_line(who))?,
+            (None, Via::Client) => f.write_str(way)?,
+            (None, _) => write!(f, "somebody, by {way}")?,
+        }
+        match &self.from {
+            Some(from) => write!(f, ", from {}", one_line(from)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Of those in the middle only how many they are, if there are too many.
+fn bounded(mut events: Vec<StoryEvent>) -> Vec<StoryEvent> {
+    if events.len() > MAX_EVENTS {
+        let half = MAX_EVENTS / 2;
+        let left_out = events.len() - MAX_EVENTS;
+        let gap = event(
+            events[half].at,
+            format!("{left_out} events are left out here"),
+        );
+        events.splice(half..half + left_out, [gap]);
+    }
+    events
+}
+
+fn event(at: Timestamp, what: impl Into<String>) -> StoryEvent {
+    StoryEvent {
+        at,
+        what: what.into(),
+        evidence: Vec::new(),
+    }
+}
+
+impl StoryEvent {
+    fn with(mut self, fact: Option<String>) -> StoryEvent {
+        self.evidence.extend(fact);
+        self
+    }
+}
+
+/// All that has happened to a job, oldest first.
+fn events(job: &JobView, rows: &Rows) -> Vec<StoryEvent> {
+    let mut events = Vec::new();
+    events.extend(beginning(job, rows));
+    match rows.attempts.is_empty() {
+        true => events.extend(of_task(job, rows)),
+        false => {
+            for (place, attempt) in rows.attempts.iter().enumerate() {
+                let before = place.checked_sub(1).map(|before| &rows.attempts[before]);
+                events.extend(of_attempt(job, rows, attempt, before));
+            }
+            // Those that began an attempt are in its own row.
+            let first = |at: &Timestamp| {
+                let mut begun = rows.attempts.iter().filter_map(|one| one.started_at);
+                begun.any(|started_at| started_at == *at)
+            };
+            let starts = rows.starts.iter().enumerate();
+            let again = starts.filter(|(_, (at, _))| !first(at));
+            events.extend(again.map(|(number, _)| of_start(job, rows, number)));
+        }
+    }
+    events.extend(of_progress(job, rows));
+    // Before its end whatever has happened at the same time.
+    events.sort_by_key(|event| event.at);
+    events.extend(end(job, rows));
+    events
+}
+
+fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
+    let at = job.registered_at?;
+    let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
+    let at_once = rows.attempts.is_empty() && job.submitted_at == Some(at);
+    let what = match at_once {
+        true => format!("Submitted, and handed over to `{workflow}`"),
+        false => format!("Submitted to `{workflow}`"),
+    };
+    let priority = job.priority.map(|priority| {
+        let name = match priority {
+            Priority::Low => "low",
+            Priority::Medium => "medium",
+            Priority::High => "high",
+        };
+        format!("its priority is {name}")
+    });
+    let timeout = job.timeout_ms.filter(|timeout| *timeout > 0);
+    let timeout = timeout.map(|timeout| {
+        let timeout = spoken(SignedDuration::from_millis(timeout));
+        format!("it may run for {timeout}")
+    });
+    Some(event(at, what).with(priority).with(timeout))
+}
+
+/// Of a job whose workflow is one plain step, and which has not been held.
+fn of_task<'r>(job: &'r JobView, rows: &'r Rows) -> impl Iterator<Item = StoryEvent> + use<'r> {
+    let later = job.submitted_at.filter(|at| Some(*at) != job.registered_at);
+    let handed_over = later.map(|at| {
+        let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
+        event(at, format!("Handed over to `{workflow}`"))
+    });
+    let starts = (0..rows.starts.len()).map(|number| of_start(job, rows, number));
+    // In rows of earlier versions.
+    let only = job.running_at.filter(|_| rows.starts.is_empty());
+    let only = only.map(|at| event(at, "Started"));
+    handed_over.into_iter().chain(only).chain(starts)
+}
+
+fn of_start(job: &JobView, rows: &Rows, number: usize) -> StoryEvent {
+    let (at, verdict) = rows.starts[number];
+    let next = rows.starts.get(number + 1).map(|(at, _)| *at);
+    let place = on(rows, job.task_id.as_deref(), at, next);
+    let (what, why) = match (verdict, number) {
+        (Verdict::Counts, 0) => ("Started", None),
+        (Verdict::Counts, _) => (
+            "Started again",
+            Some("the worker before it is taken for dead"),
+        ),
+        (Verdict::Interrupted, _) => (
+            "Started again",
+            Some("a connection to RabbitMQ was lost, so it does not count"),
+        ),
+        (Verdict::Copy, _) => (
+            "Started again",
+            Some("the workers before it still run it, so it does not count"),
+        ),
+        (Verdict::Suspected, _) => (
+            "Started again",
+            Some("the workers are asked whether one of them has died"),
+        ),
+    };
+    event(at, format!("{what}{place}")).with(why.map(str::to_owned))
+}
+
+/// ` on worker-simulator@host`, where one was seen with the task from then on, and before the next
+/// start.
+fn on(rows: &Rows, task: Option<&str>, from: Timestamp, to: Option<Timestamp>) -> String {
+    let seen = rows.seen.iter().filter(|one| {
+        Some(one.task_id.as_str()) == task
+            && one.last_seen >= from
+            && to.is_none_or(|to| one.first_seen < to)
+    });
+    match seen.max_by_key(|one| one.first_seen) {
+        Some(seen) => format!(" on {}", one_line(&seen.host)),
+        None => String::new(),
+    }
+}
+
+fn of_attempt(
+    job: &JobView,
+    rows: &Rows,
+    attempt: &AttemptView,
+    before: Option<&AttemptView>,
+) -> Vec<StoryEvent> {
+    let mut events = Vec::new();
+    let again = match attempt.attempt {
+        1 => String::new(),
+        number => format!(", attempt {number}"),
+    };
+    let is_whole = rows.attempts.iter().all(|one| one.step == 1) && attempt.title == attempt.task;
+    let name = match is_whole && again.is_empty() {
+        true => String::new(),
+        false => {
+            let title = one_line(&attempt.title);
+            format!("Step {}, {title}{again}: ", attempt.step)
+        }
+    };
+    let task = one_line(&attempt.task);
+    let say = |text: &str| match name.is_empty() {
+        true => capitalised(text),
+        false => format!("{name}{text}"),
+    };
+    let ended_before = before.and_then(|one| one.finished_at).or(job.registered_at);
+    let waits_since = attempt.due_at.or_else(|| {
+        let turn = job.turn.as_ref().filter(|_| attempt.submitted_at.is_none());
+        turn.map(|turn| turn.since)
+    });
+    // What is due later than the end before it has been put off until then.
+    let is_put_off = waits_since > ended_before && attempt.attempt > 1;
+    if let (Some(due), Some(at), true) = (waits_since, ended_before, is_put_off) {
+        events.push(event(at, say(&format!("is tried again at {due:.0}"))));
+    } else if let Some(at) = waits_since {
+        events.push(event(
+            at,
+            say(&format!("held until it is its turn at `{task}`")),
+        ));
+    }
+    if let Some(at) = attempt.submitted_at {
+        events.push(event(at, say(&format!("handed over to `{task}`"))));
+    }
+    if let Some(at) = attempt.started_at {
+        let host = on(rows, attempt.task_id.as_deref(), at, None);
+        events.push(event(at, say(&format!("started{host}"))));
+    }
+    // The end of the last one is that of the job.
+    let is_last = rows.attempts.last() == Some(attempt);
+    if let (Some(at), Some(outcome), false) = (attempt.finished_at, attempt.outcome, is_last) {
+        let why = attempt.why.as_deref().map(one_line);
+        let starts = attempt.starts.filter(|starts| *starts > 1);
+        let starts = starts.map(|starts| format!("its task was started {starts} times"));
+        events.push(event(at, say(outcome.in_words())).with(why).with(starts));
+    }
+    events
+}
+
+fn capitalised(text: &str) -> String {
+    let mut rest = text.chars();
+    let first = rest.next().map(|first| first.to_ascii_uppercase());
+    first.into_iter().chain(rest).collect()
+}
+
+fn of_progress<'r>(job: &'r JobView, rows: &'r Rows) -> impl Iterator<Item = StoryEvent> + use<'r> {
+    let last = rows.last.as_ref().or(job.progress.as_ref());
+    let last = last.map(|last| Mark {
+        at: last.at,
+        fraction: last.fraction,
+        message: last.message.clone(),
+    });
+    let last_mark = rows.marks.last().map(|mark| mark.at);
+    let last = last.filter(|last| Some(last.at) > last_mark);
+    rows.marks.iter().cloned().chain(last).map(|mark| {
+        let percent = mark.fraction.clamp(0.0, 1.0) * 100.0;
+        let what = match mark.message.trim() {
+            "" => format!("{percent:.0} %"),
+            message => format!("{percent:.0} %: {}", one_line(message)),
+        };
+        event(mark.at, what)
+    })
+}
+
+fn end(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
+    let JobState::Ended(outcome) = job.state else {
+        return None;
+    };
+    let by = rows.ended_by.as_ref();
+    let what = match outcome {
+        Outcome::Succeeded => "Succeeded".to_owned(),
+        Outcome::Failed => "Failed".to_owned(),
+        Outcome::Cancelled => match by {
+            Some(by) => format!("Cancelled by {by}"),
+            None => "Cancelled".to_owned(),
+        },
+        Outcome::CrashLoop => "Ended by the orchestrator: it killed its workers".to_owned(),
+        Outcome::Rejected => "Refused by the orchestrator".to_owned(),
+        Outcome::TimedOut => "Ended by the orchestrator: it timed out".to_owned(),
+        Outcome::Expired => {
+            "Given up by the orchestrator: it was unfinished for too long".to_owned()
+        }
+        Outcome::Lost => "Given up by the orchestrator: it was lost".to_owned(),
+    };
+    let why = job.ends.why.as_deref().map(one_line);
+    let bytes = job.result_bytes.filter(|bytes| *bytes > 0);
+    let size = bytes.map(|bytes| format!("its result has {bytes} bytes"));
+    Some(event(job.finished_at?, what).with(why).with(size))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,59 @@
+//! The story of a job, on its own page: what has happened to it, what it was given, and what it has left.
+
+use maud::{Markup, html};
+
+use super::layout::Frame;
+use super::words::at;
+use crate::domain::overview::Story;
+use crate::telemetry::report::{harmless, readable};
+
+pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
+    html! {
+        @if let Some(bytes) = story.kept_result {
+            p { a href={ "/api/jobs/" (story.job.id) "/result" } download { "The output ESDL" } ", "
+                (bytes) " bytes: nobody has taken it" }
+        }
+        @if let (Some(acting), true) = (frame.acting, story.can_run_again) {
+            div.actions { (acting.again(&story.job)) }
+        }
+        h2 #story { "Story" }
+        div.card { table.story {
+            tbody { @for event in &story.events { tr {
+                td.nowrap { (at(event.at)) }
+                td { (event.what) @for fact in &event.evidence { div.dim { (fact) } } }
+            } } }
+        } }
+        @if !story.parameters.is_empty() {
+            h2 { "Parameters" }
+            div.card { table.parameters {
+                tbody { @for one in &story.parameters { tr {
+                    td title=(harmless(&one.key)) { (harmless(one.name())) }
+                    td { (one.text()) }
+                } } }
+            } }
+        }
+        @if !story.esdl_messages.is_empty() {
+            h2 { "Messages" }
+            div.card { table.messages {
+                thead { tr { th { "Severity" } th { "Asset" } th { "Message" } } }
+                tbody { @for one in &story.esdl_messages { tr {
+                    td class=(tone(one.severity)) { (one.severity) }
+                    td { @if let Some(asset) = &one.asset { code { (harmless(asset)) } } }
+                    td.message { (readable(&one.text)) }
+                } } }
+            } }
+        }
+        @if let Some(logs) = &story.logs {
+            h2 { "Logs" }
+            details { summary { (logs.lines().count()) " lines" } pre { (readable(logs)) } }
+        }
+    }
+}
+
+fn tone(severity: &str) -> &'static str {
+    match severity {
+        "error" => "bad",
+        "warning" => "warn",
+        _ => "dim",
+    }
+}

@@ -95,7 +95,7 @@ fn form(frame: &Frame<'_>, acting: &Acting, workflow: &Workflow, filled: &Filled
                 span.dim #about-timeout { "How long it may run: 90s, 10m, 1h30m. Empty for what the workflow gives it." }
             }
             p.dim {
-                "The job is shown here until its end and after. Its output goes to nobody, for no client waits for it. To get that: "
+                "The job is shown here until its end and after. No client waits for its output: it is on the job's page as long as KEEP_RESULTS_SEC says. To have it in a file: "
                 (command(&example))
             }
             div { button.primary { "Submit to " (name) } }

@@ -121,12 +121,7 @@ pub(super) fn admit(
             may_act(request, &visit)?;
             admit_form(request, path, &visit)?;
             if path == SUBMIT {
-                const BUSY: &str = "Others submit jobs just now. Nothing was submitted: try again.";
-                visit.upload = uploads.enter();
-                return match visit.upload {
-                    Some(_) => Ok((Route::Upload, visit)),
-                    None => Err(refusal(html, 503, BUSY)),
-                };
+                return enter(uploads, visit);
             }
             return Ok((Route::Form, visit));
         }
@@ -155,6 +150,16 @@ pub(super) fn admit(
         }
     }
     Ok((route, visit))
+}
+
+/// Lets a large body in, while there is room for it.
+fn enter(uploads: &Uploads, mut visit: Visit) -> Result<(Route, Visit), Response> {
+    const BUSY: &str = "Others submit jobs just now. Nothing was submitted: try again.";
+    visit.upload = uploads.enter();
+    match visit.upload {
+        Some(_) => Ok((Route::Upload, visit)),
+        None => Err(refusal(visit.html, 503, BUSY)),
+    }
 }
 
 /// The cookie with the pass.

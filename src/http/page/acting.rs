@@ -274,7 +274,10 @@ fn asking(frame: &Frame<'_>, acting: &Acting, asked: &Asked<'_>) -> String {
         ),
     };
     let what = format!("{verb} {}", counted(count, "job"));
-    let danger = (*whole == Whole::Cancel).then_some("danger");
+    let class = match whole {
+        Whole::Cancel => "danger",
+        Whole::Hold | Whole::Release => "primary",
+    };
     let named = &jobs[..jobs.len().min(NAMED)];
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
@@ -286,7 +289,7 @@ fn asking(frame: &Frame<'_>, acting: &Acting, asked: &Asked<'_>) -> String {
         } } }
         @if count > named.len() { p.dim { "and " (count - named.len()) " more" } }
         @if count == 0 { p { (none) } } @else {
-            (acting.form(html! { (fields) button class=[danger] { (what) } }))
+            (acting.form(html! { (fields) button class=(class) { (what) } }))
         }
         (leave(acting))
     };

@@ -95,7 +95,7 @@ fn form(frame: &Frame<'_>, acting: &Acting, workflow: &Workflow, filled: &Filled
                 span.dim #about-timeout { "How long it may run: 90s, 10m, 1h30m. Empty for what the workflow gives it." }
             }
             p.dim {
-                "The job is shown here until its end and after. Its output goes to nobody, for no client waits for it. To get that: "
+                "The job is shown here until its end and after. No client waits for its output: it is on the job's page as long as KEEP_RESULTS_SEC says. To have it in a file: "
                 (command(&example))
             }
             div { button.primary { "Submit to " (name) } }
@@ -162,18 +162,7 @@ fn input(
             html! { input id=(id) name=(name) value=(value) required[kind.default.is_none()] aria-describedby=(about); }
         }
         ParameterType::StringParameter(kind) => options(id, about, &name, kind, filled),
-        ParameterType::BooleanParameter(kind) => {
-            let default = kind.default.map(|value| value.to_string());
-            let chosen = filled.map(str::to_owned).or(default);
-            html! {
-                select id=(id) name=(name) aria-describedby=(about) required[kind.default.is_none()] {
-                    @if kind.default.is_none() { option value="" { "Choose" } }
-                    @for value in ["true", "false"] {
-                        option value=(value) selected[chosen.as_deref() == Some(value)] { (value) }
-                    }
-                }
-            }
-        }
+        ParameterType::BooleanParameter(kind) => truth(id, about, &name, kind.default, filled),
         ParameterType::IntegerParameter(kind) => {
             let text = |limit: Option<i64>| limit.map(|limit| limit.to_string());
             number(
@@ -199,6 +188,19 @@ fn input(
             let value = filled.or(kind.default.as_deref()).unwrap_or_default();
             html! { input id=(id) name=(name) type="datetime-local" step="1" value=(value)
             required[kind.default.is_none()] aria-describedby=(about); }
+        }
+    }
+}
+
+fn truth(id: &str, about: &str, name: &str, default: Option<bool>, filled: Option<&str>) -> Markup {
+    let of_default = default.map(|value| value.to_string());
+    let chosen = filled.map(str::to_owned).or(of_default);
+    html! {
+        select id=(id) name=(name) aria-describedby=(about) required[default.is_none()] {
+            @if default.is_none() { option value="" { "Choose" } }
+            @for value in ["true", "false"] {
+                option value=(value) selected[chosen.as_deref() == Some(value)] { (value) }
+            }
         }
     }
 }

@@ -122,7 +122,7 @@ impl Browser {
     pub fn screenshot(&self, format: &str) -> Vec<u8> {
         let mut how = json!({"format": format});
         if format == "webp" {
-            how["quality"] = 75.into();
+            how["quality"] = 35.into();
         }
         let answer = self.devtools("Page.captureScreenshot", &how);
         let picture = answer["data"].as_str().unwrap();

@@ -655,6 +655,8 @@ make_venvs() {
   make_venv_of_newest_sdk
   # What the Python orchestrator keeps its tables with.
   make_venv alembic 'alembic==1.13.*' 'sqlalchemy==2.0.*' 'psycopg2-binary==2.9.*'
+  # What the status page is held against: axe-core, which is in this package.
+  make_venv axe --no-deps 'axe-playwright-python==0.1.8'
 }
 
 test_trees() {
@@ -680,6 +682,7 @@ export OMOTES_TEST_RABBITMQ_USER=omotes OMOTES_TEST_RABBITMQ_PASSWORD=secret
 export OMOTES_TEST_POSTGRES_PORT=$POSTGRES OMOTES_TEST_POSTGRES_USER=omotes OMOTES_TEST_POSTGRES_PASSWORD=secret
 export OMOTES_TEST_INFLUXDB_PORT=$INFLUXDB OMOTES_TEST_INFLUXDB_USER=omotes OMOTES_TEST_INFLUXDB_PASSWORD=secret
 export OMOTES_TEST_VENVS=$PWD/target/venv
+export OMOTES_TEST_AXE=$(ls "$PWD"/target/venv/axe/lib/python3*/site-packages/axe_playwright_python/axe.min.js)
 $(test_trees)
 EOF
   # shellcheck source=/dev/null

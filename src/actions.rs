@@ -10,6 +10,7 @@ pub mod again;
 pub mod jobs;
 pub mod letters;
 pub mod queues;
+pub mod submission;
 
 /// Why something was not done.
 #[derive(Debug, thiserror::Error)]

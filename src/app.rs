@@ -142,6 +142,9 @@ fn start_http<'scope>(
         metrics: lane("metrics")?,
     };
     named("http").spawn_scoped(scope, move || http::serve(endpoint, service, &lanes))?;
+    let stopped = stopped.clone();
+    let follow = move || http::follow_pages(endpoint, service, &stopped);
+    threads.push(named("live").spawn_scoped(scope, follow)?);
     Ok(threads)
 }
 

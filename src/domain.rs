@@ -1,6 +1,7 @@
 //! What jobs, workflows and their data are, and what is decided about them. Knows no broker, database,
 //! clock or environment.
 
+pub mod activity;
 pub mod batch;
 pub mod esdl;
 pub mod estimate;

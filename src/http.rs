@@ -2,9 +2,10 @@
 //! check.
 
 use std::cell::RefCell;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -15,13 +16,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::domain::overview::{Filter, Overview};
+use crate::domain::overview::Filter;
 use crate::service::shared::Service;
-use crate::store::{Connection, StoreError};
-use crate::telemetry::health::{Part, PartView};
-use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
-use crate::telemetry::trouble::{Trouble, trouble};
+use crate::telemetry::trouble::trouble;
 use crate::threads::Signal;
 
 mod accounts;
@@ -29,15 +27,22 @@ mod acting;
 mod admission;
 mod form;
 mod guard;
+mod live;
 mod page;
 mod server;
+mod streams;
+mod submission;
+mod submitting;
+mod upload;
+mod views;
 
-use accounts::{Access, Accounts, Purpose};
-use admission::Visit;
-use form::{Action, Back, Form};
-use page::Frame;
-use page::acting::Acting;
+use accounts::Accounts;
+use admission::{Uploads, Visit};
+use form::{Action, Form};
+pub use live::follow as follow_pages;
 use server::{DEADLINE, Reply, Request, Response, Server, Ticket};
+use streams::Topic;
+use views::KnownActivity;
 
 /// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
@@ -48,14 +53,17 @@ const CONFIRMED_LATE: &str = "This takes longer than anybody waits for it. Nothi
 const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it is done is not known \
                          yet: the log will tell.";
 const JSON: &str = "application/json";
+const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
 pub struct Endpoint {
     server: Server,
     accounts: Accounts,
+    activity: Mutex<KnownActivity>,
+    uploads: Uploads,
 }
 
 /// A request whose answer needs the database or RabbitMQ, and when it arrived.
@@ -90,14 +98,17 @@ impl<T> Lanes<T> {
                     &self.slow_actions
                 }
                 Action::Cancel(_)
-                | Action::CancelMatching(..)
+                | Action::Matching(..)
                 | Action::Again(_)
                 | Action::Turns(..)
                 | Action::Limits(..) => &self.actions,
             },
+            Route::SubmitForm(_) | Route::Submission(..) => &self.actions,
             Route::Live
             | Route::Ready
             | Route::Form
+            | Route::Upload
+            | Route::Follow(_)
             | Route::Overview
             | Route::Workers
             | Route::Jobs(_)
@@ -122,7 +133,12 @@ impl Endpoint {
             .with_context(|| format!("listening at {address} (HTTP_BIND)"))?;
         info!("status page at http://{}/", server.address());
         let accounts = Accounts::new(config);
-        Ok(Some(Endpoint { server, accounts }))
+        Ok(Some(Endpoint {
+            server,
+            accounts,
+            activity: Mutex::default(),
+            uploads: Uploads::default(),
+        }))
     }
 
     /// Ends [`serve`].
@@ -135,8 +151,13 @@ impl Endpoint {
 /// their lane.
 pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Question>>) {
     let guesses = RefCell::default();
-    let admit = |request: &Request| admission::admit(request, &endpoint.accounts, &guesses);
-    let answer = |(route, visit): (Route, Visit), request: &Request, ticket| {
+    let admit = |request: &Request| {
+        let Endpoint {
+            accounts, uploads, ..
+        } = endpoint;
+        admission::admit(request, accounts, &guesses, uploads)
+    };
+    let answer = |(route, visit): (Route, Visit), request: &mut Request, ticket| {
         let route = match route {
             Route::Live => return Reply::Now(json_response(200, &json!({"live": true}))),
             Route::Ready => {
@@ -151,13 +172,18 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
                 Ok(form) => Route::Act(Box::new(form)),
                 Err(refusal) => return Reply::Now(refusal),
             },
+            Route::Upload => {
+                let kind = request.header("content-type").unwrap_or_default();
+                Route::Submission(kind, mem::take(&mut request.body))
+            }
+            Route::Follow(route) => return follow(endpoint, *route, &visit, request),
             route => route,
         };
         let (lane, html) = (lanes.of(&route), visit.html);
         let late = |why| Some(Box::new(refusal(html, 503, why)));
         let (time, otherwise) = match route {
             Route::Confirm(_) => (ACTION_TIME, late(CONFIRMED_LATE)),
-            Route::Act(_) => (ACTION_TIME, late(DONE_LATE)),
+            Route::Act(_) | Route::Submission(..) => (ACTION_TIME, late(DONE_LATE)),
             _ => (Duration::ZERO, None),
         };
         let question = Question {
@@ -178,6 +204,19 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
     }
 }
 
+/// Tells a page's reader of its changes from now on.
+fn follow(endpoint: &Endpoint, route: Route, visit: &Visit, request: &Request) -> Reply {
+    const FULL: &str = "Too many pages are followed already. This one can be asked for instead.";
+    if request.method == "HEAD" {
+        return Reply::Now(Response::new(200, EVENTS, String::new()));
+    }
+    let access = visit.access.clone();
+    match endpoint.server.hub().join(Topic { access, route }) {
+        Some(seat) => Reply::Follow(seat),
+        None => Reply::Now(refusal(visit.html, 503, FULL)),
+    }
+}
+
 /// Answers what [`serve`] hands over in one lane, until `stop` is given.
 pub fn answer(
     endpoint: &Endpoint,
@@ -192,12 +231,12 @@ pub fn answer(
                 let response = match (question.since.elapsed() < DEADLINE, &question.route) {
                     (true, _) => {
                         // If it panics, the client still gets an answer.
-                        let respond = || respond(endpoint, service, &question, stop);
+                        let respond = || views::respond(endpoint, service, &question, stop);
                         let response = catch_unwind(AssertUnwindSafe(respond));
                         let fault = |_| refusal(question.visit.html, 500, "A fault; the log has it.");
                         response.unwrap_or_else(fault)
                     }
-                    (false, Route::Confirm(_) | Route::Act(_)) => {
+                    (false, Route::Confirm(_) | Route::Act(_) | Route::Submission(..)) => {
                         const LATE: &str = "Others' actions take too long; nothing was done.";
                         refusal(question.visit.html, 503, LATE)
                     }
@@ -225,15 +264,24 @@ enum Route {
     Result(Uuid),
     Page(Filter),
     JobPage(Uuid),
+    /// What changes on a page.
+    Follow(Box<Route>),
     /// Asks again before something is destroyed.
     Confirm(Box<Form>),
+    /// The form to submit a job, for a workflow.
+    SubmitForm(Option<String>),
     /// A form whose fields are in the body.
     Form,
+    /// A form to submit a job, whose fields are in the body with its ESDL.
+    Upload,
+    /// The same with its type and its body.
+    Submission(String, Vec<u8>),
     Act(Box<Form>),
 }
 
 /// Where forms are sent to.
 const ACT: &str = "/act";
+const SUBMIT: &str = "/submit";
 
 /// What a path and a query ask for.
 fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
@@ -250,20 +298,47 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
         "/api/workers" => Route::Workers,
         "/api/jobs" => Route::Jobs(filter()?),
         "/" => Route::Page(filter()?),
+        "/events" => Route::Follow(Box::new(Route::Page(followed(filter()?)?))),
         "/confirm" => {
             let form = Form::parse(query.as_bytes()).map_err(|error| (400, error))?;
             Route::Confirm(Box::new(form))
         }
+        SUBMIT => Route::SubmitForm(workflow(query)?),
         ACT => return Err((405, "only POST".to_owned())),
-        _ => match (path.strip_prefix("/api/jobs/"), path.strip_prefix("/jobs/")) {
-            (Some(rest), _) => match rest.strip_suffix("/result") {
-                Some(id) => Route::Result(job(id)?),
-                None => Route::Job(job(rest)?),
-            },
-            (None, Some(id)) => Route::JobPage(job(id)?),
-            (None, None) => return Err((404, format!("there are {PATHS}"))),
-        },
+        _ => {
+            let below = |folder| path.strip_prefix(folder);
+            match (below("/api/jobs/"), below("/jobs/"), below("/events/jobs/")) {
+                (Some(rest), ..) => match rest.strip_suffix("/result") {
+                    Some(id) => Route::Result(job(id)?),
+                    None => Route::Job(job(rest)?),
+                },
+                (_, Some(id), _) => Route::JobPage(job(id)?),
+                (.., Some(id)) => Route::Follow(Box::new(Route::JobPage(job(id)?))),
+                (None, None, None) => return Err((404, format!("there are {PATHS}"))),
+            }
+        }
     })
+}
+
+/// The workflow that a job is to be submitted for.
+fn workflow(query: &str) -> Result<Option<String>, (u16, String)> {
+    let mut name = None;
+    for (field, value) in form_urlencoded::parse(query.as_bytes()) {
+        match &*field {
+            "workflow" => name = Some(value.into_owned()).filter(|name| !name.is_empty()),
+            _ => return Err((400, format!("{} is not known here", one_line(&field)))),
+        }
+    }
+    Ok(name)
+}
+
+/// A filter whose list may be followed.
+fn followed(filter: Filter) -> Result<Filter, (u16, String)> {
+    const WHY: &str = "a search, and a list of more than 200 jobs, is not followed";
+    match page::is_followed(&filter) {
+        true => Ok(filter),
+        false => Err((400, WHY.to_owned())),
+    }
 }
 
 /// Why a request gets nothing: for a browser a page, for others JSON.
@@ -281,7 +356,7 @@ fn refusal(is_page: bool, status: u16, why: &str) -> Response {
         500 => "A fault",
         _ => "This does not work for now",
     };
-    html(status, None, page::acting::refused(title, why))
+    html(status, None, page::refused(title, why))
 }
 
 fn json_response(status: u16, body: &Value) -> Response {
@@ -303,201 +378,6 @@ fn html(status: u16, nonce: Option<&str>, page: String) -> Response {
     );
     response.headers.push(("Content-Security-Policy", policy));
     response
-}
-
-fn respond(endpoint: &Endpoint, service: &Service, question: &Question, stop: &Signal) -> Response {
-    let Question { route, visit, .. } = question;
-    let now = Timestamp::now();
-    let (_, parts) = service.health.parts(now);
-    let nonce = Uuid::new_v4().simple().to_string();
-    let acting = match &visit.access {
-        Access::Act(account) => Some(Acting {
-            token: endpoint.accounts.seal(Purpose::Form, account, now),
-            back: match route {
-                Route::Page(filter) => Back::List(filter.clone()),
-                Route::JobPage(id) => Back::Job(*id),
-                Route::Confirm(form) | Route::Act(form) => form.back.clone(),
-                _ => Back::List(Filter::default()),
-            },
-        }),
-        Access::Look(_) | Access::Open => None,
-    };
-    let frame = Frame {
-        // What somebody is asked must not change before it is answered.
-        nonce: (!matches!(route, Route::Confirm(_) | Route::Act(_))).then_some(&nonce),
-        now,
-        host: &service.host,
-        parts: &parts,
-        note: visit.note.as_deref(),
-        acting: acting.as_ref(),
-    };
-    match (route, &acting) {
-        (Route::Confirm(form), Some(acting)) => {
-            return acting::confirm(service, visit, &frame, acting, form);
-        }
-        (Route::Act(form), Some(acting)) => {
-            let accounts = &endpoint.accounts;
-            return acting::act(service, accounts, visit, &frame, acting, form, stop);
-        }
-        _ => {}
-    }
-    // Nobody waits as long as connecting in vain takes.
-    let mut parts = parts.iter();
-    let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.part == Part::Postgres));
-    if let Some(why) = postgres.filter(|_| !service.can_look_on.load(Ordering::Relaxed)) {
-        return without_database(service, route, &frame, why);
-    }
-    let text = |error: StoreError| format!("{:#}", anyhow::Error::from(error));
-    let mut connection = match service.views.connection() {
-        Ok(connection) => connection,
-        Err(error) => return without_database(service, route, &frame, &text(error)),
-    };
-    match with_database(service, &mut connection, route, &frame) {
-        Ok(response) => admission::with_pass(response, &endpoint.accounts, visit, now),
-        Err(StoreError::TooLong(_)) => in_vain(service, route, &frame, IN_VAIN),
-        Err(error) => in_vain(service, route, &frame, &one_line(&text(error))),
-    }
-}
-
-/// What is said of a question that takes longer than anybody waits.
-const IN_VAIN: &str = "This takes longer than Postgres is given for it. Ask for less: a single \
-                       workflow, a single state, or a job by its id.";
-
-/// The answer if Postgres is there and does not say what was asked for.
-fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
-    match route {
-        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, page::in_vain(frame, why)),
-        Route::Live
-        | Route::Ready
-        | Route::Form
-        | Route::Confirm(_)
-        | Route::Act(_)
-        | Route::Overview
-        | Route::Workers
-        | Route::Jobs(_)
-        | Route::Result(_)
-        | Route::Job(_) => json_response(503, &json!({"error": why})),
-    }
-}
-
-fn with_database(
-    service: &Service,
-    connection: &mut Connection,
-    route: &Route,
-    frame: &Frame<'_>,
-) -> Result<Response, StoreError> {
-    let now = frame.now;
-    let overview = service.overview(connection)?;
-    Ok(match route {
-        Route::Live | Route::Ready | Route::Form | Route::Confirm(_) | Route::Act(_) => {
-            unreachable!("answered before")
-        }
-        Route::Metrics => metrics_text(service, &overview, now),
-        Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
-        Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
-        Route::Jobs(filter) => {
-            let mut page = service.page(connection, filter)?;
-            overview.explain(&mut page.jobs, now);
-            json_response(200, &json!(page))
-        }
-        Route::Page(filter) => {
-            let mut page = service.page(connection, filter)?;
-            overview.explain(&mut page.jobs, now);
-            html(
-                200,
-                frame.nonce,
-                page::overview(frame, &overview, filter, &page),
-            )
-        }
-        Route::Result(id) => match connection.kept_result(*id)? {
-            Some(esdl) => result(*id, esdl),
-            None => {
-                let why = format!("no output ESDL of job {id} is kept");
-                json_response(404, &json!({"error": why}))
-            }
-        },
-        Route::Job(id) | Route::JobPage(id) => match connection.story(*id)? {
-            Some(mut story) => {
-                overview.explain(std::slice::from_mut(&mut story.job), now);
-                service.name_parameters(&mut story);
-                match route {
-                    Route::JobPage(_) => html(200, frame.nonce, page::job(frame, &story)),
-                    _ => json_response(200, &json!(story)),
-                }
-            }
-            None => match route {
-                Route::JobPage(_) => html(404, frame.nonce, page::unknown_job(frame, *id)),
-                _ => json_response(404, &json!({"error": format!("job {id} is unknown")})),
-            },
-        },
-    })
-}
-
-/// An output ESDL, as a file. It is a worker's text, and must not be run as a page of this site.
-fn result(job_id: Uuid, esdl: String) -> Response {
-    let mut response = Response::new(200, "application/octet-stream", esdl);
-    let disposition = format!("attachment; filename=\"{job_id}.esdl\"");
-    response.headers.extend([
-        ("Content-Disposition", disposition),
-        ("X-Content-Type-Options", "nosniff".to_owned()),
-        (
-            "Content-Security-Policy",
-            "default-src 'none'; sandbox".to_owned(),
-        ),
-    ]);
-    response
-}
-
-fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
-    // Whoever asks may be the first to notice.
-    let mut parts = frame.parts.to_vec();
-    for part in &mut parts {
-        if part.part == Part::Postgres && part.why.is_none() {
-            part.why = Some(why.to_owned());
-            part.since = frame.now;
-        }
-    }
-    let frame = &Frame {
-        parts: &parts,
-        ..*frame
-    };
-    match route {
-        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, page::without_database(frame)),
-        Route::Live
-        | Route::Ready
-        | Route::Form
-        | Route::Confirm(_)
-        | Route::Act(_)
-        | Route::Overview
-        | Route::Workers
-        | Route::Jobs(_)
-        | Route::Result(_)
-        | Route::Job(_) => {
-            let error = format!("Postgres does not answer: {}", one_line(why));
-            json_response(503, &json!({"error": error}))
-        }
-    }
-}
-
-fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Response {
-    let text = service.metrics.text(&service.health, overview, now);
-    Response::new(200, metrics::CONTENT_TYPE, text)
-}
-
-fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
-    let trouble = trouble(parts);
-    let parts = parts
-        .iter()
-        .map(|part| json!({"name": part.part.name(), "since": part.since, "why": part.why}));
-    json!({
-        "trouble": trouble.as_ref().map(Trouble::json),
-        "parts": parts.collect::<Vec<_>>(),
-        "workflows": overview.workflows(),
-        "queues": overview.queues,
-        "turns": overview.turns,
-    })
 }
 
 /// Asks the service that listens at `bind` whether it is ready.
@@ -535,6 +415,7 @@ mod tests {
     use base64::prelude::BASE64_STANDARD;
     use crossbeam_channel::bounded;
 
+    use super::accounts::Purpose;
     use super::*;
 
     /// An endpoint with an operator, and a service that is connected to nothing.

@@ -24,6 +24,7 @@ pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 
+mod activity;
 mod batch;
 mod connect;
 pub mod inspection;
@@ -195,8 +196,8 @@ impl Store {
     }
 }
 
-/// Status page, searches, metrics, the queue watch, and two for those who act.
-const VIEWERS: u32 = 6;
+/// Status page, pages that are followed, searches, metrics, the queue watch, and two for those who act.
+const VIEWERS: u32 = 7;
 
 /// One connection with the statements prepared on it so far.
 pub struct Connection {

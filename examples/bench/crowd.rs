@@ -85,7 +85,11 @@ fn starts(config: &Config, load: &Load) -> anyhow::Result<Vec<Duration>> {
     Ok(times)
 }
 
-fn requests(address: &str) -> anyhow::Result<Vec<Duration>> {
+/// How long the service takes to answer this.
+///
+/// # Errors
+/// It does not.
+pub fn requests(address: &str) -> anyhow::Result<Vec<Duration>> {
     let mut times = Vec::with_capacity(SAMPLES);
     for _ in 0..SAMPLES {
         let began = Instant::now();

@@ -16,6 +16,7 @@ mod load;
 mod report;
 mod site;
 mod soak;
+mod viewers;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -46,7 +47,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, crowd, page.
+    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, crowd, page, pages.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -118,6 +119,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("page") {
         bench.page()?;
+    }
+    if wanted("pages") {
+        bench.pages(messages)?;
     }
     if wanted("history") {
         bench.site.fill_history(&bench.config.postgres, 1_000_000)?;
@@ -344,6 +348,33 @@ impl Bench {
         }
         self.site.stop()?;
         self.site.fill_jobs(&postgres, 0, 0)
+    }
+
+    /// What open pages cost jobs, where there are many of these, and how long the list takes beside
+    /// them.
+    fn pages(&mut self, messages: usize) -> anyhow::Result<()> {
+        let (live, finished) = (10_000, 1_000_000);
+        self.site.fill_jobs(&self.config.postgres, live, finished)?;
+        // By turns, since a machine does not always do the same.
+        for (name, pages) in [
+            ("no page open", 0),
+            ("200 pages open", 200),
+            ("no page open again", 0),
+            ("200 pages open again", 200),
+        ] {
+            self.site.pages = pages;
+            let name = format!("2 kB, 10,000 live, {name}");
+            self.throughput(&name, 2_000, messages, 1)?;
+        }
+        self.site.start(1)?;
+        let times = crowd::requests(&self.site.page()?)?;
+        self.percentiles(
+            "10,000 live, 1,000,000 in the history, 200 pages open: page",
+            times,
+        );
+        self.site.stop()?;
+        self.site.pages = 0;
+        self.site.fill_jobs(&self.config.postgres, 0, 0)
     }
 
     fn percentiles(&mut self, what: &str, mut times: Vec<Duration>) {

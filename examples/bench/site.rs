@@ -11,6 +11,7 @@ use omotes_orchestrator::config;
 use uuid::Uuid;
 
 use crate::load::HELD;
+use crate::viewers::Viewers;
 
 /// How long a process may take to be ready, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,6 +25,9 @@ pub struct Site {
     program: PathBuf,
     /// Beside those of this process.
     pub variables: Vec<(&'static str, &'static str)>,
+    /// So many pages are open while it runs.
+    pub pages: usize,
+    viewers: Option<Viewers>,
     replicas: Vec<Child>,
     /// Of all that have been stopped, in MiB.
     peak_memory: f64,
@@ -35,6 +39,8 @@ impl Site {
             folder: folder.to_owned(),
             program: program.to_owned(),
             variables: Vec::new(),
+            pages: 0,
+            viewers: None,
             replicas: Vec::new(),
             peak_memory: 0.0,
         }
@@ -59,11 +65,17 @@ impl Site {
             ensure!(Instant::now() < deadline, "not ready: {}", log.display());
             pause(Duration::from_millis(2));
         }
+        if self.pages > 0 {
+            self.viewers = Some(Viewers::open(&self.page()?, self.pages)?);
+        }
         Ok(())
     }
 
     /// Ends them in good order.
     pub fn stop(&mut self) -> anyhow::Result<()> {
+        if let Some(viewers) = self.viewers.take() {
+            ensure!(viewers.bytes() > 0, "no page was told anything");
+        }
         self.peak_memory = self.peak_memory.max(self.status("VmHWM:"));
         for child in &mut self.replicas {
             let id = child.id().to_string();

@@ -1,5 +1,6 @@
 //! Cancelling jobs, and changing those that wait for their turn.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use anyhow::{Context, bail};
@@ -10,7 +11,7 @@ use super::{Failure, bounded, counted};
 use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
 use crate::domain::job::{Origin, Priority};
-use crate::domain::overview::{Filter, JobState, JobView};
+use crate::domain::overview::{Filter, JobState, JobView, MAX_LIMIT};
 use crate::store::{Connection, TurnChange};
 use crate::threads::{Calls, within_deadline};
 use crate::wire::{self, Outgoing};
@@ -127,27 +128,35 @@ pub struct Matching {
 }
 
 /// The ids of the jobs that match, have not ended, and were registered by `until`; as many of the
-/// jobs themselves as are `shown`.
+/// jobs themselves as are `shown`. If they are to be held or released, only of those that can be.
 ///
 /// # Errors
 /// Postgres is not there.
 pub fn matching(
     connection: &mut Connection,
     filter: &Filter,
+    change: Option<TurnChange>,
     until: Timestamp,
     shown: u16,
 ) -> Result<Matching, Failure> {
     check_live(filter)?;
-    let ids = connection.live_ids(filter, until)?;
+    let on_hold = change.map(|change| change == TurnChange::Release);
+    let ids = connection.live_ids(filter, on_hold, until)?;
     let mut first = Vec::new();
     if shown > 0 {
         let filter = Filter {
-            limit: shown,
+            // Those that it is not about may come before them.
+            limit: match change {
+                Some(_) => MAX_LIMIT,
+                None => shown,
+            },
             offset: 0,
             ..filter.clone()
         };
         first = connection.jobs(&filter)?.jobs;
-        first.retain(|job| ids.contains(&job.id));
+        let meant: HashSet<_> = ids.iter().collect();
+        first.retain(|job| meant.contains(&job.id));
+        first.truncate(shown.into());
     }
     Ok(Matching { ids, first })
 }
@@ -218,6 +227,36 @@ pub fn change_turns(
         };
         let id = *id;
         all.push(Became { id, is_done, what });
+    }
+    Ok(all)
+}
+
+/// Changes the turns of any number of jobs, some at a time, so that no handler waits for all of them and
+/// Postgres has locks for them.
+///
+/// # Errors
+/// As [`change_turns`]; the text says how many had been changed by then.
+pub fn change_all_turns(
+    connection: &mut Connection,
+    ids: &[Uuid],
+    change: TurnChange,
+) -> Result<Vec<Became>, Failure> {
+    const SOME: usize = 100;
+    let mut all = Vec::with_capacity(ids.len());
+    for some in ids.chunks(SOME) {
+        match change_turns(connection, some, change) {
+            Ok(became) => all.extend(became),
+            Err(failure) => {
+                let done = all.iter().filter(|one: &&Became| one.is_done).count();
+                let of = counted(ids.len(), "job");
+                let so_far =
+                    format!("{done} of {of} were changed before this; asking again goes on");
+                return Err(match failure {
+                    Failure::Failed(error) => Failure::Failed(error.context(so_far)),
+                    refused @ Failure::Refused(_) => refused,
+                });
+            }
+        }
     }
     Ok(all)
 }

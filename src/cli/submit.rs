@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
+use omotes_orchestrator::actions::submission::Order;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::wire::JobSubmission;
 use omotes_orchestrator::wire::job_result::ResultType;
@@ -18,7 +19,6 @@ use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
-use self::follow::Order;
 use self::output::Output;
 
 mod display;

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::accounts::{Accounts, Purpose};
 use super::admission::Visit;
-use super::form::{Action, Form, Shown};
+use super::form::{Action, Back, Form, Shown, Whole};
 use super::page::Frame;
 use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
@@ -54,7 +54,9 @@ pub(super) fn confirm(
 ) -> Response {
     let asked = match &form.action {
         Action::Cancel(ids) => confirm_cancel(service, frame, acting, ids),
-        Action::CancelMatching(filter, _) => confirm_matching(service, frame, acting, filter, None),
+        Action::Matching(whole, filter, _) => {
+            confirm_matching(service, frame, acting, (*whole, filter), None)
+        }
         Action::Requeue(_) | Action::RequeueAll(_) => confirm_requeue(service, frame, acting, None),
         Action::Again(_) | Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(
             Failure::Refused("this is done without being asked again".to_owned()),
@@ -88,17 +90,17 @@ fn confirm_matching(
     service: &Service,
     frame: &Frame<'_>,
     acting: &Acting,
-    filter: &Filter,
+    (whole, filter): (Whole, &Filter),
     notice: Option<&str>,
 ) -> Result<String, Failure> {
     // As Postgres keeps it.
     let at = Timestamp::from_microsecond(frame.now.as_microsecond()).unwrap_or(frame.now);
     let named = u16::try_from(pages::NAMED).unwrap_or(u16::MAX);
-    let found = jobs::matching(&mut looking(service)?, filter, at, named)?;
+    let found = jobs::matching(&mut looking(service)?, filter, whole.turn(), at, named)?;
     let digest = digest(&found.ids);
     let shown = Shown { at, digest };
     Ok(pages::confirm_matching(
-        frame, acting, &found, &shown, notice,
+        frame, acting, whole, &found, &shown, notice,
     ))
 }
 
@@ -153,7 +155,7 @@ pub(super) fn act(
                 let told = told.join("; ");
                 info!(account; "{who}: {what}: {told}");
             }
-            done(accounts, visit, form, &lines, frame.now)
+            done(accounts, visit, &form.back, &lines, frame.now)
         }
         Ok(Came::Others) => {
             info!(account; "{who}: {what}: not done, for there are others now than were shown");
@@ -181,21 +183,8 @@ fn perform(
             ids,
             &visit.origin(),
         )?),
-        Action::CancelMatching(filter, shown) => {
-            let at = shown.as_ref().map_or(Timestamp::now(), |shown| shown.at);
-            let ids = jobs::matching(&mut looking(service)?, filter, at, 0)?.ids;
-            if shown
-                .as_ref()
-                .is_none_or(|shown| shown.digest != digest(&ids))
-            {
-                return Ok(Came::Others);
-            }
-            jobs::ask_to_end(config, &ids, &visit.origin())?;
-            let count = counted(ids.len(), "job");
-            let each = ids.iter().map(|id| format!("job {id}"));
-            std::iter::once(format!("{count} asked to end"))
-                .chain(each)
-                .collect()
+        Action::Matching(whole, filter, shown) => {
+            return to_all(service, visit, *whole, filter, shown.as_ref());
         }
         Action::Again(ids) => run_again(service, ids, &visit.origin())?,
         Action::Turns(ids, change) => lines(&jobs::change_turns(
@@ -214,6 +203,40 @@ fn perform(
         Action::RequeueAll(shown) => return requeue(service, None, shown.as_deref()),
     };
     Ok(Came::Done(lines))
+}
+
+/// Does so to all that match, if they are those that were shown.
+fn to_all(
+    service: &Service,
+    visit: &Visit,
+    whole: Whole,
+    filter: &Filter,
+    shown: Option<&Shown>,
+) -> Result<Came, Failure> {
+    let at = shown.map_or(Timestamp::now(), |shown| shown.at);
+    let ids = jobs::matching(&mut looking(service)?, filter, whole.turn(), at, 0)?.ids;
+    if shown.is_none_or(|shown| shown.digest != digest(&ids)) {
+        return Ok(Came::Others);
+    }
+    let count = counted(ids.len(), "job");
+    let Some(change) = whole.turn() else {
+        jobs::ask_to_end(&service.config, &ids, &visit.origin())?;
+        let each = ids.iter().map(|id| format!("job {id}"));
+        let head = std::iter::once(format!("{count} asked to end"));
+        return Ok(Came::Done(head.chain(each).collect()));
+    };
+    let became = jobs::change_all_turns(&mut connection(service)?, &ids, change)?;
+    let done = became.iter().filter(|one| one.is_done).count();
+    let done = match done == ids.len() {
+        true => count,
+        false => format!("{done} of {count}"),
+    };
+    let what = match whole {
+        Whole::Release => "released",
+        Whole::Hold | Whole::Cancel => "held until they are released",
+    };
+    let head = std::iter::once(format!("{done} {what}"));
+    Ok(Came::Done(head.chain(lines(&became)).collect()))
 }
 
 fn lines(all: &[impl ToString]) -> Vec<String> {
@@ -323,7 +346,7 @@ fn requeue(
 fn in_words(action: &Action) -> String {
     match action {
         Action::Cancel(ids) => format!("cancel {}", bounded(&lines(ids), ", ")),
-        Action::CancelMatching(filter, shown) => {
+        Action::Matching(whole, filter, shown) => {
             let which = match filter.query(0) {
                 query if query.is_empty() => "all jobs".to_owned(),
                 query => format!("all jobs with {}", one_line(&query)),
@@ -331,7 +354,12 @@ fn in_words(action: &Action) -> String {
             let at = shown
                 .as_ref()
                 .map(|shown| format!(", as shown at {}", shown.at));
-            format!("cancel {which}{}", at.unwrap_or_default())
+            let verb = match whole {
+                Whole::Cancel => "cancel",
+                Whole::Hold => "hold",
+                Whole::Release => "release",
+            };
+            format!("{verb} {which}{}", at.unwrap_or_default())
         }
         Action::Again(ids) => format!("run again {}", bounded(&lines(ids), ", ")),
         Action::Turns(ids, change) => {
@@ -363,10 +391,10 @@ fn in_words(action: &Action) -> String {
 }
 
 /// Sends a browser back to where it came from, with what was done.
-fn done(
+pub(super) fn done(
     accounts: &Accounts,
     visit: &Visit,
-    form: &Form,
+    back: &Back,
     lines: &[String],
     now: Timestamp,
 ) -> Response {
@@ -375,7 +403,7 @@ fn done(
     }
     let note = bounded(lines, "\n");
     let note = excerpt(&note, MAX_NOTE);
-    let path = form.back.path();
+    let path = back.path();
     let between = if path.contains('?') { '&' } else { '?' };
     let mut query = form_urlencoded::Serializer::new(String::new());
     query.append_pair("note", &note);
@@ -399,8 +427,8 @@ fn ask_again(
         return json_response(409, &json!({"error": NOTICE}));
     }
     let asked = match &form.action {
-        Action::CancelMatching(filter, _) => {
-            confirm_matching(service, frame, acting, filter, Some(NOTICE))
+        Action::Matching(whole, filter, _) => {
+            confirm_matching(service, frame, acting, (*whole, filter), Some(NOTICE))
         }
         Action::Cancel(_)
         | Action::Again(_)
@@ -415,7 +443,7 @@ fn ask_again(
         .unwrap_or_else(|failure| failed(visit, &failure))
 }
 
-fn failed(visit: &Visit, failure: &Failure) -> Response {
+pub(super) fn failed(visit: &Visit, failure: &Failure) -> Response {
     let status = match failure {
         Failure::Refused(_) => 400,
         Failure::Failed(_) => 503,

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use jiff::Timestamp;
@@ -11,7 +12,7 @@ use super::accounts::{self, Access, Accounts, Purpose, SealFault};
 use super::form::Form;
 use super::guard::{Guesses, PENALTY, Provenance};
 use super::server::{BodyFault, MAX_BODY, Request, Response};
-use super::{ACT, HTML, Route, refusal, route};
+use super::{ACT, HTML, Route, SUBMIT, refusal, route};
 use crate::domain::job::{Origin, Via};
 use crate::telemetry::report::one_line;
 
@@ -28,7 +29,24 @@ pub(super) struct Visit {
     pub(super) note: Option<String>,
     /// Whether a pass is to be handed out, see [`Purpose::Pass`].
     pub(super) needs_pass: bool,
+    /// The room that its body takes, until it is answered.
+    upload: Option<Arc<()>>,
 }
+
+/// The room for large bodies: as many as there are clones of it.
+#[derive(Debug, Default)]
+pub(super) struct Uploads(Arc<()>);
+
+impl Uploads {
+    fn enter(&self) -> Option<Arc<()>> {
+        (Arc::strong_count(&self.0) <= MAX_UPLOADS).then(|| Arc::clone(&self.0))
+    }
+}
+
+/// How large an ESDL may be with what else is filled in, and how many are read at once: each is in memory
+/// several times until RabbitMQ has it.
+const MAX_UPLOAD: usize = 16 * 1024 * 1024;
+const MAX_UPLOADS: usize = 3;
 
 impl Visit {
     pub(super) fn account(&self) -> &str {
@@ -77,6 +95,7 @@ pub(super) fn admit(
     request: &Request,
     accounts: &Accounts,
     guesses: &RefCell<Guesses>,
+    uploads: &Uploads,
 ) -> Result<(Route, Visit), Response> {
     let (path, query) = request
         .target
@@ -91,6 +110,7 @@ pub(super) fn admit(
         forwarded: request.header("x-forwarded-for"),
         note: None,
         needs_pass: false,
+        upload: None,
     };
     if !path.starts_with(HEALTH) {
         let has_pass = has_pass(request, accounts);
@@ -100,6 +120,14 @@ pub(super) fn admit(
         if request.method == "POST" {
             may_act(request, &visit)?;
             admit_form(request, path, &visit)?;
+            if path == SUBMIT {
+                const BUSY: &str = "Others submit jobs just now. Nothing was submitted: try again.";
+                visit.upload = uploads.enter();
+                return match visit.upload {
+                    Some(_) => Ok((Route::Upload, visit)),
+                    None => Err(refusal(html, 503, BUSY)),
+                };
+            }
             return Ok((Route::Form, visit));
         }
     }
@@ -109,6 +137,13 @@ pub(super) fn admit(
     let route = route(path, &query).map_err(refuse)?;
     if !["GET", "HEAD"].contains(&request.method.as_str()) {
         return Err(refuse((405, "only GET and HEAD".to_owned())));
+    }
+    if matches!(route, Route::Follow(_)) {
+        // It takes one of few places.
+        comes_from_here(request, &visit)?;
+    }
+    if matches!(route, Route::SubmitForm(_)) {
+        may_act(request, &visit)?;
     }
     if matches!(route, Route::Confirm(_)) {
         may_act(request, &visit)?;
@@ -195,23 +230,24 @@ fn refused(request: &Request, visit: &Visit, why: &str) -> Response {
 /// Whether a form is one that is read, as its head says.
 fn admit_form(request: &Request, path: &str, visit: &Visit) -> Result<(), Response> {
     let refuse = |status, why: &str| Err(refusal(visit.html, status, why));
-    if path != ACT {
-        return refuse(405, "only GET and HEAD; forms are sent to /act");
-    }
+    let (form, most) = match path {
+        ACT => ("application/x-www-form-urlencoded", MAX_BODY),
+        SUBMIT => ("multipart/form-data", MAX_UPLOAD),
+        _ => return refuse(405, "only GET and HEAD; forms are sent to /act and /submit"),
+    };
     comes_from_here(request, visit)?;
-    const FORM: &str = "application/x-www-form-urlencoded";
     let content_type = request.header("content-type").unwrap_or_default();
     let kind = content_type.split(';').next().unwrap_or_default().trim();
-    if !kind.eq_ignore_ascii_case(FORM) {
-        let why = format!("Content-Type: {}: expected {FORM}", one_line(&content_type));
+    if !kind.eq_ignore_ascii_case(form) {
+        let why = format!("Content-Type: {}: expected {form}", one_line(&content_type));
         return refuse(415, &why);
     }
-    match request.body_length() {
+    match request.body_length(most) {
         Ok(_) => Ok(()),
         Err(BodyFault::NoLength) => refuse(411, "The request has no Content-Length."),
         Err(BodyFault::FaultyLength) => refuse(400, "Content-Length is no number."),
         Err(BodyFault::TooLong) => {
-            let why = format!("The form is too long: at most {MAX_BODY} bytes are read.");
+            let why = format!("The form is too long: at most {most} bytes are read.");
             refuse(413, &why)
         }
     }
@@ -238,14 +274,21 @@ fn comes_from_here(request: &Request, visit: &Visit) -> Result<(), Response> {
 pub(super) fn read_form(accounts: &Accounts, visit: &Visit, body: &[u8]) -> Result<Form, Response> {
     let refuse = |status, why: &str| refusal(visit.html, status, why);
     let form = Form::parse(body).map_err(|error| refuse(400, &error))?;
+    check_token(accounts, visit, &form.token)?;
+    Ok(form)
+}
+
+/// Whether a form is one that this service has shown to the same account.
+pub(super) fn check_token(accounts: &Accounts, visit: &Visit, token: &str) -> Result<(), Response> {
+    let refuse = |status, why: &str| refusal(visit.html, status, why);
     let Access::Act(account) = &visit.access else {
         return Err(refuse(403, MAY_NOT_ACT));
     };
     let now = Timestamp::now();
-    let why = match accounts.check_seal(Purpose::Form, account, &form.token, now) {
-        Ok(()) => return Ok(form),
+    let why = match accounts.check_seal(Purpose::Form, account, token, now) {
+        Ok(()) => return Ok(()),
         Err(SealFault::Old) => "This form is too old. Nothing was done: load its page again.",
-        Err(SealFault::Forged) if form.token.is_empty() => {
+        Err(SealFault::Forged) if token.is_empty() => {
             "The form has no token. Nothing was done: only this page's own forms count; scripts use \
              the command line."
         }

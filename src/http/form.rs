@@ -17,8 +17,8 @@ const MAX_NAMED: usize = 100;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Action {
     Cancel(Vec<Uuid>),
-    /// All that match, if they are those that the operator was shown; None before that.
-    CancelMatching(Filter, Option<Shown>),
+    /// This to all that match, if they are those that the operator was shown; None before that.
+    Matching(Whole, Filter, Option<Shown>),
     /// Another run of each.
     Again(Vec<Uuid>),
     Turns(Vec<Uuid>, TurnChange),
@@ -28,6 +28,36 @@ pub(super) enum Action {
     /// All dead letters, if they are those of this digest, which the operator was shown; None before
     /// that.
     RequeueAll(Option<String>),
+}
+
+/// What is done to all jobs that match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whole {
+    Cancel,
+    /// Those that wait for their turn, and may have it.
+    Hold,
+    /// Those that are on hold.
+    Release,
+}
+
+impl Whole {
+    /// As forms name it.
+    pub(super) fn verb(self) -> &'static str {
+        match self {
+            Whole::Cancel => "cancel-all",
+            Whole::Hold => "hold-all",
+            Whole::Release => "release-all",
+        }
+    }
+
+    /// What it is to those that wait for their turn, if it is only about these.
+    pub(super) fn turn(self) -> Option<TurnChange> {
+        match self {
+            Whole::Cancel => None,
+            Whole::Hold => Some(TurnChange::Hold),
+            Whole::Release => Some(TurnChange::Release),
+        }
+    }
 }
 
 /// The jobs that an operator was shown.
@@ -177,7 +207,9 @@ impl Fields {
         let worker = || required("worker", &self.worker);
         Ok(match required("do", &self.verb)?.as_str() {
             "cancel" => Action::Cancel(self.ids()?),
-            "cancel-all" => Action::CancelMatching(self.list()?, self.shown()?),
+            "cancel-all" => Action::Matching(Whole::Cancel, self.list()?, self.shown()?),
+            "hold-all" => Action::Matching(Whole::Hold, self.list()?, self.shown()?),
+            "release-all" => Action::Matching(Whole::Release, self.list()?, self.shown()?),
             "again" => Action::Again(self.ids()?),
             "priority" => Action::Turns(self.ids()?, TurnChange::Priority(self.priority()?)),
             "first" => Action::Turns(self.ids()?, TurnChange::First),
@@ -250,13 +282,22 @@ mod tests {
     #[case("do=cancel&id=ID&id=ID", Action::Cancel(vec![id(), id()]))]
     #[case(
         "do=cancel-all&list=workflow%3Da%2526b&shown=x&at=7",
-        Action::CancelMatching(
+        Action::Matching(
+            Whole::Cancel,
             Filter { workflow: Some("a&b".to_owned()), ..Filter::default() },
             Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
         )
     )]
     #[case("do=again&id=ID", Action::Again(vec![id()]))]
-    #[case("do=cancel-all", Action::CancelMatching(Filter::default(), None))]
+    #[case(
+        "do=cancel-all",
+        Action::Matching(Whole::Cancel, Filter::default(), None)
+    )]
+    #[case("do=hold-all", Action::Matching(Whole::Hold, Filter::default(), None))]
+    #[case(
+        "do=release-all",
+        Action::Matching(Whole::Release, Filter::default(), None)
+    )]
     #[case(
         "do=priority&id=ID&level=high",
         Action::Turns(vec![id()], TurnChange::Priority(Priority::High))
@@ -336,7 +377,7 @@ mod tests {
         #[test]
         fn whatever_is_sent_is_understood_or_refused(
             bytes in prop::collection::vec(any::<u8>(), 0..200),
-            verb in "(cancel|cancel-all|priority|hold|limit|drain|requeue)",
+            verb in "(cancel|cancel-all|hold-all|priority|hold|limit|drain|requeue)",
         ) {
             let _ = Form::parse(&bytes);
             let mut text = format!("do={verb}&").into_bytes();

@@ -7,18 +7,22 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::net::{Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
 
+use super::streams::{Hub, Seat, Stream};
+
 /// A client that has not sent its request and read the answer by then is disconnected, unless it is
 /// given more time.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
-/// The largest body that is read.
+/// The largest body that is read as quickly as everything else.
 pub(super) const MAX_BODY: usize = 64 * 1024;
+/// Within this time a larger one has to have arrived.
+const UPLOAD_TIME: Duration = Duration::from_secs(60);
 /// Beyond that the oldest is disconnected.
 const MAX_CONNECTIONS: usize = 512;
 /// The largest request head; browsers send less than one KiB.
@@ -63,7 +67,7 @@ pub(super) enum BodyFault {
     /// It does not say how long it is; sent in chunks, perhaps.
     NoLength,
     FaultyLength,
-    /// It is longer than [`MAX_BODY`].
+    /// It is longer than it may be.
     TooLong,
 }
 
@@ -75,11 +79,11 @@ impl Request {
         (!values.is_empty()).then(|| values.join(", "))
     }
 
-    /// The length of the body.
+    /// The length of the body, which may be so long.
     ///
     /// # Errors
     /// It is not known, or too long.
-    pub(super) fn body_length(&self) -> Result<usize, BodyFault> {
+    pub(super) fn body_length(&self, most: usize) -> Result<usize, BodyFault> {
         if self.header("transfer-encoding").is_some() {
             return Err(BodyFault::NoLength);
         }
@@ -89,7 +93,7 @@ impl Request {
             return Err(BodyFault::FaultyLength);
         }
         match length.parse() {
-            Ok(length) if length <= MAX_BODY => Ok(length),
+            Ok(length) if length <= most => Ok(length),
             Ok(_) | Err(_) => Err(BodyFault::TooLong),
         }
     }
@@ -105,6 +109,8 @@ pub(super) enum Reply {
     /// [`Server::answer`] is called by another thread. Until then its client is waited for at least
     /// so long, and gets this if that was too short; else it is disconnected.
     Later(Duration, Option<Box<Response>>),
+    /// What is told from now on.
+    Follow(Seat),
 }
 
 /// An answer.
@@ -173,13 +179,13 @@ impl Response {
 }
 
 /// Listens, and answers while [`Server::serve`] runs.
-#[derive(Debug)]
 pub(super) struct Server {
     address: SocketAddr,
     waker: Waker,
     stopped: AtomicBool,
     /// Answers from other threads.
     late: Mutex<Vec<(Ticket, Response)>>,
+    hub: Arc<Hub>,
     /// Only for the thread that serves.
     sockets: Mutex<(Poll, TcpListener)>,
 }
@@ -197,6 +203,7 @@ impl Server {
             waker: Waker::new(registry, WAKER)?,
             stopped: AtomicBool::new(false),
             late: Mutex::new(Vec::new()),
+            hub: Arc::default(),
             sockets: Mutex::new((poll, listener)),
         })
     }
@@ -220,6 +227,16 @@ impl Server {
         self.wake();
     }
 
+    /// Who follows what.
+    pub(super) fn hub(&self) -> &Arc<Hub> {
+        &self.hub
+    }
+
+    /// Says that [`Server::hub`] has been told something.
+    pub(super) fn tell(&self) {
+        self.wake();
+    }
+
     fn wake(&self) {
         if let Err(error) = self.waker.wake() {
             warn!("waking the HTTP endpoint: {error}");
@@ -234,7 +251,7 @@ impl Server {
     pub(super) fn serve<R>(
         &self,
         admit: impl Fn(&Request) -> Result<R, Response>,
-        answer: impl Fn(R, &Request, Ticket) -> Reply,
+        answer: impl Fn(R, &mut Request, Ticket) -> Reply,
     ) -> io::Result<()> {
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         let (poll, listener) = &mut *sockets;
@@ -255,6 +272,7 @@ impl Server {
                         for (Ticket(token), response) in late.drain(..) {
                             connections.answer(token, response);
                         }
+                        connections.tell();
                     }
                     LISTENER => connections.accept(listener, poll)?,
                     token => connections.go_on(token, |connection| {
@@ -291,7 +309,8 @@ impl<R> Connections<R> {
         let due: Vec<_> = due.map(|(token, _)| *token).collect();
         for token in due {
             self.go_on(token, |connection| {
-                if connection.deadline <= now && !connection.give_up_waiting(now) {
+                let follows = matches!(connection.state, Progress::Following(_));
+                if connection.deadline <= now && !follows && !connection.give_up_waiting(now) {
                     return Ok(());
                 }
                 if let Progress::Held(bytes, _) = &mut connection.state {
@@ -328,13 +347,21 @@ impl<R> Connections<R> {
             };
             self.by_token.insert(token, connection);
             if self.by_token.len() > MAX_CONNECTIONS {
-                let is_waiting =
-                    |one: &Connection<R>| matches!(one.state, Progress::Waiting { .. });
                 let all = self.by_token.iter();
-                let all = all.map(|(token, one)| (*token, is_waiting(one)));
+                let all = all.map(|(token, one)| (*token, one.is_spared()));
                 let victim = victim(all);
                 victim.and_then(|token| self.by_token.remove(&token));
             }
+        }
+    }
+
+    /// Goes on with those who follow something.
+    fn tell(&mut self) {
+        let all = self.by_token.iter();
+        let following = all.filter(|(_, one)| matches!(one.state, Progress::Following(_)));
+        let following: Vec<_> = following.map(|(token, _)| *token).collect();
+        for token in following {
+            self.go_on(token, Connection::send);
         }
     }
 
@@ -364,9 +391,10 @@ impl<R> Connections<R> {
 }
 
 /// Who is disconnected when there are too many: the oldest, but rather one whose answer is not being
-/// worked on, for what is worked on may be an action whose outcome somebody waits for.
+/// worked on, for what is worked on may be an action whose outcome somebody waits for; nor one who
+/// follows something, of whom there are few enough.
 fn victim(connections: impl Iterator<Item = (Token, bool)>) -> Option<Token> {
-    let chosen = connections.min_by_key(|(token, is_waiting)| (*is_waiting, *token));
+    let chosen = connections.min_by_key(|(token, is_spared)| (*is_spared, *token));
     chosen.map(|(token, _)| token)
 }
 
@@ -395,6 +423,7 @@ enum Progress<R> {
     /// The client closes first. If we did, data that it still sends would make the kernel discard
     /// the answer. So many more bytes are read.
     Answered(usize),
+    Following(Box<Stream>),
 }
 
 fn answering<R>(response: Response, head_only: bool) -> Progress<R> {
@@ -407,9 +436,17 @@ fn answering<R>(response: Response, head_only: bool) -> Progress<R> {
 }
 
 impl<R> Connection<R> {
+    fn is_spared(&self) -> bool {
+        matches!(
+            self.state,
+            Progress::Waiting { .. } | Progress::Following(_)
+        )
+    }
+
     fn due(&self) -> Instant {
-        match self.state {
-            Progress::Held(_, until) => until.min(self.deadline),
+        match &self.state {
+            Progress::Held(_, until) => (*until).min(self.deadline),
+            Progress::Following(stream) => stream.due(),
             Progress::Asking(_)
             | Progress::Sending(..)
             | Progress::Waiting { .. }
@@ -439,7 +476,7 @@ impl<R> Connection<R> {
     fn receive(
         &mut self,
         admit: &impl Fn(&Request) -> Result<R, Response>,
-        answer: &impl Fn(R, &Request) -> Reply,
+        answer: &impl Fn(R, &mut Request) -> Reply,
     ) -> io::Result<()> {
         while let Progress::Asking(head) = &mut self.state {
             read_more(&mut self.stream, head)?;
@@ -452,7 +489,10 @@ impl<R> Connection<R> {
                         let mut length = 0;
                         if request.method == "POST" {
                             // Whoever admits it has looked at the length.
-                            length = request.body_length().unwrap_or_default();
+                            length = request.body_length(usize::MAX).unwrap_or_default();
+                            if length > MAX_BODY {
+                                self.deadline = Instant::now() + UPLOAD_TIME;
+                            }
                             request.body = head.split_off(head_length);
                             if request.body.len() < length {
                                 ask_for_body(&mut self.stream, &request)?;
@@ -475,12 +515,13 @@ impl<R> Connection<R> {
     }
 
     /// Has a complete request answered.
-    fn complete(&mut self, answer: &impl Fn(R, &Request) -> Reply) {
+    fn complete(&mut self, answer: &impl Fn(R, &mut Request) -> Reply) {
         let state = mem::replace(&mut self.state, Progress::Answered(0));
-        if let Progress::Sending(request, admitted, _) = state {
+        if let Progress::Sending(mut request, admitted, _) = state {
             let head_only = request.method == "HEAD";
-            self.state = match answer(admitted, &request) {
+            self.state = match answer(admitted, &mut request) {
                 Reply::Now(response) => answering(response, head_only),
+                Reply::Follow(seat) => Progress::Following(Box::new(Stream::new(seat))),
                 Reply::Later(time, otherwise) => {
                     self.deadline = self.deadline.max(Instant::now() + time);
                     Progress::Waiting {
@@ -494,6 +535,9 @@ impl<R> Connection<R> {
 
     /// Writes the answer, if there is one, and waits for the client to close.
     fn send(&mut self) -> io::Result<()> {
+        if let Progress::Following(stream) = &mut self.state {
+            return stream.go_on(&mut self.stream);
+        }
         if let Progress::Answering(bytes, sent) = &mut self.state {
             while *sent < bytes.len() {
                 match self.stream.write(&bytes[*sent..]) {

@@ -4,13 +4,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What a look has shown is shown again for so many times as long as the look took: looking takes a
-/// twentieth of a thread's time at most.
+/// What a look has shown is shown again for so many times as long as the look took, and as many times
+/// longer as different looks are kept: all looking together takes a twentieth of a thread's time.
 const TIMES_AS_LONG: u32 = 20;
-/// But for no longer than this.
-const LONGEST: Duration = Duration::from_secs(5);
+/// But for no longer than this, whatever it costs: somebody may be waiting for a change.
+const LONGEST: Duration = Duration::from_secs(2);
 /// How many different looks are kept.
-const MOST: usize = 64;
+const MOST: u32 = 64;
 
 /// Looks by what was looked for.
 #[derive(Debug)]
@@ -56,10 +56,12 @@ impl<K: PartialEq, V> Looks<K, V> {
             kept.forgotten
         };
         let seen = Arc::new(look()?);
-        let until = Instant::now() + LONGEST.min(began.elapsed() * TIMES_AS_LONG);
         let mut kept = self.kept();
+        let different = u32::try_from(kept.looks.len()).unwrap_or(u32::MAX);
+        let time = began.elapsed() * TIMES_AS_LONG * different.saturating_add(1);
+        let until = Instant::now() + time.min(LONGEST);
         // What was changed meanwhile may not have been seen.
-        if kept.forgotten == forgotten && kept.looks.len() < MOST {
+        if kept.forgotten == forgotten && different < MOST {
             let seen = Arc::clone(&seen);
             kept.looks.push(Look { at, until, seen });
         }
@@ -136,10 +138,12 @@ mod tests {
     #[test]
     fn there_is_room_for_so_many_only() {
         let (all, count) = (Looks::default(), Cell::new(0));
-        for at in 0..2 * MOST {
-            all.at(at, || look(&count, Duration::from_millis(5)))
-                .unwrap();
-        }
-        assert!(all.kept().looks.len() <= MOST);
+        // So many that more than there is room for would be kept for the longest time.
+        let time = LONGEST / (MOST + MOST / 2);
+        let most = (0..2 * MOST).map(|at| {
+            all.at(at, || look(&count, time)).unwrap();
+            all.kept().looks.len()
+        });
+        assert_eq!(most.max(), Some(MOST as usize));
     }
 }

@@ -180,11 +180,17 @@ impl Connection {
     }
 
     /// The ids of the jobs that match `filter`, have not ended, and were registered by then; whichever
-    /// part of the list the filter is at.
+    /// part of the list the filter is at. With `on_hold` only of those that wait for their turn, and
+    /// are on hold or not.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn live_ids(&mut self, filter: &Filter, until: Timestamp) -> Result<Vec<Uuid>, StoreError> {
+    pub fn live_ids(
+        &mut self,
+        filter: &Filter,
+        on_hold: Option<bool>,
+        until: Timestamp,
+    ) -> Result<Vec<Uuid>, StoreError> {
         let state = filter.state.map(JobState::name);
         let text = filter.text.as_deref().map(like);
         // Matches as the list does.
@@ -195,9 +201,11 @@ impl Connection {
                AND ($3::text IS NULL OR job_id::text ILIKE $3
                     OR left(job_reference, 300) ILIKE $3 OR progress_message ILIKE $3)
                AND registered_at <= $4
+               AND ($5::bool IS NULL OR job_id IN (
+                       SELECT job_id FROM job_turn WHERE granted_at IS NULL AND on_hold = $5))
                AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)
              ORDER BY job_id",
-            &[&state, &filter.workflow, &text, &until],
+            &[&state, &filter.workflow, &text, &until, &on_hold],
         )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }

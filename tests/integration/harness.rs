@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod deployment;
 pub mod operator;
 pub mod peers;
+pub mod planted;
 pub mod pooler;
 #[path = "../../examples/chaos/proxy.rs"]
 pub mod proxy;

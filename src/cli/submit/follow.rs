@@ -10,12 +10,10 @@ use omotes_orchestrator::config;
 use omotes_orchestrator::telemetry::report::{one_line, readable};
 use omotes_orchestrator::threads::{Calls, Signal, within_deadline};
 use omotes_orchestrator::wire::job_result::ResultType;
-use omotes_orchestrator::wire::job_submission::JobPriority;
 use omotes_orchestrator::wire::{
     self, JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, Outgoing,
 };
 use prost::Message as _;
-use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::display::{Display, print_line};
@@ -28,36 +26,6 @@ const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
 
 /// How long the clean-up at RabbitMQ may take.
 const CLEAN_UP_DEADLINE: Duration = Duration::from_secs(30);
-
-/// A job to submit.
-#[derive(Debug)]
-pub(super) struct Order {
-    pub(super) esdl: String,
-    pub(super) workflow: String,
-    pub(super) params: Map<String, Value>,
-    pub(super) reference: Option<String>,
-    pub(super) priority: JobPriority,
-    /// How long the job may run.
-    pub(super) timeout: Option<Duration>,
-}
-
-impl Order {
-    pub(super) fn submission(&self, job_id: Uuid) -> anyhow::Result<JobSubmission> {
-        Ok(JobSubmission {
-            uuid: job_id.to_string(),
-            timeout_ms: self
-                .timeout
-                .map(|timeout| u32::try_from(timeout.as_millis()))
-                .transpose()
-                .context("the timeout is above 49 days")?,
-            workflow_type: self.workflow.clone(),
-            esdl: self.esdl.clone(),
-            params_dict: Some(wire::protobuf_struct(&self.params)),
-            job_reference: self.reference.clone(),
-            job_priority: Some(self.priority.into()),
-        })
-    }
-}
 
 enum Update {
     Status(JobStatusUpdate),

@@ -1,27 +1,20 @@
 //! The forms by which operators act, and the pages that ask again before something is destroyed. Only
 //! whoever may act is shown any of it.
 
-use maud::{DOCTYPE, Markup, html};
+use maud::{Markup, html};
 use uuid::Uuid;
 
-use super::{Frame, document, head};
+pub(in crate::http) use super::layout::Acting;
+use super::layout::{Frame, Sheet, refused};
 use crate::actions::jobs::Matching;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
 use crate::domain::worker::{WorkerState, WorkerView};
-use crate::http::form::{Back, Shown};
-use crate::telemetry::report::{harmless, one_line, readable};
+use crate::http::form::{Back, Shown, Whole};
+use crate::telemetry::report::{harmless, one_line};
 
 /// Jobs and letters that a page of confirmation names.
 pub(in crate::http) const NAMED: usize = TOLD;
-
-/// What each form carries.
-pub(in crate::http) struct Acting {
-    /// Says that this service has shown the form.
-    pub(in crate::http) token: String,
-    /// Where the operator goes back to.
-    pub(in crate::http) back: Back,
-}
 
 /// A dead letter, for a page of confirmation.
 pub(in crate::http) struct Letter {
@@ -95,7 +88,7 @@ impl Acting {
 
     /// In the list's last column.
     pub(super) fn cell(&self, job: &JobView) -> Markup {
-        html! { td data-label="Actions" { div.actions { (self.about_job(job)) } } }
+        html! { td.does { div.actions { (self.about_job(job)) } } }
     }
 
     /// On a job's own page.
@@ -128,15 +121,20 @@ impl Acting {
         })
     }
 
-    /// Below the list: all that match its filter.
-    pub(super) fn matching(&self, filter: &Filter, total: i64) -> Markup {
+    /// Below the list: all that match its filter. Some of them may wait for their turn, where `turns` says
+    /// that there are any that do.
+    pub(super) fn matching(&self, filter: &Filter, total: i64, turns: bool) -> Markup {
         let all = filter.query(0);
+        let link = |whole: Whole, text: &str| {
+            let fields = [("do", whole.verb()), ("list", &all)];
+            html! { a.button href=(self.confirmation(&fields)) { (text) } }
+        };
         html! {
             @if !filter.finished && total > 0 {
-                div.actions {
-                    a.button href=(self.confirmation(&[("do", "cancel-all"), ("list", &all)])) {
-                        "Cancel all that match…"
-                    }
+                div.actions role="group" aria-label="All that match" {
+                    span.dim { "All that match: " }
+                    @if turns { (link(Whole::Hold, "Hold…")) (link(Whole::Release, "Release…")) }
+                    (link(Whole::Cancel, "Cancel…"))
                 }
             }
         }
@@ -149,7 +147,7 @@ impl Acting {
             true => ("resume", "Resume"),
             false => ("pause", "Pause"),
         };
-        html! { td { div.actions {
+        html! { td.does { div.actions {
             (self.form(html! {
                 input type="hidden" name="queue" value=(queue.name);
                 button name="do" value=(verb) aria-label={ (text) ": " (name) } { (text) }
@@ -199,7 +197,7 @@ impl Acting {
             WorkerState::Draining | WorkerState::Drained => Some(("send-back", "Resume")),
             WorkerState::Silent | WorkerState::Gone => None,
         };
-        html! { td { @if let Some((verb, text)) = action {
+        html! { td.does { @if let Some((verb, text)) = action {
             (self.form(html! {
                 input type="hidden" name="worker" value=(worker.host);
                 button name="do" value=(verb) aria-label={ (text) ": " (one_line(&worker.host)) } { (text) }
@@ -236,37 +234,63 @@ fn job_name(job: &JobView) -> String {
     }
 }
 
-/// What was done, on top of the page that the operator has come back to.
-pub(super) fn note(note: Option<&str>) -> Markup {
-    html! { @if let Some(note) = note { p.alarm.note role="status" { (readable(note)) } } }
+/// What it is asked again before.
+struct Asked<'a> {
+    whole: Whole,
+    jobs: &'a [JobView],
+    /// The jobs, and others.
+    count: usize,
+    /// Why it is asked once more.
+    notice: Option<&'a str>,
+    /// Those of the form.
+    fields: Markup,
 }
 
-/// Asks again before so many jobs are cancelled, `jobs` and others; `notice` says why it asks once
-/// more. `fields` are those of the form.
-fn cancelling(
-    frame: &Frame<'_>,
-    acting: &Acting,
-    (jobs, count): (&[JobView], usize),
-    notice: Option<&str>,
-    fields: Markup,
-) -> String {
-    let what = counted(count, "job");
+/// Asks again before something is done to these jobs.
+fn asking(frame: &Frame<'_>, acting: &Acting, asked: &Asked<'_>) -> String {
+    let Asked {
+        whole,
+        jobs,
+        count,
+        notice,
+        fields,
+    } = asked;
+    let count = *count;
+    let (verb, follows, none) = match whole {
+        Whole::Cancel => (
+            "Cancel",
+            "Their workers stop, and what they have computed is lost. Clients are told that they were cancelled.",
+            "There is none that has not ended.",
+        ),
+        Whole::Hold => (
+            "Hold",
+            "They wait until they are released, whatever their queues allow. What runs goes on.",
+            "There is none that waits for its turn and is not on hold.",
+        ),
+        Whole::Release => (
+            "Release",
+            "They wait for their turn again.",
+            "There is none that is on hold.",
+        ),
+    };
+    let what = format!("{verb} {}", counted(count, "job"));
+    let danger = (*whole == Whole::Cancel).then_some("danger");
     let named = &jobs[..jobs.len().min(NAMED)];
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
-        h2 { "Cancel " (what) "?" }
-        p { "Their workers stop, and what they have computed is lost. Clients are told that they were cancelled." }
+        h1 { (what) "?" }
+        p { (follows) }
         ul { @for job in named { li {
             a href={ "/jobs/" (job.id) } { (job_name(job)) } " "
             span.dim { (harmless(job.workflow.as_deref().unwrap_or("–"))) ", " (harmless(&job.state_text())) }
         } } }
         @if count > named.len() { p.dim { "and " (count - named.len()) " more" } }
-        @if count == 0 { p { "There is none that has not ended." } } @else {
-            (acting.form(html! { (fields) button.danger { "Cancel " (what) } }))
+        @if count == 0 { p { (none) } } @else {
+            (acting.form(html! { (fields) button class=[danger] { (what) } }))
         }
         (leave(acting))
     };
-    document(frame, "Cancel?", content)
+    Sheet::new(format!("{verb}?"), content).document(frame)
 }
 
 fn leave(acting: &Acting) -> Markup {
@@ -282,23 +306,37 @@ pub(in crate::http) fn confirm_cancel(
         input type="hidden" name="do" value="cancel";
         @for job in jobs { input type="hidden" name="id" value=(job.id); }
     };
-    cancelling(frame, acting, (jobs, jobs.len()), None, fields)
+    let asked = Asked {
+        whole: Whole::Cancel,
+        jobs,
+        count: jobs.len(),
+        notice: None,
+        fields,
+    };
+    asking(frame, acting, &asked)
 }
 
 pub(in crate::http) fn confirm_matching(
     frame: &Frame<'_>,
     acting: &Acting,
+    whole: Whole,
     found: &Matching,
     shown: &Shown,
     notice: Option<&str>,
 ) -> String {
     let fields = html! {
-        input type="hidden" name="do" value="cancel-all";
+        input type="hidden" name="do" value=(whole.verb());
         input type="hidden" name="shown" value=(shown.digest);
         input type="hidden" name="at" value=(shown.at.as_microsecond());
     };
-    let jobs = (&*found.first, found.ids.len());
-    cancelling(frame, acting, jobs, notice, fields)
+    let asked = Asked {
+        whole,
+        jobs: &found.first,
+        count: found.ids.len(),
+        notice,
+        fields,
+    };
+    asking(frame, acting, &asked)
 }
 
 /// Asks which dead letters are requeued.
@@ -314,11 +352,11 @@ pub(in crate::http) fn confirm_requeue(
     let what = counted(count, "dead letter");
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
-        h2 { "Requeue " (what) "?" }
+        h1 { "Requeue " (what) "?" }
         p { "They go back to the queues they came from, as they were, and are handled again." }
         @if count == 0 { p { "There is none, or somebody else is looking at them now." } } @else {
-            div.card { table {
-                thead { tr { th { "Id" } th { "Time" } th { "Queue" } th { "Reason" } th { "Actions" } } }
+            div.card tabindex="0" role="region" aria-label="Dead letters" { table {
+                thead { tr { th scope="col" { "Id" } th scope="col" { "Time" } th scope="col" { "Queue" } th scope="col" { "Reason" } th scope="col" { "Actions" } } }
                 tbody { @for letter in first { tr {
                     td { code { (one_line(&letter.id)) } }
                     td { (one_line(&letter.time)) }
@@ -343,7 +381,7 @@ pub(in crate::http) fn confirm_requeue(
         }
         (leave(acting))
     };
-    document(frame, "Requeue?", content)
+    Sheet::new("Requeue?", content).document(frame)
 }
 
 /// A job that a confirmation was asked for is not there.
@@ -353,22 +391,4 @@ pub(in crate::http) fn gone(ids: &[Uuid]) -> String {
         "Nothing to cancel",
         &format!("job {} has ended, or is unknown", ids.join(", ")),
     )
-}
-
-/// Why a request got nothing, for a browser. It shows nothing of the deployment, for it may be for
-/// somebody without an account.
-pub(in crate::http) fn refused(title: &str, why: &str) -> String {
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            (head(title))
-            body { main {
-                header { h1 { a href="/" { "OMOTES jobs" } } }
-                h2 { (title) }
-                p.alarm.message role="alert" { (readable(why)) }
-                nav { a href="/" { "← all jobs" } }
-            } }
-        }
-    };
-    page.into_string()
 }

@@ -1,9 +1,16 @@
-// Fetches this page again and again, and changes only what differs, so that nothing flickers and
-// neither selection, scrolling nor what somebody is typing is lost.
+// Shows what has changed as it is told, or asks for it now and then where nobody tells, and changes only
+// what differs, so that nothing flickers and neither selection, scrolling nor what somebody types is lost.
+// Without it the page is a page that is loaded again.
 "use strict";
 
-const PERIOD = 2000;
+const SLOW = 15000;
 const PATIENCE = 15000;
+const LOST = 4000;
+
+const main = document.getElementById("main");
+const stale = document.querySelector("#stale p");
+// How far the server's clock is ahead.
+let ahead = 0;
 
 // Forms in which somebody has typed or chosen something. They stay as they are: options have no
 // identity, and another one may take the place of the one that was chosen.
@@ -51,29 +58,164 @@ function morph(old, fresh) {
   }
 }
 
-async function refresh() {
-  const stale = document.getElementById("stale");
+function two(large, unit, small, smallUnit) {
+  return small ? `${large} ${unit} ${small} ${smallUnit}` : `${large} ${unit}`;
+}
+
+// As the server says it.
+function spoken(seconds) {
+  const s = Math.max(0, Math.floor(seconds));
+  const [m, h, d] = [60, 3600, 86400].map((unit) => Math.floor(s / unit));
+  if (d) return two(d, "d", h % 24, "h");
+  if (h) return two(h, "h", m % 60, "min");
+  if (m >= 10) return `${m} min`;
+  return m ? two(m, "min", s % 60, "s") : `${s} s`;
+}
+
+const local = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function count(root) {
+  for (const time of root.querySelectorAll("time.since")) {
+    write(time, spoken((Date.now() + ahead - Date.parse(time.dateTime)) / 1000));
+  }
+}
+
+function prepare(root) {
+  for (const time of root.querySelectorAll("time.at")) {
+    write(time, local.format(new Date(time.dateTime)));
+    time.title = time.dateTime;
+  }
+  for (const button of root.querySelectorAll("[data-copy]")) button.hidden = false;
+  count(root);
+}
+
+function show(fresh) {
+  prepare(fresh);
+  fresh.id = main.id;
+  fresh.tabIndex = -1;
+  if (main.dataset.live !== undefined && fresh.dataset.live === undefined && fresh.dataset.told) {
+    fresh.dataset.live = main.dataset.live;
+  }
+  delete fresh.dataset.told;
+  morph(main, fresh);
+}
+
+// When nobody has answered since, if so.
+let lost = null;
+function hear(now) {
+  lost = null;
+  stale.hidden = true;
+  if (now) {
+    ahead = Date.parse(now) - Date.now();
+    const time = document.querySelector("#as-of time");
+    time.dateTime = now;
+    write(time, local.format(new Date(now)));
+  }
+}
+
+let source = null;
+let timer = null;
+
+function stop() {
+  source?.close();
+  source = null;
+  clearTimeout(timer);
+}
+
+function follow() {
+  stop();
+  const { live } = main.dataset;
+  if (live === undefined || document.hidden) return;
+  if (!live) {
+    timer = setTimeout(poll, SLOW);
+    return;
+  }
+  const own = (source = new EventSource(live));
+  own.addEventListener("beat", ({ data }) => hear(data));
+  own.addEventListener("page", ({ data }) => {
+    const fresh = document.createElement("main");
+    fresh.innerHTML = data;
+    fresh.dataset.told = "1";
+    show(fresh);
+  });
+  own.addEventListener("error", () => {
+    if (own !== source) return;
+    lost ??= Date.now();
+    // There is no place among those who are told: it asks.
+    if (own.readyState === EventSource.CLOSED) poll();
+  });
+}
+
+async function poll() {
+  stop();
   try {
     const answer = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
-    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     // A page of what does not work is a page too.
-    const main = fresh.querySelector("main");
-    if (!main) throw new Error(answer.status);
-    morph(document.querySelector("main"), main);
-    stale.hidden = true;
-  } catch (error) {
+    const fresh = page.querySelector("main");
+    if (!fresh) throw new Error(answer.status);
+    show(fresh);
+    hear(page.querySelector("#as-of time")?.dateTime);
+  } catch {
     stale.hidden = false;
   }
+  clearTimeout(timer);
+  timer = setTimeout(follow, SLOW);
 }
 
-async function run() {
-  for (;;) {
-    await new Promise((resume) => setTimeout(resume, PERIOD));
-    if (!document.hidden) await refresh();
-  }
+document.addEventListener("visibilitychange", () => (document.hidden ? stop() : follow()));
+addEventListener("pagehide", stop);
+addEventListener("pageshow", ({ persisted }) => persisted && follow());
+setInterval(() => {
+  if (document.hidden) return;
+  count(main);
+  if (lost !== null && Date.now() - lost > LOST) stale.hidden = false;
+}, 1000);
+
+// Without TLS a browser has no clipboard for pages, but it copies what is selected.
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = document.createElement("textarea");
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
 }
 
-for (const field of document.querySelectorAll("form[data-keep] select")) {
-  field.addEventListener("change", () => field.form.submit());
+document.addEventListener("click", async ({ target }) => {
+  const button = target.closest?.("[data-copy]");
+  if (!button) return;
+  await copy(button.dataset.copy);
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = "Copy"), 2000);
+});
+
+for (const field of document.querySelectorAll("form[data-keep] select, form[data-choose] select")) {
+  field.addEventListener("change", () => field.form.requestSubmit());
 }
-run();
+document.addEventListener("keydown", (event) => {
+  const search = document.querySelector("input[type=search]");
+  if (event.key !== "/" || !search || event.target.matches("input, select, textarea")) return;
+  event.preventDefault();
+  search.focus();
+});
+
+// Back to the list as it was filtered.
+if (document.getElementById("jobs")) {
+  const query = new URLSearchParams(location.search);
+  query.delete("note");
+  query.delete("seal");
+  sessionStorage.setItem("list", `/?${query}`);
+}
+for (const back of document.querySelectorAll("nav[aria-label=Back] a[href='/']")) {
+  back.href = sessionStorage.getItem("list") ?? "/";
+}
+
+hear(document.querySelector("#as-of time")?.dateTime);
+prepare(document);
+follow();

@@ -2,12 +2,12 @@
 
 use maud::{Markup, html};
 
-use super::{Frame, ago, exactly};
+use super::layout::Frame;
+use super::words::at;
 use crate::domain::overview::Story;
 use crate::telemetry::report::{harmless, readable};
 
 pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
-    let now = frame.now;
     html! {
         @if let Some(bytes) = story.kept_result {
             p { a href={ "/api/jobs/" (story.job.id) "/result" } download { "The output ESDL" } ", "
@@ -19,7 +19,7 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
         h2 #story { "Story" }
         div.card { table.story {
             tbody { @for event in &story.events { tr {
-                td.nowrap title={ (ago(event.at, now)) " ago" } { (exactly(event.at)) }
+                td.nowrap { (at(event.at)) }
                 td { (event.what) @for fact in &event.evidence { div.dim { (fact) } } }
             } } }
         } }

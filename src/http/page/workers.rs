@@ -4,40 +4,52 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::ago;
+use super::words::{command, since};
 use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 
 /// What somebody has to look at.
-pub(super) fn alarms(workers: &Workers, now: Timestamp) -> Markup {
-    html! {
-        @for worker in &workers.workers { @if worker.state == WorkerState::Silent {
-            p.alarm.warn { "The worker " b { (one_line(&worker.host)) } " has not answered for " (ago(worker.last_seen, now))
-                ", though it is connected to RabbitMQ." }
-        } }
-        @for lost in &workers.lost_tasks {
-            p.alarm.warn { "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
-                " for " (ago(lost.since, now)) "." }
+pub(super) fn warnings(workers: &Workers, now: Timestamp) -> Vec<Markup> {
+    let silent = workers.workers.iter();
+    let silent = silent.filter(|worker| worker.state == WorkerState::Silent);
+    let silent = silent.map(|worker| {
+        html! {
+            "The worker " b { (one_line(&worker.host)) } " has not answered for " (since(worker.last_seen, now))
+            ", though it is connected to RabbitMQ."
         }
-    }
+    });
+    let lost = workers.lost_tasks.iter().map(|lost| {
+        html! {
+            "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
+            " for " (since(lost.since, now)) "."
+        }
+    });
+    silent.chain(lost).collect()
 }
 
 pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {
     html! {
         @if let Some(looked_at) = workers.looked_at {
-            h2 { "Workers " span.dim { (ago(looked_at, now)) " ago" } }
-            div.card { table {
-                thead { tr {
-                    th { "Worker" } th { "State" } th { "For" } th { "Queues" } th { "Computes" }
-                    th.number title="Begun in the last hour." { "Tasks/h" }
-                    th.number title="Of the tasks that it was seen with, those that ended in the last hour." { "Ended" }
-                    th.number { "Failed" } @if acting.is_some() { th { "Actions" } }
-                } }
-                tbody {
-                    @for worker in &workers.workers { (row(worker, now, acting)) }
-                    @if workers.workers.is_empty() { tr { td.dim colspan="9" { "No worker has answered." } } }
+            section {
+                h2 { "Workers " span.dim { (since(looked_at, now)) " ago" } }
+                @if workers.workers.is_empty() {
+                    div.empty {
+                        p { b { "No worker has answered." } " Start one; what keeps those away that run: "
+                            (command("omotes-orchestrator doctor")) }
+                    }
+                } @else {
+                    div.card tabindex="0" role="region" aria-label="Workers" { table {
+                        thead { tr {
+                            th scope="col" { "Worker" } th scope="col" { "State" } th scope="col" { "For" }
+                            th scope="col" { "Queues" } th scope="col" { "Computes" }
+                            th.number scope="col" title="Begun in the last hour." { "Tasks/h" }
+                            th.number scope="col" title="Of the tasks that it was seen with, those that ended in the last hour." { "Ended" }
+                            th.number scope="col" { "Failed" } @if acting.is_some() { th scope="col" { "Actions" } }
+                        } }
+                        tbody { @for worker in &workers.workers { (row(worker, now, acting)) } }
+                    } }
                 }
-            } }
+            }
         }
     }
 }
@@ -46,9 +58,9 @@ fn row(worker: &WorkerView, now: Timestamp, acting: Option<&Acting>) -> Markup {
     let queues: Vec<_> = worker.queues.iter().map(|queue| one_line(queue)).collect();
     html! {
         tr.worker id={ "worker-" (one_line(&worker.host)) } {
-            td { (one_line(&worker.host)) div.dim { (about(worker)) } }
-            td.nowrap { span class=(class(worker.state)) { (worker.state.text()) } }
-            td.nowrap { (ago(worker.since, now)) }
+            th scope="row" title=(about(worker)) { (one_line(&worker.host)) }
+            td.nowrap { span class={ "state " (dot(worker.state)) } { span { (worker.state.text()) } } }
+            td.nowrap { (since(worker.since, now)) }
             td { (queues.join(", ")) }
             td { @for task in &worker.tasks { div { (computes(task, now)) } } }
             td.number { @if let Some(rate) = worker.tasks_per_hour { (format!("{rate:.1}")) } }
@@ -78,16 +90,16 @@ fn computes(task: &TaskView, now: Timestamp) -> Markup {
             None => { (one_line(&task.name)) " " code { (one_line(&task.id)) } }
         }
         @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
-        span.dim { " for " (ago(task.since, now)) }
+        span.dim { " for " (since(task.since, now)) }
     }
 }
 
-fn class(state: WorkerState) -> &'static str {
+fn dot(state: WorkerState) -> &'static str {
     match state {
-        WorkerState::Idle => "",
-        WorkerState::Busy | WorkerState::BusyAndDeaf => "good",
-        WorkerState::Draining | WorkerState::Drained => "warn",
-        WorkerState::Silent => "bad",
-        WorkerState::Gone => "dim",
+        WorkerState::Idle => "waits",
+        WorkerState::Busy | WorkerState::BusyAndDeaf => "runs",
+        WorkerState::Draining | WorkerState::Drained => "hold",
+        WorkerState::Silent => "amber",
+        WorkerState::Gone => "off",
     }
 }

@@ -241,13 +241,14 @@ impl Handler<'_> {
         let granted = self.grant_at_once(&plan, &catalogue, &mut transaction)?;
         transaction.commit()?;
         stopwatch.lap(Stage::Commit);
-        for (queue, job_id, at) in granted {
-            Findings::hand_over(self.common.findings.of_turns(&queue), job_id, at);
-        }
+        self.report(batch, &plan, &catalogue);
         if accepts {
             self.confirm_acceptances(&outbox)?;
         }
-        self.report(batch, &plan, &catalogue);
+        // By then its client has heard of it, and not after it has been told that it runs.
+        for (queue, job_id, at) in granted {
+            Findings::hand_over(self.common.findings.of_turns(&queue), job_id, at);
+        }
         self.write_out(plan.announcements, HashMap::new(), announcements)?;
         Ok(Committed {
             concerns_turns: plan.concerns_turns,

@@ -1,9 +1,12 @@
 //! A headless Chromium, driven over the WebDriver protocol.
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use crate::harness::deployment::eventually;
@@ -48,14 +51,47 @@ impl Browser {
             let answer = post(&format!("{base}/session"), &wanted)?;
             answer["value"]["sessionId"].as_str().map(str::to_owned)
         });
-        Browser {
+        let browser = Browser {
             driver,
             session: format!("{base}/session/{id}"),
-        }
+        };
+        // No window is narrower than 500 pixels by itself.
+        let metrics = json!({
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false,
+        });
+        browser.devtools("Emulation.setDeviceMetricsOverride", &metrics);
+        browser
+    }
+
+    fn devtools(&self, command: &str, parameters: &Value) -> Value {
+        let url = format!("{}/goog/cdp/execute", self.session);
+        let wanted = json!({"cmd": command, "params": parameters});
+        let mut answer = post(&url, &wanted).unwrap();
+        answer["value"].take()
     }
 
     pub fn open(&self, url: &str) {
         post(&format!("{}/url", self.session), &json!({"url": url})).unwrap();
+    }
+
+    /// The same of one that is long: a body of half a megabyte the driver does not get from `ureq`.
+    pub fn run_long(&self, script: &str) -> Value {
+        let body = json!({"script": script, "args": []}).to_string();
+        let mut curl = Command::new("curl")
+            .args(["-sS", "-m", "60", "--data-binary", "@-"])
+            .arg(format!("{}/execute/sync", self.session))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        curl.stdin
+            .take()
+            .unwrap()
+            .write_all(body.as_bytes())
+            .unwrap();
+        let output = curl.wait_with_output().unwrap();
+        let mut answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        answer["value"].take()
     }
 
     /// What the body of a function without arguments returns.
@@ -63,6 +99,34 @@ impl Browser {
         let body = json!({"script": script, "args": []});
         let mut answer = post(&format!("{}/execute/sync", self.session), &body).unwrap();
         answer["value"].take()
+    }
+
+    /// Presses a key.
+    pub fn press(&self, key: &str) {
+        let actions = ["keyDown", "keyUp"].map(|kind| json!({"type": kind, "value": key}));
+        let body = json!({"actions": [{"type": "key", "id": "keyboard", "actions": actions}]});
+        post(&format!("{}/actions", self.session), &body).unwrap();
+    }
+
+    /// Chooses a file in the field that a selector names.
+    pub fn choose(&self, selector: &str, path: &str) {
+        let wanted = json!({"using": "css selector", "value": selector});
+        let found = post(&format!("{}/element", self.session), &wanted).unwrap();
+        let element = found["value"].as_object().unwrap().values().next().unwrap();
+        let element = element.as_str().unwrap();
+        let url = format!("{}/element/{element}/value", self.session);
+        post(&url, &json!({"text": path})).unwrap();
+    }
+
+    /// What the window shows, as `webp` or `png`.
+    pub fn screenshot(&self, format: &str) -> Vec<u8> {
+        let mut how = json!({"format": format});
+        if format == "webp" {
+            how["quality"] = 75.into();
+        }
+        let answer = self.devtools("Page.captureScreenshot", &how);
+        let picture = answer["data"].as_str().unwrap();
+        BASE64_STANDARD.decode(picture).unwrap()
     }
 
     /// Waits until the page's text has this in it.

@@ -1120,6 +1120,8 @@ proptest! {
         let count = |status| world.statuses.iter().filter(|one| **one == status).count();
         // Told once more with each submission while its task is not started.
         prop_assert!(count(ClientStatus::Enqueued) <= world.submissions);
+        let mut after = world.statuses.iter().skip_while(|one| **one != ClientStatus::Running);
+        prop_assert!(world.deaths > 0 || !after.any(|one| *one == ClientStatus::Enqueued));
         prop_assert!(count(ClientStatus::Running) <= 1 + world.deaths);
     }
 }

@@ -1,0 +1,280 @@
+//! The form to submit a job, as the workflow definitions have it.
+
+use maud::{Markup, html};
+
+use super::layout::{Acting, Frame, Sheet};
+use super::words::command;
+use crate::http::submission::{Filled, PARAMETER};
+use crate::proto::workflow_parameter::constraint::RelationType;
+use crate::proto::workflow_parameter::{Constraint, ParameterType};
+use crate::proto::{AvailableWorkflows, StringParameter, Workflow, WorkflowParameter};
+use crate::telemetry::report::{harmless, one_line, readable};
+
+/// The form, with what was filled in and why that is refused.
+pub(in crate::http) fn submit(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    workflows: &AvailableWorkflows,
+    filled: &Filled,
+    faults: &[String],
+) -> Sheet {
+    let all = &workflows.workflows;
+    let chosen = all
+        .iter()
+        .find(|workflow| workflow.type_name == filled.workflow);
+    let content = html! {
+        nav aria-label="Back" { a href="/" { "← all jobs" } }
+        h1 { "Submit a job" }
+        @if !faults.is_empty() {
+            div.alarm role="alert" {
+                p { b { "Nothing was submitted." } }
+                ul { @for fault in faults { li { (readable(fault)) } } }
+                p.dim { "The file has to be chosen again." }
+            }
+        }
+        (choice(all, chosen))
+        @if let Some(workflow) = chosen { (form(frame, acting, workflow, filled)) }
+        @else if all.is_empty() {
+            div.empty { p { b { "No workflow is defined." } " What the definition file says: " (command("omotes-orchestrator workflows list")) } }
+        }
+    };
+    Sheet::new("Submit a job", content)
+}
+
+/// Which workflow; another one has other parameters.
+fn choice(all: &[Workflow], chosen: Option<&Workflow>) -> Markup {
+    html! {
+        form.choose action="/submit" data-choose="" {
+            label for="workflow" { "Workflow" }
+            select #workflow name="workflow" {
+                @if chosen.is_none() { option value="" { "Choose one" } }
+                @for workflow in all {
+                    @let name = &workflow.type_name;
+                    option value=(name) selected[chosen.is_some_and(|one| one.type_name == *name)] {
+                        (harmless(name))
+                        @if !workflow.type_description.is_empty() { " – " (one_line(&workflow.type_description)) }
+                    }
+                }
+            }
+            button { "Choose" }
+        }
+    }
+}
+
+fn form(frame: &Frame<'_>, acting: &Acting, workflow: &Workflow, filled: &Filled) -> Markup {
+    let name = one_line(&workflow.type_name);
+    let example =
+        format!("omotes-orchestrator submit model.esdl --workflow {name} --output result.esdl");
+    html! {
+        form.fields method="post" action="/submit" enctype="multipart/form-data" autocomplete="off" {
+            input type="hidden" name="token" value=(acting.token);
+            input type="hidden" name="workflow" value=(workflow.type_name);
+            div.field {
+                label for="esdl" { "ESDL file" }
+                input #esdl type="file" name="esdl" accept=".esdl,.xml,text/xml,application/xml" required;
+            }
+            @for (place, parameter) in workflow.parameters.iter().enumerate() {
+                (field(place, parameter, filled))
+            }
+            div.field {
+                label for="reference" { "Reference" }
+                input #reference name="reference" maxlength="300" value=(filled.reference) aria-describedby="about-reference";
+                span.dim #about-reference { "Your name for the job." }
+            }
+            div.field {
+                label for="priority" { "Priority" }
+                select #priority name="priority" {
+                    @for level in ["medium", "high", "low"] {
+                        option value=(level) selected[filled.priority == level] { (level) }
+                    }
+                }
+            }
+            div.field {
+                label for="timeout" { "Timeout" }
+                input #timeout name="timeout" size="10" value=(filled.timeout) aria-describedby="about-timeout";
+                span.dim #about-timeout { "How long it may run: 90s, 10m, 1h30m. Empty for what the workflow gives it." }
+            }
+            p.dim {
+                "The job is shown here until its end and after. Its output goes to nobody, for no client waits for it. To get that: "
+                (command(&example))
+            }
+            div { button.primary { "Submit to " (name) } }
+        }
+        @if frame.parts.iter().any(|part| part.why.is_some()) {
+            p.alarm { "Something does not work now: " a href="/" { "see what" } "." }
+        }
+    }
+}
+
+/// A parameter, with what its definition says of it.
+fn field(place: usize, parameter: &WorkflowParameter, filled: &Filled) -> Markup {
+    let key = &parameter.key_name;
+    let Some(kind) = &parameter.parameter_type else {
+        return html! {};
+    };
+    let id = format!("param-{place}");
+    let about = format!("about-{id}");
+    let title = parameter.title.as_deref().filter(|title| !title.is_empty());
+    let title = title.map_or_else(|| in_words(key), one_line);
+    let description = parameter.description.as_deref().map(readable);
+    let hints = hints(kind, &parameter.constraints);
+    html! {
+        div.field {
+            label for=(id) { (title) @if title != *key { " " code.dim { (harmless(key)) } } }
+            (input(&id, &about, parameter, kind, filled.param(key)))
+            span.dim id=(about) {
+                @if let Some(description) = description { (description) " " }
+                (hints)
+            }
+        }
+    }
+}
+
+/// `start_time` as people write it.
+fn in_words(key: &str) -> String {
+    let text = one_line(&key.replace('_', " "));
+    let mut letters = text.chars();
+    match letters.next() {
+        Some(first) => first.to_uppercase().chain(letters).collect(),
+        None => text,
+    }
+}
+
+fn input(
+    id: &str,
+    about: &str,
+    parameter: &WorkflowParameter,
+    kind: &ParameterType,
+    filled: Option<&str>,
+) -> Markup {
+    let name = format!("{PARAMETER}{}", parameter.key_name);
+    let number =
+        |step: &str, minimum: Option<String>, maximum: Option<String>, default: Option<String>| {
+            let is_required = default.is_none();
+            let value = filled.map(str::to_owned).or(default).unwrap_or_default();
+            html! { input id=(id) name=(name) type="number" step=(step) min=[minimum] max=[maximum]
+            value=(value) required[is_required] aria-describedby=(about); }
+        };
+    let text = |limit: Option<f32>| limit.map(|limit| limit.to_string());
+    match kind {
+        ParameterType::StringParameter(kind) if kind.enum_options.is_empty() => {
+            let value = filled.or(kind.default.as_deref()).unwrap_or_default();
+            html! { input id=(id) name=(name) value=(value) required[kind.default.is_none()] aria-describedby=(about); }
+        }
+        ParameterType::StringParameter(kind) => options(id, about, &name, kind, filled),
+        ParameterType::BooleanParameter(kind) => {
+            let default = kind.default.map(|value| value.to_string());
+            let chosen = filled.map(str::to_owned).or(default);
+            html! {
+                select id=(id) name=(name) aria-describedby=(about) required[kind.default.is_none()] {
+                    @if kind.default.is_none() { option value="" { "Choose" } }
+                    @for value in ["true", "false"] {
+                        option value=(value) selected[chosen.as_deref() == Some(value)] { (value) }
+                    }
+                }
+            }
+        }
+        ParameterType::IntegerParameter(kind) => {
+            let text = |limit: Option<i64>| limit.map(|limit| limit.to_string());
+            number(
+                "1",
+                text(kind.minimum),
+                text(kind.maximum),
+                text(kind.default),
+            )
+        }
+        ParameterType::FloatParameter(kind) => number(
+            "any",
+            text(kind.minimum),
+            text(kind.maximum),
+            text(kind.default),
+        ),
+        ParameterType::DurationParameter(kind) => number(
+            "any",
+            text(kind.minimum),
+            text(kind.maximum),
+            text(kind.default),
+        ),
+        ParameterType::DatetimeParameter(kind) => {
+            let value = filled.or(kind.default.as_deref()).unwrap_or_default();
+            html! { input id=(id) name=(name) type="datetime-local" step="1" value=(value)
+            required[kind.default.is_none()] aria-describedby=(about); }
+        }
+    }
+}
+
+fn options(
+    id: &str,
+    about: &str,
+    name: &str,
+    kind: &StringParameter,
+    filled: Option<&str>,
+) -> Markup {
+    let chosen = filled.or(kind.default.as_deref());
+    let is_option = |key: &str| kind.enum_options.iter().any(|one| one.key_name == key);
+    let has_default = kind.default.as_deref().is_some_and(is_option);
+    html! {
+        select id=(id) name=(name) aria-describedby=(about) required[kind.default.is_none()] {
+            @if !has_default {
+                option value="" { @match &kind.default { Some(default) => { (one_line(default)) } None => { "Choose" } } }
+            }
+            @for option in &kind.enum_options {
+                option value=(option.key_name) selected[chosen == Some(&option.key_name)] {
+                    (one_line(if option.display_name.is_empty() { &option.key_name } else { &option.display_name }))
+                }
+            }
+        }
+    }
+}
+
+/// Its range, and what it has to be beside others.
+fn hints(kind: &ParameterType, constraints: &[Constraint]) -> String {
+    let range =
+        |what: &str, minimum: Option<String>, maximum: Option<String>| match (minimum, maximum) {
+            (None, None) => what.to_owned(),
+            (Some(minimum), None) => format!("{what} from {minimum}"),
+            (None, Some(maximum)) => format!("{what} up to {maximum}"),
+            (Some(minimum), Some(maximum)) => format!("{what} from {minimum} to {maximum}"),
+        };
+    let single = |limit: Option<f32>| limit.map(|limit| limit.to_string());
+    let whole = |limit: Option<i64>| limit.map(|limit| limit.to_string());
+    let mut hints = match kind {
+        ParameterType::StringParameter(_) | ParameterType::BooleanParameter(_) => Vec::new(),
+        ParameterType::IntegerParameter(kind) => {
+            vec![range(
+                "A whole number",
+                whole(kind.minimum),
+                whole(kind.maximum),
+            )]
+        }
+        ParameterType::FloatParameter(kind) => {
+            vec![range(
+                "A number",
+                single(kind.minimum),
+                single(kind.maximum),
+            )]
+        }
+        ParameterType::DurationParameter(kind) => {
+            vec![range(
+                "A number of seconds",
+                single(kind.minimum),
+                single(kind.maximum),
+            )]
+        }
+        ParameterType::DatetimeParameter(_) => vec!["In UTC".to_owned()],
+    };
+    hints.extend(constraints.iter().map(|constraint| {
+        let relation = match constraint.relation() {
+            RelationType::Greater => "more than",
+            RelationType::GreaterOrEq => "at least",
+            RelationType::Smaller => "less than",
+            RelationType::SmallerOrEq => "at most",
+            RelationType::Eq => "the same as",
+        };
+        format!("{relation} {}", one_line(&constraint.other_key_name))
+    }));
+    match hints.is_empty() {
+        true => String::new(),
+        false => format!("{}.", hints.join("; ")),
+    }
+}

@@ -1,0 +1,307 @@
+//! What the form to submit a job asks for: fields to an order, checked against the workflow's definition.
+//! Pure.
+
+use std::time::Duration;
+
+use jiff::civil::DateTime;
+use jiff::{SignedDuration, tz::TimeZone};
+use serde_json::{Map, Value};
+
+use super::upload::{self, Field};
+use crate::actions::submission::Order;
+use crate::domain::parameters;
+use crate::domain::workflow::Catalogue;
+use crate::proto::WorkflowParameter;
+use crate::proto::workflow_parameter::ParameterType;
+use crate::telemetry::report::one_line;
+use crate::wire::job_submission::JobPriority;
+
+/// What comes before a parameter's key in the name of its field.
+pub(super) const PARAMETER: &str = "param.";
+/// Characters of a text field.
+const MAX_TEXT: usize = 10_000;
+
+/// What was filled in, as it was.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Filled {
+    pub(super) token: String,
+    pub(super) workflow: String,
+    pub(super) reference: String,
+    pub(super) priority: String,
+    pub(super) timeout: String,
+    /// By the parameters' keys.
+    pub(super) params: Vec<(String, String)>,
+}
+
+impl Filled {
+    /// What a parameter was filled in with.
+    pub(super) fn param(&self, key: &str) -> Option<&str> {
+        let mut params = self.params.iter();
+        params.find_map(|(one, text)| (one == key).then_some(text.as_str()))
+    }
+}
+
+/// Reads a form, and the file that comes with it.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn read<'b>(content_type: &str, body: &'b [u8]) -> Result<(Filled, &'b [u8]), String> {
+    let mut filled = Filled::default();
+    let mut esdl: &[u8] = &[];
+    for Field { name, content } in upload::fields(content_type, body)? {
+        if name == "esdl" {
+            esdl = content;
+            continue;
+        }
+        let shown = one_line(&name);
+        let text = std::str::from_utf8(content).map_err(|_| format!("{shown}: no text"))?;
+        if text.len() > MAX_TEXT || text.contains('\0') {
+            return Err(format!(
+                "{shown}: at most {MAX_TEXT} characters, and no NUL"
+            ));
+        }
+        let text = text.to_owned();
+        match (name.as_str(), name.strip_prefix(PARAMETER)) {
+            (_, Some(key)) => filled.params.push((key.to_owned(), text)),
+            ("token", None) => filled.token = text,
+            ("workflow", None) => filled.workflow = text,
+            ("reference", None) => filled.reference = text,
+            ("priority", None) => filled.priority = text,
+            ("timeout", None) => filled.timeout = text,
+            (_, None) => return Err(format!("{shown} is not known here")),
+        }
+    }
+    Ok((filled, esdl))
+}
+
+/// What is to be submitted.
+///
+/// # Errors
+/// Everything that does not fit.
+pub(super) fn order(
+    filled: &Filled,
+    esdl: &[u8],
+    catalogue: &Catalogue,
+) -> Result<Order, Vec<String>> {
+    let mut faults = Vec::new();
+    let mut params = Map::new();
+    match catalogue.definition(&filled.workflow) {
+        None => faults.push(format!(
+            "there is no workflow {}",
+            one_line(&filled.workflow)
+        )),
+        Some(definition) => {
+            params = values(filled, &definition.parameters);
+            faults = parameters::faults(&definition.parameters, &params);
+            let known = |key: &str| definition.parameters.iter().any(|one| one.key_name == key);
+            let unknown = filled.params.iter().filter(|(key, _)| !known(key));
+            faults.extend(unknown.map(|(key, _)| format!("{} is not known here", one_line(key))));
+        }
+    }
+    let priority = match filled.priority.as_str() {
+        "low" => JobPriority::Low,
+        "" | "medium" => JobPriority::Medium,
+        "high" => JobPriority::High,
+        other => {
+            faults.push(format!(
+                "priority is {}, expected low, medium or high",
+                one_line(other)
+            ));
+            JobPriority::Medium
+        }
+    };
+    let timeout = timeout(&filled.timeout).unwrap_or_else(|fault| {
+        faults.push(fault);
+        None
+    });
+    let esdl = text_of(esdl).unwrap_or_else(|fault| {
+        faults.push(fault.to_owned());
+        String::new()
+    });
+    match faults.is_empty() {
+        true => Ok(Order {
+            esdl,
+            workflow: filled.workflow.clone(),
+            params,
+            reference: Some(filled.reference.clone()).filter(|text| !text.is_empty()),
+            priority,
+            timeout,
+        }),
+        false => Err(faults),
+    }
+}
+
+fn text_of(esdl: &[u8]) -> Result<String, &'static str> {
+    const NO_ESDL: &str = "the file is no ESDL: it is not XML";
+    if esdl.is_empty() {
+        return Err("the ESDL file is missing, or empty");
+    }
+    let text = std::str::from_utf8(esdl).map_err(|_| NO_ESDL)?;
+    let bare = text.trim_start_matches('\u{feff}');
+    match bare.trim_start().starts_with('<') && !text.contains('\0') {
+        true => Ok(bare.to_owned()),
+        false => Err(NO_ESDL),
+    }
+}
+
+fn timeout(text: &str) -> Result<Option<Duration>, String> {
+    /// What has room in a submission.
+    const LONGEST: Duration = Duration::from_millis(u32::MAX as u64);
+    let text = text.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let parsed: Option<SignedDuration> = text.parse().ok();
+    let parsed = parsed.and_then(|time| Duration::try_from(time).ok());
+    match parsed.filter(|time| !time.is_zero() && *time <= LONGEST) {
+        Some(time) => Ok(Some(time)),
+        None => Err(format!(
+            "timeout is {}, expected a length of time such as 90s, 10m or 1h30m, and at most 49 days",
+            one_line(text)
+        )),
+    }
+}
+
+/// What was filled in, as values; what is none of its kind stays a text, for which it is refused. What was
+/// left empty is left out.
+fn values(filled: &Filled, definitions: &[WorkflowParameter]) -> Map<String, Value> {
+    let mut values = Map::new();
+    for definition in definitions {
+        let key = &definition.key_name;
+        let Some(text) = filled.param(key).filter(|text| !text.is_empty()) else {
+            continue;
+        };
+        let value = match &definition.parameter_type {
+            None | Some(ParameterType::StringParameter(_)) => None,
+            Some(ParameterType::BooleanParameter(_)) => text.parse().ok().map(Value::Bool),
+            Some(
+                ParameterType::IntegerParameter(_)
+                | ParameterType::FloatParameter(_)
+                | ParameterType::DurationParameter(_),
+            ) => {
+                let number = text.trim().parse().ok();
+                number
+                    .and_then(serde_json::Number::from_f64)
+                    .map(Value::Number)
+            }
+            Some(ParameterType::DatetimeParameter(_)) => seconds(text).map(Value::from),
+        };
+        let value = value.unwrap_or_else(|| Value::from(text));
+        values.insert(key.clone(), value);
+    }
+    values
+}
+
+/// The seconds since 1970 of a time in UTC.
+fn seconds(text: &str) -> Option<f64> {
+    let time: DateTime = text.trim().parse().ok()?;
+    let time = time.to_zoned(TimeZone::UTC).ok()?;
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "what comes over the wire is a double as well"
+    )]
+    let seconds = time.timestamp().as_second() as f64;
+    Some(seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    const ESDL: &[u8] = b"\xef\xbb\xbf<?xml version='1.0'?><esdl/>";
+
+    fn catalogue() -> Catalogue {
+        let parameter = |key: &str, kind: &str| json!({"key_name": key, "parameter_type": kind});
+        let file = json!([{
+            "workflow_type_name": "w",
+            "workflow_type_description_name": "W",
+            "workflow_parameters": [
+                parameter("text", "string"),
+                parameter("truth", "boolean"),
+                parameter("whole", "integer"),
+                parameter("number", "float"),
+                parameter("time", "datetime"),
+                {"key_name": "length", "parameter_type": "duration", "default": 3600, "minimum": 60},
+            ],
+        }]);
+        Catalogue::parse(&file.to_string()).unwrap()
+    }
+
+    fn filled() -> Filled {
+        let params = [
+            ("text", "a<b>"),
+            ("truth", "false"),
+            ("whole", "3"),
+            ("number", "1.5"),
+            ("time", "2026-01-01T00:00"),
+            ("length", ""),
+        ];
+        Filled {
+            workflow: "w".to_owned(),
+            params: params
+                .map(|(key, text)| (key.to_owned(), text.to_owned()))
+                .into(),
+            ..Filled::default()
+        }
+    }
+
+    #[test]
+    fn what_is_filled_in_becomes_an_order() {
+        let filled = Filled {
+            reference: "mine".to_owned(),
+            priority: "high".to_owned(),
+            timeout: "1h30m".to_owned(),
+            ..filled()
+        };
+        let order = order(&filled, ESDL, &catalogue()).unwrap();
+        assert_eq!(order.esdl, "<?xml version='1.0'?><esdl/>");
+        assert_eq!(order.reference.as_deref(), Some("mine"));
+        assert_eq!(order.priority, JobPriority::High);
+        assert_eq!(order.timeout, Some(Duration::from_secs(5400)));
+        let expected = json!({
+            "text": "a<b>", "truth": false, "whole": 3.0, "number": 1.5, "time": 1_767_225_600.0,
+        });
+        assert_eq!(Value::Object(order.params), expected);
+    }
+
+    #[rstest]
+    #[case("whole", "3.5", "whole is 3.5, expected a whole number")]
+    #[case("whole", "many", "whole is \"many\", expected a whole number")]
+    #[case("number", "NaN", "number is \"NaN\", expected a number")]
+    #[case("truth", "yes", "truth is \"yes\", expected true or false")]
+    #[case("time", "soon", "time is \"soon\", expected seconds since 1970")]
+    #[case("length", "59", "length is 59.0, expected a number of seconds from 60")]
+    #[case("text", "", "text is missing")]
+    #[case("other", "1", "other is not known here")]
+    fn what_does_not_fit_is_told(#[case] key: &str, #[case] text: &str, #[case] fault: &str) {
+        let mut filled = filled();
+        filled.params.retain(|(one, _)| one != key);
+        filled.params.push((key.to_owned(), text.to_owned()));
+        assert_eq!(order(&filled, ESDL, &catalogue()).unwrap_err(), [fault]);
+    }
+
+    #[rstest]
+    #[case(b"", "missing, or empty")]
+    #[case(b"\xff\xfe<\0", "not XML")]
+    #[case(b"PK\x03\x04", "not XML")]
+    #[case(b"<e>\0</e>", "not XML")]
+    fn what_is_no_esdl_is_refused(#[case] esdl: &[u8], #[case] fault: &str) {
+        let faults = order(&filled(), esdl, &catalogue()).unwrap_err();
+        assert!(faults.len() == 1 && faults[0].contains(fault), "{faults:?}");
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told_at_once() {
+        let filled = Filled {
+            workflow: "x".to_owned(),
+            priority: "top".to_owned(),
+            timeout: "50d".to_owned(),
+            ..Filled::default()
+        };
+        let faults = order(&filled, b"", &catalogue()).unwrap_err();
+        assert_eq!(faults.len(), 4, "{faults:?}");
+    }
+}

@@ -1,0 +1,388 @@
+//! What is answered with the database: pages, the API, metrics.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use log::debug;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::accounts::{Access, Purpose};
+use super::admission;
+use super::form::Back;
+use super::page::acting::Acting;
+use super::page::{self, Frame, Sheet};
+use super::server::Response;
+use super::streams::Topic;
+use super::{Endpoint, Question, Route, acting, html, json_response, submitting};
+use crate::domain::activity::Activity;
+use crate::domain::overview::{Filter, Overview};
+use crate::service::shared::Service;
+use crate::store::{Connection, StoreError};
+use crate::telemetry::health::{Part, PartView};
+use crate::telemetry::metrics;
+use crate::telemetry::report::one_line;
+use crate::telemetry::trouble::{Trouble, trouble};
+use crate::threads::Signal;
+
+/// For how long the charts' figures are kept: they change slowly, and go through all jobs of a day.
+const ACTIVITY_AGE: Duration = Duration::from_secs(20);
+
+/// For how long they are done without where they took too long.
+const ACTIVITY_PAUSE: Duration = Duration::from_secs(300);
+
+/// The charts' figures, and when they were counted; nothing where that went wrong.
+pub(super) type KnownActivity = Option<(Instant, Option<Arc<Activity>>)>;
+
+pub(super) fn respond(
+    endpoint: &Endpoint,
+    service: &Service,
+    question: &Question,
+    stop: &Signal,
+) -> Response {
+    let Question { route, visit, .. } = question;
+    let now = Timestamp::now();
+    let (_, parts) = service.health.parts(now);
+    let nonce = Uuid::new_v4().simple().to_string();
+    let acting = forms(endpoint, &visit.access, route, now);
+    let frame = Frame {
+        // What somebody is asked must not change before it is answered.
+        nonce: (!matches!(route, Route::Confirm(_) | Route::Act(_))).then_some(&nonce),
+        now,
+        host: &service.host,
+        parts: &parts,
+        note: visit.note.as_deref(),
+        acting: acting.as_ref(),
+    };
+    match (route, &acting) {
+        (Route::Confirm(form), Some(acting)) => {
+            return acting::confirm(service, visit, &frame, acting, form);
+        }
+        (Route::Act(form), Some(acting)) => {
+            let accounts = &endpoint.accounts;
+            return acting::act(service, accounts, visit, &frame, acting, form, stop);
+        }
+        (Route::SubmitForm(workflow), Some(acting)) => {
+            return submitting::form(service, &frame, acting, workflow.as_deref());
+        }
+        (Route::Submission(kind, body), Some(acting)) => {
+            let accounts = &endpoint.accounts;
+            return submitting::submit(service, accounts, visit, &frame, acting, (kind, body));
+        }
+        _ => {}
+    }
+    let mut connection = match viewing(service, &parts) {
+        Ok(connection) => connection,
+        Err(why) => return without_database(service, route, &frame, &why),
+    };
+    match with_database(endpoint, service, &mut connection, route, &frame) {
+        Ok(response) => admission::with_pass(response, &endpoint.accounts, visit, now),
+        Err(StoreError::TooLong(_)) => in_vain(service, route, &frame, IN_VAIN),
+        Err(error) => in_vain(service, route, &frame, &one_line(&text(error))),
+    }
+}
+
+/// What a page's forms carry, for whoever may act.
+fn forms(endpoint: &Endpoint, access: &Access, route: &Route, now: Timestamp) -> Option<Acting> {
+    let Access::Act(account) = access else {
+        return None;
+    };
+    Some(Acting {
+        token: endpoint.accounts.seal(Purpose::Form, account, now),
+        back: match route {
+            Route::Page(filter) => Back::List(filter.clone()),
+            Route::JobPage(id) => Back::Job(*id),
+            Route::Confirm(form) | Route::Act(form) => form.back.clone(),
+            _ => Back::List(Filter::default()),
+        },
+    })
+}
+
+/// A connection for looking, or why there is none.
+fn viewing(service: &Service, parts: &[PartView]) -> Result<Connection, String> {
+    // Nobody waits as long as connecting in vain takes.
+    let mut parts = parts.iter();
+    let postgres = parts.find_map(|part| part.why.as_ref().filter(|_| part.part == Part::Postgres));
+    if let Some(why) = postgres.filter(|_| !service.can_look_on.load(Ordering::Relaxed)) {
+        return Err(why.clone());
+    }
+    service.views.connection().map_err(text)
+}
+
+fn text(error: StoreError) -> String {
+    format!("{:#}", anyhow::Error::from(error))
+}
+
+/// What is said of a question that takes longer than anybody waits.
+const IN_VAIN: &str = "This takes longer than Postgres is given for it. Ask for less: a single \
+                       workflow, a single state, or a job by its id.";
+
+/// The answer if Postgres is there and does not say what was asked for.
+fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
+    match route {
+        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
+        Route::Page(_) | Route::JobPage(_) => {
+            html(503, frame.nonce, page::in_vain(frame, why).document(frame))
+        }
+        Route::Live
+        | Route::Ready
+        | Route::Form
+        | Route::Upload
+        | Route::Submission(..)
+        | Route::SubmitForm(_)
+        | Route::Follow(_)
+        | Route::Confirm(_)
+        | Route::Act(_)
+        | Route::Overview
+        | Route::Workers
+        | Route::Jobs(_)
+        | Route::Result(_)
+        | Route::Job(_) => json_response(503, &json!({"error": why})),
+    }
+}
+
+fn with_database(
+    endpoint: &Endpoint,
+    service: &Service,
+    connection: &mut Connection,
+    route: &Route,
+    frame: &Frame<'_>,
+) -> Result<Response, StoreError> {
+    let now = frame.now;
+    let overview = service.overview(connection)?;
+    Ok(match route {
+        Route::Live
+        | Route::Ready
+        | Route::Form
+        | Route::Upload
+        | Route::Submission(..)
+        | Route::SubmitForm(_)
+        | Route::Follow(_)
+        | Route::Confirm(_)
+        | Route::Act(_) => {
+            unreachable!("answered before")
+        }
+        Route::Metrics => metrics_text(service, &overview, now),
+        Route::Overview => json_response(200, &overview_json(&overview, frame.parts)),
+        Route::Workers => json_response(200, &json!(overview.workers.unwrap_or_default())),
+        Route::Jobs(filter) => {
+            let mut page = service.page(connection, filter)?;
+            overview.explain(&mut page.jobs, now);
+            json_response(200, &json!(page))
+        }
+        Route::Result(id) => match connection.kept_result(*id)? {
+            Some(esdl) => result(*id, esdl),
+            None => {
+                let why = format!("no output ESDL of job {id} is kept");
+                json_response(404, &json!({"error": why}))
+            }
+        },
+        Route::Job(id) => match connection.story(*id)? {
+            Some(mut story) => {
+                overview.explain(std::slice::from_mut(&mut story.job), now);
+                service.name_parameters(&mut story);
+                json_response(200, &json!(story))
+            }
+            None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
+        },
+        Route::Page(_) | Route::JobPage(_) => {
+            let (status, sheet) = sheet((endpoint, service), connection, &overview, route, frame)?;
+            html(status, frame.nonce, sheet.document(frame))
+        }
+    })
+}
+
+/// An output ESDL, as a file. It is a worker's text, and must not be run as a page of this site.
+fn result(job_id: Uuid, esdl: String) -> Response {
+    let mut response = Response::new(200, "application/octet-stream", esdl);
+    let disposition = format!("attachment; filename=\"{job_id}.esdl\"");
+    response.headers.extend([
+        ("Content-Disposition", disposition),
+        ("X-Content-Type-Options", "nosniff".to_owned()),
+        (
+            "Content-Security-Policy",
+            "default-src 'none'; sandbox".to_owned(),
+        ),
+    ]);
+    response
+}
+
+/// What a page shows, with its status.
+fn sheet(
+    (endpoint, service): (&Endpoint, &Service),
+    connection: &mut Connection,
+    overview: &Overview,
+    route: &Route,
+    frame: &Frame<'_>,
+) -> Result<(u16, Sheet), StoreError> {
+    if let Route::JobPage(id) = route {
+        return Ok(match connection.story(*id)? {
+            Some(mut story) => {
+                overview.explain(std::slice::from_mut(&mut story.job), frame.now);
+                service.name_parameters(&mut story);
+                (200, page::job(frame, &story))
+            }
+            None => (404, page::unknown_job(frame, *id)),
+        });
+    }
+    let filter = match route {
+        Route::Page(filter) => filter.clone(),
+        _ => Filter::default(),
+    };
+    let mut page = service.page(connection, &filter)?;
+    overview.explain(&mut page.jobs, frame.now);
+    let activity = activity(endpoint, connection, frame.now);
+    let activity = activity.as_deref();
+    Ok((
+        200,
+        page::overview(frame, overview, &filter, &page, activity),
+    ))
+}
+
+/// The charts' figures, as long as they are new enough, and new ones otherwise. A page is shown without
+/// them rather than not at all.
+fn activity(
+    endpoint: &Endpoint,
+    connection: &mut Connection,
+    now: Timestamp,
+) -> Option<Arc<Activity>> {
+    let mut known = endpoint
+        .activity
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    if let Some((counted, activity)) = &*known {
+        let age = match activity {
+            Some(_) => ACTIVITY_AGE,
+            None => ACTIVITY_PAUSE,
+        };
+        if counted.elapsed() < age {
+            return activity.clone();
+        }
+    }
+    let counted = connection.activity(now);
+    let activity = counted.map(Arc::new);
+    let activity = activity.inspect_err(|error| debug!("the charts are left out: {error}"));
+    let activity = activity.ok();
+    *known = Some((Instant::now(), activity.clone()));
+    activity
+}
+
+/// What whoever follows a page is shown now, for each page that somebody follows: given to `tell` with
+/// its place among them.
+pub(super) fn fragments(
+    endpoint: &Endpoint,
+    service: &Service,
+    topics: &[Topic],
+    stop: &Signal,
+    mut tell: impl FnMut(usize, String),
+) {
+    let now = Timestamp::now();
+    let (_, mut parts) = service.health.parts(now);
+    let mut known = viewing(service, &parts).and_then(|mut connection| {
+        let overview = service.overview(&mut connection).map_err(text)?;
+        Ok((connection, overview))
+    });
+    if let Err(why) = &known {
+        parts = noting(&parts, why, now);
+    }
+    for (place, Topic { access, route }) in topics.iter().enumerate() {
+        if stop.is_given() {
+            return;
+        }
+        let acting = forms(endpoint, access, route, now);
+        let frame = Frame {
+            nonce: None,
+            now,
+            host: &service.host,
+            parts: &parts,
+            note: None,
+            acting: acting.as_ref(),
+        };
+        let sheet = match &mut known {
+            Ok((connection, overview)) => {
+                sheet((endpoint, service), connection, overview, route, &frame)
+                    .map(|(_, sheet)| sheet)
+            }
+            Err(_) => Ok(page::without_database(&frame, events(route))),
+        };
+        match sheet {
+            Ok(sheet) => tell(place, sheet.content()),
+            // The next time, perhaps. If there is no Postgres any more, that is when it is seen.
+            Err(error) => debug!("a page is not followed for now: {}", text(error)),
+        }
+    }
+}
+
+/// Where the changes of a page are told.
+fn events(route: &Route) -> String {
+    match route {
+        Route::Page(filter) => page::events(filter),
+        Route::JobPage(id) => page::events_of(*id),
+        _ => String::new(),
+    }
+}
+
+/// Parts, of which whoever asks may be the first to notice that Postgres does not work.
+fn noting(parts: &[PartView], why: &str, now: Timestamp) -> Vec<PartView> {
+    let mut parts = parts.to_vec();
+    for part in &mut parts {
+        if part.part == Part::Postgres && part.why.is_none() {
+            part.why = Some(why.to_owned());
+            part.since = now;
+        }
+    }
+    parts
+}
+
+fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
+    let parts = noting(frame.parts, why, frame.now);
+    let frame = &Frame {
+        parts: &parts,
+        ..*frame
+    };
+    match route {
+        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
+        Route::Page(_) | Route::JobPage(_) => {
+            let sheet = page::without_database(frame, events(route));
+            html(503, frame.nonce, sheet.document(frame))
+        }
+        Route::Live
+        | Route::Ready
+        | Route::Form
+        | Route::Upload
+        | Route::Submission(..)
+        | Route::SubmitForm(_)
+        | Route::Follow(_)
+        | Route::Confirm(_)
+        | Route::Act(_)
+        | Route::Overview
+        | Route::Workers
+        | Route::Jobs(_)
+        | Route::Result(_)
+        | Route::Job(_) => {
+            let error = format!("Postgres does not answer: {}", one_line(why));
+            json_response(503, &json!({"error": error}))
+        }
+    }
+}
+
+fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Response {
+    let text = service.metrics.text(&service.health, overview, now);
+    Response::new(200, metrics::CONTENT_TYPE, text)
+}
+
+fn overview_json(overview: &Overview, parts: &[PartView]) -> Value {
+    let trouble = trouble(parts);
+    let parts = parts
+        .iter()
+        .map(|part| json!({"name": part.part.name(), "since": part.since, "why": part.why}));
+    json!({
+        "trouble": trouble.as_ref().map(Trouble::json),
+        "parts": parts.collect::<Vec<_>>(),
+        "workflows": overview.workflows(),
+        "queues": overview.queues,
+        "turns": overview.turns,
+    })
+}

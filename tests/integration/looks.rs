@@ -1,0 +1,167 @@
+//! How the page looks and whom it serves: ten situations in a real browser, light, dark and on a phone, each
+//! held against axe's rules.
+
+use std::path::Path;
+use std::{env, fs};
+
+use rstest::rstest;
+use serde_json::Value;
+
+use crate::acting::{ACCOUNTS, ANNA};
+use crate::harness::browser::Browser;
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::peers::{Client, Worker};
+use crate::harness::planted::{FAILED, RUNNING, plant, plant_workers, workflows};
+use crate::harness::proxy::{End, Proxy, Weather};
+
+/// axe-core, which `./run.sh test` fetches.
+fn axe() -> Option<String> {
+    let path = env::var("OMOTES_TEST_AXE").ok()?;
+    fs::read_to_string(path).ok()
+}
+
+/// Asserts that nothing is off-screen, that axe finds nothing, and keeps a picture if that is wanted: in the
+/// folder that `OMOTES_SCREENSHOTS` names.
+fn looked_at(browser: &Browser, name: &str) {
+    let fits = "return document.documentElement.scrollWidth <= innerWidth";
+    assert_eq!(browser.run(fits), true, "{name} is too wide");
+    let fits = "const jobs = document.querySelector('.jobs')?.parentElement; \
+                return !jobs || jobs.scrollWidth <= jobs.clientWidth";
+    assert_eq!(browser.run(fits), true, "the list of {name} is too wide");
+    if let Ok(folder) = env::var("OMOTES_SCREENSHOTS") {
+        for format in ["webp", "png"] {
+            let path = Path::new(&folder).join(format!("{name}.{format}"));
+            fs::write(path, browser.screenshot(format)).unwrap();
+        }
+    }
+    let axe = axe().expect("axe-core, which ./run.sh test installs");
+    let found = browser.run_long(&format!(
+        "{axe}; return axe.run(document, {{resultTypes: ['violations']}}).then((all) => all.violations.map(\
+         (one) => one.id + ': ' + one.nodes.map((node) => node.target + ' ' + node.failureSummary).join('; ')))"
+    ));
+    assert_eq!(found, Value::Array(Vec::new()), "{name}");
+}
+
+/// Dropped in this order.
+struct Scene {
+    service: Service,
+    proxy: Proxy,
+    _workers: [Worker; 2],
+    deployment: Deployment,
+}
+
+fn scene() -> Scene {
+    let deployment = Deployment::new();
+    let workers = ["simulator", "optimiser"].map(|task| Worker::new(&deployment, task));
+    let proxy = Proxy::new(deployment.postgres_door()).unwrap();
+    let port = proxy.port().to_string();
+    let file = workflows(&deployment);
+    let own = [
+        ("WORKFLOW_CONFIG_PATH", file.to_str().unwrap()),
+        ("WORKERS_PERIOD_SEC", "60"),
+        ("POSTGRESQL_PORT", &port),
+    ];
+    let service = deployment.start_with(&[&own[..], &ACCOUNTS].concat());
+    Scene {
+        service,
+        proxy,
+        _workers: workers,
+        deployment,
+    }
+}
+
+#[rstest]
+#[case::light("light", 1400, 900, false)]
+#[case::dark("dark", 1400, 900, true)]
+#[case::phone("phone", 390, 844, true)]
+fn ten_situations(#[case] kind: &str, #[case] width: u32, #[case] height: u32, #[case] dark: bool) {
+    let scene = scene();
+    let browser = Browser::new(width, height, dark);
+    let page = |account: &str, path: &str| {
+        browser.open(&format!("http://{account}@{}{path}", scene.service.http()));
+    };
+    let look = |name: &str| looked_at(&browser, &format!("{name}-{kind}"));
+    page("ben:look", "/");
+    browser.shows("Nothing waits and nothing runs.");
+    look("empty");
+    let mut sql = scene.deployment.sql();
+    plant(&mut sql);
+    plant_workers(&mut sql);
+    page("ben:look", "/");
+    browser.shows("Rotterdam harbour, phase 2");
+    // Charts are counted anew every twenty seconds only.
+    eventually("the charts", || {
+        page("ben:look", "/");
+        (!browser.text().contains("none has ended")).then_some(())
+    });
+    plant_workers(&mut sql);
+    page("ben:look", "/");
+    browser.shows("silent");
+    browser.shows("overdue");
+    look("list");
+    page(ANNA, "/");
+    browser.shows("Submit a job");
+    look("operator");
+    page(ANNA, "/?finished=true");
+    browser.shows("Delft south");
+    look("finished");
+    page(ANNA, "/?workflow=simulator&state=REGISTERED");
+    browser.shows("None matches the filter.");
+    look("no-match");
+    page(ANNA, &format!("/jobs/{RUNNING}"));
+    browser.shows("62 %");
+    look("job");
+    page(ANNA, &format!("/jobs/{FAILED}"));
+    browser.shows("Household_7");
+    look("failed");
+    page(ANNA, "/confirm?do=hold-all&list=");
+    browser.shows("Hold 2 jobs?");
+    look("confirm");
+    page(ANNA, "/submit?workflow=simulator");
+    browser.shows("Pipe classes at most");
+    look("submit");
+    page(ANNA, "/nothing");
+    browser.shows("There is no such page");
+    look("refused");
+    page(ANNA, "/");
+    browser.shows("Rotterdam");
+    scene.proxy.set(Weather::Refuse);
+    scene.proxy.cut(End::Rst);
+    browser.shows("Postgres does not answer");
+    look("trouble");
+}
+
+/// Whoever has no mouse gets to all of it, and first past what is on every page.
+#[test]
+fn the_keyboard_is_enough() {
+    let deployment = Deployment::new();
+    let _client = Client::new(&deployment);
+    let service = deployment.start();
+    let browser = Browser::new(1400, 900, false);
+    browser.open(&format!("http://{}/", service.http()));
+    browser.shows("Not finished");
+    browser.press("\u{e004}");
+    assert_eq!(
+        browser.run("return document.activeElement.className"),
+        "skip"
+    );
+    browser.press("\u{e007}");
+    assert_eq!(browser.run("return location.hash"), "#main");
+    browser.press("/");
+    let focused = "return document.activeElement.name";
+    assert_eq!(browser.run(focused), "text");
+    // A filter survives the other tab and the way back from a job.
+    browser.open(&format!("http://{}/?workflow=workflow_1", service.http()));
+    let other = browser.run("return document.querySelectorAll('.tabs a')[1].href");
+    browser.open(other.as_str().unwrap());
+    let kept = "return [document.querySelector('select[name=workflow]').value, location.search]";
+    assert_eq!(
+        browser.run(kept),
+        serde_json::json!(["workflow_1", "?finished=true&workflow=workflow_1"])
+    );
+    // Times are the reader's own.
+    let time = "const time = document.querySelector('#as-of time'); \
+                return time.textContent === new Intl.DateTimeFormat(undefined, \
+                {dateStyle: 'medium', timeStyle: 'medium'}).format(new Date(time.dateTime))";
+    assert_eq!(browser.run(time), true);
+}

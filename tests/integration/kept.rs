@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::acting::{ACCOUNTS, ANNA, BEN};
-use crate::harness::deployment::Service;
+use crate::harness::deployment::{Deployment, Service};
 use crate::harness::operator::Operator;
 use crate::harness::peers::ESDL;
+use crate::python::{CeleryWorker, PYTHON, SdkClient, order};
 use crate::story::story;
 use crate::turns::{Scene, TASK};
 
@@ -268,4 +269,39 @@ fn nothing_runs_again_where_no_input_is_kept() {
     assert!(!output.status.success());
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("is not kept: KEEP_INPUTS_SEC is 0"), "{said}");
+}
+
+/// Submitted with the SDK, and computed by Celery's worker.
+#[test]
+fn a_real_worker_runs_a_job_again() {
+    let deployment = Deployment::new();
+    let definitions = format!("{PYTHON}/workflows.json");
+    let variables = [
+        ("WORKFLOW_CONFIG_PATH", definitions.as_str()),
+        ("KEEP_INPUTS_SEC", "600"),
+    ];
+    let service = deployment.start_with(&variables);
+    let _worker = CeleryWorker::new(&deployment, "4.3");
+    let stories = SdkClient::new(&deployment, "4.3", &[order("raise")]).stories();
+    assert_eq!(stories[0]["result"], "ERROR");
+    deployment.no_jobs_left();
+    let failed: Uuid = {
+        let mut sql = deployment.sql();
+        let row = sql.query_one("SELECT job_id FROM job_history", &[]);
+        row.unwrap().get(0)
+    };
+    let file = deployment.folder.join("again.esdl");
+    let (id, path) = (failed.to_string(), file.to_str().unwrap());
+    let changed = "behaviour=succeed";
+    let arguments = ["jobs", "rerun", &id, "--param", changed, "--output", path];
+    let output = deployment.command(&arguments).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let esdl = fs::read_to_string(&file).unwrap();
+    assert!(esdl.contains("id=\"output-"), "{esdl}");
+    let told = story(&service, failed);
+    assert_eq!(told["esdl_messages"], json!([]));
+    let succeeded = "SELECT count(*) FROM job_story JOIN job_history USING (job_id)
+                     WHERE outcome = 'SUCCEEDED' AND esdl_messages LIKE '%an-asset%'
+                       AND parameters LIKE '%\"succeed\"%'";
+    deployment.comes_to(1, succeeded);
 }

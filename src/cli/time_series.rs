@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use omotes_orchestrator::actions::bounded;
-use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::{Config, InfluxDb};
 use omotes_orchestrator::domain::time_series::{Guard, PROTECTED};
 use omotes_orchestrator::influx::Influx;
 use omotes_orchestrator::service::time_series;
@@ -59,12 +59,10 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
             say(format_args!("{}: kept", one_line(esdl_id)))?;
         }
         Action::Drop { esdl_id, agreed } => {
-            let protected = time_series::protected(influxdb);
-            if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
-                bail!("the database {esdl_id} is protected");
-            }
+            refuse_protected(influxdb, esdl_id)?;
             let guard = named(&mut connection, esdl_id)?;
             let esdl_id = &guard.esdl_id;
+            refuse_protected(influxdb, esdl_id)?;
             if !agreed.yes {
                 say(format_args!(
                     "{}",
@@ -72,9 +70,6 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
                 ))?;
                 say_aside(format_args!("these would be dropped; {NOTHING_DONE}"));
                 return Ok(ExitCode::FAILURE);
-            }
-            if PROTECTED.contains(&esdl_id.as_str()) || protected.contains(esdl_id) {
-                bail!("the database {esdl_id} is protected");
             }
             if !connection.set_series_in_use(esdl_id, false)? {
                 bail!("nothing is known of time series {esdl_id}");
@@ -84,6 +79,15 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// That a database is none that may be dropped.
+fn refuse_protected(influxdb: &InfluxDb, name: &str) -> anyhow::Result<()> {
+    let protected = time_series::protected(influxdb);
+    if PROTECTED.contains(&name) || protected.iter().any(|one| one == name) {
+        bail!("the database {name} is protected");
+    }
+    Ok(())
 }
 
 /// The one that is called so, or else the only one whose id begins so.

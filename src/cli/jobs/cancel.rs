@@ -12,6 +12,7 @@ use omotes_orchestrator::actions::jobs::{self, Asked};
 use omotes_orchestrator::actions::names::resolve;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{Filter, JobName, JobView, spoken};
+use omotes_orchestrator::domain::parameters::typed::length;
 use omotes_orchestrator::store::Connection;
 use omotes_orchestrator::telemetry::report::one_line;
 
@@ -42,12 +43,7 @@ pub(crate) struct Matching {
 }
 
 fn time(text: &str) -> Result<SignedDuration, String> {
-    let span: jiff::Span = text
-        .parse()
-        .map_err(|_| "expected 90min, 2h, 3d or the like")?;
-    let days = jiff::SpanRelativeTo::days_are_24_hours();
-    span.to_duration(days)
-        .map_err(|_| "expected at most weeks and days".to_owned())
+    length(text).ok_or_else(|| "expected 90min, 2h, 3d or the like".to_owned())
 }
 
 /// # Errors

@@ -21,6 +21,8 @@ use super::streams::{Hub, Seat, Stream};
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 /// The largest body that is read as quickly as everything else.
 pub(super) const MAX_BODY: usize = 64 * 1024;
+/// Who takes so much of a long answer has as much time again.
+const RENEWS: usize = 64 * 1024;
 /// Within this time a larger one has to have arrived.
 const UPLOAD_TIME: Duration = Duration::from_secs(60);
 /// Beyond that the oldest is disconnected.
@@ -339,12 +341,7 @@ impl<R> Connections<R> {
             self.last += 1;
             let interest = Interest::READABLE | Interest::WRITABLE;
             poll.registry().register(&mut stream, token, interest)?;
-            let connection = Connection {
-                stream,
-                peer,
-                deadline: Instant::now() + DEADLINE,
-                state: Progress::Asking(Vec::new()),
-            };
+            let connection = Connection::new(stream, peer, Progress::Asking(Vec::new()));
             self.by_token.insert(token, connection);
             if self.by_token.len() > MAX_CONNECTIONS {
                 let all = self.by_token.iter();
@@ -436,6 +433,15 @@ fn answering<R>(response: Response, head_only: bool) -> Progress<R> {
 }
 
 impl<R> Connection<R> {
+    fn new(stream: TcpStream, peer: SocketAddr, state: Progress<R>) -> Connection<R> {
+        Connection {
+            stream,
+            peer,
+            deadline: Instant::now() + DEADLINE,
+            state,
+        }
+    }
+
     fn is_spared(&self) -> bool {
         matches!(
             self.state,
@@ -541,7 +547,12 @@ impl<R> Connection<R> {
         if let Progress::Answering(bytes, sent) = &mut self.state {
             while *sent < bytes.len() {
                 match self.stream.write(&bytes[*sent..]) {
-                    Ok(length) => *sent += length,
+                    Ok(length) => {
+                        *sent += length;
+                        if *sent % RENEWS < length {
+                            self.deadline = self.deadline.max(Instant::now() + DEADLINE);
+                        }
+                    }
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(error) => return Err(error),
                 }
@@ -646,28 +657,28 @@ mod tests {
         assert_eq!(victim(all), expected.map(Token));
     }
 
+    /// A connection whose time is over, and its client.
+    fn late(state: Progress<()>) -> (std::net::TcpStream, Connection<()>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let mut connection = Connection::new(TcpStream::from_std(stream), peer, state);
+        connection.deadline = Instant::now();
+        (client, connection)
+    }
+
     #[rstest]
     #[case::an_action(Some("not known"), "HTTP/1.1 503 ")]
     #[case::a_page(None, "")]
     fn whoever_waits_too_long_is_told(#[case] otherwise: Option<&str>, #[case] answer: &str) {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut client = std::net::TcpStream::connect(address).unwrap();
-        let (stream, peer) = listener.accept().unwrap();
-        stream.set_nonblocking(true).unwrap();
-        let token = Token(FIRST_CONNECTION);
         let otherwise = otherwise.map(|text| Box::new(Response::text(503, text)));
-        let connection = Connection::<()> {
-            stream: TcpStream::from_std(stream),
-            peer,
-            deadline: Instant::now(),
-            state: Progress::Waiting {
-                head_only: false,
-                otherwise,
-            },
-        };
+        let (mut client, connection) = late(Progress::Waiting {
+            head_only: false,
+            otherwise,
+        });
         let mut connections = Connections {
-            by_token: BTreeMap::from([(token, connection)]),
+            by_token: BTreeMap::from([(Token(FIRST_CONNECTION), connection)]),
             last: 1,
         };
         connections.end_waits();
@@ -676,5 +687,14 @@ mod tests {
         assert!(text.starts_with(answer), "{text}");
         assert_eq!(text.is_empty(), answer.is_empty(), "{text}");
         assert_eq!(connections.by_token.is_empty(), answer.is_empty());
+    }
+
+    #[rstest]
+    #[case::a_long_answer(100 * RENEWS, true)]
+    #[case::a_short_one(RENEWS - 1, false)]
+    fn whoever_takes_a_long_answer_has_time_for_it(#[case] length: usize, #[case] renews: bool) {
+        let (_client, mut connection) = late(Progress::Answering(vec![b'x'; length], 0));
+        assert!(connection.send().is_err());
+        assert_eq!(connection.deadline > Instant::now(), renews);
     }
 }

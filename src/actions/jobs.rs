@@ -1,6 +1,5 @@
 //! Cancelling jobs, and changing those that wait for their turn.
 
-use std::collections::HashSet;
 use std::fmt;
 
 use anyhow::{Context, bail};
@@ -11,7 +10,7 @@ use super::{Failure, bounded, counted};
 use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
 use crate::domain::job::{Origin, Priority};
-use crate::domain::overview::{Filter, JobState, JobView, MAX_LIMIT};
+use crate::domain::overview::{Filter, JobState, JobView};
 use crate::store::{Connection, TurnChange};
 use crate::threads::{Calls, within_deadline};
 use crate::wire::{self, CANCELS_QUEUE, Outgoing};
@@ -155,27 +154,16 @@ pub fn matching(
     filter: &Filter,
     change: Option<TurnChange>,
     until: Timestamp,
-    shown: u16,
+    shown: usize,
 ) -> Result<Matching, Failure> {
     check_live(filter)?;
     let on_hold = change.map(|change| change == TurnChange::Release);
     let ids = connection.live_ids(filter, on_hold, until)?;
-    let mut first = Vec::new();
-    if shown > 0 {
-        let filter = Filter {
-            // Those that it is not about may come before them.
-            limit: match change {
-                Some(_) => MAX_LIMIT,
-                None => shown,
-            },
-            offset: 0,
-            ..filter.clone()
-        };
-        first = connection.jobs(&filter)?.jobs;
-        let meant: HashSet<_> = ids.iter().collect();
-        first.retain(|job| meant.contains(&job.id));
-        first.truncate(shown.into());
-    }
+    // By their ids: any number of those that it is not about may come before them in the list.
+    let first = match &ids[..ids.len().min(shown)] {
+        [] => Vec::new(),
+        some => connection.live_jobs(some)?,
+    };
     Ok(Matching { ids, first })
 }
 

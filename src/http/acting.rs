@@ -95,8 +95,13 @@ fn confirm_matching(
 ) -> Result<String, Failure> {
     // As Postgres keeps it.
     let at = Timestamp::from_microsecond(frame.now.as_microsecond()).unwrap_or(frame.now);
-    let named = u16::try_from(pages::NAMED).unwrap_or(u16::MAX);
-    let found = jobs::matching(&mut looking(service)?, filter, whole.turn(), at, named)?;
+    let found = jobs::matching(
+        &mut looking(service)?,
+        filter,
+        whole.turn(),
+        at,
+        pages::NAMED,
+    )?;
     let digest = digest(&found.ids);
     let shown = Shown { at, digest };
     Ok(pages::confirm_matching(

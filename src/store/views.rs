@@ -25,7 +25,7 @@ const LIVE: &str = "
                    AND ($2::text IS NULL OR workflow_type = $2)
                    AND ($3::text IS NULL OR job.job_id::text ILIKE $3 OR job_reference ILIKE $3
                         OR progress_message ILIKE $3)
-                   AND ($6::uuid IS NULL OR job.job_id = $6) AS is_wanted,
+                   AND ($6::uuid[] IS NULL OR job.job_id = ANY($6)) AS is_wanted,
                CASE WHEN queue.waits THEN
                    row_number() OVER (
                        PARTITION BY coalesce(step.task, workflow_type), queue.waits
@@ -53,7 +53,7 @@ const LIVE: &str = "
           AND ($2::text IS NULL OR workflow_type = $2)
           AND ($3::text IS NULL OR job_id::text ILIKE $3 OR job_reference ILIKE $3
                OR progress_message ILIKE $3)
-          AND ($6::uuid IS NULL OR job_id = $6)
+          AND ($6::uuid[] IS NULL OR job_id = ANY($6))
     ), begun AS (
         SELECT job_id, registered_at, runs, position FROM standing WHERE is_wanted
         ORDER BY runs DESC, position, registered_at, job_id LIMIT $4 OFFSET $5
@@ -157,7 +157,14 @@ impl Connection {
         } else {
             self.client.query(
                 LIVE,
-                &[&state, &filter.workflow, &text, &limit, &offset, &filter.id],
+                &[
+                    &state,
+                    &filter.workflow,
+                    &text,
+                    &limit,
+                    &offset,
+                    &filter.id.map(|id| vec![id]),
+                ],
             )?
         };
         let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
@@ -178,6 +185,20 @@ impl Connection {
             jobs: jobs.map_err(StoreError::Transient)?,
             total,
         })
+    }
+
+    /// Those of these jobs that are there, in the order of the list.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn live_jobs(&mut self, ids: &[Uuid]) -> Result<Vec<JobView>, StoreError> {
+        const ANY: Option<&str> = None;
+        let limit = i64::try_from(ids.len()).unwrap_or(i64::MAX);
+        let rows = self
+            .client
+            .query(LIVE, &[&ANY, &ANY, &ANY, &limit, &0_i64, &ids])?;
+        let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
+        jobs.map_err(StoreError::Transient)
     }
 
     /// The ids of the jobs that match `filter`, have not ended, and were registered by then; whichever

@@ -4,7 +4,8 @@
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
-use ring::digest::{Context, SHA256};
+use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
+use uuid::{Builder, Uuid};
 
 pub mod again;
 pub use crate::domain::text::counted;
@@ -38,6 +39,19 @@ impl From<crate::store::StoreError> for Failure {
     }
 }
 
+/// A job's id, of version 5, that is always the same for these names: what is asked for once more by a
+/// browser is then submitted once.
+pub fn derived_id(namespace: Uuid, names: &[&[u8]]) -> Uuid {
+    let mut context = Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
+    context.update(namespace.as_bytes());
+    for name in names {
+        context.update(name);
+    }
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&context.finish().as_ref()[..16]);
+    Builder::from_sha1_bytes(bytes).into_uuid()
+}
+
 /// Names a set of ids, in whatever order they are: what somebody agrees to is what they were shown.
 pub fn digest(ids: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
     let mut ids: Vec<_> = ids.into_iter().collect();
@@ -67,6 +81,13 @@ pub fn bounded(texts: &[String], between: &str) -> String {
 mod tests {
     use super::*;
     use rstest::rstest;
+
+    #[test]
+    fn an_id_is_derived_as_everywhere() {
+        let dns = "6ba7b810-9dad-11d1-80b4-00c04fd430c8".parse().unwrap();
+        let id = derived_id(dns, &[b"python", b".org"]);
+        assert_eq!(id.to_string(), "886313e1-3b8a-5372-9b90-0c9aee199e5d");
+    }
 
     #[rstest]
     #[case::in_another_order(&["b", "a"], true)]

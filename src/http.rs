@@ -99,7 +99,7 @@ impl<T> Lanes<T> {
                 }
                 Action::Cancel(_)
                 | Action::Matching(..)
-                | Action::Again(_)
+                | Action::Again(..)
                 | Action::Turns(..)
                 | Action::Limits(..) => &self.actions,
             },

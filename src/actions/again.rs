@@ -21,7 +21,7 @@ pub fn not_kept(config: &Config, id: Uuid) -> String {
     format!("what was submitted as job {id} is not kept{why}")
 }
 
-/// What was submitted as this job, for another one with an id of its own, and with these parameters in
+/// What was submitted as this job, for another one with this id, and with these parameters in
 /// place of those.
 ///
 /// # Errors
@@ -29,19 +29,17 @@ pub fn not_kept(config: &Config, id: Uuid) -> String {
 pub fn submission(
     config: &Config,
     connection: &mut Connection,
-    id: Uuid,
+    (id, again): (Uuid, Uuid),
     parameters: &Map<String, Value>,
-) -> Result<(Uuid, JobSubmission), Failure> {
+) -> Result<JobSubmission, Failure> {
     let kept = connection
         .kept_submission(id)
         .context("nothing was submitted")?;
     let Some(message) = kept else {
         return Err(Failure::Refused(not_kept(config, id)));
     };
-    let again = Uuid::new_v4();
     let submission = wire::submission_again(&message, again, parameters);
-    let submission = submission.map_err(|error| anyhow!("what is kept of job {id}: {error}"))?;
-    Ok((again, submission))
+    Ok(submission.map_err(|error| anyhow!("what is kept of job {id}: {error}"))?)
 }
 
 /// Submits it, for somebody; no client waits for its result.

@@ -47,12 +47,11 @@ impl Order {
     }
 }
 
-/// Submits a job for whose result nobody waits.
+/// Submits a job under this id, for whose result nobody waits. An id that is known already is no other job.
 ///
 /// # Errors
 /// RabbitMQ is not there, or no orchestrator has been on this vhost.
-pub fn submit(config: &Config, order: &Order) -> Result<Uuid, Failure> {
-    let job_id = Uuid::new_v4();
+pub fn submit(config: &Config, order: &Order, job_id: Uuid) -> Result<(), Failure> {
     let refused = |error| Failure::Refused(format!("{error:#}"));
     let submission = order.submission(job_id).map_err(refused)?;
     let message = Outgoing {
@@ -66,7 +65,7 @@ pub fn submit(config: &Config, order: &Order) -> Result<Uuid, Failure> {
     // What is confirmed stays so, whatever becomes of the connection.
     let _ = link.close_within(DEADLINE);
     published.with_context(|| format!("whether job {job_id} was submitted is not known"))?;
-    Ok(job_id)
+    Ok(())
 }
 
 fn publish(link: &Link, message: Outgoing) -> anyhow::Result<()> {

@@ -38,6 +38,8 @@ pub(super) enum Access {
 pub(super) enum Purpose {
     Form,
     Note,
+    /// The id of the job that a form submits, so that one that is sent twice submits one job.
+    Job,
     /// A browser that has had the right password goes on with this account while somebody else at its
     /// address, as behind a proxy, guesses. It opens nothing: the password is needed as well, and
     /// nobody can guess another account's by it.
@@ -124,12 +126,12 @@ impl Accounts {
         all.find(|one| one.name == name).map(|one| &*one.name)
     }
 
-    /// What seals this text, which is an account's name but for what was done: only operators are
-    /// told of that.
+    /// What seals this text, which is an account's name but for what was done, and the ids of jobs: only
+    /// operators are told of these.
     fn key(&self, purpose: Purpose, text: &str) -> Option<&hmac::Key> {
         let is_its = |account: &&Account| match purpose {
             Purpose::Form | Purpose::Pass => account.name == text,
-            Purpose::Note => matches!(account.access, Access::Act(_)),
+            Purpose::Note | Purpose::Job => matches!(account.access, Access::Act(_)),
         };
         self.0.iter().find(is_its).map(|account| &account.key)
     }
@@ -163,7 +165,7 @@ impl Accounts {
         hmac::verify(key, &sealed(purpose, text, since), &tag).map_err(|_| SealFault::Forged)?;
         let age = SignedDuration::from_secs(now.as_second().saturating_sub(since));
         let lifetime = match purpose {
-            Purpose::Form => FORM_LIFETIME,
+            Purpose::Form | Purpose::Job => FORM_LIFETIME,
             Purpose::Note => NOTE_LIFETIME,
             Purpose::Pass => PASS_LIFETIME,
         };
@@ -193,6 +195,7 @@ fn sealed(purpose: Purpose, text: &str, since: i64) -> Vec<u8> {
     let purpose = match purpose {
         Purpose::Form => "form",
         Purpose::Note => "note",
+        Purpose::Job => "job",
         Purpose::Pass => "pass",
     };
     format!("{purpose}\0{since}\0{text}").into_bytes()
@@ -342,6 +345,7 @@ mod tests {
             (Purpose::Pass, "anna"),
             (Purpose::Form, "anna"),
             (Purpose::Note, "done"),
+            (Purpose::Job, "id"),
         ] {
             let of_anna = seal(&one, purpose, text);
             assert_eq!(of_anna, seal(&another_reader, purpose, text));

@@ -18,7 +18,7 @@ use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
 use super::{html, json_response, refusal};
 use crate::actions::letters::{Letters, all_named, exactly};
-use crate::actions::{Failure, TOLD, again, bounded, counted, digest, jobs, queues};
+use crate::actions::{Failure, TOLD, again, bounded, counted, derived_id, digest, jobs, queues};
 use crate::broker::dead_letters::Fate;
 use crate::domain::job::Origin;
 use crate::domain::overview::{Filter, JobState};
@@ -58,7 +58,7 @@ pub(super) fn confirm(
             confirm_matching(service, frame, acting, (*whole, filter), None)
         }
         Action::Requeue(_) | Action::RequeueAll(_) => confirm_requeue(service, frame, acting, None),
-        Action::Again(_) | Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(
+        Action::Again(..) | Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(
             Failure::Refused("this is done without being asked again".to_owned()),
         ),
     };
@@ -150,7 +150,7 @@ pub(super) fn act(
     let (who, account) = (visit.who(), visit.account());
     let what = in_words(&form.action);
     info!(account; "{who} asks: {what}");
-    let performed = perform(service, &form.action, visit, stop);
+    let performed = perform(service, form, visit, stop);
     // Whatever came of it.
     service.look_anew();
     match performed {
@@ -173,14 +173,9 @@ pub(super) fn act(
     }
 }
 
-fn perform(
-    service: &Service,
-    action: &Action,
-    visit: &Visit,
-    stop: &Signal,
-) -> Result<Came, Failure> {
+fn perform(service: &Service, form: &Form, visit: &Visit, stop: &Signal) -> Result<Came, Failure> {
     let config = &service.config;
-    let lines = match action {
+    let lines = match &form.action {
         // Only looks: RabbitMQ keeps it while Postgres does not write.
         Action::Cancel(ids) => lines(&jobs::cancel(
             config,
@@ -191,7 +186,14 @@ fn perform(
         Action::Matching(whole, filter, shown) => {
             return to_all(service, visit, *whole, filter, shown.as_ref());
         }
-        Action::Again(ids) => run_again(service, ids, &visit.origin())?,
+        Action::Again(ids, at) => {
+            let origin = visit.origin();
+            let names = [form.token.as_bytes(), at.as_bytes()];
+            each(ids, stop, |id| {
+                let new = derived_id(id, &names);
+                run_again(service, (id, new), &origin)
+            })?
+        }
         Action::Turns(ids, change) => lines(&jobs::change_turns(
             &mut connection(service)?,
             ids,
@@ -248,20 +250,47 @@ fn lines(all: &[impl ToString]) -> Vec<String> {
     all.iter().map(|one| harmless(&one.to_string())).collect()
 }
 
-/// Submits these jobs once more.
-fn run_again(service: &Service, ids: &[Uuid], origin: &Origin) -> Result<Vec<String>, Failure> {
+/// Submits a job once more, under this id. The same form sent again asks for the same id, which is then
+/// known already.
+fn run_again(
+    service: &Service,
+    (id, new): (Uuid, Uuid),
+    origin: &Origin,
+) -> Result<String, Failure> {
     let config = &service.config;
+    let submission = again::submission(config, &mut looking(service)?, (id, new), &Map::new())?;
+    again::submit(config, &submission, origin)?;
+    Ok(format!("job {id} runs again as job {new}"))
+}
+
+/// Does so to each of these jobs, as long as Postgres and RabbitMQ are there and nobody stops this service.
+fn each(
+    ids: &[Uuid],
+    stop: &Signal,
+    mut run: impl FnMut(Uuid) -> Result<String, Failure>,
+) -> Result<Vec<String>, Failure> {
     let mut told = Vec::new();
-    for id in ids {
-        let submitted = again::submission(config, &mut looking(service)?, *id, &Map::new())
-            .and_then(|(new, submission)| {
-                again::submit(config, &submission, origin)?;
-                Ok(new)
-            });
-        match submitted {
-            Ok(new) => told.push(format!("job {id} runs again as job {new}")),
-            Err(failure) if told.is_empty() && ids.len() == 1 => return Err(failure),
-            Err(failure) => told.push(harmless(&failure.to_string())),
+    for (place, id) in ids.iter().enumerate() {
+        let left = ids.len() - place;
+        if stop.is_given() {
+            told.push(format!(
+                "this service ends: {} not submitted",
+                counted(left, "job")
+            ));
+            break;
+        }
+        match run(*id) {
+            Ok(line) => told.push(line),
+            Err(failure) if ids.len() == 1 => return Err(failure),
+            Err(failure @ Failure::Refused(_)) => told.push(harmless(&failure.to_string())),
+            Err(Failure::Failed(error)) if told.is_empty() => return Err(Failure::Failed(error)),
+            // The others would fail as well, each after as long.
+            Err(Failure::Failed(error)) => {
+                let others = counted(left - 1, "other job");
+                let why = format!("job {id}: {error:#}; {others} not submitted");
+                told.push(harmless(&why));
+                break;
+            }
         }
     }
     Ok(told)
@@ -366,7 +395,7 @@ fn in_words(action: &Action) -> String {
             };
             format!("{verb} {which}{}", at.unwrap_or_default())
         }
-        Action::Again(ids) => format!("run again {}", bounded(&lines(ids), ", ")),
+        Action::Again(ids, _) => format!("run again {}", bounded(&lines(ids), ", ")),
         Action::Turns(ids, change) => {
             let verb = match change {
                 TurnChange::Hold => "hold".to_owned(),
@@ -436,7 +465,7 @@ fn ask_again(
             confirm_matching(service, frame, acting, (*whole, filter), Some(NOTICE))
         }
         Action::Cancel(_)
-        | Action::Again(_)
+        | Action::Again(..)
         | Action::Requeue(_)
         | Action::RequeueAll(_)
         | Action::Turns(..)
@@ -454,4 +483,39 @@ pub(super) fn failed(visit: &Visit, failure: &Failure) -> Response {
         Failure::Failed(_) => 503,
     };
     refusal(visit.html, status, &failure.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn what_is_submitted_again_ends_when_nothing_more_can_be() {
+        let ids: Vec<_> = (0..4).map(Uuid::from_u128).collect();
+        let (_running, stop) = Signal::pending();
+        let mut tried = 0;
+        let told = each(&ids, &stop, |id| {
+            tried += 1;
+            match tried {
+                1 => Ok(format!("job {id} runs again")),
+                2 => Err(Failure::Refused("it is not kept".to_owned())),
+                _ => Err(Failure::Failed(anyhow!("RabbitMQ is away"))),
+            }
+        });
+        let told = told.unwrap().join("\n");
+        assert_eq!(tried, 3);
+        for text in [
+            "runs again",
+            "not kept",
+            "RabbitMQ is away; 1 other job not submitted",
+        ] {
+            assert!(told.contains(text), "{text}: {told}");
+        }
+        let (running, stop) = Signal::pending();
+        drop(running);
+        let told = each(&ids, &stop, |_| panic!("the service ends")).unwrap();
+        assert_eq!(told, ["this service ends: 4 jobs not submitted"]);
+    }
 }

@@ -12,6 +12,8 @@ use crate::telemetry::report::one_line;
 
 /// Jobs or letters that one form names.
 const MAX_NAMED: usize = 100;
+/// Jobs that one form submits again: their ESDLs are large.
+const MAX_AGAIN: usize = 20;
 
 /// What an operator asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,8 +21,8 @@ pub(super) enum Action {
     Cancel(Vec<Uuid>),
     /// This to all that match, if they are those that the operator was shown; None before that.
     Matching(Whole, Filter, Option<Shown>),
-    /// Another run of each.
-    Again(Vec<Uuid>),
+    /// Another run of each, for the form that was shown then.
+    Again(Vec<Uuid>, String),
     Turns(Vec<Uuid>, TurnChange),
     Limits(String, Vec<LimitChange>),
     Steer(String, Wish),
@@ -210,7 +212,16 @@ impl Fields {
             "cancel-all" => Action::Matching(Whole::Cancel, self.list()?, self.shown()?),
             "hold-all" => Action::Matching(Whole::Hold, self.list()?, self.shown()?),
             "release-all" => Action::Matching(Whole::Release, self.list()?, self.shown()?),
-            "again" => Action::Again(self.ids()?),
+            "again" => {
+                let ids = self.ids()?;
+                if ids.len() > MAX_AGAIN {
+                    return Err(format!(
+                        "id: {}, and at most {MAX_AGAIN} run again at once",
+                        ids.len()
+                    ));
+                }
+                Action::Again(ids, self.at.clone().unwrap_or_default())
+            }
             "priority" => Action::Turns(self.ids()?, TurnChange::Priority(self.priority()?)),
             "first" => Action::Turns(self.ids()?, TurnChange::First),
             "hold" => Action::Turns(self.ids()?, TurnChange::Hold),
@@ -288,7 +299,7 @@ mod tests {
             Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
         )
     )]
-    #[case("do=again&id=ID", Action::Again(vec![id()]))]
+    #[case("do=again&id=ID&at=7", Action::Again(vec![id()], "7".to_owned()))]
     #[case(
         "do=cancel-all",
         Action::Matching(Whole::Cancel, Filter::default(), None)

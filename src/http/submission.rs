@@ -25,6 +25,8 @@ const MAX_TEXT: usize = 10_000;
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Filled {
     pub(super) token: String,
+    /// The id of its job, sealed.
+    pub(super) ticket: String,
     pub(super) workflow: String,
     pub(super) reference: String,
     pub(super) priority: String,
@@ -34,6 +36,20 @@ pub(super) struct Filled {
 }
 
 impl Filled {
+    /// What makes it another job.
+    pub(super) fn content(&self) -> String {
+        let Filled {
+            token: _,
+            ticket: _,
+            workflow,
+            reference,
+            priority,
+            timeout,
+            params,
+        } = self;
+        format!("{:?}", (workflow, reference, priority, timeout, params))
+    }
+
     /// What a parameter was filled in with.
     pub(super) fn param(&self, key: &str) -> Option<&str> {
         let mut params = self.params.iter();
@@ -64,6 +80,7 @@ pub(super) fn read<'b>(content_type: &str, body: &'b [u8]) -> Result<(Filled, &'
         match (name.as_str(), name.strip_prefix(PARAMETER)) {
             (_, Some(key)) => filled.params.push((key.to_owned(), text)),
             ("token", None) => filled.token = text,
+            ("ticket", None) => filled.ticket = text,
             ("workflow", None) => filled.workflow = text,
             ("reference", None) => filled.reference = text,
             ("priority", None) => filled.priority = text,

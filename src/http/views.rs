@@ -65,7 +65,8 @@ pub(super) fn respond(
             return acting::act(service, accounts, visit, &frame, acting, form, stop);
         }
         (Route::SubmitForm(workflow), Some(acting)) => {
-            return submitting::form(service, &frame, acting, workflow.as_deref());
+            let accounts = &endpoint.accounts;
+            return submitting::form(service, accounts, &frame, acting, workflow.as_deref());
         }
         (Route::Submission(kind, body), Some(acting)) => {
             let accounts = &endpoint.accounts;

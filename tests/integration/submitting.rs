@@ -223,3 +223,40 @@ fn the_form_works_in_a_browser() {
     worker.progress(&task, 0.5);
     browser.shows("50 %");
 }
+
+/// A double click, and a form that is sent again because nobody knows what came of it.
+#[test]
+fn a_form_that_is_sent_twice_submits_one_job() {
+    let scene = scene();
+    let anna = Operator::at(&scene.service, ANNA);
+    let page = anna.get("/submit?workflow=simulator");
+    let fields = |reference| {
+        [
+            ("token", page.field("token").unwrap()),
+            ("ticket", page.field("ticket").unwrap()),
+            ("workflow", "simulator"),
+            ("reference", reference),
+            ("param.timestep", "900"),
+            ("param.start_time", "2026-01-01T00:00"),
+            ("param.end_time", "2026-02-01T00:00"),
+            ("param.pipes", "3"),
+            ("param.losses", "false"),
+        ]
+    };
+    let job = |reference| {
+        let sent = send(&anna, &fields(reference), ESDL, "");
+        assert_eq!(sent.status, 303, "{sent:?}");
+        let location = sent.header("Location").unwrap();
+        location.split('?').next().unwrap().to_owned()
+    };
+    let first = job("one");
+    assert_eq!(job("one"), first);
+    // Somebody has gone back and filled in something else.
+    let other = job("another");
+    assert_ne!(other, first);
+    let tasks = [(); 2].map(|()| Task::of(&scene.worker.take_message()).job);
+    assert_eq!(tasks.map(|id| format!("/jobs/{id}")), [first, other]);
+    let mut forged = fields("one");
+    forged[1].1 = "00000000-0000-0000-0000-000000000000.1.x";
+    send(&anna, &forged, ESDL, "").is(403, "Nothing was done");
+}

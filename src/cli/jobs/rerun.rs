@@ -9,6 +9,7 @@ use omotes_orchestrator::actions::again;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::JobName;
 use omotes_orchestrator::domain::parameters::typed;
+use uuid::Uuid;
 
 use super::origin::origin;
 use super::the_one;
@@ -34,7 +35,8 @@ pub(super) fn run(config: &Config, rerun: Rerun) -> anyhow::Result<ExitCode> {
     let parameters = typed::plain(&rerun.params);
     let mut connection = connect(config)?;
     let id = the_one(&mut connection, &rerun.id)?;
-    let (new, submission) = again::submission(config, &mut connection, id, &parameters)?;
+    let new = Uuid::new_v4();
+    let submission = again::submission(config, &mut connection, (id, new), &parameters)?;
     drop(connection);
     if let Some(path) = &rerun.output {
         let tasks = submit::tasks(config, &submission.workflow_type);

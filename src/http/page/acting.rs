@@ -1,6 +1,7 @@
 //! The forms by which operators act, and the pages that ask again before something is destroyed. Only
 //! whoever may act is shown any of it.
 
+use jiff::Timestamp;
 use maud::{Markup, html};
 use uuid::Uuid;
 
@@ -114,9 +115,13 @@ impl Acting {
     }
 
     /// Another run of a job whose input is kept.
-    pub(super) fn again(&self, job: &JobView) -> Markup {
+    pub(super) fn again(&self, job: &JobView, now: Timestamp) -> Markup {
+        // Asked for once more on another page, it is another run. The page of a job that has not ended
+        // must not differ each time.
+        let at = matches!(job.state, JobState::Ended(_)).then(|| now.as_microsecond());
         self.form(html! {
             input type="hidden" name="id" value=(job.id);
+            @if let Some(at) = at { input type="hidden" name="at" value=(at); }
             button name="do" value="again" { "Run again" }
         })
     }

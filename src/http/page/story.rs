@@ -14,7 +14,7 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
                 (bytes) " bytes: nobody has taken it" }
         }
         @if let (Some(acting), true) = (frame.acting, story.can_run_again) {
-            div.actions { (acting.again(&story.job)) }
+            div.actions { (acting.again(&story.job, frame.now)) }
         }
         h2 #story { "Story" }
         div.card { table.story {

@@ -26,14 +26,14 @@ pub(in crate::http) fn submit(
         nav aria-label="Back" { a href="/" { "← all jobs" } }
         h1 { "Submit a job" }
         @if !faults.is_empty() {
-            div.alarm role="alert" {
+            div.alarm #faults tabindex="-1" role="alert" {
                 p { b { "Nothing was submitted." } }
                 ul { @for fault in faults { li { (readable(fault)) } } }
                 p.dim { "The file has to be chosen again." }
             }
         }
         (choice(all, chosen))
-        @if let Some(workflow) = chosen { (form(frame, acting, workflow, filled)) }
+        @if let Some(workflow) = chosen { (form(frame, acting, workflow, filled, faults)) }
         @else if all.is_empty() {
             div.empty { p { b { "No workflow is defined." } " What the definition file says: " (command("omotes-orchestrator workflows list")) } }
         }
@@ -44,7 +44,7 @@ pub(in crate::http) fn submit(
 /// Which workflow; another one has other parameters.
 fn choice(all: &[Workflow], chosen: Option<&Workflow>) -> Markup {
     html! {
-        form.choose action="/submit" data-choose="" {
+        form.choose action="/submit" {
             label for="workflow" { "Workflow" }
             select #workflow name="workflow" {
                 @if chosen.is_none() { option value="" { "Choose one" } }
@@ -61,27 +61,43 @@ fn choice(all: &[Workflow], chosen: Option<&Workflow>) -> Markup {
     }
 }
 
-fn form(frame: &Frame<'_>, acting: &Acting, workflow: &Workflow, filled: &Filled) -> Markup {
+/// Whether any of the faults is that of a field, with whose name they begin.
+fn is_faulty(faults: &[String], name: &str) -> bool {
+    faults.iter().any(|fault| {
+        let rest = fault.strip_prefix(name);
+        rest.is_some_and(|rest| rest.starts_with(' '))
+    })
+}
+
+fn form(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    workflow: &Workflow,
+    filled: &Filled,
+    faults: &[String],
+) -> Markup {
+    let is_faulty = |name: &str| is_faulty(faults, name);
     let name = one_line(&workflow.type_name);
     let example =
         format!("omotes-orchestrator submit model.esdl --workflow {name} --output result.esdl");
     html! {
         form.fields method="post" action="/submit" enctype="multipart/form-data" autocomplete="off" {
             input type="hidden" name="token" value=(acting.token);
+            input type="hidden" name="ticket" value=(filled.ticket);
             input type="hidden" name="workflow" value=(workflow.type_name);
-            div.field {
+            div.field data-faulty[is_faulty("the ESDL file") || is_faulty("the file")] {
                 label for="esdl" { "ESDL file" }
                 input #esdl type="file" name="esdl" accept=".esdl,.xml,text/xml,application/xml" required;
             }
             @for (place, parameter) in workflow.parameters.iter().enumerate() {
-                (field(place, parameter, filled))
+                (field(place, parameter, filled, is_faulty(&parameter.key_name)))
             }
             div.field {
                 label for="reference" { "Reference" }
                 input #reference name="reference" maxlength="300" value=(filled.reference) aria-describedby="about-reference";
                 span.dim #about-reference { "Your name for the job." }
             }
-            div.field {
+            div.field data-faulty[is_faulty("priority")] {
                 label for="priority" { "Priority" }
                 select #priority name="priority" {
                     @for level in ["medium", "high", "low"] {
@@ -89,7 +105,7 @@ fn form(frame: &Frame<'_>, acting: &Acting, workflow: &Workflow, filled: &Filled
                     }
                 }
             }
-            div.field {
+            div.field data-faulty[is_faulty("timeout")] {
                 label for="timeout" { "Timeout" }
                 input #timeout name="timeout" size="10" value=(filled.timeout) aria-describedby="about-timeout";
                 span.dim #about-timeout { "How long it may run: 90s, 10m, 1h30m. Empty for what the workflow gives it." }
@@ -107,7 +123,7 @@ fn form(frame: &Frame<'_>, acting: &Acting, workflow: &Workflow, filled: &Filled
 }
 
 /// A parameter, with what its definition says of it.
-fn field(place: usize, parameter: &WorkflowParameter, filled: &Filled) -> Markup {
+fn field(place: usize, parameter: &WorkflowParameter, filled: &Filled, is_faulty: bool) -> Markup {
     let key = &parameter.key_name;
     let Some(kind) = &parameter.parameter_type else {
         return html! {};
@@ -119,7 +135,7 @@ fn field(place: usize, parameter: &WorkflowParameter, filled: &Filled) -> Markup
     let description = parameter.description.as_deref().map(readable);
     let hints = hints(kind, &parameter.constraints);
     html! {
-        div.field {
+        div.field data-faulty[is_faulty] {
             label for=(id) { (title) @if title != *key { " " code.dim { (harmless(key)) } } }
             (input(&id, &about, parameter, kind, filled.param(key)))
             span.dim id=(about) {

@@ -5,7 +5,6 @@ use std::cell::RefCell;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -25,10 +24,12 @@ use crate::threads::Signal;
 mod accounts;
 mod acting;
 mod admission;
+mod figures;
 mod form;
 mod guard;
 mod live;
 mod page;
+mod says;
 mod server;
 mod streams;
 mod submission;
@@ -38,11 +39,11 @@ mod views;
 
 use accounts::Accounts;
 use admission::{Uploads, Visit};
+use figures::Figures;
 use form::{Action, Form};
 pub use live::follow as follow_pages;
 use server::{DEADLINE, Reply, Request, Response, Server, Ticket};
 use streams::Topic;
-use views::KnownActivity;
 
 /// How many requests may wait for the database in a lane; further clients are told to come again.
 pub const MAX_WAITING: usize = 64;
@@ -62,7 +63,7 @@ const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/job
 pub struct Endpoint {
     server: Server,
     accounts: Accounts,
-    activity: Mutex<KnownActivity>,
+    figures: Figures,
     uploads: Uploads,
 }
 
@@ -79,12 +80,12 @@ pub struct Question {
 #[derive(Debug)]
 pub struct Lanes<T> {
     pub pages: T,
-    /// A text search scans the whole history.
+    /// A text search scans the whole history, and output ESDLs are large.
     pub searches: T,
     pub metrics: T,
     /// What operators do to jobs and queues.
     pub actions: T,
-    /// What waits for workers, or goes through dead letters.
+    /// What waits for workers, goes through dead letters, or is about many jobs or large ones.
     pub slow_actions: T,
 }
 
@@ -93,17 +94,16 @@ impl<T> Lanes<T> {
         match route {
             Route::Metrics => &self.metrics,
             Route::Jobs(filter) | Route::Page(filter) if filter.text.is_some() => &self.searches,
+            Route::Result(_) => &self.searches,
             Route::Confirm(form) | Route::Act(form) => match &form.action {
-                Action::Steer(..) | Action::Requeue(_) | Action::RequeueAll(_) => {
-                    &self.slow_actions
-                }
-                Action::Cancel(_)
+                Action::Steer(..)
                 | Action::Matching(..)
                 | Action::Again(..)
-                | Action::Turns(..)
-                | Action::Limits(..) => &self.actions,
+                | Action::Requeue(_)
+                | Action::RequeueAll(_) => &self.slow_actions,
+                Action::Cancel(_) | Action::Turns(..) | Action::Limits(..) => &self.actions,
             },
-            Route::SubmitForm(_) | Route::Submission(..) => &self.actions,
+            Route::Submission(..) => &self.slow_actions,
             Route::Live
             | Route::Ready
             | Route::Form
@@ -113,8 +113,8 @@ impl<T> Lanes<T> {
             | Route::Workers
             | Route::Jobs(_)
             | Route::Job(_)
-            | Route::Result(_)
             | Route::Page(_)
+            | Route::SubmitForm(_)
             | Route::JobPage(_) => &self.pages,
         }
     }
@@ -136,7 +136,7 @@ impl Endpoint {
         Ok(Some(Endpoint {
             server,
             accounts,
-            activity: Mutex::default(),
+            figures: Figures::default(),
             uploads: Uploads::default(),
         }))
     }
@@ -434,6 +434,32 @@ mod tests {
         let endpoint = Endpoint::listen(&config).unwrap().unwrap();
         let (service, _) = Service::new(config, catalogue).unwrap();
         (endpoint, service)
+    }
+
+    /// Nothing that is quick waits for what takes its time.
+    #[test]
+    fn what_is_slow_has_lanes_of_its_own() {
+        let lanes = Lanes {
+            pages: "pages",
+            searches: "searches",
+            metrics: "metrics",
+            actions: "actions",
+            slow_actions: "slow actions",
+        };
+        let id = Uuid::nil();
+        let act = |fields: &str| Route::Act(Box::new(Form::parse(fields.as_bytes()).unwrap()));
+        for (route, lane) in [
+            (Route::SubmitForm(None), "pages"),
+            (Route::Result(id), "searches"),
+            (Route::Submission(String::new(), Vec::new()), "slow actions"),
+            (act("do=cancel-all"), "slow actions"),
+            (act(&format!("do=again&id={id}")), "slow actions"),
+            (act(&format!("do=cancel&id={id}")), "actions"),
+            (act(&format!("do=hold&id={id}")), "actions"),
+            (act("do=pause&queue=a"), "actions"),
+        ] {
+            assert_eq!(*lanes.of(&route), lane, "{route:?}");
+        }
     }
 
     /// Sends a cancel, as a form does.

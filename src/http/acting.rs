@@ -151,8 +151,6 @@ pub(super) fn act(
     let what = in_words(&form.action);
     info!(account; "{who} asks: {what}");
     let performed = perform(service, form, visit, stop);
-    // Whatever came of it.
-    service.look_anew();
     match performed {
         Ok(Came::Done(lines)) => {
             // All of them, a readable part at a time.

@@ -28,7 +28,7 @@ pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
 pub(super) use submit::submit;
-use words::{command, since};
+use words::{command, looked, since};
 
 /// The overview: how all is, what is wrong, all jobs, and what they run on.
 pub(super) fn overview(
@@ -306,7 +306,7 @@ fn turns_table(queues: &[QueueView], acting: Option<&Acting>) -> Markup {
 fn queue_table(queues: &Queues, now: Timestamp) -> Markup {
     html! {
         details.queues {
-            summary { "RabbitMQ's queues " span.dim { (since(queues.at, now)) " ago" } }
+            summary { "RabbitMQ's queues " span.dim { (looked(queues.at, now)) " ago" } }
             div.card tabindex="0" role="region" aria-label="RabbitMQ's queues" { table {
                 thead { tr { th scope="col" { "Connection" } th scope="col" { "Queue" } th.number scope="col" { "Messages" }
                     th.number scope="col" { "Consumers" } } }

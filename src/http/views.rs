@@ -1,11 +1,8 @@
 //! What is answered with the database: pages, the API, metrics.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use log::debug;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -15,9 +12,8 @@ use super::form::Back;
 use super::page::acting::Acting;
 use super::page::{self, Frame, Sheet};
 use super::server::Response;
-use super::streams::Topic;
+use super::streams::{Seen, Topic};
 use super::{Endpoint, Question, Route, acting, html, json_response, submitting};
-use crate::domain::activity::Activity;
 use crate::domain::overview::{Filter, Overview};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
@@ -26,15 +22,6 @@ use crate::telemetry::metrics;
 use crate::telemetry::report::one_line;
 use crate::telemetry::trouble::{Trouble, trouble};
 use crate::threads::Signal;
-
-/// For how long the charts' figures are kept: they change slowly, and go through all jobs of a day.
-const ACTIVITY_AGE: Duration = Duration::from_secs(20);
-
-/// For how long they are done without where they took too long.
-const ACTIVITY_PAUSE: Duration = Duration::from_secs(300);
-
-/// The charts' figures, and when they were counted; nothing where that went wrong.
-pub(super) type KnownActivity = Option<(Instant, Option<Arc<Activity>>)>;
 
 pub(super) fn respond(
     endpoint: &Endpoint,
@@ -62,7 +49,9 @@ pub(super) fn respond(
         }
         (Route::Act(form), Some(acting)) => {
             let accounts = &endpoint.accounts;
-            return acting::act(service, accounts, visit, &frame, acting, form, stop);
+            let response = acting::act(service, accounts, visit, &frame, acting, form, stop);
+            look_anew(endpoint, service);
+            return response;
         }
         (Route::SubmitForm(workflow), Some(acting)) => {
             let accounts = &endpoint.accounts;
@@ -70,7 +59,10 @@ pub(super) fn respond(
         }
         (Route::Submission(kind, body), Some(acting)) => {
             let accounts = &endpoint.accounts;
-            return submitting::submit(service, accounts, visit, &frame, acting, (kind, body));
+            let sent = (kind.as_str(), body.as_slice());
+            let response = submitting::submit(service, accounts, visit, &frame, acting, sent);
+            look_anew(endpoint, service);
+            return response;
         }
         _ => {}
     }
@@ -83,6 +75,12 @@ pub(super) fn respond(
         Err(StoreError::TooLong(_)) => in_vain(service, route, &frame, IN_VAIN),
         Err(error) => in_vain(service, route, &frame, &one_line(&text(error))),
     }
+}
+
+/// Has pages show what has been done, whatever came of it.
+fn look_anew(endpoint: &Endpoint, service: &Service) {
+    service.look_anew();
+    endpoint.server.hub().look_anew();
 }
 
 /// What a page's forms carry, for whoever may act.
@@ -152,6 +150,15 @@ fn with_database(
     frame: &Frame<'_>,
 ) -> Result<Response, StoreError> {
     let now = frame.now;
+    if let Route::Result(id) = route {
+        return Ok(match connection.kept_result(*id)? {
+            Some(esdl) => result(*id, esdl),
+            None => {
+                let why = format!("no output ESDL of job {id} is kept");
+                json_response(404, &json!({"error": why}))
+            }
+        });
+    }
     let overview = service.overview(connection)?;
     Ok(match route {
         Route::Live
@@ -161,6 +168,7 @@ fn with_database(
         | Route::Submission(..)
         | Route::SubmitForm(_)
         | Route::Follow(_)
+        | Route::Result(_)
         | Route::Confirm(_)
         | Route::Act(_) => {
             unreachable!("answered before")
@@ -173,13 +181,6 @@ fn with_database(
             overview.explain(&mut page.jobs, now);
             json_response(200, &json!(page))
         }
-        Route::Result(id) => match connection.kept_result(*id)? {
-            Some(esdl) => result(*id, esdl),
-            None => {
-                let why = format!("no output ESDL of job {id} is kept");
-                json_response(404, &json!({"error": why}))
-            }
-        },
         Route::Job(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
@@ -234,7 +235,7 @@ fn sheet(
     };
     let mut page = service.page(connection, &filter)?;
     overview.explain(&mut page.jobs, frame.now);
-    let activity = activity(endpoint, connection, frame.now);
+    let activity = endpoint.figures.get(|| connection.activity(frame.now));
     let activity = activity.as_deref();
     Ok((
         200,
@@ -242,78 +243,54 @@ fn sheet(
     ))
 }
 
-/// The charts' figures, as long as they are new enough, and new ones otherwise. A page is shown without
-/// them rather than not at all.
-fn activity(
-    endpoint: &Endpoint,
-    connection: &mut Connection,
-    now: Timestamp,
-) -> Option<Arc<Activity>> {
-    let mut known = endpoint
-        .activity
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
-    if let Some((counted, activity)) = &*known {
-        let age = match activity {
-            Some(_) => ACTIVITY_AGE,
-            None => ACTIVITY_PAUSE,
-        };
-        if counted.elapsed() < age {
-            return activity.clone();
-        }
-    }
-    let counted = connection.activity(now);
-    let activity = counted.map(Arc::new);
-    let activity = activity.inspect_err(|error| debug!("the charts are left out: {error}"));
-    let activity = activity.ok();
-    *known = Some((Instant::now(), activity.clone()));
-    activity
-}
-
-/// What whoever follows a page is shown now, for each page that somebody follows: given to `tell` with
-/// its place among them.
-pub(super) fn fragments(
+/// What whoever follows a page is shown now.
+///
+/// # Errors
+/// It cannot be seen for now; the text says why.
+pub(super) fn fragment(
     endpoint: &Endpoint,
     service: &Service,
-    topics: &[Topic],
-    stop: &Signal,
-    mut tell: impl FnMut(usize, String),
-) {
+    Topic { access, route }: &Topic,
+) -> Result<Seen, String> {
     let now = Timestamp::now();
-    let (_, mut parts) = service.health.parts(now);
-    let mut known = viewing(service, &parts).and_then(|mut connection| {
-        let overview = service.overview(&mut connection).map_err(text)?;
-        Ok((connection, overview))
-    });
-    if let Err(why) = &known {
-        parts = noting(&parts, why, now);
-    }
-    for (place, Topic { access, route }) in topics.iter().enumerate() {
-        if stop.is_given() {
-            return;
+    let (_, parts) = service.health.parts(now);
+    let known = viewing(service, &parts);
+    let parts = match &known {
+        Ok(_) => parts,
+        Err(why) => noting(&parts, why, now),
+    };
+    let acting = forms(endpoint, access, route, now);
+    let frame = Frame {
+        nonce: None,
+        now,
+        host: &service.host,
+        parts: &parts,
+        note: None,
+        acting: acting.as_ref(),
+    };
+    let sheet = match known {
+        // If there is no Postgres any more, the next connection tells.
+        Ok(mut connection) => {
+            service
+                .overview(&mut connection)
+                .and_then(|overview| {
+                    sheet(
+                        (endpoint, service),
+                        &mut connection,
+                        &overview,
+                        route,
+                        &frame,
+                    )
+                })
+                .map_err(text)?
+                .1
         }
-        let acting = forms(endpoint, access, route, now);
-        let frame = Frame {
-            nonce: None,
-            now,
-            host: &service.host,
-            parts: &parts,
-            note: None,
-            acting: acting.as_ref(),
-        };
-        let sheet = match &mut known {
-            Ok((connection, overview)) => {
-                sheet((endpoint, service), connection, overview, route, &frame)
-                    .map(|(_, sheet)| sheet)
-            }
-            Err(_) => Ok(page::without_database(&frame, events(route))),
-        };
-        match sheet {
-            Ok(sheet) => tell(place, sheet.content()),
-            // The next time, perhaps. If there is no Postgres any more, that is when it is seen.
-            Err(error) => debug!("a page is not followed for now: {}", text(error)),
-        }
-    }
+        Err(_) => page::without_database(&frame, events(route)),
+    };
+    Ok(Seen {
+        is_last: !sheet.is_live(),
+        content: sheet.content(),
+    })
 }
 
 /// Where the changes of a page are told.

@@ -59,6 +59,11 @@ impl Sheet {
         }
     }
 
+    /// Whether it changes.
+    pub(in crate::http) fn is_live(&self) -> bool {
+        self.live.is_some()
+    }
+
     pub(in crate::http) fn content(self) -> String {
         self.content.into_string()
     }

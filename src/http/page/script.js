@@ -6,6 +6,8 @@
 const SLOW = 15000;
 const PATIENCE = 15000;
 const LOST = 4000;
+// A beat comes every ten seconds; a connection that ends without a word says nothing at all.
+const SILENT = 25000;
 
 const main = document.getElementById("main");
 const stale = document.querySelector("#stale p");
@@ -106,14 +108,18 @@ function show(fresh) {
 
 // When nobody has answered since, if so.
 let lost = null;
-function hear(now) {
+// When anything was heard, or is expected from.
+let heard = Date.now();
+// The server's time, and when it has looked at what is shown.
+function hear(now, seen) {
   lost = null;
+  heard = Date.now();
   stale.hidden = true;
-  if (now) {
-    ahead = Date.parse(now) - Date.now();
+  if (now) ahead = Date.parse(now) - Date.now();
+  if (seen) {
     const time = document.querySelector("#as-of time");
-    time.dateTime = now;
-    write(time, local.format(new Date(now)));
+    time.dateTime = seen;
+    write(time, local.format(new Date(seen)));
   }
 }
 
@@ -134,13 +140,20 @@ function follow() {
     timer = setTimeout(poll, SLOW);
     return;
   }
+  heard = Date.now();
   const own = (source = new EventSource(live));
-  own.addEventListener("beat", ({ data }) => hear(data));
+  own.addEventListener("beat", ({ data }) => hear(...data.split(" ")));
   own.addEventListener("page", ({ data }) => {
+    hear();
     const fresh = document.createElement("main");
     fresh.innerHTML = data;
     fresh.dataset.told = "1";
     show(fresh);
+  });
+  // Nothing of it changes any more.
+  own.addEventListener("end", () => {
+    stop();
+    delete main.dataset.live;
   });
   own.addEventListener("error", () => {
     if (own !== source) return;
@@ -159,7 +172,8 @@ async function poll() {
     const fresh = page.querySelector("main");
     if (!fresh) throw new Error(answer.status);
     show(fresh);
-    hear(page.querySelector("#as-of time")?.dateTime);
+    const { dateTime } = page.querySelector("#as-of time") ?? {};
+    hear(dateTime, dateTime);
   } catch {
     stale.hidden = false;
   }
@@ -173,6 +187,10 @@ addEventListener("pageshow", ({ persisted }) => persisted && follow());
 setInterval(() => {
   if (document.hidden) return;
   count(main);
+  if (source && Date.now() - heard > SILENT) {
+    lost ??= heard;
+    follow();
+  }
   if (lost !== null && Date.now() - lost > LOST) stale.hidden = false;
 }, 1000);
 
@@ -195,9 +213,13 @@ document.addEventListener("click", async ({ target }) => {
   setTimeout(() => (button.textContent = "Copy"), 2000);
 });
 
-for (const field of document.querySelectorAll("form[data-keep] select, form[data-choose] select")) {
+for (const field of document.querySelectorAll("form[data-keep] select")) {
   field.addEventListener("change", () => field.form.requestSubmit());
 }
+for (const field of document.querySelectorAll("[data-faulty] :is(input, select)")) {
+  field.setAttribute("aria-invalid", "true");
+}
+document.getElementById("faults")?.focus();
 document.addEventListener("keydown", (event) => {
   const search = document.querySelector("input[type=search]");
   if (event.key !== "/" || !search || event.target.matches("input, select, textarea")) return;
@@ -216,6 +238,9 @@ for (const back of document.querySelectorAll("nav[aria-label=Back] a[href='/']")
   back.href = sessionStorage.getItem("list") ?? "/";
 }
 
-hear(document.querySelector("#as-of time")?.dateTime);
+{
+  const { dateTime } = document.querySelector("#as-of time") ?? {};
+  hear(dateTime, dateTime);
+}
 prepare(document);
 follow();

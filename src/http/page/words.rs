@@ -19,6 +19,11 @@ pub(super) fn since(time: Timestamp, now: Timestamp) -> Markup {
     html! { time.since datetime=(stamp(time)) { (ago(time, now)) } }
 }
 
+/// The same of the last look at something, which is no news by itself.
+pub(super) fn looked(time: Timestamp, now: Timestamp) -> Markup {
+    html! { time.since.looked datetime=(stamp(time)) { (ago(time, now)) } }
+}
+
 /// A point in time, which the script shows in the reader's own time zone.
 pub(super) fn at(time: Timestamp) -> Markup {
     html! { time.at datetime=(stamp(time)) { (time.strftime("%Y-%m-%d %H:%M:%S UTC")) } }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::words::{command, since};
+use super::words::{command, looked, since};
 use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 
@@ -31,7 +31,7 @@ pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) 
     html! {
         @if let Some(looked_at) = workers.looked_at {
             section {
-                h2 { "Workers " span.dim { (since(looked_at, now)) " ago" } }
+                h2 { "Workers " span.dim { (looked(looked_at, now)) " ago" } }
                 @if workers.workers.is_empty() {
                     div.empty {
                         p { b { "No worker has answered." } " Start one; what keeps those away that run: "

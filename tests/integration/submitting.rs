@@ -206,7 +206,8 @@ fn the_form_works_in_a_browser() {
     browser.shows("Choose one");
     browser.run(
         "const all = document.getElementById('workflow'); all.value = 'simulator'; \
-         all.dispatchEvent(new Event('change', {bubbles: true}))",
+         all.dispatchEvent(new Event('change', {bubbles: true})); \
+         document.querySelector('.choose button').click()",
     );
     browser.shows("Pipe classes at most");
     browser.choose("input[type=file]", file.to_str().unwrap());

@@ -413,7 +413,9 @@ impl Transaction<'_> {
                      progress_at = excluded.progress_at, marks = excluded.marks,
                      starts = excluded.starts,
                      ended_by = coalesce(excluded.ended_by, before.ended_by),
-                     logs = excluded.logs, esdl_messages = excluded.esdl_messages
+                     -- Of an end that could not be told the worker's logs are nowhere else.
+                     logs = coalesce(excluded.logs, before.logs),
+                     esdl_messages = coalesce(excluded.esdl_messages, before.esdl_messages)
              )
              INSERT INTO job_history (job_id, job_reference, workflow_type, celery_id,
                                       registered_at, submitted_at, running_at, finished_at,

@@ -344,8 +344,9 @@ impl Connection {
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
-    /// Deletes what is left of jobs with steps that another service, such as the Python service,
-    /// has ended. What a running transaction adds is left alone.
+    /// Deletes what is left of jobs that another service, such as the Python service, has ended, and of
+    /// those whose history an earlier version has forgotten, which knew nothing of stories. What a running
+    /// transaction adds is left alone. Returns how many steps there were.
     ///
     /// # Errors
     /// The connection is lost.
@@ -360,6 +361,21 @@ impl Connection {
              ), owners AS (
                  -- An owner who has had no turn for so long has no claim to be the last.
                  DELETE FROM turn_owner WHERE served_at < now() - interval '1 day'
+             ), stories AS (
+                 DELETE FROM job_story AS story
+                 WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = story.job_id)
+                   AND NOT EXISTS (SELECT FROM job_history AS ended
+                                   WHERE ended.job_id = story.job_id)
+             ), results AS (
+                 DELETE FROM job_result AS result
+                 WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = result.job_id)
+                   AND NOT EXISTS (SELECT FROM job_history AS ended
+                                   WHERE ended.job_id = result.job_id)
+             ), submissions AS (
+                 DELETE FROM job_submission AS submission
+                 WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = submission.job_id)
+                   AND NOT EXISTS (SELECT FROM job_history AS ended
+                                   WHERE ended.job_id = submission.job_id)
              )
              DELETE FROM job_step
              WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_step.job_id)

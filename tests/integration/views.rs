@@ -96,6 +96,9 @@ fn the_page_follows_a_job_by_itself(#[case] width: u32, #[case] height: u32, #[c
         browser.run("return document.title"),
         "<script>document.title = 'hacked'</script>"
     );
+    // Nothing of that page changes any more, but of the list.
+    browser.open(&page);
+    browser.shows("Not finished");
     assert!(service.stop().success());
     browser.shows("The orchestrator does not answer.");
 }

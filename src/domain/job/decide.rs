@@ -8,8 +8,8 @@ use uuid::Uuid;
 use super::decision::{cancellation, error_result, revoke};
 use super::{
     Attempt, ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job,
-    JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Outcome, Publication, State, Submission, TimeSeries,
-    kept_why,
+    JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Origin, Outcome, Publication, State, Submission,
+    TimeSeries, kept_why,
 };
 use super::{hand_over, starts, told};
 use crate::domain::parameters;
@@ -349,10 +349,11 @@ fn submit<'a>(
                 context,
             )
         }
-        Expected::Cancelled => cancelled_before_submission(
+        Expected::Cancelled(by) => cancelled_before_submission(
             job_id,
             &submission.workflow_type,
             &submission.reference,
+            by,
             context,
         ),
         Expected::Again => Decision {
@@ -445,8 +446,8 @@ fn refuse<'a>(
             Job::without_task(workflow_type, reference, registered_at)
                 .rejected(job_id, reason, context)
         }
-        Expected::Cancelled => {
-            cancelled_before_submission(job_id, workflow_type, reference, context)
+        Expected::Cancelled(by) => {
+            cancelled_before_submission(job_id, workflow_type, reference, by, context)
         }
         Expected::Again => Decision::ignored(SUBMITTED_ALREADY),
         Expected::No(why) => Decision::ignored(why),
@@ -454,12 +455,12 @@ fn refuse<'a>(
 }
 
 /// Whether a submission is news for a job in this state.
-enum Expected {
+enum Expected<'s> {
     Yes {
         registered_at: Option<Timestamp>,
     },
-    /// The cancel of this submission came first.
-    Cancelled,
+    /// The cancel of this submission came first, from whom, as far as the batch knows.
+    Cancelled(Option<&'s Origin>),
     /// It is none, but that it was accepted may not have reached its client.
     Again,
     No(&'static str),
@@ -471,7 +472,7 @@ fn waits_or_waited(job: &Job) -> bool {
     course.is_some_and(|course| course.turn.is_some())
 }
 
-fn submission_expected(standing: Standing<'_>) -> Expected {
+fn submission_expected(standing: Standing<'_>) -> Expected<'_> {
     match standing {
         Standing::Unknown => Expected::Yes {
             registered_at: None,
@@ -485,7 +486,10 @@ fn submission_expected(standing: Standing<'_>) -> Expected {
                 Expected::No(SUBMITTED_ALREADY)
             }
         },
-        Standing::Ended(ended) if ended.registered_at.is_none() => Expected::Cancelled,
+        Standing::Ended(ended) if ended.registered_at.is_none() => {
+            let told = ended.told.as_ref();
+            Expected::Cancelled(told.and_then(|told| told.by.as_ref()))
+        }
         Standing::Ended(_) => Expected::No("the job has ended already"),
     }
 }
@@ -494,14 +498,19 @@ fn cancelled_before_submission<'a>(
     job_id: Uuid,
     workflow_type: &str,
     reference: &Option<String>,
+    by: Option<&Origin>,
     context: &Context<'_>,
 ) -> Decision<'a> {
-    Job::without_task(workflow_type, reference, context.now).ends(
+    let ends = Job::without_task(workflow_type, reference, context.now).ends(
         Outcome::Cancelled,
         0,
         cancellation(job_id),
         context,
-    )
+    );
+    match by {
+        Some(origin) => ends.asked_by(origin),
+        None => ends,
+    }
 }
 
 fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> Decision<'a> {

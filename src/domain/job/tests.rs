@@ -859,6 +859,23 @@ fn a_submission_after_its_cancel_ends_as_cancelled_whenever_it_comes() {
     }
 }
 
+/// Also where both come in one batch, so that nothing of the cancel has been written yet.
+#[test]
+fn whoever_cancelled_before_the_submission_is_known() {
+    let anna = Origin::new(Via::Page, Some("anna"), None);
+    let cancel = Command::Cancel(anna.clone());
+    let noted = decide(job_id(), &State::Unknown, &cancel, &context())
+        .next
+        .unwrap();
+    for command in [submission("simulator"), submission("nonsense")] {
+        let decision = decide(job_id(), &noted, &command, &context());
+        let Some(State::Ending(Ending { ended, .. })) = decision.next else {
+            panic!("{decision:?}");
+        };
+        assert_eq!(ended.told.unwrap().by, Some(anna.clone()));
+    }
+}
+
 #[test]
 fn an_outcome_that_waits_is_not_lost() {
     let rules = Rules {

@@ -17,7 +17,7 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
             div.actions { (acting.again(&story.job, frame.now)) }
         }
         h2 #story { "Story" }
-        div.card { table.story {
+        div.card tabindex="0" role="region" aria-label="Story" { table.story {
             tbody { @for event in &story.events { tr {
                 td.nowrap { (at(event.at)) }
                 td { (event.what) @for fact in &event.evidence { div.dim { (fact) } } }
@@ -25,7 +25,7 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
         } }
         @if !story.parameters.is_empty() {
             h2 { "Parameters" }
-            div.card { table.parameters {
+            div.card tabindex="0" role="region" aria-label="Parameters" { table.parameters {
                 tbody { @for one in &story.parameters { tr {
                     td title=(harmless(&one.key)) { (harmless(one.name())) }
                     td { (one.text()) }
@@ -34,7 +34,7 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
         }
         @if !story.esdl_messages.is_empty() {
             h2 { "Messages" }
-            div.card { table.messages {
+            div.card tabindex="0" role="region" aria-label="Messages" { table.messages {
                 thead { tr { th { "Severity" } th { "Asset" } th { "Message" } } }
                 tbody { @for one in &story.esdl_messages { tr {
                     td class=(tone(one.severity)) { (one.severity) }

@@ -389,6 +389,23 @@ fn all_that_match_are_held_and_released() {
     anna.send(&[("do", "hold-all")]).is(409, "Hold 4 jobs?");
 }
 
+/// Any number of those that it is not about come before them in the list.
+#[test]
+fn those_that_are_meant_are_named_wherever_they_are() {
+    let (scene, service, jobs) = held_jobs(2);
+    let running = "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
+                                    running_at, timeout_after_ms, job_reference)
+                   SELECT gen_random_uuid(), 'task', 'workflow_1', 'RUNNING', now(), now(),
+                          86400000, ''
+                   FROM generate_series(1, 1100)";
+    scene.deployment.sql().batch_execute(running).unwrap();
+    let anna = Operator::at(&service, ANNA);
+    let page = anna.get("/confirm?do=hold-all").is(200, "Hold 2 jobs?");
+    for job in jobs {
+        assert!(page.body.contains(&format!("/jobs/{job}")), "{page:?}");
+    }
+}
+
 #[test]
 fn nothing_is_half_done_unsaid_while_a_service_is_down() {
     let deployment = Deployment::new();

@@ -33,11 +33,9 @@ fn a_killed_postgres_is_the_one_trouble() {
     assert_eq!(answer["trouble"]["others"].as_array().unwrap().len(), 0);
     let (status, page) = service.get("/").unwrap();
     assert_eq!(status, 503);
-    let boxes: Vec<_> = page.split("class=\"alarm").skip(1).collect();
-    // The first is the one of a page that is out of date, and hidden.
-    assert_eq!(boxes.len(), 2, "{page}");
+    assert_eq!(page.matches("class=\"trouble").count(), 1, "{page}");
     assert!(
-        boxes[1].starts_with(" lead\"><b>Postgres does not answer</b> since "),
+        page.contains("<div class=\"lead\"><p><b>Postgres does not answer</b> since "),
         "{page}"
     );
     assert!(page.contains("What follows from it"), "{page}");
@@ -62,7 +60,7 @@ fn a_killed_postgres_is_the_one_trouble() {
 
     deployment.start_server(Server::Postgres);
     service.wait_until_ready();
-    assert!(!service.get("/").unwrap().1.contains("alarm lead"));
+    assert!(!service.get("/").unwrap().1.contains("class=\"lead\""));
 }
 
 /// They hold up all work, as a Postgres does that is gone.
@@ -118,7 +116,7 @@ fn a_killed_rabbitmq_is_the_one_trouble() {
         page.contains("<b>There is no session with RabbitMQ</b>"),
         "{page}"
     );
-    assert_eq!(page.matches("class=\"alarm lead").count(), 1, "{page}");
+    assert_eq!(page.matches("class=\"trouble").count(), 1, "{page}");
     // Of a job that has ended nothing depends on it.
     let ended = Uuid::new_v4();
     let history = "INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)

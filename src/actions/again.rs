@@ -21,16 +21,16 @@ pub fn not_kept(config: &Config, id: Uuid) -> String {
     format!("what was submitted as job {id} is not kept{why}")
 }
 
-/// What was submitted as this job, for another one with this id, and with these parameters in
-/// place of those.
+/// What was submitted as this job, for another one with this id, and with the `parameters` for its
+/// workflow in place of those.
 ///
 /// # Errors
-/// Postgres is not there, or it is not kept.
+/// Postgres is not there, it is not kept, or those of `parameters`.
 pub fn submission(
     config: &Config,
     connection: &mut Connection,
     (id, again): (Uuid, Uuid),
-    parameters: &Map<String, Value>,
+    parameters: impl FnOnce(&str) -> Result<Map<String, Value>, Failure>,
 ) -> Result<JobSubmission, Failure> {
     let kept = connection
         .kept_submission(id)
@@ -38,8 +38,12 @@ pub fn submission(
     let Some(message) = kept else {
         return Err(Failure::Refused(not_kept(config, id)));
     };
-    let submission = wire::submission_again(&message, again, parameters);
-    Ok(submission.map_err(|error| anyhow!("what is kept of job {id}: {error}"))?)
+    let submission = wire::submission_again(&message, again);
+    let mut submission =
+        submission.map_err(|error| anyhow!("what is kept of job {id}: {error}"))?;
+    let parameters = parameters(&submission.workflow_type)?;
+    wire::change_parameters(&mut submission, &parameters);
+    Ok(submission)
 }
 
 /// Submits it, for somebody; no client waits for its result.

@@ -19,7 +19,7 @@ use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
 
-pub(super) use self::checks::tasks;
+pub(super) use self::checks::{changes, tasks};
 use self::output::Output;
 use super::complete;
 

@@ -256,7 +256,13 @@ fn run_again(
     origin: &Origin,
 ) -> Result<String, Failure> {
     let config = &service.config;
-    let submission = again::submission(config, &mut looking(service)?, (id, new), &Map::new())?;
+    let submission =
+        again::submission(
+            config,
+            &mut looking(service)?,
+            (id, new),
+            |_| Ok(Map::new()),
+        )?;
     again::submit(config, &submission, origin)?;
     Ok(format!("job {id} runs again as job {new}"))
 }

@@ -138,20 +138,17 @@ pub fn job_delete_for(job_id: Uuid, origin: &Origin) -> Outgoing {
 ///
 /// # Errors
 /// It is no such message.
-pub fn submission_again(
-    message: &[u8],
-    job_id: Uuid,
-    parameters: &Map<String, Value>,
-) -> Result<JobSubmission, DecodeError> {
+pub fn submission_again(message: &[u8], job_id: Uuid) -> Result<JobSubmission, DecodeError> {
     let mut submission = JobSubmission::decode(message)?;
     submission.uuid = job_id.to_string();
-    let changed = protobuf_struct(parameters).fields;
-    submission
-        .params_dict
-        .get_or_insert_default()
-        .fields
-        .extend(changed);
     Ok(submission)
+}
+
+/// Puts these parameters in place of those that it has.
+pub fn change_parameters(submission: &mut JobSubmission, parameters: &Map<String, Value>) {
+    let parameters = protobuf_struct(parameters).fields;
+    let all = submission.params_dict.get_or_insert_default();
+    all.fields.extend(parameters);
 }
 
 /// A message that is sent for somebody; a service that does not know the headers goes without them.

@@ -157,7 +157,10 @@ fn it_is_known_who_cancelled_a_job(#[case] by: By, #[case] last: &str, #[case] o
     cancel(&scene, &service, job, by);
     assert_eq!(scene.client.outcome(job).0, ResultType::Cancelled);
     let events = events(&service, job);
-    assert_eq!(events[0], format!("Submitted, and handed over to `{TASK}`"));
+    assert_eq!(
+        events[0],
+        format!("Submitted to `{TASK}`, and handed over at once")
+    );
     assert_eq!(events[1], "Started");
     assert!(events[2].starts_with(last), "{events:?}");
     let by = &story(&service, job)["cancelled_by"];
@@ -249,7 +252,7 @@ fn a_story_has_progress_parameters_messages_and_logs() {
     assert_eq!(scene.client.outcome(job).0, ResultType::Error);
     scene.deployment.no_jobs_left();
     let expected = [
-        "Submitted, and handed over to `workflow_1`",
+        "Submitted to `workflow_1`, and handed over at once",
         "Started",
         "10 %: begins",
         "60 %: <script>\"&'\\u{202e}\\u{1b}[31m\\nof another line",

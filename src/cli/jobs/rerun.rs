@@ -8,7 +8,6 @@ use clap_complete::ArgValueCandidates;
 use omotes_orchestrator::actions::again;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::JobName;
-use omotes_orchestrator::domain::parameters::typed;
 use uuid::Uuid;
 
 use super::origin::origin;
@@ -32,11 +31,12 @@ pub(crate) struct Rerun {
 /// # Errors
 /// Postgres or RabbitMQ is not there, or its input is not kept.
 pub(super) fn run(config: &Config, rerun: Rerun) -> anyhow::Result<ExitCode> {
-    let parameters = typed::plain(&rerun.params);
     let mut connection = connect(config)?;
     let id = the_one(&mut connection, &rerun.id)?;
     let new = Uuid::new_v4();
-    let submission = again::submission(config, &mut connection, (id, new), &parameters)?;
+    let submission = again::submission(config, &mut connection, (id, new), |workflow| {
+        Ok(submit::changes(config, workflow, &rerun.params)?)
+    })?;
     drop(connection);
     if let Some(path) = &rerun.output {
         let tasks = submit::tasks(config, &submission.workflow_type);

@@ -1,6 +1,6 @@
 //! What is checked of a job before it is submitted: whoever runs the command can still put it right.
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::esdl;
 use omotes_orchestrator::domain::parameters::typed;
@@ -72,6 +72,35 @@ fn params(catalogue: &Catalogue, submit: &Submit, faults: &mut Vec<String>) -> M
             Map::new()
         }
     }
+}
+
+/// Parameters that are written in place of some that a job of this workflow has.
+///
+/// # Errors
+/// All that is wrong with them.
+pub(in crate::cli) fn changes(
+    config: &Config,
+    workflow: &str,
+    written: &[(String, String)],
+) -> anyhow::Result<Map<String, Value>> {
+    if written.is_empty() {
+        return Ok(Map::new());
+    }
+    let catalogue = match config::read_catalogue(&config.workflow_config_path) {
+        Ok(catalogue) => catalogue,
+        Err(error) => {
+            let error = one_line(&format!("{error:#}"));
+            warn(&format!("the parameters are not checked: {error}"));
+            return Ok(typed::plain(written));
+        }
+    };
+    let Some(definition) = catalogue.definition(workflow) else {
+        bail!("{}", no_workflow(&catalogue, workflow));
+    };
+    typed::read_some(&definition.parameters, written).map_err(|wrong| {
+        let wrong: Vec<_> = wrong.iter().map(|one| harmless(one)).collect();
+        anyhow!("{}\nnothing was submitted", wrong.join("\n"))
+    })
 }
 
 fn no_workflow(catalogue: &Catalogue, name: &str) -> String {

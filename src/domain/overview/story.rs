@@ -253,7 +253,7 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
     let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
     let at_once = rows.attempts.is_empty() && job.submitted_at == Some(at);
     let what = match at_once {
-        true => format!("Submitted, and handed over to `{workflow}`"),
+        true => format!("Submitted to `{workflow}`, and handed over at once"),
         false => format!("Submitted to `{workflow}`"),
     };
     let priority = job.priority.map(|priority| {

@@ -107,6 +107,29 @@ fn seconds(text: &str) -> Option<f64> {
     length(text).map(|length| length.as_secs_f64())
 }
 
+/// Parameters that were written in place of some that a job has: nothing is missing.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_some(
+    definitions: &[WorkflowParameter],
+    written: &[(String, String)],
+) -> Result<Map<String, Value>, Vec<String>> {
+    let is_written = |one: &&WorkflowParameter| written.iter().any(|(key, _)| *key == one.key_name);
+    let wanted: Vec<_> = definitions.iter().filter(is_written).cloned().collect();
+    let (known, others): (Vec<_>, Vec<_>) = written
+        .iter()
+        .cloned()
+        .partition(|(key, _)| wanted.iter().any(|one| one.key_name == *key));
+    let read = read(&wanted, &known);
+    if others.is_empty() {
+        return read;
+    }
+    let mut wrong = read.err().unwrap_or_default();
+    wrong.extend(others.iter().map(|(key, _)| unknown(definitions, key)));
+    Err(wrong)
+}
+
 /// That there is no such parameter, and which there are.
 fn unknown(definitions: &[WorkflowParameter], key: &str) -> String {
     let names: Vec<_> = definitions
@@ -136,6 +159,32 @@ mod tests {
     use crate::domain::workflow::Catalogue;
     use rstest::rstest;
     use serde_json::json;
+
+    #[test]
+    fn what_is_written_in_place_of_others_is_checked_and_nothing_is_missing() {
+        let file = json!([{
+            "workflow_type_name": "w",
+            "workflow_type_description_name": "W",
+            "workflow_parameters": [
+                {"parameter_type": "float", "key_name": "price", "maximum": 100.0},
+                {"parameter_type": "string", "key_name": "name"},
+            ],
+        }]);
+        let catalogue = Catalogue::parse(&file.to_string()).unwrap();
+        let definitions = &catalogue.definition("w").unwrap().parameters;
+        let read = |key: &str, text: &str| {
+            let params = read_some(definitions, &[(key.to_owned(), text.to_owned())]);
+            params.map(Value::Object).map_err(|wrong| wrong.join("; "))
+        };
+        assert_eq!(read("price", "5"), Ok(json!({"price": 5})));
+        let slip = read("prise", "5").unwrap_err();
+        assert!(
+            slip.contains("did you mean price?") && slip.contains("name"),
+            "{slip}"
+        );
+        assert!(read("price", "500").unwrap_err().contains("price"));
+        assert!(read("price", "abc").unwrap_err().contains("price"));
+    }
 
     fn read_as(kind: &str, text: &str) -> Result<Value, String> {
         let file = json!([{

@@ -125,7 +125,7 @@ fn a_plain_job_is_submitted_started_and_ends() {
         ..started()
     };
     let expected = [
-        "0 Submitted, and handed over to `simulator`; its priority is high; it may run for 10 min",
+        "0 Submitted to `simulator`, and handed over at once; its priority is high; it may run for 10 min",
         "10 Started on worker-simulator@one",
         "11 0 %: reads",
         "20 50 %",
@@ -210,7 +210,7 @@ fn a_task_that_is_started_again_says_why_and_where() {
         ..Rows::default()
     };
     let expected = [
-        "0 Submitted, and handed over to `simulator`",
+        "0 Submitted to `simulator`, and handed over at once",
         "10 Started on one",
         "20 Started again on two; a connection to RabbitMQ was lost, so it does not count",
         "30 Started again; the workers before it still run it, so it does not count",
@@ -313,7 +313,7 @@ fn a_job_that_was_held_tells_since_when() {
 }
 
 #[rstest]
-#[case::waiting(waiting(), "0 Submitted, and handed over to `simulator`")]
+#[case::waiting(waiting(), "0 Submitted to `simulator`, and handed over at once")]
 #[case::left_by_the_python_service(
     JobView { submitted_at: None, ..waiting() },
     "0 Submitted to `simulator`"

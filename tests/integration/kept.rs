@@ -178,7 +178,14 @@ fn a_job_runs_again_by_page_and_command_line() {
     assert_eq!(story(&service, by_page)["reference"], "a reference");
 
     let said = scene.does(&[
-        "jobs", "rerun", &id, "--param", "price=2", "--param", "more=x",
+        "jobs",
+        "rerun",
+        &id,
+        "--unchecked",
+        "--param",
+        "price=2",
+        "--param",
+        "more=x",
     ]);
     assert!(
         said.contains(&format!("job {id} runs again as job ")),
@@ -251,6 +258,31 @@ fn what_is_run_again_is_what_was_submitted() {
     assert!(!story.to_string().contains(ESDL));
 }
 
+/// As those of a submission are.
+#[test]
+fn changed_parameters_are_held_against_their_workflow() {
+    let scene = Scene::new(&json!({"workflow_parameters": [
+        {"parameter_type": "float", "key_name": "price", "maximum": 100.0},
+    ]}));
+    let _service = start(&scene, &[("KEEP_INPUTS_SEC", "600")]);
+    let job = to_be_run_again(&scene).to_string();
+    for (changed, said) in [
+        ("prise=5", "did you mean price?"),
+        ("price=500", "price"),
+        ("price=abc", "price"),
+    ] {
+        let arguments = ["jobs", "rerun", &job, "--param", changed];
+        let mut command = scene.deployment.command(&arguments);
+        let output = command.envs(scene.variables()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            text.contains(said) && text.contains("nothing was submitted"),
+            "{text}"
+        );
+    }
+}
+
 #[test]
 fn nothing_runs_again_where_no_input_is_kept() {
     let scene = Scene::new(&json!({}));
@@ -293,7 +325,16 @@ fn a_real_worker_runs_a_job_again() {
     let file = deployment.folder.join("again.esdl");
     let (id, path) = (failed.to_string(), file.to_str().unwrap());
     let changed = "behaviour=succeed";
-    let arguments = ["jobs", "rerun", &id, "--param", changed, "--output", path];
+    let arguments = [
+        "jobs",
+        "rerun",
+        &id,
+        "--unchecked",
+        "--param",
+        changed,
+        "--output",
+        path,
+    ];
     let output = deployment.command(&arguments).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let esdl = fs::read_to_string(&file).unwrap();

@@ -8,6 +8,7 @@ use clap_complete::ArgValueCandidates;
 use omotes_orchestrator::actions::again;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::JobName;
+use omotes_orchestrator::domain::parameters::typed;
 use uuid::Uuid;
 
 use super::origin::origin;
@@ -23,6 +24,10 @@ pub(crate) struct Rerun {
     /// A parameter in place of the job's own: JSON where it parses as such, a text otherwise.
     #[arg(long = "param", value_name = "KEY=VALUE", value_parser = parse_param)]
     params: Vec<(String, String)>,
+    /// Do not hold these parameters against the definitions that are here, which may be others than the
+    /// service has.
+    #[arg(long)]
+    unchecked: bool,
     /// Follow it to its end, as `submit` does, and write its output ESDL to this file.
     #[arg(long)]
     output: Option<PathBuf>,
@@ -35,7 +40,10 @@ pub(super) fn run(config: &Config, rerun: Rerun) -> anyhow::Result<ExitCode> {
     let id = the_one(&mut connection, &rerun.id)?;
     let new = Uuid::new_v4();
     let submission = again::submission(config, &mut connection, (id, new), |workflow| {
-        Ok(submit::changes(config, workflow, &rerun.params)?)
+        Ok(match rerun.unchecked {
+            true => typed::plain(&rerun.params),
+            false => submit::changes(config, workflow, &rerun.params)?,
+        })
     })?;
     drop(connection);
     if let Some(path) = &rerun.output {

@@ -95,11 +95,17 @@ pub(in crate::cli) fn changes(
         }
     };
     let Some(definition) = catalogue.definition(workflow) else {
-        bail!("{}", no_workflow(&catalogue, workflow));
+        bail!(
+            "{}\nnothing was submitted; --unchecked does all the same",
+            no_workflow(&catalogue, workflow)
+        );
     };
     typed::read_some(&definition.parameters, written).map_err(|wrong| {
         let wrong: Vec<_> = wrong.iter().map(|one| harmless(one)).collect();
-        anyhow!("{}\nnothing was submitted", wrong.join("\n"))
+        anyhow!(
+            "{}\nnothing was submitted; --unchecked does all the same",
+            wrong.join("\n")
+        )
     })
 }
 

@@ -564,7 +564,7 @@ fn operators_see_where_a_job_is_and_what_its_steps_did() {
     assert!(page.contains("waiting, step 2 of 2, Simulate"), "{page}");
     let (_, page) = service.get(&format!("/jobs/{}", task.job)).unwrap();
     assert!(page.contains(r#"id="step-1-1""#), "{page}");
-    assert!(page.contains("<pre>the worker's logs</pre>"), "{page}");
+    assert!(page.contains(">the worker's logs</pre>"), "{page}");
     let command = |arguments: &[&str]| {
         let mut command = scene.deployment.command(arguments);
         let output = command.envs(scene.variables()).output().unwrap();

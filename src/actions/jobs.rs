@@ -92,7 +92,7 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Res
         delivered.extend(publish_cancels(&link, some, origin)?);
         Ok::<_, anyhow::Error>(())
     });
-    let takers = link.depths_in_time(&[CANCELS_QUEUE]);
+    let is_deserted = link.is_deserted(CANCELS_QUEUE);
     // What is confirmed stays so, whatever becomes of the connection.
     let _ = link.close_within(DEADLINE);
     let outcomes = ids.iter().zip(&delivered);
@@ -105,9 +105,8 @@ pub fn ask_to_end(config: &Config, ids: &[Uuid], origin: &Origin) -> anyhow::Res
              asking again does no harm"
         )
     })?;
-    let takers = takers.unwrap_or_default().into_iter().flatten().next();
     match missing.is_empty() {
-        true if takers.is_some_and(|queue| queue.consumers == 0) => Ok(Asked::Nobody),
+        true if is_deserted.unwrap_or(false) => Ok(Asked::Nobody),
         true => Ok(Asked::Orchestrator),
         false => bail!(
             "RabbitMQ has taken the cancels of {taken} of {count}, but not those of {}: is an \

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use amiquip::{Channel, Queue};
 use anyhow::Context;
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, after, bounded};
 
 use super::link::Link;
 use super::refusals::{NOT_FOUND, NOT_OURS, PublishError, closed, is_missing, unavailable};
@@ -157,6 +157,32 @@ impl Link {
             }
         }
         Ok(depths)
+    }
+}
+
+/// The pauses before each look at whether somebody consumes a queue.
+const LOOKS: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_millis(1000),
+];
+
+impl Link {
+    /// Whether a queue is there and nobody consumes it. A service that has begun a session gets another
+    /// consumer each time that it takes more at once, and has none in between: so it is looked again.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn is_deserted(&self, queue: &str) -> anyhow::Result<bool> {
+        for pause in LOOKS {
+            let _ = after(pause).recv();
+            let depth = self.depths_in_time(&[queue])?.into_iter().flatten().next();
+            if depth.is_none_or(|depth| depth.consumers > 0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 

@@ -398,15 +398,19 @@ fn judge_queue_without_worker(queue: &str, waiting: i64, stale: i64, findings: &
     }
     if stale > 0 {
         let found = match stale {
-            1 => format!("1 task in {shown} is of a job that has ended"),
-            more => format!("{more} tasks in {shown} are of jobs that have ended"),
+            1 => format!("1 task in {shown} is of a job that has ended, or was started before"),
+            more => {
+                format!(
+                    "{more} tasks in {shown} are of jobs that have ended, or were started before"
+                )
+            }
         };
         findings.add(
             part(Vhost::Celery),
             Severity::Warning,
             found,
-            "No job waits for it. A worker that starts would begin it and be told to stop; \
-             `doctor --fix` takes it away.",
+            "One whose worker gave it back goes on when a worker starts. One whose job has ended \
+             would be begun and be told to stop; `doctor --fix` takes only these away.",
         );
         findings.fix(Fix::DropStale(queue.to_owned()));
     }

@@ -453,7 +453,7 @@ fn tasks_of_ended_jobs_are_told_from_jobs_and_dropped() {
     deployment.comes_to(1, "SELECT count(*) FROM job");
     let told = [
         "error CELERY RabbitMQ: 1 job waits for workflow_1, which has no worker",
-        "warning CELERY RabbitMQ: 1 task in workflow_1 is of a job that has ended",
+        "warning CELERY RabbitMQ: 1 task in workflow_1 is of a job that has ended, or was started before",
     ];
     assert_eq!(findings(&deployment, &[], &[]), told);
     let asked = text(&deployment, &["--fix"], &[]);

@@ -14,12 +14,7 @@ use omotes_orchestrator::wire::SUBMISSIONS_QUEUE;
 /// # Errors
 /// The connection is lost.
 pub(super) fn of_submissions(link: &Link) -> anyhow::Result<Option<&'static str>> {
-    let depth = link
-        .depths(&[SUBMISSIONS_QUEUE])?
-        .into_iter()
-        .flatten()
-        .next();
-    let nobody = depth.is_some_and(|depth| depth.consumers == 0);
+    let nobody = link.is_deserted(SUBMISSIONS_QUEUE)?;
     Ok(nobody
         .then_some("no orchestrator runs on this vhost: the job waits in RabbitMQ until one does"))
 }

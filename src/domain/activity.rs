@@ -1,5 +1,5 @@
 //! How much was done, and how much waited, over the last hour and the last day. Pure; the rows come from
-//! [`crate::store::activity`].
+//! `store/activity.rs`.
 
 use jiff::{SignedDuration, Timestamp};
 

@@ -5,12 +5,10 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::Failure;
-use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
 use crate::domain::job::Origin;
 use crate::store::Connection;
-use crate::threads::{Calls, within_deadline};
-use crate::wire::{self, JobSubmission, Outgoing};
+use crate::wire::{self, JobSubmission};
 
 /// What is said of a job whose input is not there.
 pub fn not_kept(config: &Config, id: Uuid) -> String {
@@ -46,31 +44,16 @@ pub fn submission(
     Ok(submission)
 }
 
-/// Submits it, for somebody; no client waits for its result.
+/// Submits it under this id, for somebody; no client waits for its result.
 ///
 /// # Errors
 /// RabbitMQ is not there, or no orchestrator has been on this vhost.
-pub fn submit(config: &Config, submission: &JobSubmission, origin: &Origin) -> Result<(), Failure> {
-    const NOTHING: &str = "nothing was submitted";
-    let link = Link::open(&config.sdk_rabbitmq, "submitting again").context(NOTHING)?;
-    let message = Outgoing {
-        // Without the orchestrator's queue the message would vanish.
-        mandatory: true,
-        ..wire::for_somebody(wire::job_submission(submission), origin)
-    };
-    let calls = Calls::default();
-    let published = within_deadline(
-        DEADLINE,
-        || link.kill(),
-        || Ok(Publisher::new(&link, &calls).publish(&[message])?),
-    );
-    // What is confirmed stays so, whatever becomes of the connection.
-    let _ = link.close_within(DEADLINE);
-    let published = published.context("whether it was submitted is not known")?;
-    match published.first() {
-        Some(Delivered::Yes) => Ok(()),
-        _ => Err(Failure::Failed(anyhow!(
-            "RabbitMQ has not taken it: is an orchestrator running on this vhost?"
-        ))),
-    }
+pub fn submit(
+    config: &Config,
+    job_id: Uuid,
+    submission: &JobSubmission,
+    origin: &Origin,
+) -> Result<(), Failure> {
+    let message = wire::for_somebody(wire::job_submission(submission), origin);
+    super::submission::send(config, job_id, message)
 }

@@ -54,12 +54,21 @@ impl Order {
 pub fn submit(config: &Config, order: &Order, job_id: Uuid) -> Result<(), Failure> {
     let refused = |error| Failure::Refused(format!("{error:#}"));
     let submission = order.submission(job_id).map_err(refused)?;
+    let message = wire::job_submission(&submission);
+    drop(submission);
+    send(config, job_id, message)
+}
+
+/// Sends the message with which this job is submitted.
+///
+/// # Errors
+/// As [`submit`].
+pub(super) fn send(config: &Config, job_id: Uuid, message: Outgoing) -> Result<(), Failure> {
     let message = Outgoing {
         // Without the orchestrator's queue it would vanish.
         mandatory: true,
-        ..wire::job_submission(&submission)
+        ..message
     };
-    drop(submission);
     let link = Link::open(&config.sdk_rabbitmq, "submitting").context("nothing was submitted")?;
     let published = publish(&link, message);
     // What is confirmed stays so, whatever becomes of the connection.

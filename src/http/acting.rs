@@ -263,7 +263,7 @@ fn run_again(
             (id, new),
             |_| Ok(Map::new()),
         )?;
-    again::submit(config, &submission, origin)?;
+    again::submit(config, new, &submission, origin)?;
     Ok(format!("job {id} runs again as job {new}"))
 }
 

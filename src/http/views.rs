@@ -120,11 +120,20 @@ const IN_VAIN: &str = "This takes longer than Postgres is given for it. Ask for 
 
 /// The answer if Postgres is there and does not say what was asked for.
 fn in_vain(service: &Service, route: &Route, frame: &Frame<'_>, why: &str) -> Response {
+    instead(service, route, frame, why, || page::in_vain(frame, why))
+}
+
+/// What is said where Postgres has not: to whoever wants a page this one.
+fn instead(
+    service: &Service,
+    route: &Route,
+    frame: &Frame<'_>,
+    why: &str,
+    sheet: impl FnOnce() -> Sheet,
+) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => {
-            html(503, frame.nonce, page::in_vain(frame, why).document(frame))
-        }
+        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, sheet().document(frame)),
         Route::Live
         | Route::Ready
         | Route::Form
@@ -320,30 +329,10 @@ fn without_database(service: &Service, route: &Route, frame: &Frame<'_>, why: &s
         parts: &parts,
         ..*frame
     };
-    match route {
-        Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => {
-            let sheet = page::without_database(frame, events(route));
-            html(503, frame.nonce, sheet.document(frame))
-        }
-        Route::Live
-        | Route::Ready
-        | Route::Form
-        | Route::Upload
-        | Route::Submission(..)
-        | Route::SubmitForm(_)
-        | Route::Follow(_)
-        | Route::Confirm(_)
-        | Route::Act(_)
-        | Route::Overview
-        | Route::Workers
-        | Route::Jobs(_)
-        | Route::Result(_)
-        | Route::Job(_) => {
-            let error = format!("Postgres does not answer: {}", one_line(why));
-            json_response(503, &json!({"error": error}))
-        }
-    }
+    let error = format!("Postgres does not answer: {}", one_line(why));
+    instead(service, route, frame, &error, || {
+        page::without_database(frame, events(route))
+    })
 }
 
 fn metrics_text(service: &Service, overview: &Overview, now: Timestamp) -> Response {

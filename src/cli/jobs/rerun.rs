@@ -50,7 +50,9 @@ pub(super) fn run(config: &Config, rerun: Rerun) -> anyhow::Result<ExitCode> {
         let tasks = submit::tasks(config, &submission.workflow_type);
         return submit::follow_to_its_end(config, &submission, &tasks, Output::to(path)?);
     }
-    told_of("RabbitMQ", || again::submit(config, &submission, &origin()))?;
+    told_of("RabbitMQ", || {
+        again::submit(config, new, &submission, &origin())
+    })?;
     say(format_args!("job {id} runs again as job {new}"))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -211,22 +211,19 @@ impl Store {
     /// A connection of the pool, which goes on trying meanwhile.
     fn pooled(&self) -> Result<r2d2::PooledConnection<Connector>, StoreError> {
         let first = self.patience.min(self.patience_with_no);
-        if let Ok(client) = self.pool.get_timeout(first) {
-            return Ok(client);
-        }
         let more = self.patience - first;
-        if more > Duration::ZERO && self.last_failure.is_denial() {
-            let why = self.last_failure.in_words();
-            return Err(StoreError::Transient(anyhow!(
-                "no connection to Postgres: {why}"
-            )));
+        let mut got = self.pool.get_timeout(first);
+        let is_given_up = !more.is_zero() && self.last_failure.is_denial();
+        if got.is_err() && !more.is_zero() && !is_given_up {
+            got = self.pool.get_timeout(more);
         }
-        self.pool.get_timeout(more).map_err(|_| {
-            StoreError::Transient(anyhow!(
-                "no connection to Postgres within {:?}: {}",
-                self.patience,
-                self.last_failure.in_words()
-            ))
+        got.map_err(|_| {
+            let why = self.last_failure.in_words();
+            let patience = self.patience;
+            StoreError::Transient(match is_given_up {
+                true => anyhow!("no connection to Postgres: {why}"),
+                false => anyhow!("no connection to Postgres within {patience:?}: {why}"),
+            })
         })
     }
 }

@@ -24,10 +24,8 @@ pub(super) fn examine(
     let submissions = depth(seen, SUBMISSIONS_QUEUE);
     let consumers = submissions.map(|depth| depth.consumers);
     service::ask(config, consumers, findings);
-    if consumers > Some(0)
-        && let Some(inspection) = inspection
-    {
-        service::is_at_work(config, inspection, findings);
+    if let Some(inspection) = inspection {
+        service::standstills(&inspection.replicas, findings);
     }
 }
 

@@ -1,4 +1,4 @@
-//! How the running service says that it is, and whether one that seems to run does anything.
+//! How the running service says that it is, and which replicas stand still.
 
 use std::net::SocketAddr;
 
@@ -10,14 +10,14 @@ use crate::VERSION;
 use crate::config::Config;
 use crate::domain::overview::spoken;
 use crate::healthcheck::{self, Answer, Report};
-use crate::store::inspection::Inspection;
+use crate::store::inspection::Replica;
 
 const PART: &str = "Orchestrator";
+const STOPPED: &str = "Its process is stopped or hangs: see its state (`ps`) and its log, and restart it. Nothing is lost \
+                       by that.";
 
-/// How many rounds of the maintenance may be missed, and how late one may be at least, before nobody is at
-/// work. That of the running service may have another period than is set here.
-const MISSED_ROUNDS: i32 = 5;
-const LATE: SignedDuration = SignedDuration::from_mins(2);
+/// How long a replica may do nothing of what it does every second.
+const STANDSTILL: SignedDuration = SignedDuration::from_secs(20);
 
 /// Asks the service that listens here how it is. `consumers` take submissions, of this and of other replicas,
 /// where that is known.
@@ -57,8 +57,7 @@ fn judge(bind: SocketAddr, consumers: Option<u32>, answer: &Answer, findings: &m
                 PART,
                 Severity::Error,
                 format!("at {url} one takes connections, and does not answer: {why}"),
-                "Its process is stopped or hangs: see its state (`ps`) and its log, and restart it. Nothing is \
-                 lost by that.",
+                STOPPED,
             );
             findings.is(Kind::NotReady);
         }
@@ -84,7 +83,6 @@ fn judge_report(url: &str, report: &Report, findings: &mut Findings) {
             for other in &trouble.others {
                 let found = format!("{url} is not ready for another reason: {other}");
                 findings.add(PART, Severity::Error, found, "See its log.");
-                findings.is(Kind::NotReady);
             }
         }
     }
@@ -98,27 +96,27 @@ fn judge_report(url: &str, report: &Report, findings: &mut Findings) {
     }
 }
 
-/// Whether those that take submissions do anything: a stopped process keeps its consumer for a while, and
-/// longer where RabbitMQ asks for no heartbeats.
-pub(super) fn is_at_work(config: &Config, inspection: &Inspection, findings: &mut Findings) {
-    let (Some(at), Some(now)) = (inspection.at_work_at, inspection.clock) else {
-        return;
+/// Tells replicas that stand still, wherever they run. RabbitMQ takes them for living for a while, and
+/// Postgres for longer.
+pub(super) fn standstills(replicas: &[Replica], findings: &mut Findings) {
+    let which = match replicas.len() {
+        1 => "the orchestrator".to_owned(),
+        more => format!("one of {more} orchestrators"),
     };
-    let silence = now.duration_since(at);
-    let period = SignedDuration::try_from(config.timeout_check_period).unwrap_or_default();
-    let patience = LATE.max(period * MISSED_ROUNDS);
-    if silence <= patience {
-        return;
+    let still = replicas.iter().filter(|one| one.still_for > STANDSTILL);
+    for replica in still {
+        let from = replica.from.as_deref();
+        let from = from.map(|from| format!(" that is connected from {from}"));
+        findings.add(
+            PART,
+            Severity::Error,
+            format!(
+                "{which}{} stands still: Postgres has not heard of it for {}",
+                from.unwrap_or_default(),
+                spoken(replica.still_for)
+            ),
+            STOPPED,
+        );
+        findings.is(Kind::NotReady);
     }
-    findings.add(
-        PART,
-        Severity::Error,
-        format!(
-            "none is at work, though somebody takes submissions: none has looked for what is due for {}",
-            spoken(silence)
-        ),
-        "Its process is stopped or hangs, or reaches no Postgres: see its state (`ps`) and its log, and restart \
-         it. Nothing is lost by that. Of a Python service that runs instead this says nothing.",
-    );
-    findings.is(Kind::NotReady);
 }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::connect::unwritable;
 use super::migrate::{self, REVISIONS};
 use super::rights::{self, Lack};
-use super::{Connection, StoreError, Upkeep};
+use super::{Connection, Sign, StoreError};
 
 /// What is known of a database.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -22,8 +22,8 @@ pub struct Inspection {
     pub clock: Option<Timestamp>,
     /// Whether the tables are this program's, and may be read.
     pub is_usable: bool,
-    /// When a service last began a session, or looked for what is due.
-    pub at_work_at: Option<Timestamp>,
+    /// The replicas that have a session with RabbitMQ.
+    pub replicas: Vec<Replica>,
     pub settings: Settings,
     /// Jobs that wait, and others, by workflow.
     pub waiting: BTreeMap<String, i64>,
@@ -35,6 +35,15 @@ pub struct Inspection {
     /// The longest running time in the history, in milliseconds.
     pub longest_run_ms: Option<i64>,
     pub largest_result: Option<i64>,
+}
+
+/// A replica, by the connection on which it shows its presence, and which it uses every second.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replica {
+    /// From which address, if this user may see that.
+    pub from: Option<String>,
+    /// For how long it has not used it.
+    pub still_for: SignedDuration,
 }
 
 /// What another service finds when it starts on this database.
@@ -90,12 +99,7 @@ impl Connection {
             .any(|lack| lack.what.starts_with("SELECT"));
         inspection.is_usable = at_head && readable;
         if inspection.is_usable {
-            let row = self.client.query_one(
-                "SELECT greatest((SELECT last_run FROM maintenance_run WHERE task = $1),
-                                 (SELECT max(begun_at) FROM broker_session))",
-                &[&Upkeep::Limits.name()],
-            )?;
-            inspection.at_work_at = row.get(0);
+            inspection.replicas = self.replicas()?;
             let rows = self.client.query(
                 "SELECT workflow_type, count(*) FILTER (WHERE status <> 'RUNNING') FROM job
                  GROUP BY workflow_type",
@@ -115,6 +119,27 @@ impl Connection {
             inspection.largest_result = row.get(2);
         }
         Ok(inspection)
+    }
+
+    /// As [`Connection::look_around`] sees them. One that waits for an answer does not stand still.
+    fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
+        let (class, presence) = Sign::Presence.lock();
+        let rows = self.client.query(
+            "SELECT host(client_addr),
+                    CASE WHEN state = 'active' THEN 0
+                         ELSE coalesce(extract(epoch FROM clock_timestamp() - state_change), 0)
+                    END::float8
+             FROM pg_locks JOIN pg_stat_activity AS session USING (pid)
+             WHERE locktype = 'advisory' AND objsubid = 2 AND classid::bigint = $1::integer
+               AND objid::bigint = $2::integer AND datname = current_database() AND database = datid
+             ORDER BY 1, 2",
+            &[&class, &presence],
+        )?;
+        let replica = |row: &postgres::Row| Replica {
+            from: row.get(0),
+            still_for: SignedDuration::try_from_secs_f64(row.get(1)).unwrap_or_default(),
+        };
+        Ok(rows.iter().map(replica).collect())
     }
 
     /// Writes as the service does, and takes it back.

@@ -465,6 +465,49 @@ fn operators_change_what_is_next() {
     drop(service);
 }
 
+/// In the list, on the page of which `/api/jobs` has the rows, and with a page of the list for each.
+#[test]
+fn held_jobs_are_listed_in_the_order_of_their_turns() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let service = scene.start();
+    let running = scene.submit(1)[0];
+    assert_eq!(scene.runs().job, running);
+    let jobs = scene.submit(4);
+    scene.held(4);
+    let ids: Vec<_> = jobs.iter().map(Uuid::to_string).collect();
+    scene.does(&["jobs", "hold", &ids[0]]);
+    scene.does(&["jobs", "priority", &ids[2], "high"]);
+    scene.does(&["jobs", "move", &ids[3], "--first"]);
+    let order = [running, jobs[3], jobs[2], jobs[1], jobs[0]].map(|job| job.to_string());
+    let ids_of = |page: &Value| -> Vec<String> {
+        let jobs = page["jobs"].as_array().unwrap().iter();
+        jobs.map(|job| job["id"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let list = scene.does(&["jobs", "list", "--json"]);
+    let list: Value = serde_json::from_str(&list).unwrap();
+    assert_eq!(ids_of(&list), order);
+    let page = |query: &str| -> Value {
+        let (_, body) = service.get(&format!("/api/jobs?{query}")).unwrap();
+        serde_json::from_str(&body).unwrap()
+    };
+    eventually("the page has the same order", || {
+        (ids_of(&page("")) == order).then_some(())
+    });
+    for (offset, id) in order.iter().enumerate() {
+        let one = page(&format!("limit=1&offset={offset}"));
+        assert_eq!(ids_of(&one), std::slice::from_ref(id));
+        assert_eq!(one["total"], 5);
+    }
+    assert_eq!(ids_of(&page("limit=3&offset=2")), order[2..]);
+    let (_, shown) = scene.run(&["jobs", "list"]);
+    let last = shown.lines().last().unwrap();
+    assert!(
+        last.starts_with("the oldest that waits has waited for "),
+        "{shown}"
+    );
+}
+
 #[test]
 fn all_is_handed_over_before_another_service_takes_over() {
     let scene = Scene::new(&json!({"paused": true}));
@@ -475,6 +518,16 @@ fn all_is_handed_over_before_another_service_takes_over() {
     let doctor = scene.run(&["doctor", "--before-switch=back"]).1;
     assert!(
         doctor.contains("5 jobs wait for their turn in Postgres"),
+        "{doctor}"
+    );
+    assert!(
+        doctor.starts_with(
+            "Not yet back to the Python service: an orchestrator runs; 5 jobs wait for their turn; "
+        ),
+        "{doctor}"
+    );
+    assert!(
+        doctor.contains("in flight: 4 held, 1 on hold\n"),
         "{doctor}"
     );
     assert!(!doctor.contains("have no task"), "{doctor}");

@@ -748,7 +748,10 @@ run_tests() {
     esac
     shift
   done
-  if [ "${targets[0]}" = --test ]; then set -- "$@" -- pipeline:: crashes:: servers:: rabbitmq4::; fi
+  # Without what takes minutes to make messages of 64 MiB.
+  if [ "${targets[0]}" = --test ]; then
+    set -- "$@" -- pipeline:: crashes:: servers:: rabbitmq4:: --skip large_messages_pass
+  fi
   need rabbitmq-server postgresql influxdb curl python3-venv chromium chromium-driver pgbouncer \
     prometheus
   if [ -n "$servers" ]; then use_servers "$servers" || return 0; fi

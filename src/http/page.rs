@@ -27,13 +27,12 @@ mod words;
 mod workers;
 
 use acting::Acting;
-use attention::Matter;
 pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
 pub(super) use letters::letters;
 pub(super) use submit::submit;
-use words::{command, looked, since};
+use words::{Matter, command, looked, since};
 
 /// The overview: how all is, what is wrong, all jobs, and what they run on.
 pub(super) fn overview(

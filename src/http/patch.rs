@@ -44,7 +44,7 @@ pub(super) fn patch(old: &str, new: &str) -> Option<String> {
             return None;
         }
     }
-    Some(ops.end())
+    Some(ops.end()).filter(|json| json.len() < new.len())
 }
 
 /// Where in the old text what comes next begins, rather behind `expected` than before it.

@@ -31,10 +31,6 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     )
     .unwrap();
     let nobody = Operator::at(&service, "");
-    let page = eventually("what is planted", || {
-        let page = nobody.get("/");
-        page.body.contains("is overdue").then_some(page)
-    });
     // The limits are read now and then.
     let page = eventually("a paused queue", || {
         let page = nobody.get("/");

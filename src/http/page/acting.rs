@@ -8,26 +8,16 @@ use uuid::Uuid;
 pub(in crate::http) use super::layout::Acting;
 use super::layout::{Frame, Sheet, refused};
 use super::letters;
+pub(in crate::http) use super::letters::Letter;
 use crate::actions::jobs::Matching;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
-use crate::domain::vhost::Vhost;
 use crate::domain::worker::{WorkerState, WorkerView};
 use crate::http::form::{Back, Shown, Whole};
 use crate::telemetry::report::{harmless, one_line};
 
 /// Jobs and letters that a page of confirmation names.
 pub(in crate::http) const NAMED: usize = TOLD;
-
-/// A dead letter, as pages show it.
-pub(in crate::http) struct Letter {
-    pub(in crate::http) id: String,
-    pub(in crate::http) time: String,
-    pub(in crate::http) vhost: Vhost,
-    pub(in crate::http) queue: String,
-    pub(in crate::http) bytes: usize,
-    pub(in crate::http) reason: String,
-}
 
 impl Acting {
     /// A form of these fields and buttons.

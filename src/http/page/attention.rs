@@ -2,10 +2,10 @@
 //! and in full, for the box below it.
 
 use jiff::Timestamp;
-use maud::{Markup, html};
+use maud::html;
 
 use super::layout::Frame;
-use super::words::{Amber, command, name, since};
+use super::words::{Amber, Matter, command, name, since};
 use super::workers;
 use crate::actions::counted;
 use crate::domain::overview::{JobView, Overview, QueueView, Queues};
@@ -17,11 +17,6 @@ use crate::wire::DEAD_LETTERS_QUEUE;
 const NAMED: usize = 3;
 /// How many matters the line names.
 const SAID: usize = 2;
-
-pub(super) struct Matter {
-    pub(super) short: String,
-    pub(super) full: Markup,
-}
 
 /// All of them; `jobs` are those that come first of those that have not ended.
 pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {

@@ -3,8 +3,7 @@
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::attention::Matter;
-use super::words::{at, prose, since};
+use super::words::{Matter, at, prose, since};
 use crate::http::form::Back;
 use crate::store::migrate::REVISIONS;
 use crate::telemetry::health::PartView;

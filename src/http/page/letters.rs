@@ -2,11 +2,21 @@
 
 use maud::{Markup, html};
 
-use super::acting::Letter;
 use super::layout::{Frame, Sheet, troubles};
 use super::words::command;
 use crate::actions::counted;
+use crate::domain::vhost::Vhost;
 use crate::telemetry::report::one_line;
+
+/// A dead letter, as pages show it.
+pub(in crate::http) struct Letter {
+    pub(in crate::http) id: String,
+    pub(in crate::http) time: String,
+    pub(in crate::http) vhost: Vhost,
+    pub(in crate::http) queue: String,
+    pub(in crate::http) bytes: usize,
+    pub(in crate::http) reason: String,
+}
 
 /// What becomes of one that is put back as it is.
 const ONCE_MORE: &str = "What could not be read comes straight back here if it is requeued; what could not be done \

@@ -10,6 +10,12 @@ use crate::telemetry::report::{harmless, percent};
 /// A worker that computes says something now and then; one that has not for so long is looked at.
 const SILENCE: SignedDuration = SignedDuration::from_mins(10);
 
+/// What somebody has to look at, in a few words and in full.
+pub(super) struct Matter {
+    pub(super) short: String,
+    pub(super) full: Markup,
+}
+
 pub(super) fn ago(time: Timestamp, now: Timestamp) -> String {
     spoken(now.duration_since(time))
 }

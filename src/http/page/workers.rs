@@ -4,8 +4,7 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::attention::Matter;
-use super::words::{command, looked, since};
+use super::words::{Matter, command, looked, since};
 use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 

@@ -38,7 +38,7 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     });
     assert_eq!(
         verdict(&page),
-        "Queue optimiser is paused; 1 job is overdue; and 1 more."
+        "Queue optimiser is paused; 1 job is overdue; 1 job is silent."
     );
     for what in [
         "<b>optimiser</b> is paused by an operator, and 2 jobs wait for it.",

@@ -16,7 +16,7 @@ use crate::wire::DEAD_LETTERS_QUEUE;
 /// How many jobs of one kind are named.
 const NAMED: usize = 3;
 /// How many matters the line names.
-const SAID: usize = 2;
+const SAID: usize = 3;
 
 /// All of them; `jobs` are those that come first of those that have not ended.
 pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {

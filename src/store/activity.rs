@@ -18,31 +18,28 @@ impl Connection {
         // read once, and counted before anything else is done with them: there may be very many.
         let rows = self.client.query(
             "WITH ended AS MATERIALIZED (
-                 SELECT floor((date_part('epoch', registered_at) - $2) / $3) AS begun,
-                        floor((date_part('epoch', coalesce(running_at, finished_at)) - $2) / $3)
-                            AS until,
-                        floor((date_part('epoch', finished_at) - $2) / $3) AS finished,
-                        outcome, count(*) AS count
-                 FROM job_history WHERE finished_at >= $1 GROUP BY 1, 2, 3, 4
-             ), live AS MATERIALIZED (
-                 SELECT floor((date_part('epoch', registered_at) - $2) / $3) AS begun,
-                        floor((date_part('epoch', running_at) - $2) / $3) AS until,
-                        count(*) AS count
-                 FROM job WHERE registered_at IS NOT NULL GROUP BY 1, 2
+                 SELECT date_bin(width, registered_at, $1) AS begun,
+                        date_bin(width, coalesce(running_at, finished_at), $1) AS until,
+                        date_bin(width, finished_at, $1) AS finished, outcome, count(*) AS count
+                 FROM job_history, (SELECT $2::float8 * interval '1 second') AS bin (width)
+                 WHERE finished_at >= $1 GROUP BY 1, 2, 3, 4
              ), waits AS (
                  SELECT begun, until, count FROM ended WHERE begun IS NOT NULL
                  UNION ALL
-                 SELECT begun, until, count FROM live
+                 SELECT date_bin(width, registered_at, $1), date_bin(width, running_at, $1), count(*)
+                 FROM job, (SELECT $2::float8 * interval '1 second') AS bin (width)
+                 WHERE registered_at IS NOT NULL GROUP BY 1, 2
              ), changes AS (
-                 SELECT begun AS number, count AS change, NULL::varchar AS outcome FROM waits
+                 SELECT begun AS at, count AS change, NULL::varchar AS outcome FROM waits
                  UNION ALL
                  SELECT until, -count, NULL FROM waits WHERE until IS NOT NULL
                  UNION ALL
                  SELECT finished, count, outcome FROM ended
              )
-             SELECT greatest(-1, number)::int AS number, outcome, sum(change)::bigint AS change
+             SELECT greatest(-1, round(date_part('epoch', at - $1) / $2))::int AS number,
+                    outcome, sum(change)::bigint AS change
              FROM changes GROUP BY 1, 2",
-            &[&begin, &seconds(begin), &WIDTH.as_secs_f64()],
+            &[&begin, &WIDTH.as_secs_f64()],
         )?;
         let counted = |row: &postgres::Row| {
             let outcome: Option<&str> = row.try_get("outcome")?;
@@ -79,8 +76,4 @@ impl Connection {
             tables: rows.iter().map(|row| (row.get(0), row.get(1))).collect(),
         })
     }
-}
-
-fn seconds(time: Timestamp) -> f64 {
-    time.duration_since(Timestamp::UNIX_EPOCH).as_secs_f64()
 }

@@ -18,6 +18,7 @@ mod cluster;
 mod commands;
 mod connect;
 mod crashes;
+mod crowd;
 mod dead_letters;
 mod doctor;
 mod events;

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::words::{Matter, at, prose, since};
+use crate::VERSION;
 use crate::http::form::Back;
 use crate::store::migrate::REVISIONS;
 use crate::telemetry::health::PartView;
@@ -76,22 +77,25 @@ impl Sheet {
             content,
         } = self;
         let page = html! {
-            (DOCTYPE)
-            html lang="en" {
-                (head(&title))
-                body {
-                    (bar(frame.acting.is_some()))
-                    (note(frame.note))
-                    div #stale role="status" { p.alarm hidden { "The orchestrator does not answer. What is shown is not up to date." } }
-                    main #main tabindex="-1" data-live=[live.as_deref()] { (content) }
-                    footer {
-                        span { "As of " span #as-of { (at(frame.now)) } ", " (frame.host) ", version " (env!("CARGO_PKG_VERSION")) ", tables at revision " (revision()) }
-                        @if live.is_some() { " " a href="" { "Refresh" } }
+                    (DOCTYPE)
+                    html lang="en" {
+                        (head(&title))
+                        body {
+                            (bar(frame.acting.is_some()))
+                            (note(frame.note))
+                            div #stale role="status" { p.alarm hidden { "The orchestrator does not answer. What is shown is not up to date." } }
+                            main #main tabindex="-1" data-live=[live.as_deref()] { (content) }
+                            footer {
+        span {
+                                    "As of " span #as-of { (at(frame.now)) } ", " (frame.host) ", version " (VERSION)
+                                    ", tables at revision " (revision())
+                                }
+                                @if live.is_some() { " " a href="" { "Refresh" } }
+                            }
+                            @if let Some(nonce) = frame.nonce { script nonce=(nonce) { (PreEscaped(SCRIPT)) } }
+                        }
                     }
-                    @if let Some(nonce) = frame.nonce { script nonce=(nonce) { (PreEscaped(SCRIPT)) } }
-                }
-            }
-        };
+                };
         page.into_string()
     }
 }

@@ -140,7 +140,7 @@ fn a_plain_job_is_submitted_started_and_ends() {
 #[case::cancelled(Outcome::Cancelled, "Cancelled; no heat")]
 #[case::crash_loop(
     Outcome::CrashLoop,
-    "Ended by the orchestrator: it killed its workers; no heat"
+    "Ended by the orchestrator: its workers crashed over it; no heat"
 )]
 #[case::rejected(Outcome::Rejected, "Refused by the orchestrator; no heat")]
 #[case::timed_out(Outcome::TimedOut, "Ended by the orchestrator: it timed out; no heat")]

@@ -12,11 +12,13 @@ NAMESPACES=(setpriv --pdeathsig KILL unshare --net --ipc --mount --pid --fork --
 
 # What hinders it here; nothing where it can be done.
 hinders_networks() {
+  local said
   is_root || { echo "only root can make networks"; return; }
   (need iproute2) >&2 || { echo "ip, of the package iproute2, is missing"; return; }
   # One of each thing that is needed.
-  "${NAMESPACES[@]}" bash -ec 'ip link add clients type bridge; ip link add clients-1 type veth peer name peer
-    ip link set clients-1 master clients; mount -t tmpfs tmpfs /dev/shm; unshare --net true' 2>&1 | head -n 1
+  said=$("${NAMESPACES[@]}" bash -ec 'ip link add clients type bridge; ip link add clients-1 type veth peer name peer
+    ip link set clients-1 master clients; mount -t tmpfs tmpfs /dev/shm; unshare --net true' 2>&1) \
+    || echo "${said:-namespaces cannot be made here}"
 }
 
 # in_own_networks COMMAND...: in namespaces of its own, passing signals on to it, which unshare does not.

@@ -16,8 +16,10 @@ use omotes_orchestrator::threads::Signal;
 
 use super::{complete, connect, print, say, say_aside, table, warn};
 
-/// How old a look may be before that is worth a warning.
+/// How old a look may be, in any case, before that is worth a warning.
 const RECENT: SignedDuration = SignedDuration::from_mins(2);
+/// How long a look takes, with some to spare.
+const ANSWERS: SignedDuration = SignedDuration::from_secs(15);
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -55,7 +57,7 @@ pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
     let mut connection = connect(config)?;
     let (host, wish) = match &command.action {
         None => {
-            list(&mut connection, command.json)?;
+            list(config, &mut connection, command.json)?;
             return Ok(ExitCode::SUCCESS);
         }
         Some(Action::Drain { host }) => (host, Wish::Drained),
@@ -69,13 +71,16 @@ pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-fn list(connection: &mut Connection, json: bool) -> anyhow::Result<()> {
+fn list(config: &Config, connection: &mut Connection, json: bool) -> anyhow::Result<()> {
     let workers = connection.workers()?;
     let now = Timestamp::now();
+    let period = config.workers_period.unwrap_or_default();
+    let recent = SignedDuration::try_from(period * 2).unwrap_or(SignedDuration::MAX);
+    let recent = recent.saturating_add(ANSWERS).min(RECENT);
     match workers.looked_at {
         None => warn("nobody has looked at the workers yet"),
-        Some(at) if now.duration_since(at) > RECENT => warn(&format!(
-            "nobody has looked at the workers for {}",
+        Some(at) if now.duration_since(at) > recent => warn(&format!(
+            "nobody has looked at the workers for {}: this is how they were then",
             spoken(now.duration_since(at))
         )),
         Some(_) => {}
@@ -121,11 +126,18 @@ fn text(workers: &Workers, now: Timestamp) -> String {
     };
     for lost in &workers.lost_tasks {
         text += &format!(
-            "job {}: no worker has its task {} for {}\n",
+            "job {}: no worker has its task {} for {}{}\n",
             lost.job_id,
             one_line(&lost.task_id),
-            spoken(now.duration_since(lost.since))
+            spoken(now.duration_since(lost.since)),
+            match lost.never_begun {
+                true => ", which none has ever begun, and it is in no queue",
+                false => "",
+            }
         );
+    }
+    for in_vain in workers.in_vain() {
+        text += &format!("{}; if it goes on, restart it\n", in_vain.in_words(now));
     }
     text
 }
@@ -149,10 +161,15 @@ fn tasks(tasks: &[TaskView], now: Timestamp) -> String {
             .step
             .as_deref()
             .map(|step| format!(" ({})", one_line(step)));
+        let ended = task.ended.as_ref().map(|end| {
+            let ago = spoken(now.duration_since(end.at));
+            format!(", which {} {ago} ago", end.in_words())
+        });
         format!(
-            "{what}{} for {}",
+            "{what}{} for {}{}",
             step.unwrap_or_default(),
-            spoken(now.duration_since(task.since))
+            spoken(now.duration_since(task.since)),
+            ended.unwrap_or_default()
         )
     };
     tasks.iter().map(task).collect::<Vec<_>>().join("; ")

@@ -44,7 +44,7 @@ pub(super) fn overview(
         .iter()
         .map(|workflow| workflow.name.as_str())
         .collect();
-    let warnings = warnings(frame, overview, &workflows);
+    let warnings = warnings(frame, overview);
     let turns = overview
         .turns
         .iter()
@@ -159,18 +159,17 @@ fn count_of(state: JobState, count: i64, filter: &Filter) -> Markup {
 }
 
 /// What somebody has to look at though all parts work.
-fn warnings(frame: &Frame<'_>, overview: &Overview, workflows: &[WorkflowView]) -> Vec<Markup> {
+fn warnings(frame: &Frame<'_>, overview: &Overview) -> Vec<Markup> {
     let now = frame.now;
     let mut all = Vec::new();
-    for workflow in workflows {
-        if let Some(without) = workflow.without_worker_since {
-            all.push(html! {
-                b { (harmless(&workflow.name)) } " has no worker, and " (workflow.waiting)
-                @if workflow.waiting == 1 { " job waits" } @else { " jobs wait" }
-                " since " (since(without, now)) ". Start one, or see what keeps it away: "
-                (command("omotes-orchestrator doctor"))
-            });
-        }
+    for lonely in overview.lonely() {
+        all.push(html! {
+            b { (harmless(&lonely.queue)) } (lonely.users()) " has no worker, and " (lonely.what_waits())
+            @if let Some(oldest) = lonely.oldest {
+                @if lonely.waiting == 1 { " for " } @else { ", the oldest for " } (since(oldest, now))
+            }
+            ". Start one, or see what keeps it away: " (command("omotes-orchestrator doctor"))
+        });
     }
     let queues = overview.queues.as_ref();
     let dead_letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));

@@ -163,11 +163,11 @@ pub(super) fn troubles(frame: &Frame<'_>, others: &[Markup]) -> Markup {
 fn lead(trouble: &Trouble, now: Timestamp) -> Markup {
     let fault = |part: &PartView| {
         let why = part.why.as_deref().unwrap_or_default();
-        html! { b { (part.part.name()) } " since " (since(part.since, now)) ": " (readable(why)) }
+        html! { b { (part.part.name()) } " for " (since(part.since, now)) ": " (readable(why)) }
     };
     html! {
         div.lead {
-            p { b { (trouble.what) } " since " (since(trouble.since, now)) ". " (trouble.remedy) }
+            p { b { (trouble.what) } ", for " (since(trouble.since, now)) ". " (trouble.remedy) }
             p.dim.message { (readable(&trouble.why)) }
             @if !trouble.follows.is_empty() {
                 details.follows {

@@ -4,7 +4,7 @@ use jiff::{SignedDuration, Timestamp};
 use maud::{Markup, html};
 
 use crate::domain::job::{JobStatus, Outcome, Priority};
-use crate::domain::overview::{JobState, JobView, Tone, spoken};
+use crate::domain::overview::{Concern, JobState, JobView, Tone, spoken};
 use crate::telemetry::report::{harmless, percent};
 
 /// A worker that computes says something now and then; one that has not for so long is looked at.
@@ -55,10 +55,15 @@ pub(super) enum Amber {
     Overdue,
     /// Its worker has said nothing for long.
     Silent,
+    /// What the workers say.
+    Of(Concern),
 }
 
 impl Amber {
     pub(super) fn of(job: &JobView, now: Timestamp) -> Option<Amber> {
+        if let Some(concern) = job.concern {
+            return Some(Amber::Of(concern));
+        }
         if job.state != JobState::Live(JobStatus::Running) {
             return None;
         }
@@ -85,8 +90,15 @@ impl Amber {
             ),
             Amber::Silent => (
                 "silent",
-                "Its worker has said nothing for more than ten minutes.",
+                "Its worker has reported no progress for more than ten minutes.",
             ),
+            Amber::Of(Concern::WorkerSilent) => (
+                "worker silent",
+                "Its worker does not answer, though it is connected to RabbitMQ.",
+            ),
+            Amber::Of(Concern::TaskLost) => {
+                ("lost", "No worker has its task, and it is in no queue.")
+            }
         };
         html! { " " span.badge title=(title) { (text) } }
     }

@@ -15,16 +15,29 @@ pub(super) fn warnings(workers: &Workers, now: Timestamp) -> Vec<Markup> {
     let silent = silent.map(|worker| {
         html! {
             "The worker " b { (one_line(&worker.host)) } " has not answered for " (since(worker.last_seen, now))
-            ", though it is connected to RabbitMQ."
+            ", though it is connected to RabbitMQ. "
+            @for task in worker.tasks.iter().filter(|task| task.job_id.is_some()) {
+                "It has " (computes(task, now)) ". "
+            }
+            @if worker.tasks.is_empty() { "Restart it." }
+            @else { "Restart it: its task goes to another, as far as its delivery limit allows." }
         }
     });
     let lost = workers.lost_tasks.iter().map(|lost| {
         html! {
             "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
-            " for " (since(lost.since, now)) "."
+            " for " (since(lost.since, now))
+            @if lost.never_begun { ", and it is in no queue, though none has begun it" }
+            ". Cancel the job and submit it again, or let " code { "TASK_LOST_SEC" } " end such jobs."
         }
     });
-    silent.chain(lost).collect()
+    let in_vain = workers.in_vain().map(|one| {
+        html! {
+            "The worker " b { (one_line(&one.worker.host)) } " computes " (computes(one.task, now))
+            ". It is told to stop at each look; if it goes on, restart it."
+        }
+    });
+    silent.chain(lost).chain(in_vain).collect()
 }
 
 pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {
@@ -91,6 +104,7 @@ fn computes(task: &TaskView, now: Timestamp) -> Markup {
         }
         @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
         span.dim { " for " (since(task.since, now)) }
+        @if let Some(end) = &task.ended { span.warn { ", which " (end.in_words()) " " (since(end.at, now)) " ago" } }
     }
 }
 

@@ -16,10 +16,9 @@ use omotes_orchestrator::threads::Signal;
 
 use super::{complete, connect, print, say, say_aside, table, warn};
 
-/// How old a look may be, in any case, before that is worth a warning.
-const RECENT: SignedDuration = SignedDuration::from_mins(2);
-/// How long a look takes, with some to spare.
-const ANSWERS: SignedDuration = SignedDuration::from_secs(15);
+/// How many looks may be missed, and how old one may be at least, before that is worth a warning.
+const MISSED_LOOKS: i32 = 3;
+const RECENT: SignedDuration = SignedDuration::from_secs(20);
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -74,14 +73,14 @@ pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
 fn list(config: &Config, connection: &mut Connection, json: bool) -> anyhow::Result<()> {
     let workers = connection.workers()?;
     let now = Timestamp::now();
-    let period = config.workers_period.unwrap_or_default();
-    let recent = SignedDuration::try_from(period * 2).unwrap_or(SignedDuration::MAX);
-    let recent = recent.saturating_add(ANSWERS).min(RECENT);
-    match workers.looked_at {
+    let period = SignedDuration::try_from(config.workers_period.unwrap_or_default());
+    let recent = RECENT.max(period.unwrap_or_default() * MISSED_LOOKS);
+    match workers.looked_at.map(|at| now.duration_since(at)) {
         None => warn("nobody has looked at the workers yet"),
-        Some(at) if now.duration_since(at) > recent => warn(&format!(
-            "nobody has looked at the workers for {}: this is how they were then",
-            spoken(now.duration_since(at))
+        Some(age) if age > recent => warn(&format!(
+            "nobody has looked at the workers for {}: this is how they were then. It takes an orchestrator with a \
+             session with RabbitMQ, and WORKERS_PERIOD_SEC",
+            spoken(age)
         )),
         Some(_) => {}
     }
@@ -124,6 +123,9 @@ fn text(workers: &Workers, now: Timestamp) -> String {
         true => String::new(),
         false => format!("{}\n", table.trim_fmt()),
     };
+    if let Some(at) = workers.looked_at.filter(|_| !workers.workers.is_empty()) {
+        text += &format!("seen {} ago\n", spoken(now.duration_since(at)));
+    }
     for lost in &workers.lost_tasks {
         text += &format!(
             "job {}: no worker has its task {} for {}{}\n",

@@ -15,7 +15,7 @@ use omotes_orchestrator::VERSION;
 use omotes_orchestrator::app;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::config::environment::Environment;
-use omotes_orchestrator::domain::overview::{Overview, Queues};
+use omotes_orchestrator::domain::overview::{Outage, Overview, Queues};
 use omotes_orchestrator::healthcheck;
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
@@ -274,12 +274,18 @@ pub(crate) fn overview(
         None => None,
     };
     Ok(Overview {
+        queued: connection.queued()?,
         workers,
         has_rows: true,
         rows,
         defined,
         tasks,
         turns,
+        is_cut_off: queues.is_none(),
+        outage: queues.is_none().then_some(Outage {
+            what: "RabbitMQ does not answer",
+            since: None,
+        }),
         queues: queues.map(|queues| Queues {
             at: jiff::Timestamp::now(),
             queues,

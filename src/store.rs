@@ -28,6 +28,7 @@ mod activity;
 mod alerts;
 mod batch;
 mod connect;
+mod holders;
 mod ids;
 pub mod inspection;
 mod kept;

@@ -128,11 +128,18 @@ fn text(workers: &Workers, now: Timestamp) -> String {
     }
     for lost in &workers.lost_tasks {
         text += &format!(
-            "job {}: no worker has its task {} for {}\n",
+            "job {}: no worker has its task {} for {}{}\n",
             lost.job_id,
             one_line(&lost.task_id),
-            spoken(now.duration_since(lost.since))
+            spoken(now.duration_since(lost.since)),
+            match lost.never_begun {
+                true => ", which none has ever begun, and it is in no queue",
+                false => "",
+            }
         );
+    }
+    for in_vain in workers.in_vain() {
+        text += &format!("{}; if it goes on, restart it\n", in_vain.in_words(now));
     }
     text
 }
@@ -156,10 +163,15 @@ fn tasks(tasks: &[TaskView], now: Timestamp) -> String {
             .step
             .as_deref()
             .map(|step| format!(" ({})", one_line(step)));
+        let ended = task.ended.as_ref().map(|end| {
+            let ago = spoken(now.duration_since(end.at));
+            format!(", which {} {ago} ago", end.in_words())
+        });
         format!(
-            "{what}{} for {}",
+            "{what}{} for {}{}",
             step.unwrap_or_default(),
-            spoken(now.duration_since(task.since))
+            spoken(now.duration_since(task.since)),
+            ended.unwrap_or_default()
         )
     };
     tasks.iter().map(task).collect::<Vec<_>>().join("; ")

@@ -18,17 +18,19 @@ pub enum Alert {
     NoWorker,
     WorkerSilent,
     TasksLost,
+    TasksInVain,
     JobsWaitLong,
     DeadLetters,
     RabbitMqAlarm,
 }
 
 impl Alert {
-    pub const ALL: [Alert; 7] = [
+    pub const ALL: [Alert; 8] = [
         Alert::NotReady,
         Alert::NoWorker,
         Alert::WorkerSilent,
         Alert::TasksLost,
+        Alert::TasksInVain,
         Alert::JobsWaitLong,
         Alert::DeadLetters,
         Alert::RabbitMqAlarm,
@@ -40,6 +42,7 @@ impl Alert {
             Alert::NoWorker => "WorkflowWithoutWorker",
             Alert::WorkerSilent => "WorkerSilent",
             Alert::TasksLost => "TasksLost",
+            Alert::TasksInVain => "TasksInVain",
             Alert::JobsWaitLong => "JobsWaitLong",
             Alert::DeadLetters => "OrchestratorDeadLetters",
             Alert::RabbitMqAlarm => "RabbitMqAlarm",
@@ -49,9 +52,11 @@ impl Alert {
     pub fn severity(self) -> &'static str {
         match self {
             Alert::NotReady | Alert::NoWorker | Alert::RabbitMqAlarm => "critical",
-            Alert::WorkerSilent | Alert::TasksLost | Alert::JobsWaitLong | Alert::DeadLetters => {
-                "warning"
-            }
+            Alert::WorkerSilent
+            | Alert::TasksLost
+            | Alert::TasksInVain
+            | Alert::JobsWaitLong
+            | Alert::DeadLetters => "warning",
         }
     }
 
@@ -62,6 +67,7 @@ impl Alert {
             | Alert::NoWorker
             | Alert::WorkerSilent
             | Alert::TasksLost
+            | Alert::TasksInVain
             | Alert::RabbitMqAlarm => true,
             // Its time is over, or it stays until somebody acts.
             Alert::JobsWaitLong | Alert::DeadLetters => false,
@@ -73,8 +79,11 @@ impl Alert {
         match self {
             Alert::NotReady => "its /health/ready says why; omotes-orchestrator doctor",
             Alert::NoWorker => "start a worker that takes this queue; omotes-orchestrator queues",
-            Alert::WorkerSilent => "omotes-orchestrator workers",
+            Alert::WorkerSilent => {
+                "restart it: its task goes to another; omotes-orchestrator workers"
+            }
             Alert::TasksLost => "omotes-orchestrator jobs show says what is known of it",
+            Alert::TasksInVain => "restart the worker if it goes on; omotes-orchestrator workers",
             Alert::JobsWaitLong => "omotes-orchestrator jobs list says of each job why it waits",
             Alert::DeadLetters => "omotes-orchestrator dead-letters list",
             Alert::RabbitMqAlarm => "free disk or memory where RabbitMQ runs",

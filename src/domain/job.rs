@@ -231,7 +231,7 @@ impl Outcome {
             Outcome::Succeeded => "succeeded",
             Outcome::Failed => "failed",
             Outcome::Cancelled => "cancelled",
-            Outcome::CrashLoop => "killed its workers",
+            Outcome::CrashLoop => "lost its workers",
             Outcome::Rejected => "refused",
             Outcome::TimedOut => "timed out",
             Outcome::Expired => "given up",

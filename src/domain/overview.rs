@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::domain::estimate::{Runs, Span};
+use crate::domain::estimate::{MIN_RUNS, Runs, Span};
 use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
@@ -17,6 +17,7 @@ use crate::domain::worker::Workers;
 use self::capacity::Capacity;
 pub use self::compare::{Line, compare};
 pub use self::named::{JobName, short_ids};
+pub use self::queued::{LonelyQueue, Queued};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
@@ -25,6 +26,7 @@ pub use self::why::Why;
 mod capacity;
 mod compare;
 mod named;
+mod queued;
 mod steps;
 mod story;
 mod turns;
@@ -234,6 +236,12 @@ pub struct JobView {
     /// The jobs of its task queue that will be taken before it, and itself.
     pub position: Option<i64>,
     pub estimate: Option<Estimate>,
+    /// Of how many runs there would be an estimate, if there were enough.
+    #[serde(skip)]
+    pub too_few_runs: Option<usize>,
+    /// What somebody should look at, as the workers say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concern: Option<Concern>,
     /// Where it is, if its workflow has more than one plain step and it has not ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<StepView>,
@@ -247,6 +255,16 @@ pub struct JobView {
     pub ends: End,
     /// Why it waits, why it takes so long, or why it ended as it did.
     pub why: Option<Why>,
+}
+
+/// What somebody should look at though its job has not failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Concern {
+    /// No worker has its task, and it is in no queue.
+    TaskLost,
+    /// Its worker does not answer.
+    WorkerSilent,
 }
 
 /// What is known of how a job ended, or an attempt of it.
@@ -334,7 +352,12 @@ impl JobView {
 impl JobView {
     /// The estimate in words.
     pub fn expectation(&self) -> Option<String> {
-        let Estimate { wait, run } = self.estimate?;
+        let Some(Estimate { wait, run }) = self.estimate else {
+            let runs = self.too_few_runs?;
+            return Some(format!(
+                "no estimate: after {MIN_RUNS} successful runs; so far {runs}"
+            ));
+        };
         // Of a later step only what is left to compute is known, not how long it waits.
         if let Some(step) = &self.step {
             let left = run.map(|left| format!("takes {left} more"));
@@ -448,6 +471,9 @@ pub struct WorkflowRows {
     pub runs: Option<Runs>,
     /// Those of its steps, by their number from 1.
     pub step_runs: BTreeMap<usize, Runs>,
+    /// How many runs there are, also where they are too few; and of its steps.
+    pub count: usize,
+    pub step_counts: BTreeMap<usize, usize>,
 }
 
 /// A workflow with its jobs and its workers.
@@ -481,8 +507,12 @@ pub struct Overview {
     /// Whether there is no session with RabbitMQ, so that what was seen of workers may not be so any
     /// more.
     pub is_cut_off: bool,
+    /// Why nothing goes on, if that is so.
+    pub outage: Option<Outage>,
     /// None before RabbitMQ has been looked at.
     pub queues: Option<Queues>,
+    /// The tasks that wait there, as far as Postgres knows.
+    pub queued: Vec<Queued>,
     /// The queues where tasks wait for their turn, or might have to.
     pub turns: Vec<QueueView>,
     /// None when nobody looks at them, or Postgres does not answer.
@@ -492,6 +522,14 @@ pub struct Overview {
     /// Connections to Postgres, of which so many are idle.
     pub connections: u32,
     pub idle_connections: u32,
+}
+
+/// What keeps all jobs from going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outage {
+    /// In a clause, such as `RabbitMQ does not answer`.
+    pub what: &'static str,
+    pub since: Option<Timestamp>,
 }
 
 impl Overview {
@@ -534,6 +572,16 @@ impl Overview {
             .values()
             .filter_map(|rows| rows.oldest_waiting)
             .min()
+    }
+
+    /// Of how many runs there would be an estimate for a job that has not ended, if there were enough.
+    fn too_few_runs(&self, job: &JobView) -> Option<usize> {
+        let rows = self.rows.get(job.workflow.as_ref()?)?;
+        match (job.state, &job.step) {
+            (JobState::Ended(_), _) => None,
+            (JobState::Live(_), Some(step)) => step.too_few(&rows.step_counts),
+            (JobState::Live(_), None) => rows.runs.is_none().then_some(rows.count),
+        }
     }
 
     /// Adds its estimate to each of these jobs.

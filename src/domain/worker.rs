@@ -7,8 +7,8 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use uuid::Uuid;
 
-pub use self::absence::{Absence, Depths, RunningTask, TOLD_AFTER};
-pub use self::view::{LostTask, TaskView, WorkerView, Workers};
+pub use self::absence::{Absence, Depths, RunningTask, TOLD_AFTER, WaitingTask};
+pub use self::view::{InVain, LostTask, TaskEnd, TaskView, WorkerView, Workers};
 
 mod absence;
 mod view;
@@ -157,7 +157,7 @@ pub struct Worker {
 pub struct CurrentTask {
     pub id: String,
     pub name: String,
-    /// None if it is no running job's.
+    /// None if it is no job's that is known.
     pub job_id: Option<Uuid>,
     /// When it was first seen there.
     pub first_seen: Timestamp,
@@ -167,11 +167,20 @@ pub struct CurrentTask {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Answer {
     pub stats: Option<Stats>,
-    /// The ids and names of the tasks that it computes.
-    pub tasks: Option<Vec<(String, String)>>,
+    /// The tasks that it computes.
+    pub tasks: Option<Vec<SaidTask>>,
     pub queues: Option<BTreeSet<String>>,
     /// Celery's version, which only new ones are asked for.
     pub celery: Option<String>,
+}
+
+/// A task that a worker says it computes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SaidTask {
+    pub id: String,
+    pub name: String,
+    /// Its job, as far as its arguments are told: possibly that of another orchestrator.
+    pub job_id: Option<Uuid>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -196,6 +205,11 @@ pub struct Seen {
     pub connected: BTreeSet<String>,
     /// The tasks of running jobs.
     pub running: Vec<RunningTask>,
+    /// Tasks of jobs that wait, of those queues in which there is nothing, and those that nobody had
+    /// before.
+    pub waiting: Vec<WaitingTask>,
+    /// The jobs of tasks that workers have though those do not run, as far as the database knows them.
+    pub others: BTreeMap<String, Uuid>,
     /// Of the queues of tasks that nobody has.
     pub depths: Depths,
 }
@@ -241,6 +255,42 @@ pub fn is_new(
     })
 }
 
+/// The jobs that workers say they compute tasks of, where those are not what is known to run: any may be
+/// another orchestrator's.
+pub fn unknown_jobs<'a>(
+    answers: &'a BTreeMap<String, Answer>,
+    running: &'a [RunningTask],
+) -> impl Iterator<Item = (&'a str, Uuid)> {
+    let tasks = answers.values().filter_map(|answer| answer.tasks.as_ref());
+    let runs = |id: &str| running.iter().any(|task| task.task_id == id);
+    let others = tasks.flatten().filter(move |task| !runs(&task.id));
+    others.filter_map(|task| Some((task.id.as_str(), task.job_id?)))
+}
+
+/// Since when nobody has taken tasks from queues that workers were seen to take some from, as far as those
+/// say that none does any more.
+pub fn deserted(workers: &BTreeMap<String, Worker>) -> BTreeMap<String, Timestamp> {
+    let mut last: BTreeMap<&str, Option<Timestamp>> = BTreeMap::new();
+    for worker in workers.values() {
+        let until = match worker.state {
+            WorkerState::Gone => Some(worker.last_seen),
+            WorkerState::Draining | WorkerState::Drained => Some(worker.state_since),
+            WorkerState::Idle
+            | WorkerState::Busy
+            | WorkerState::BusyAndDeaf
+            | WorkerState::Silent => None,
+        };
+        for queue in &worker.serves {
+            let known = last.entry(queue).or_insert(until);
+            // One that takes some outlasts all others.
+            *known = until.and_then(|until| known.map(|known| known.max(until)));
+        }
+    }
+    let last = last.into_iter();
+    last.filter_map(|(queue, until)| Some((queue.to_owned(), until?)))
+        .collect()
+}
+
 /// What to make of a look, when `known` was known and no worker had what is in `before`.
 pub fn look(known: BTreeMap<String, Worker>, before: &[Absence], seen: &Seen) -> Look {
     let mut look = Look::default();
@@ -248,6 +298,7 @@ pub fn look(known: BTreeMap<String, Worker>, before: &[Absence], seen: &Seen) ->
         .running
         .iter()
         .map(|task| (task.task_id.as_str(), task.job_id))
+        .chain(seen.others.iter().map(|(task, job)| (task.as_str(), *job)))
         .collect();
     let known_hosts: BTreeSet<String> = known.keys().cloned().collect();
     let is_crowded = known.len() > MAX_KNOWN / 2;
@@ -414,14 +465,14 @@ impl Worker {
 
     fn current(
         &self,
-        tasks: &[(String, String)],
+        tasks: &[SaidTask],
         jobs: &BTreeMap<&str, Uuid>,
         now: Timestamp,
     ) -> Vec<CurrentTask> {
         let mut ids = BTreeSet::new();
-        let tasks = tasks.iter().filter(|(id, _)| ids.insert(id.as_str()));
+        let tasks = tasks.iter().filter(|task| ids.insert(task.id.as_str()));
         tasks
-            .map(|(id, name)| {
+            .map(|SaidTask { id, name, .. }| {
                 let before = self.tasks.iter().find(|one| one.id == *id);
                 CurrentTask {
                     id: id.clone(),
@@ -484,7 +535,7 @@ impl Seen {
     fn has(&self, task_id: &str) -> bool {
         self.answers.values().any(|answer| {
             let mut tasks = answer.tasks.iter().flatten();
-            tasks.any(|(id, _)| id == task_id)
+            tasks.any(|task| task.id == task_id)
         })
     }
 }

@@ -11,7 +11,7 @@ use log::{debug, info, warn};
 
 use crate::config::Alerts;
 use crate::domain::alerts::{Alert, Event, Key, Message, Seen, Trouble, messages};
-use crate::domain::overview::{Overview, spoken};
+use crate::domain::overview::{LonelyQueue, Overview, spoken};
 use crate::domain::text::one_line;
 use crate::domain::worker::{WorkerState, Workers};
 use crate::service::shared::Service;
@@ -275,10 +275,22 @@ fn look_at_rabbitmq(overview: &Overview, parts: &[PartView], now: Timestamp, see
         return;
     };
     seen.known.extend([Alert::NoWorker, Alert::DeadLetters]);
+    let lonely = overview.lonely();
     for workflow in overview.workflows() {
         if let Some(since) = workflow.without_worker_since {
             let name = one_line(&workflow.name);
-            let what = format!("Jobs wait for {name}, which has no worker.");
+            let own = overview.tasks.get(&workflow.name);
+            let queue = lonely.iter().find(|lonely| match own {
+                Some(tasks) => tasks.contains(&lonely.queue),
+                None => lonely.queue == workflow.name,
+            });
+            let what = match queue.filter(|lonely| lonely.queue != workflow.name) {
+                Some(LonelyQueue { queue, .. }) => format!(
+                    "Jobs of {name} wait in the queue {}, which has no worker.",
+                    one_line(queue)
+                ),
+                None => format!("Jobs wait for {name}, which has no worker."),
+            };
             seen.troubles
                 .push(found(Alert::NoWorker, &workflow.name, since, what));
         }
@@ -300,22 +312,34 @@ fn look_at_rabbitmq(overview: &Overview, parts: &[PartView], now: Timestamp, see
 }
 
 fn look_at_workers(workers: &Workers, now: Timestamp, seen: &mut Seen) {
-    seen.known.extend([Alert::WorkerSilent, Alert::TasksLost]);
+    seen.known
+        .extend([Alert::WorkerSilent, Alert::TasksLost, Alert::TasksInVain]);
     let silent = workers.workers.iter();
     for worker in silent.filter(|worker| worker.state == WorkerState::Silent) {
         let what = format!(
-            "The worker does not answer, though it is connected to RabbitMQ; last seen {} ago.",
-            spoken(now.duration_since(worker.last_seen))
+            "The worker does not answer, though it is connected to RabbitMQ; last seen {} ago{}.",
+            spoken(now.duration_since(worker.last_seen)),
+            worker.jobs_in_words()
         );
         let trouble = found(Alert::WorkerSilent, &worker.host, worker.since, what);
         seen.troubles.push(trouble);
     }
     for lost in &workers.lost_tasks {
         let what = format!(
-            "The job is stuck: no worker has its task {}.",
-            one_line(&lost.task_id)
+            "The job is stuck: no worker has its task {}{}.",
+            one_line(&lost.task_id),
+            match lost.never_begun {
+                true => ", which none has begun, and it is in no queue",
+                false => "",
+            }
         );
         let trouble = found(Alert::TasksLost, &lost.job_id.to_string(), lost.since, what);
         seen.troubles.push(trouble);
+    }
+    for one in workers.in_vain() {
+        let what = format!("The {}.", one.in_words(now));
+        let subject = format!("{} {}", one.worker.host, one.job_id);
+        seen.troubles
+            .push(found(Alert::TasksInVain, &subject, one.end.at, what));
     }
 }

@@ -323,6 +323,7 @@ impl<'s> Handler<'s> {
                 Ok(Err(Trouble::Closed)) => continue,
                 Ok(Err(Trouble::Locked(error))) => {
                     trouble_since = None;
+                    let error = self.with_holders(error);
                     self.waits(&error, &backoff, false);
                     error
                 }
@@ -355,6 +356,16 @@ impl<'s> Handler<'s> {
             if backoff.stopped_by(stop) {
                 return Err(Trouble::Stopped);
             }
+        }
+    }
+
+    /// The same, with who holds the lock, as far as Postgres tells.
+    fn with_holders(&self, error: anyhow::Error) -> anyhow::Error {
+        let connection = self.common.service.views.connection();
+        let holders = connection.and_then(|mut connection| connection.holders());
+        match holders.unwrap_or_default().as_slice() {
+            [] => error,
+            holders => error.context(format!("a lock is held by {}", holders.join("; and by "))),
         }
     }
 

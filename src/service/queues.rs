@@ -12,7 +12,9 @@ use crate::broker::{DEADLINE, Link};
 use crate::config::{Config, RabbitMq};
 use crate::domain::overview::{Queue, Queues};
 use crate::domain::vhost::Vhost;
+use crate::domain::worker;
 use crate::service::shared::Service;
+use crate::store::StoreError;
 use crate::threads::{Signal, within_deadline};
 use crate::wire;
 
@@ -59,7 +61,12 @@ pub fn run(service: &Service, stop: &Signal) {
             Ok((open, queues)) => {
                 watch = Some(open);
                 let now = Timestamp::now();
-                let without_worker = without_worker.look(&queues, now);
+                let lonely = lonely(&queues);
+                let past = match lonely.is_empty() {
+                    true => Past::default(),
+                    false => past(service).unwrap_or_default(),
+                };
+                let without_worker = without_worker.look(lonely, &past, now);
                 Some(Queues {
                     at: now,
                     queues,
@@ -171,32 +178,87 @@ impl Watch {
     }
 }
 
+/// What the database knows of task queues' past.
+#[derive(Default)]
+struct Past {
+    /// Since when workers have said, or been seen, to take nothing from them.
+    deserted: BTreeMap<String, Timestamp>,
+    /// Since when the oldest job that waits there waits.
+    oldest: BTreeMap<String, Timestamp>,
+}
+
+fn past(service: &Service) -> Result<Past, StoreError> {
+    let mut connection = service.views.connection()?;
+    let tasks = service.catalogue.get().tasks_by_workflow();
+    let mut past = Past {
+        deserted: worker::deserted(&connection.known_workers()?.workers),
+        oldest: BTreeMap::new(),
+    };
+    for queued in connection.queued()? {
+        let queue = match (queued.step, tasks.get(&queued.workflow).map(Vec::as_slice)) {
+            (Some((_, task)), _) => task,
+            (None, Some([task])) => task.clone(),
+            (None, _) => queued.workflow,
+        };
+        let oldest = past.oldest.entry(queue).or_insert(queued.oldest);
+        *oldest = queued.oldest.min(*oldest);
+    }
+    Ok(past)
+}
+
+/// Task queues in which something waits, and which nobody takes.
+fn lonely(queues: &[Queue]) -> BTreeSet<&str> {
+    let tasks = queues.iter().filter(|queue| queue.vhost == Vhost::Celery);
+    tasks
+        .filter(|queue| {
+            let depth = queue.depth;
+            depth.is_some_and(|depth| depth.consumers == 0 && depth.messages > 0)
+        })
+        .map(|queue| queue.name.as_str())
+        .collect()
+}
+
 /// Task queues in which jobs wait although they have no worker.
 #[derive(Default)]
 struct WithoutWorker {
-    since: BTreeMap<String, Timestamp>,
+    /// When each was first seen so, and since when it is so.
+    since: BTreeMap<String, (Timestamp, Timestamp)>,
     /// Those already logged.
     warned_of: BTreeSet<String>,
+    /// Whether nothing was seen before.
+    has_looked: bool,
 }
 
 impl WithoutWorker {
     /// Those that have had no worker for a while. Each outage is logged once.
-    fn look(&mut self, queues: &[Queue], now: Timestamp) -> BTreeMap<String, Timestamp> {
-        let tasks = queues.iter().filter(|queue| queue.vhost == Vhost::Celery);
-        let without_worker: BTreeSet<&str> = tasks
-            .filter(|queue| {
-                let depth = queue.depth;
-                depth.is_some_and(|depth| depth.consumers == 0 && depth.messages > 0)
-            })
-            .map(|queue| queue.name.as_str())
-            .collect();
+    fn look(
+        &mut self,
+        without_worker: BTreeSet<&str>,
+        past: &Past,
+        now: Timestamp,
+    ) -> BTreeMap<String, Timestamp> {
         self.since
             .retain(|name, _| without_worker.contains(name.as_str()));
         for name in without_worker {
-            self.since.entry(name.to_owned()).or_insert(now);
+            let oldest = past.oldest.get(name).copied();
+            let (noticed, since) = match past.deserted.get(name) {
+                // Its workers were gone before: none of them is on its way back.
+                Some(until) => (*until, oldest.map_or(*until, |oldest| oldest.max(*until))),
+                // It was so before this replica was started, for as long as nobody knows.
+                None if !self.has_looked => (now, oldest.unwrap_or(now)),
+                None => (now, now),
+            };
+            let entry = (noticed.min(now), since.min(now));
+            self.since.entry(name.to_owned()).or_insert(entry);
         }
-        let mut long = self.since.clone();
-        long.retain(|_, since| now.duration_since(*since) >= PATIENCE);
+        self.has_looked = true;
+        let long = self
+            .since
+            .iter()
+            .filter(|(_, (noticed, _))| now.duration_since(*noticed) >= PATIENCE);
+        let long: BTreeMap<_, _> = long
+            .map(|(name, (_, since))| (name.clone(), *since))
+            .collect();
         for name in long.keys().filter(|name| !self.warned_of.contains(*name)) {
             warn!("task queue {name}: jobs wait, and there is no worker");
         }
@@ -214,6 +276,8 @@ impl WithoutWorker {
 
 #[cfg(test)]
 mod tests {
+    use rstest::rstest;
+
     use super::*;
     use crate::domain::overview::Depth;
 
@@ -241,12 +305,43 @@ mod tests {
             (90, 2, 0, Some(60)),
             (95, 0, 0, None),
         ] {
-            let found = without_worker.look(&queues(messages, consumers), at(second));
+            let queues = queues(messages, consumers);
+            let found = without_worker.look(lonely(&queues), &Past::default(), at(second));
             assert_eq!(
                 found.get("simulator").copied(),
                 since.map(at),
                 "after {second} s"
             );
+        }
+    }
+
+    /// What is told at second 100 in the first look of a replica, and half a minute later.
+    #[rstest]
+    #[case::nothing_is_known(None, None, None, Some(100))]
+    #[case::its_workers_had_gone(Some(40), None, Some(40), Some(40))]
+    #[case::its_job_came_later(Some(40), Some(60), Some(60), Some(60))]
+    #[case::its_workers_have_just_gone(Some(80), Some(10), None, Some(80))]
+    #[case::nobody_has_seen_its_workers(None, Some(10), None, Some(10))]
+    fn a_replica_that_has_just_been_started_knows_what_was_before(
+        #[case] deserted: Option<i64>,
+        #[case] oldest: Option<i64>,
+        #[case] at_once: Option<i64>,
+        #[case] later: Option<i64>,
+    ) {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let known = |second: Option<i64>| {
+            let time = second.map(|second| ("simulator".to_owned(), at(second)));
+            time.into_iter().collect()
+        };
+        let past = Past {
+            deserted: known(deserted),
+            oldest: known(oldest),
+        };
+        let mut without_worker = WithoutWorker::default();
+        for (second, expected) in [(100, at_once), (130, later)] {
+            let found = without_worker.look(BTreeSet::from(["simulator"]), &past, at(second));
+            let found = found.get("simulator").copied();
+            assert_eq!(found, expected.map(at), "at {second}");
         }
     }
 }

@@ -12,13 +12,14 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::domain::job::Rules;
-use crate::domain::overview::{Filter, Overview, Page, Queues, Story};
+use crate::domain::overview::{Filter, Outage, Overview, Page, Queues, Story};
 use crate::domain::turns::{self, CurrentLimits, Limits};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
 use crate::service::looks::Looks;
 use crate::store::{Connection, Store, StoreError, Upkeep};
 use crate::telemetry::health::{Health, Part, PartView};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::trouble::trouble;
 use crate::wire::celery;
 
 /// How long a page waits for Postgres: in an outage it is to say so before its reader has gone.
@@ -163,6 +164,7 @@ impl Service {
         Ok(Overview {
             has_rows: seen.has_rows,
             rows: seen.rows,
+            queued: seen.queued,
             turns: seen.turns,
             workers: seen.workers,
             maintenance: seen.maintenance,
@@ -212,6 +214,7 @@ impl Service {
         Ok(Overview {
             has_rows: true,
             rows: connection.workflows(defined)?,
+            queued: connection.queued()?,
             turns: connection.turns(limits, self.config.priority_aging)?,
             workers,
             maintenance,
@@ -225,7 +228,13 @@ impl Service {
         let catalogue = self.catalogue.get();
         let (_, parts) = self.health.parts(Timestamp::now());
         let is_cut_off = |part: &PartView| part.part == Part::Broker && part.why.is_some();
+        let outage = trouble(&parts).and_then(|trouble| {
+            let what = trouble.of_all_jobs()?;
+            let since = Some(trouble.since);
+            Some(Outage { what, since })
+        });
         Overview {
+            outage,
             is_cut_off: parts.iter().any(is_cut_off),
             defined: catalogue.names(),
             tasks: catalogue.tasks_by_workflow(),

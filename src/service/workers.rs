@@ -12,16 +12,18 @@ use log::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::broker::{DEADLINE, Link, Question};
+use crate::domain::overview::{Depth, Queued};
 use crate::domain::worker::{
-    self, Answer, Depths, Look, News, RunningTask, Seen, Worker, WorkerState,
+    self, Absence, Answer, Depths, Look, News, RunningTask, Seen, WaitingTask, Worker, WorkerState,
 };
 use crate::service::shared::Service;
-use crate::store::workers::{Known, Running};
+use crate::store::workers::{Known, Running, Waiting};
 use crate::store::{Connection, Upkeep};
 use crate::telemetry::report::one_line;
 use crate::threads::{Calls, Signal, within_deadline};
 use crate::wire::workers::{Control, control_queue};
 
+mod in_vain;
 pub mod steering;
 
 /// How long the workers have to answer.
@@ -36,6 +38,7 @@ pub fn run(service: &Service, stop: &Signal) {
     };
     let mut link = None;
     let mut failing = false;
+    let mut revokes = in_vain::Revokes::default();
     while !stop.comes_within(period / TURNS_IN_PERIOD) {
         // The session and the probe log the same outages.
         let is_due = service.store.connection();
@@ -58,7 +61,9 @@ pub fn run(service: &Service, stop: &Signal) {
             }
         };
         let kill = || link_now.kill();
-        match within_deadline(DEADLINE, kill, || look(service, &link_now, stop)) {
+        match within_deadline(DEADLINE, kill, || {
+            look(service, &link_now, &mut revokes, stop)
+        }) {
             Ok(()) => {
                 failing = false;
                 link = Some(link_now);
@@ -74,7 +79,12 @@ pub fn run(service: &Service, stop: &Signal) {
     }
 }
 
-fn look(service: &Service, link: &Link, stop: &Signal) -> anyhow::Result<()> {
+fn look(
+    service: &Service,
+    link: &Link,
+    revokes: &mut in_vain::Revokes,
+    stop: &Signal,
+) -> anyhow::Result<()> {
     // No connection to the database is held while the workers are waited for.
     let Known {
         now: asked_at,
@@ -84,7 +94,10 @@ fn look(service: &Service, link: &Link, stop: &Signal) -> anyhow::Result<()> {
     let Some(mut answers) = ask(service, link, stop, &Control::LOOK, None)? else {
         return Ok(());
     };
-    let (now, running) = service.store.connection()?.running_tasks()?;
+    let mut connection = service.store.connection()?;
+    let (now, running) = connection.running_tasks()?;
+    let queued = connection.queued()?;
+    drop(connection);
     let new: Vec<_> = answers
         .iter()
         .filter(|(host, answer)| worker::is_new(&known, host, answer, now))
@@ -99,19 +112,27 @@ fn look(service: &Service, link: &Link, stop: &Signal) -> anyhow::Result<()> {
             }
         }
     }
-    let running = in_queues(service, running);
+    let queues = Queues(service.catalogue.get().tasks_by_workflow());
+    let running = queues.of_running(running);
+    let depths = depths(link, &running, &answers, &queues.of_queued(&queued))?;
     let seen = Seen {
         asked_at,
         now,
         connected: connected(link, &known, &answers)?,
-        depths: depths(link, &running, &answers)?,
+        waiting: waiting(service, &queues, &queued, &depths, &before)?,
+        others: others(service, &answers, &running)?,
+        depths,
         answers,
         running,
     };
     let look = worker::look(known, &before, &seen);
-    service.store.connection()?.keep_look(&look, now)?;
+    let mut connection = service.store.connection()?;
+    connection.keep_look(&look, now)?;
+    let workers = connection.workers()?;
+    drop(connection);
     tell(&look);
-    restore(service, link, &look, stop)
+    restore(service, link, &look, stop)?;
+    revokes.look(service, link, &workers, stop)
 }
 
 /// What the workers answer to all of these questions; None when the service is stopping.
@@ -165,18 +186,89 @@ fn messages(
     questions.iter().map(question).collect()
 }
 
-fn in_queues(service: &Service, running: Vec<Running>) -> Vec<RunningTask> {
-    let tasks = service.catalogue.get().tasks_by_workflow();
-    let queue = |running: &Running| match (&running.step_task, tasks.get(&running.workflow)) {
-        (Some(task), _) => task.clone(),
-        (None, Some(tasks)) if tasks.len() == 1 => tasks[0].clone(),
-        (None, _) => running.workflow.clone(),
+/// The tasks of workflows that do not have just the one of their own name.
+struct Queues(BTreeMap<String, Vec<String>>);
+
+impl Queues {
+    /// Where the task of a job is put, or that of its step.
+    fn of<'a>(&'a self, workflow: &'a str, step_task: Option<&'a str>) -> &'a str {
+        match (step_task, self.0.get(workflow).map(Vec::as_slice)) {
+            (Some(task), _) => task,
+            (None, Some([task])) => task,
+            (None, _) => workflow,
+        }
+    }
+
+    fn of_running(&self, running: Vec<Running>) -> Vec<RunningTask> {
+        let task = |running: Running| RunningTask {
+            queue: self
+                .of(&running.workflow, running.step_task.as_deref())
+                .to_owned(),
+            ..running.task
+        };
+        running.into_iter().map(task).collect()
+    }
+
+    fn of_queued<'a>(&'a self, queued: &'a [Queued]) -> BTreeSet<&'a str> {
+        let queue = |one: &'a Queued| {
+            let task = one.step.as_ref().map(|(_, task)| task.as_str());
+            self.of(&one.workflow, task)
+        };
+        queued.iter().map(queue).collect()
+    }
+}
+
+/// Tasks that should be in queues in which there is nothing, and those that nobody had before.
+fn waiting(
+    service: &Service,
+    queues: &Queues,
+    queued: &[Queued],
+    depths: &Depths,
+    before: &[Absence],
+) -> anyhow::Result<Vec<WaitingTask>> {
+    let is_empty = |queue: &str| depths.get(queue).is_some_and(|depth| depth.messages == 0);
+    let of_empty: Vec<_> = queued
+        .iter()
+        .filter(|one| {
+            queues
+                .of_queued(std::slice::from_ref(one))
+                .into_iter()
+                .all(is_empty)
+        })
+        .collect();
+    if of_empty.is_empty() && before.is_empty() {
+        return Ok(Vec::new());
+    }
+    let steps = of_empty.iter().filter_map(|one| one.step.as_ref());
+    let tasks: Vec<_> = steps.map(|(_, task)| task.as_str()).collect();
+    let plain = of_empty.iter().filter(|one| one.step.is_none());
+    let workflows: Vec<_> = plain.map(|one| one.workflow.as_str()).collect();
+    let absent: Vec<_> = before.iter().map(|one| one.task_id.as_str()).collect();
+    let mut connection = service.store.connection()?;
+    let waiting = connection.waiting_tasks(&tasks, &workflows, &absent)?;
+    let task = |waiting: Waiting| WaitingTask {
+        queue: queues
+            .of(&waiting.workflow, waiting.step_task.as_deref())
+            .to_owned(),
+        ..waiting.task
     };
-    let task = |running: Running| RunningTask {
-        queue: queue(&running),
-        ..running.task
-    };
-    running.into_iter().map(task).collect()
+    Ok(waiting.into_iter().map(task).collect())
+}
+
+/// The jobs of tasks that workers have though those do not run, without those of other orchestrators.
+fn others(
+    service: &Service,
+    answers: &BTreeMap<String, Answer>,
+    running: &[RunningTask],
+) -> anyhow::Result<BTreeMap<String, Uuid>> {
+    let said: Vec<_> = worker::unknown_jobs(answers, running).collect();
+    if said.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let ids: Vec<_> = said.iter().map(|(_, job)| *job).collect();
+    let known = service.store.connection()?.known_jobs(&ids)?;
+    let own = said.into_iter().filter(|(_, job)| known.contains(job));
+    Ok(own.map(|(task, job)| (task.to_owned(), job)).collect())
 }
 
 /// Which of those who have not answered RabbitMQ knows.
@@ -199,26 +291,37 @@ fn connected(
         .collect())
 }
 
-/// The queues of those tasks that nobody has.
+/// The queues of those tasks that nobody has, and those in which tasks should wait.
 fn depths(
     link: &Link,
     running: &[RunningTask],
     answers: &BTreeMap<String, Answer>,
+    queued: &BTreeSet<&str>,
 ) -> anyhow::Result<Depths> {
     let tasks = answers.values().filter_map(|answer| answer.tasks.as_ref());
-    let with_workers: BTreeSet<&str> = tasks.flatten().map(|(id, _)| id.as_str()).collect();
+    let with_workers: BTreeSet<&str> = tasks.flatten().map(|task| task.id.as_str()).collect();
     let absent = running
         .iter()
         .filter(|task| !with_workers.contains(task.task_id.as_str()));
     let queues: BTreeSet<&str> = absent.map(|task| task.queue.as_str()).collect();
-    let queues: Vec<&str> = queues.into_iter().collect();
+    let queues: Vec<&str> = queues.union(queued).copied().collect();
     if queues.is_empty() {
         return Ok(Depths::new());
     }
-    let depths = queues.iter().zip(link.depths(&queues)?);
-    Ok(depths
+    let (known, unknown): (Vec<_>, Vec<_>) = queues
+        .iter()
+        .zip(link.depths(&queues)?)
+        .partition(|(_, depth)| depth.is_some());
+    let mut depths: Depths = known
+        .into_iter()
         .filter_map(|(queue, depth)| Some(((*queue).to_owned(), depth?)))
-        .collect())
+        .collect();
+    // What waited in a queue that somebody has deleted went with it.
+    let unknown: Vec<_> = unknown.into_iter().map(|(queue, _)| *queue).collect();
+    let there = link.may_have(&unknown)?;
+    let gone = unknown.iter().zip(there).filter(|(_, there)| !there);
+    depths.extend(gone.map(|(queue, _)| ((*queue).to_owned(), Depth::default())));
+    Ok(depths)
 }
 
 /// The log's lines.

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use jiff::Timestamp;
@@ -13,7 +14,7 @@ use uuid::Uuid;
 use super::rows::{named, seconds};
 use super::turns::{self, TurnChanges};
 use super::{Connection, StoreError, Transaction};
-use crate::domain::estimate::{self, Runs};
+use crate::domain::estimate;
 use crate::domain::job::{Attempt, Course, Input, Job, Outcome, Position, Report};
 use crate::domain::overview::{AttemptView, StepEnd, StepView, shares};
 use crate::domain::workflow::Steps;
@@ -292,7 +293,7 @@ impl Connection {
     pub(super) fn runs_of_steps(
         &mut self,
         workflows: &[String],
-    ) -> Result<Vec<(String, usize, Option<Runs>)>, StoreError> {
+    ) -> Result<Vec<(String, usize, Vec<Duration>)>, StoreError> {
         let rows = self.client.query(
             "SELECT workflow_type, number, array_agg(seconds) AS seconds
              FROM unnest($1::varchar[]) AS wanted (workflow_type)
@@ -315,7 +316,7 @@ impl Connection {
         rows.iter()
             .map(|row| {
                 let number: i16 = row.try_get("number")?;
-                let runs = Runs::new(seconds(row.try_get("seconds")?));
+                let runs = seconds(row.try_get("seconds")?);
                 let number = usize::try_from(number).unwrap_or_default();
                 Ok((row.try_get("workflow_type")?, number, runs))
             })

@@ -362,7 +362,7 @@ impl Connection {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// Running jobs whose tasks no worker has had for this time, as of a recent look, with the tasks and
+    /// Jobs whose tasks no worker has had for this time, as of a recent look, with the tasks and
     /// since when; in the order of their ids, after `after`, at most `limit`.
     ///
     /// # Errors
@@ -377,7 +377,7 @@ impl Connection {
             "SELECT job.job_id, job.celery_id, since
              FROM absent_task JOIN job ON job.job_id = absent_task.job_id
                                        AND job.celery_id = absent_task.celery_id
-             WHERE NOT may_wait AND status = 'RUNNING'
+             WHERE NOT may_wait AND status IN ('RUNNING', 'SUBMITTED')
                AND confirmed_at - since >= $1 * interval '1 second'
                AND confirmed_at > now() - interval '90 seconds'
                AND ($2::uuid IS NULL OR job.job_id > $2)

@@ -12,7 +12,7 @@ use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
 use crate::domain::overview::{
-    End, Filter, JobState, JobView, MAX_COUNT, Page, QueueView, WorkflowRows,
+    End, Filter, JobState, JobView, MAX_COUNT, Page, QueueView, Queued, WorkflowRows,
 };
 
 /// Live jobs, and those whose clients may not have been told yet: first those that workers have
@@ -285,6 +285,8 @@ impl Connection {
                 elapsed: seconds(row.try_get("elapsed")?),
                 runs: None,
                 step_runs: BTreeMap::new(),
+                count: 0,
+                step_counts: BTreeMap::new(),
             };
             workflows.insert(row.try_get::<_, String>("workflow_type")?, counts);
         }
@@ -307,11 +309,16 @@ impl Connection {
         )?;
         for row in &rows {
             let name: String = row.try_get("workflow_type")?;
-            workflows.entry(name).or_default().runs = Runs::new(seconds(row.try_get("seconds")?));
-        }
-        for (name, number, runs) in self.runs_of_steps(&names)? {
+            let seconds = seconds(row.try_get("seconds")?);
             let rows = workflows.entry(name).or_default();
-            rows.step_runs.extend(runs.map(|runs| (number, runs)));
+            rows.count = seconds.len();
+            rows.runs = Runs::new(seconds);
+        }
+        for (name, number, seconds) in self.runs_of_steps(&names)? {
+            let rows = workflows.entry(name).or_default();
+            rows.step_counts.insert(number, seconds.len());
+            rows.step_runs
+                .extend(Runs::new(seconds).map(|runs| (number, runs)));
         }
         Ok(workflows)
     }
@@ -330,6 +337,38 @@ impl Connection {
             &[],
         )?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// How many tasks wait in RabbitMQ, as far as the database knows, by their kinds.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn queued(&mut self) -> Result<Vec<Queued>, StoreError> {
+        let rows = self.client.query(
+            "SELECT workflow_type, step.number, step.task, count(*) AS waiting,
+                    min(coalesce(step.submitted_at, job.submitted_at, registered_at)) AS oldest
+             FROM job LEFT JOIN job_step AS step
+                 ON step.job_id = job.job_id AND step.celery_id = job.celery_id
+             WHERE job.celery_id IS NOT NULL
+               AND CASE WHEN step.job_id IS NULL THEN status = 'SUBMITTED'
+                        ELSE step.started_at IS NULL AND step.finished_at IS NULL END
+               AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)
+             GROUP BY workflow_type, step.number, step.task
+             ORDER BY workflow_type, step.number, step.task",
+            &[],
+        )?;
+        let queued = rows.iter().map(|row| {
+            let number: Option<i16> = row.try_get("number")?;
+            let task: Option<String> = row.try_get("task")?;
+            let number = number.and_then(|number| usize::try_from(number).ok());
+            Ok(Queued {
+                workflow: row.try_get("workflow_type")?,
+                step: number.zip(task),
+                waiting: row.try_get("waiting")?,
+                oldest: row.try_get("oldest")?,
+            })
+        });
+        queued.collect()
     }
 
     /// When each maintenance task was last begun, by its name.
@@ -414,6 +453,8 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
         result_bytes: row.try_get("result_bytes")?,
         position: row.try_get("position")?,
         estimate: None,
+        too_few_runs: None,
+        concern: None,
         step: steps::view(row)?,
         turn: turns::view(row)?,
         ends: End {

@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use jiff::Timestamp;
 use postgres::Row;
+use uuid::Uuid;
 
 use super::rows::named;
 use super::{Connection, StoreError, Transaction};
+use crate::domain::job::Outcome;
 use crate::domain::worker::{
-    Absence, CurrentTask, Look, LostTask, RunningTask, TaskView, Wish, Worker, WorkerState,
-    WorkerView, Workers,
+    Absence, CurrentTask, Look, LostTask, RunningTask, TaskEnd, TaskView, WaitingTask, Wish,
+    Worker, WorkerState, WorkerView, Workers,
 };
 
 /// What is known before a look.
@@ -32,6 +34,17 @@ pub struct Running {
     pub step_task: Option<String>,
     pub task: RunningTask,
 }
+
+/// The task of a job that waits, in the same terms.
+#[derive(Debug)]
+pub struct Waiting {
+    pub workflow: String,
+    pub step_task: Option<String>,
+    pub task: WaitingTask,
+}
+
+/// Tasks that wait, of which it is asked at a time whether they are nowhere.
+const MAX_WAITING: i64 = 1000;
 
 impl Connection {
     /// # Errors
@@ -101,6 +114,62 @@ impl Connection {
         Ok((now, running?))
     }
 
+    /// Tasks that wait in queues, as far as the database knows: of these queues and of workflows that have
+    /// theirs there, and those that nobody had before; the oldest ones.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn waiting_tasks(
+        &mut self,
+        queues: &[&str],
+        workflows: &[&str],
+        absent: &[&str],
+    ) -> Result<Vec<Waiting>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job.job_id, workflow_type, job.celery_id, step.task,
+                    coalesce(step.submitted_at, job.submitted_at, registered_at) AS submitted_at
+             FROM job LEFT JOIN job_step AS step
+                 ON step.job_id = job.job_id AND step.celery_id = job.celery_id
+             WHERE job.celery_id IS NOT NULL
+               AND CASE WHEN step.job_id IS NULL THEN status = 'SUBMITTED'
+                        ELSE step.started_at IS NULL AND step.finished_at IS NULL END
+               AND (CASE WHEN step.job_id IS NULL THEN workflow_type = ANY($2)
+                         ELSE step.task = ANY($1) END
+                    OR job.celery_id = ANY($3))
+               AND NOT EXISTS (SELECT FROM job_history AS ended
+                               WHERE ended.job_id = job.job_id AND outcome <> 'LOST')
+             ORDER BY 5, 1 LIMIT $4",
+            &[&queues, &workflows, &absent, &MAX_WAITING],
+        )?;
+        rows.iter()
+            .map(|row| {
+                Ok(Waiting {
+                    workflow: row.try_get("workflow_type")?,
+                    step_task: row.try_get("task")?,
+                    task: WaitingTask {
+                        job_id: row.try_get("job_id")?,
+                        task_id: row.try_get("celery_id")?,
+                        queue: String::new(),
+                        submitted_at: row.try_get("submitted_at")?,
+                    },
+                })
+            })
+            .collect()
+    }
+
+    /// Which of these jobs there are, or have been as far as the history goes.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn known_jobs(&mut self, ids: &[Uuid]) -> Result<BTreeSet<Uuid>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job_id FROM job WHERE job_id = ANY($1)
+             UNION SELECT job_id FROM job_history WHERE job_id = ANY($1)",
+            &[&ids],
+        )?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
     /// Keeps what a look has shown, as of `now`.
     ///
     /// # Errors
@@ -150,28 +219,53 @@ impl Connection {
             let ended = ended.remove(&worker.host).unwrap_or_default();
             WorkerView::new(worker, tasks, ended)
         });
-        let lost = known.absences.into_iter().filter(|absence| absence.is_told);
         Ok(Workers {
             looked_at,
             workers: views.collect(),
-            lost_tasks: lost
-                .map(|absence| LostTask {
-                    job_id: absence.job_id,
-                    task_id: absence.task_id,
-                    since: absence.since,
-                })
-                .collect(),
+            lost_tasks: self.told_losses()?,
         })
+    }
+
+    /// Of jobs that have not ended since.
+    fn told_losses(&mut self) -> Result<Vec<LostTask>, StoreError> {
+        let rows = self.client.query(
+            "SELECT job.job_id, job.celery_id, since,
+                    CASE WHEN step.job_id IS NULL THEN running_at IS NULL
+                         ELSE step.started_at IS NULL END AS never_begun
+             FROM absent_task JOIN job ON job.job_id = absent_task.job_id
+                                       AND job.celery_id = absent_task.celery_id
+                  LEFT JOIN job_step AS step ON step.job_id = job.job_id
+                                             AND step.celery_id = job.celery_id
+             WHERE is_told
+               AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)
+             ORDER BY since, job.job_id",
+            &[],
+        )?;
+        let lost = rows.iter().map(|row| LostTask {
+            job_id: row.get("job_id"),
+            task_id: row.get("celery_id"),
+            since: row.get("since"),
+            never_begun: row.get("never_begun"),
+        });
+        Ok(lost.collect())
     }
 
     fn tasks_of_workers(&mut self) -> Result<HashMap<String, Vec<TaskView>>, StoreError> {
         let rows = self.client.query(
             "SELECT host, worker_task.celery_id, worker_task.task, worker_task.job_id,
-                    left(job_reference, 300) AS job_reference, workflow_type, step.title,
-                    coalesce(step.started_at, running_at, first_seen) AS since
+                    left(coalesce(job.job_reference, ended.job_reference), 300) AS job_reference,
+                    coalesce(job.workflow_type, ended.workflow_type) AS workflow_type, step.title,
+                    coalesce(step.started_at, its.running_at,
+                             CASE WHEN ended.celery_id = worker_task.celery_id
+                                  THEN ended.running_at END,
+                             first_seen) AS since,
+                    coalesce(step.outcome, ended.outcome) AS outcome,
+                    coalesce(step.finished_at, ended.finished_at) AS finished_at
              FROM worker_task
                   LEFT JOIN job ON job.job_id = worker_task.job_id
-                                AND job.celery_id = worker_task.celery_id
+                  LEFT JOIN job AS its ON its.job_id = worker_task.job_id
+                                       AND its.celery_id = worker_task.celery_id
+                  LEFT JOIN job_history AS ended ON ended.job_id = worker_task.job_id
                   LEFT JOIN job_step AS step ON step.job_id = worker_task.job_id
                                              AND step.celery_id = worker_task.celery_id
              WHERE is_current ORDER BY host, since, celery_id",
@@ -191,6 +285,7 @@ impl Connection {
                     workflow: row.try_get("workflow_type")?,
                     step: row.try_get("title")?,
                     since: row.try_get("since")?,
+                    ended: end_of_task(row)?,
                 });
         }
         Ok(tasks)
@@ -383,6 +478,15 @@ fn worker(row: &Row, tasks: Vec<CurrentTask>) -> Result<Worker, postgres::Error>
         samples: serde_json::from_str(row.try_get("samples")?).unwrap_or_default(),
         tasks,
     })
+}
+
+/// What a later version has written and this one does not understand is no end.
+fn end_of_task(row: &Row) -> Result<Option<TaskEnd>, postgres::Error> {
+    let outcome: Option<&str> = row.try_get("outcome")?;
+    let outcome = outcome.and_then(|name| named(Outcome::ALL, Outcome::name, name).ok());
+    let at: Option<Timestamp> = row.try_get("finished_at")?;
+    let end = outcome.zip(at);
+    Ok(end.map(|(outcome, at)| TaskEnd { outcome, at }))
 }
 
 fn absence(row: &Row) -> Result<Absence, postgres::Error> {

@@ -158,9 +158,15 @@ impl Gauges {
         );
         self.add(
             "lost_tasks",
-            "Tasks of running jobs that no worker has had for a minute",
+            "Tasks of jobs that no worker has had for a minute, and that are in no queue",
             None,
             [(vec![], workers.lost_tasks.len() as f64)],
+        );
+        self.add(
+            "tasks_in_vain",
+            "Tasks that workers compute though their jobs have ended",
+            None,
+            [(vec![], workers.in_vain().count() as f64)],
         );
     }
 

@@ -30,6 +30,9 @@ const SLACK: SignedDuration = SignedDuration::from_secs(15);
 /// What the fault of a handler has in it whose messages a queue does not take.
 const TAKES_NOTHING: &str = "wait for it unacknowledged";
 
+/// And of one that waits for an answer of Postgres.
+const WAITS_FOR_POSTGRES: &str = "has been waiting for Postgres for";
+
 /// Causes before what may follow from them.
 const RANKS: [Part; 5] = [
     Part::Postgres,
@@ -46,6 +49,8 @@ pub fn trouble(parts: &[PartView]) -> Option<Trouble> {
         parts.find_map(|part| Some((part, part.why.as_ref().filter(|_| part.part == *rank)?)))
     };
     let (cause, why) = RANKS.iter().find_map(fault)?;
+    // What Postgres has refused is still refused when there has just been room for something else.
+    let is_full = cause.part == Part::Handling && says_one_of(why, NO_ROOM);
     let faulty = parts.iter().filter(|part| part.why.is_some());
     let (follows, others) = faulty
         .filter(|part| part.part != cause.part)
@@ -56,10 +61,14 @@ pub fn trouble(parts: &[PartView]) -> Option<Trouble> {
             "The orchestrator is starting",
             "If this takes more than a few seconds, see its log.",
         ),
+        false if is_full => of_postgres(why),
         false => says(cause.part, why),
     };
     Some(Trouble {
-        cause: cause.part,
+        cause: match is_full {
+            true => Part::Postgres,
+            false => cause.part,
+        },
         what,
         since: cause.since,
         why: why.clone(),
@@ -101,8 +110,8 @@ fn says(cause: Part, why: &str) -> (&'static str, &'static str) {
         ),
         Part::Broker => (
             "There is no session with RabbitMQ",
-            "What was seen of it is below. As a rule RabbitMQ does not run, or cannot be reached from \
-             here; `omotes-orchestrator doctor` says what is wrong. Workers go on with what they \
+            "As a rule RabbitMQ does not run, or cannot be reached from here: start it, or see what keeps \
+             it away; `omotes-orchestrator doctor` says what is wrong. Workers go on with what they \
              have, and all goes on by itself.",
         ),
         Part::Publishing => (
@@ -114,6 +123,16 @@ fn says(cause: Part, why: &str) -> (&'static str, &'static str) {
             "See why RabbitMQ refuses what is for that queue: it may be full by a limit of its own, or \
              have lost the node that it is on. All goes on by itself.",
         ),
+        Part::Handling if says_one_of(why, LOCKED) => (
+            "Messages wait for a lock that somebody holds in Postgres",
+            "`pg_locks` and `pg_stat_activity` say who: have it committed or rolled back, or end it with \
+             `pg_terminate_backend`. All goes on by itself then.",
+        ),
+        Part::Handling if why.contains(WAITS_FOR_POSTGRES) => (
+            "Messages wait for Postgres",
+            "As a rule somebody holds a lock: `pg_locks` and `pg_stat_activity` say who; or its disk is slow. \
+             All goes on by itself.",
+        ),
         Part::Handling => (
             "Messages do not get through",
             "See what holds them up; if it lasts, restart this replica. Nothing is lost by that.",
@@ -121,20 +140,30 @@ fn says(cause: Part, why: &str) -> (&'static str, &'static str) {
     }
 }
 
+/// What the fault has in it, in lower case, of a Postgres in which somebody holds a lock.
+const LOCKED: &[&str] = &["locked the tables", "lock timeout"];
+/// And of one that has no room.
+const NO_ROOM: &[&str] = &[
+    "no space left",
+    "could not extend",
+    "could not write",
+    "disk full",
+];
+
+fn says_one_of(why: &str, signs: &[&str]) -> bool {
+    let why = why.to_lowercase();
+    signs.iter().any(|sign| why.contains(sign))
+}
+
 /// What faults of Postgres have in them, in lower case, and what to do about those.
 const REMEDIES: &[(&[&str], &str)] = &[
     (
-        &["locked the tables", "lock timeout"],
+        LOCKED,
         "Somebody holds a lock: `pg_locks` and `pg_stat_activity` say who. Messages wait in RabbitMQ \
          meanwhile, and all goes on by itself.",
     ),
     (
-        &[
-            "no space left",
-            "could not extend",
-            "could not write",
-            "disk full",
-        ],
+        NO_ROOM,
         "Give it room on its disk. Messages wait in RabbitMQ meanwhile, and all goes on by itself.",
     ),
     (
@@ -180,8 +209,7 @@ const ABSENT: &[&str] = &[
 /// not understood there is what helps as a rule.
 fn of_postgres(why: &str) -> (&'static str, &'static str) {
     const FAULTY: &str = "Postgres does not do what is needed of it";
-    let why = why.to_lowercase();
-    let has = |signs: &[&str]| signs.iter().any(|sign| why.contains(sign));
+    let has = |signs: &[&str]| says_one_of(why, signs);
     if let Some((_, remedy)) = REMEDIES.iter().find(|(signs, _)| has(signs)) {
         return (FAULTY, remedy);
     }
@@ -200,6 +228,20 @@ fn of_postgres(why: &str) -> (&'static str, &'static str) {
 }
 
 impl Trouble {
+    /// In a clause, if no job can go on: a trouble of messages may be one of a single job.
+    pub fn of_all_jobs(&self) -> Option<&'static str> {
+        match self.cause {
+            _ if self.why == STARTING => None,
+            Part::Broker => Some("RabbitMQ does not answer"),
+            Part::Publishing => Some("RabbitMQ takes no messages"),
+            Part::Postgres if says_one_of(&self.why, NO_ROOM) => {
+                Some("Postgres has no room on its disk")
+            }
+            Part::Postgres => Some("Postgres does not do what is needed of it"),
+            Part::Handling | Part::Revisions => None,
+        }
+    }
+
     /// For the API.
     pub fn json(&self) -> Value {
         let names =
@@ -340,6 +382,48 @@ mod tests {
         starting[2].why = Some(STARTING.to_owned());
         let trouble = trouble(&starting).unwrap();
         assert_eq!(trouble.what, "The orchestrator is starting");
+    }
+
+    /// Between two attempts at what it has refused, Postgres may look well.
+    #[test]
+    fn a_full_disk_leads_while_a_message_waits_for_room() {
+        let mut parts = parts(&[Part::Handling]);
+        parts[3].why = Some("could not extend file \"base/1\": No space left on device".to_owned());
+        let trouble = trouble(&parts).unwrap();
+        assert_eq!(trouble.cause, Part::Postgres);
+        assert!(
+            trouble.what.starts_with("Postgres does not do"),
+            "{}",
+            trouble.what
+        );
+        assert!(
+            trouble.remedy.starts_with("Give it room"),
+            "{}",
+            trouble.remedy
+        );
+        assert_eq!(
+            trouble.of_all_jobs(),
+            Some("Postgres has no room on its disk")
+        );
+    }
+
+    #[test]
+    fn a_lock_in_postgres_is_named_as_what_messages_wait_for() {
+        let mut parts = parts(&[Part::Handling]);
+        for (why, what) in [
+            ("canceling statement due to lock timeout", "a lock"),
+            (
+                "handler-2 has been waiting for Postgres for 15s",
+                "wait for Postgres",
+            ),
+        ] {
+            parts[3].why = Some(why.to_owned());
+            let trouble = trouble(&parts).unwrap();
+            assert_eq!(trouble.cause, Part::Handling);
+            assert!(trouble.what.contains(what), "{}", trouble.what);
+            assert!(trouble.remedy.contains("pg_locks"), "{}", trouble.remedy);
+            assert_eq!(trouble.of_all_jobs(), None);
+        }
     }
 
     /// What leads is never said to follow from what it leads.

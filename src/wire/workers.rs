@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
 use super::celery::to_all_workers;
 use super::{Outgoing, REPLIES_EXCHANGE};
-use crate::domain::worker::{Answer, Stats};
+use crate::domain::worker::{Answer, SaidTask, Stats};
 
 /// Longer names are nobody's.
 const MAX_NAME: usize = 255;
@@ -32,6 +33,8 @@ pub enum Control<'a> {
     CancelConsumer(&'a str),
     /// To take tasks from a queue.
     AddConsumer(&'a str),
+    /// To end these tasks, or never to begin them.
+    Revoke(&'a [String]),
 }
 
 impl Control<'_> {
@@ -47,6 +50,10 @@ impl Control<'_> {
             Control::Report => ("report", json!({})),
             Control::CancelConsumer(queue) => ("cancel_consumer", json!({"queue": queue})),
             Control::AddConsumer(queue) => ("add_consumer", json!({"queue": queue})),
+            Control::Revoke(tasks) => {
+                let arguments = json!({"task_id": tasks, "terminate": true, "signal": "SIGTERM"});
+                ("revoke", arguments)
+            }
         }
     }
 
@@ -88,7 +95,7 @@ impl Control<'_> {
             Control::Active => noted.tasks = tasks(said),
             Control::ActiveQueues => noted.queues = queues(said),
             Control::Report => noted.celery = celery_version(said),
-            Control::CancelConsumer(_) | Control::AddConsumer(_) => {}
+            Control::CancelConsumer(_) | Control::AddConsumer(_) | Control::Revoke(_) => {}
         }
         if noted == Answer::default() {
             return;
@@ -136,13 +143,23 @@ fn stats(said: &Value) -> Option<Stats> {
     })
 }
 
-fn tasks(said: &Value) -> Option<Vec<(String, String)>> {
+fn tasks(said: &Value) -> Option<Vec<SaidTask>> {
     let tasks = said.as_array()?.iter().take(MAX_OF_ONE);
     let task = |task: &Value| {
-        let kind = task.get("name").and_then(name).unwrap_or_default();
-        Some((name(task.get("id")?)?, kind))
+        Some(SaidTask {
+            id: name(task.get("id")?)?,
+            name: task.get("name").and_then(name).unwrap_or_default(),
+            job_id: task.get("args").and_then(job_id),
+        })
     };
     Some(tasks.filter_map(task).collect())
+}
+
+/// The job of `(UUID('0e9b…'), ...)`: what Celery tells of a task's arguments is what its sender has
+/// written, as in [`super::celery::task`].
+fn job_id(arguments: &Value) -> Option<Uuid> {
+    let (_, rest) = arguments.as_str()?.split_once("(UUID('")?;
+    Uuid::parse_str(rest.get(..36)?).ok()
 }
 
 fn queues(said: &Value) -> Option<BTreeSet<String>> {
@@ -189,7 +206,8 @@ mod tests {
             ),
             (
                 Control::Active,
-                r#"{"w@h": [{"id": "t", "name": "steerable", "args": "(...)", "kwargs": "{}",
+                r#"{"w@h": [{"id": "t", "name": "steerable", "kwargs": "{}",
+                    "args": "(UUID('0e9b1c2d-0000-4000-8000-000000000001'), ..., <ESDL of 9 bytes>, ...)",
                     "hostname": "w@h", "time_start": 1795574421.9, "acknowledged": false,
                     "worker_pid": 13331}]}"#,
             ),
@@ -214,7 +232,11 @@ mod tests {
                 prefetch: Some(1),
                 count: 5,
             }),
-            tasks: Some(vec![("t".to_owned(), "steerable".to_owned())]),
+            tasks: Some(vec![SaidTask {
+                id: "t".to_owned(),
+                name: "steerable".to_owned(),
+                job_id: Uuid::parse_str("0e9b1c2d-0000-4000-8000-000000000001").ok(),
+            }]),
             queues: Some(BTreeSet::from(["steerable".to_owned()])),
             celery: Some("5.7.0".to_owned()),
         };
@@ -250,12 +272,15 @@ mod tests {
     fn strange_parts_are_left_out() {
         let long = "x".repeat(300);
         let tasks = format!(
-            r#"{{"a": [1, null, {{"id": 5}}, {{"id": "{long}"}}, {{"id": "t", "name": 5}}]}}"#
+            r#"{{"a": [1, null, {{"id": 5}}, {{"id": "{long}"}}, {{"id": "t", "name": 5, "args": "(UUID('é"}}]}}"#
         );
         let answers = noted(Control::Active, &tasks);
         assert_eq!(
             answers["a"].tasks,
-            Some(vec![("t".to_owned(), String::new())])
+            Some(vec![SaidTask {
+                id: "t".to_owned(),
+                ..SaidTask::default()
+            }])
         );
         let stats = r#"{"a": {"pool": [], "total": {"x": -5, "y": 1e300, "z": "n"}, "pid": -1, "uptime": 9e99}}"#;
         let answers = noted(Control::Stats, stats);

@@ -12,6 +12,7 @@ mod harness;
 mod acting;
 mod admission;
 mod alerts;
+mod attention;
 mod cancelling;
 mod cli;
 mod cluster;

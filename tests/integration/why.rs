@@ -173,7 +173,7 @@ fn a_job_that_did_not_end_by_itself_tells_what_ended_it() {
     says(
         &service,
         deadly.job,
-        "Crashed its workers; its task was started",
+        "Lost its workers: they crashed, or were stopped; its task was started",
     );
 }
 

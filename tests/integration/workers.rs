@@ -21,7 +21,7 @@ use crate::python::{CeleryWorker, PYTHON};
 const SEEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// A service that looks at the workers each so many seconds.
-fn start(deployment: &Deployment, period: &str, variables: &[(&str, &str)]) -> Service {
+pub fn start(deployment: &Deployment, period: &str, variables: &[(&str, &str)]) -> Service {
     let workflows = format!("{PYTHON}/workflows.json");
     let own = [
         ("WORKFLOW_CONFIG_PATH", workflows.as_str()),
@@ -30,12 +30,12 @@ fn start(deployment: &Deployment, period: &str, variables: &[(&str, &str)]) -> S
     deployment.start_with(&[&own, variables].concat())
 }
 
-fn name(worker: &CeleryWorker) -> String {
+pub fn name(worker: &CeleryWorker) -> String {
     format!("worker-steerable@{}", worker.host)
 }
 
 /// Waits until a worker is in this state.
-fn comes_to_be(deployment: &Deployment, worker: &CeleryWorker, state: &str) {
+pub fn comes_to_be(deployment: &Deployment, worker: &CeleryWorker, state: &str) {
     let since = Instant::now();
     let mut sql = deployment.sql();
     eventually(&format!("{} is {state}", worker.host), || {
@@ -50,7 +50,7 @@ fn comes_to_be(deployment: &Deployment, worker: &CeleryWorker, state: &str) {
 }
 
 /// A job that does what it is told.
-fn job(client: &Client, behaviour: &str) -> Uuid {
+pub fn job(client: &Client, behaviour: &str) -> Uuid {
     let (job, mut submission) = client.submission("steerable");
     let params = json!({"behaviour": behaviour, "number": 1.5});
     submission.params_dict = Some(protobuf_struct(params.as_object().unwrap()));
@@ -60,7 +60,7 @@ fn job(client: &Client, behaviour: &str) -> Uuid {
 }
 
 /// A job that runs until the file is there.
-fn running_job(deployment: &Deployment, client: &Client, file: &str) -> Uuid {
+pub fn running_job(deployment: &Deployment, client: &Client, file: &str) -> Uuid {
     let file = deployment.folder.join(file);
     let job = job(client, &format!("wait for {}", file.display()));
     assert_eq!(client.status(job), JobStatus::Enqueued);
@@ -68,7 +68,7 @@ fn running_job(deployment: &Deployment, client: &Client, file: &str) -> Uuid {
     job
 }
 
-fn command(deployment: &Deployment, arguments: &[&str]) -> (Option<i32>, String) {
+pub fn command(deployment: &Deployment, arguments: &[&str]) -> (Option<i32>, String) {
     let output = deployment.command(arguments).output().unwrap();
     let said = [output.stdout, output.stderr].concat();
     (output.status.code(), String::from_utf8(said).unwrap())
@@ -360,13 +360,13 @@ fn a_lost_task_is_told_where_it_does_not_end_its_job() {
 }
 
 /// Hears what all workers are asked, and answers what it likes.
-struct Impostor {
-    peer: Peer,
+pub struct Impostor {
+    pub peer: Peer,
     pidbox: String,
 }
 
 impl Impostor {
-    fn new(deployment: &Deployment) -> Impostor {
+    pub fn new(deployment: &Deployment) -> Impostor {
         let peer = Peer::new(deployment, &deployment.celery_vhost());
         let options = ExchangeDeclareOptions::default();
         let exchanges = [
@@ -387,14 +387,14 @@ impl Impostor {
     }
 
     /// The next question of this kind.
-    fn asked(&self, method: &str) -> Value {
+    pub fn asked(&self, method: &str) -> Value {
         eventually(&format!("the question for {method}"), || {
             let question = self.peer.poll(&self.pidbox)?.json();
             (question["method"] == method).then_some(question)
         })
     }
 
-    fn answer(&self, question: &Value, body: &[u8], ticket: Option<&str>) {
+    pub fn answer(&self, question: &Value, body: &[u8], ticket: Option<&str>) {
         let key = question["reply_to"]["routing_key"].as_str().unwrap();
         let ticket = ticket.map(|ticket| {
             let ticket = AmqpValue::LongString(ticket.to_owned());

@@ -636,15 +636,32 @@ fn expire<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
     job.fails(job_id, Outcome::Expired, &logs, &[], context)
 }
 
-/// Ends a job, or its step, whose task no worker has. It is not started again: of a job of one step
-/// nobody has kept the input, and what takes a task from RabbitMQ without a word, as an operator's
-/// revoke does, may well have meant it. Whatever its worker has said since shows that it has it.
+/// Ends a job, or its step, whose task no worker has, and which is in no queue. It is not started again: of a
+/// job of one step nobody has kept the input, and what takes a task from RabbitMQ without a word, as an
+/// operator's revoke does, may well have meant it. Whatever its worker has said since shows that it has it.
 fn task_lost<'a>(job_id: Uuid, job: &Job, since: Timestamp, context: &Context<'_>) -> Decision<'a> {
-    let is_waiting = job.course.as_ref().is_some_and(|course| course.waits());
-    if job.status != JobStatus::Running || is_waiting {
-        return Decision::ignored("its task waits for a worker");
-    }
     let heard_since = |at: Timestamp| at >= since;
+    let is_waiting = match &job.course {
+        Some(course) => course.waits(),
+        None => job.status == JobStatus::Submitted,
+    };
+    if is_waiting {
+        let submitted_at = match &job.course {
+            Some(course) => course.current.submitted_at,
+            None => job.submitted_at,
+        };
+        if submitted_at.is_none_or(heard_since) {
+            return Decision::ignored("its task was put on its queue since");
+        }
+        let logs = format!(
+            "The job was ended because its task was lost before a worker began it: since {since:.0} it has \
+             been in no queue, and no worker has had it."
+        );
+        return hand_over::fail(job_id, job, Outcome::Lost, &logs, context);
+    }
+    if job.status != JobStatus::Running {
+        return Decision::ignored("it has no task yet");
+    }
     let last_start = job.starts.last().map(|start| start.at);
     if last_start.is_some_and(heard_since) {
         return Decision::ignored("its task was started since");

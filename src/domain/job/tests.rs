@@ -1293,6 +1293,22 @@ proptest! {
     }
 }
 
+/// Second 0 is when it was put on its queue.
+#[rstest]
+#[case::seen_nowhere_before(0, false)]
+#[case::seen_nowhere_since(1, true)]
+fn a_task_that_is_in_no_queue_is_lost(#[case] since: i64, #[case] is_lost: bool) {
+    let mut job = job(JobStatus::Submitted);
+    job.submitted_at = Some(at(0));
+    // Its client was told that there is no worker.
+    job.progress = Some(Progress::new(0.0, "no worker", at(60)));
+    let state = State::Live(job);
+    let command = lost_since(TASK, since);
+    let decision = decide(job_id(), &state, &command, &context());
+    let is_ended = decision.event == Event::Ended(Outcome::Lost);
+    assert_eq!(is_ended, is_lost, "{decision:?}");
+}
+
 #[test]
 fn a_task_whose_worker_has_reported_since_is_not_lost() {
     let mut job = job(JobStatus::Running);

@@ -126,6 +126,7 @@ mod tests {
             workflow: Some((*workflow).to_owned()),
             step: None,
             since: at(*since),
+            ended: None,
         });
         WorkerView {
             host: "host".to_owned(),

@@ -183,6 +183,8 @@ mod tests {
             result_bytes: None,
             position: None,
             estimate: None,
+            too_few_runs: None,
+            concern: None,
             step: None,
             turn: None,
             granted_at: None,

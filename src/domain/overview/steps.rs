@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::domain::estimate::{Runs, Span};
+use crate::domain::estimate::{MIN_RUNS, Runs, Span};
 use crate::domain::job::{Attempt, Outcome};
 use crate::domain::workflow::Steps;
 
@@ -47,7 +47,8 @@ impl StepView {
         match (self.submitted_at, self.started_at) {
             (_, Some(_)) => "running",
             (Some(_), None) => "waiting",
-            (None, None) => "to be tried again",
+            (None, None) if self.attempt > 1 => "to be tried again",
+            (None, None) => "waiting",
         }
     }
 
@@ -85,6 +86,15 @@ impl StepView {
                 p90: sum.p90.saturating_add(next.p90),
             })
         }))
+    }
+}
+
+impl StepView {
+    /// Of how many runs what is left of the job would be known, if there were enough.
+    pub(super) fn too_few(&self, counts: &BTreeMap<usize, usize>) -> Option<usize> {
+        let steps = self.number..=self.shares.len();
+        let fewest = steps.map(|number| counts.get(&number).copied().unwrap_or(0));
+        fewest.min().filter(|count| *count < MIN_RUNS)
     }
 }
 
@@ -173,7 +183,9 @@ impl AttemptView {
             (Some(outcome), _, _) => outcome.in_words(),
             (None, Some(_), _) => "running",
             (None, None, Some(_)) => "waiting",
-            (None, None, None) => "to be tried again",
+            (None, None, None) if self.attempt > 1 => "to be tried again",
+            // As a rule it waits for its turn.
+            (None, None, None) => "held",
         }
     }
 
@@ -193,6 +205,7 @@ impl AttemptView {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::job::Position;
     use rstest::rstest;
 
     fn at(second: i64) -> Timestamp {
@@ -219,6 +232,36 @@ mod tests {
         assert_eq!(parts, [(0.5, 1.0), (0.25, 0.5), (0.25, 0.0)]);
         assert_eq!(view(2, None).name(), "step 2 of 3, Simulate");
         assert_eq!(view(2, None).activity(), "waiting");
+    }
+
+    #[rstest]
+    #[case::never_begun(1, "waiting", "held")]
+    #[case::begun_before(2, "to be tried again", "to be tried again")]
+    fn what_has_no_task_yet_is_tried_again_only_if_it_was_tried(
+        #[case] attempt: usize,
+        #[case] activity: &str,
+        #[case] state: &str,
+    ) {
+        let view = StepView {
+            attempt,
+            submitted_at: None,
+            ..view(1, None)
+        };
+        assert_eq!(view.activity(), activity);
+        let row = Attempt {
+            position: Position {
+                step: 0,
+                fallback: 0,
+                attempt,
+            },
+            task_id: None,
+            due_at: None,
+            submitted_at: None,
+            started_at: None,
+            report: None,
+        };
+        let row = AttemptView::new(row, "Simulate".to_owned(), "simulator".to_owned());
+        assert_eq!(row.state(), state);
     }
 
     #[rstest]

@@ -14,6 +14,9 @@ use crate::proto::{EsdlMessage, WorkflowParameter, esdl_message::Severity};
 
 /// Events of which a story has no more; those in its middle are left out.
 const MAX_EVENTS: usize = 200;
+/// Why a job ends later than by its timeout.
+const PATIENCE: &str = "a timeout ends a job 5 s after it is over, to let what its worker has said go first, or with \
+     the check that follows (TIMEOUT_JOB_HANDLER_RERUN_SEC)";
 /// Characters that are shown of a parameter.
 const MAX_VALUE: usize = 1000;
 
@@ -420,7 +423,13 @@ fn end(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
             Some(by) => format!("Cancelled by {by}"),
             None => "Cancelled".to_owned(),
         },
-        Outcome::CrashLoop => "Ended by the orchestrator: its workers crashed over it".to_owned(),
+        Outcome::CrashLoop => {
+            let lost = match lost_workers(job, rows) {
+                ..=1 => "its worker was lost".to_owned(),
+                more => format!("its workers were lost, {more} times"),
+            };
+            format!("Ended by the orchestrator: {lost}, by a crash or a stop")
+        }
         Outcome::Rejected => "Refused by the orchestrator".to_owned(),
         Outcome::TimedOut => "Ended by the orchestrator: it timed out".to_owned(),
         Outcome::Expired => {
@@ -428,10 +437,25 @@ fn end(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
         }
         Outcome::Lost => "Given up by the orchestrator: it was lost".to_owned(),
     };
+    let patience = (outcome == Outcome::TimedOut).then(|| PATIENCE.to_owned());
     let why = job.ends.why.as_deref().map(one_line);
     let bytes = job.result_bytes.filter(|bytes| *bytes > 0);
     let size = bytes.map(|bytes| format!("its result has {bytes} bytes"));
-    Some(event(job.finished_at?, what).with(why).with(size))
+    let end = event(job.finished_at?, what);
+    Some(end.with(why).with(patience).with(size))
+}
+
+/// How many workers were taken for dead that had begun its last task. What began it first has not followed
+/// another, and excused starts no dead one.
+fn lost_workers(job: &JobView, rows: &Rows) -> usize {
+    let counts = |(_, verdict): &&(Timestamp, Verdict)| match verdict {
+        Verdict::Counts | Verdict::Suspected => true,
+        Verdict::Interrupted | Verdict::Copy => false,
+    };
+    let known = rows.starts.iter().filter(counts).count();
+    let all = usize::try_from(job.starts).unwrap_or_default();
+    let started = if known > 0 { known } else { all };
+    started.saturating_sub(1)
 }
 
 #[cfg(test)]

@@ -75,6 +75,8 @@ pub(super) fn waiting(position: i64) -> JobView {
         result_bytes: None,
         position: Some(position),
         estimate: None,
+        too_few_runs: None,
+        concern: None,
         step: None,
         turn: None,
         granted_at: None,

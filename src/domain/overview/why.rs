@@ -11,12 +11,15 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::capacity::FRESH;
-use super::{JobState, JobView, Overview, QueueView, StepEnd, StepView, TOLD, TurnView, spoken};
+use super::{
+    Concern, JobState, JobView, Outage, Overview, QueueView, StepEnd, StepView, TOLD, TurnView,
+    spoken,
+};
 use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome};
 use crate::domain::text::{excerpt, harmless};
 use crate::domain::turns::QueueLimit;
-use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
+use crate::domain::worker::{LostTask, TaskView, WorkerState, WorkerView, Workers};
 
 /// Characters of a sentence, and of a fact.
 const MAX_SENTENCE: usize = 200;
@@ -47,9 +50,41 @@ impl Overview {
     pub fn explain(&self, jobs: &mut [JobView], now: Timestamp) {
         self.estimate(jobs, now);
         for job in jobs {
+            job.concern = concern(job, self, now);
+            // Nobody can say how long an outage takes.
+            if job.concern.is_some() || self.outage.is_some() {
+                job.estimate = None;
+            } else if job.estimate.is_none() {
+                job.too_few_runs = self.too_few_runs(job);
+            }
             job.why = Some(why(job, self, now));
         }
     }
+}
+
+/// What somebody should look at, of a job that has not ended.
+fn concern(job: &JobView, overview: &Overview, now: Timestamp) -> Option<Concern> {
+    if let JobState::Ended(_) = job.state {
+        return None;
+    }
+    if lost(job, overview, now).is_some() {
+        return Some(Concern::TaskLost);
+    }
+    let (worker, _) = computing(job, overview, now)?;
+    (worker.state == WorkerState::Silent).then_some(Concern::WorkerSilent)
+}
+
+/// Its task, if no worker has it and it is in no queue.
+fn lost<'o>(job: &JobView, overview: &'o Overview, now: Timestamp) -> Option<&'o LostTask> {
+    let mut lost = overview.seen_workers(now)?.lost_tasks.iter();
+    lost.find(|lost| job.task_id.as_deref() == Some(&lost.task_id))
+}
+
+/// `RabbitMQ does not answer (since 23:40)`.
+fn in_outage(outage: &Outage, now: Timestamp) -> String {
+    let since = outage.since;
+    let since = since.map(|since| format!(" (since {})", clock(since, now)));
+    format!("{}{}", outage.what, since.unwrap_or_default())
 }
 
 /// Why a job is as it is, as of what is known of the deployment.
@@ -182,7 +217,9 @@ impl Telling {
             return telling;
         }
         let wait = job.estimate.and_then(|estimate| estimate.wait);
+        let outage = overview.outage.as_ref();
         telling
+            .may_say(outage.map(|outage| in_outage(outage, now)))
             .may_say(before_it(job.id, owner, view))
             .may_say(no_worker(queue, overview, now))
             .may_say(wait.map(about))
@@ -205,6 +242,15 @@ impl Telling {
             1 => format!("{shown} has 1 worker"),
             workers => format!("{shown} has {workers} workers"),
         }));
+        if let Some(outage) = &overview.outage {
+            return telling.say(format!("Waits: {}", in_outage(outage, now)));
+        }
+        if let Some(lost) = lost(job, overview, now) {
+            return telling.say(format!(
+                "Its task is lost: it is in no queue, and no worker says that it has it, since {}",
+                clock(lost.since, now)
+            ));
+        }
         if let Some(nobody) = no_worker(queue, overview, now) {
             return telling
                 .say(format!("Waits: {nobody}"))
@@ -277,11 +323,7 @@ impl Telling {
         let ran = now.duration_since(since);
         let telling = self.fact(format!("runs since {}", clock(since, now)));
         let again = (job.starts > 1).then(|| format!("started {} times", job.starts));
-        let lost = overview.seen_workers(now).and_then(|workers| {
-            let mut lost = workers.lost_tasks.iter();
-            lost.find(|lost| job.task_id.as_deref() == Some(&lost.task_id))
-        });
-        if let Some(lost) = lost {
+        if let Some(lost) = lost(job, overview, now) {
             return telling
                 .say(format!(
                     "Its task is lost: no worker has had it since {}",
@@ -296,16 +338,24 @@ impl Telling {
         let silent = host.filter(|worker| worker.state == WorkerState::Silent);
         let silent = silent.map(|worker| {
             format!(
-                "its worker was last seen {} ago",
-                ago(worker.last_seen, now)
+                "its worker has not answered since {}: restart it, and the task goes to another, as far as \
+                 its delivery limit allows",
+                clock(worker.last_seen, now)
             )
         });
+        let outage = overview.outage.as_ref();
+        let outage = outage.map(|outage| {
+            let outage = in_outage(outage, now);
+            format!("whether it still does is not known: {outage}")
+        });
+        let is_known = silent.is_none() && outage.is_none();
         let host = host.map(|worker| format!(" on {}", name(&worker.host)));
         let (what, host) = (what.unwrap_or_default(), host.unwrap_or_default());
         telling
             .say(format!("Runs{what}{host} for {}", spoken(ran)))
             .may_say(silent)
-            .may_say(pace(job, ran, overview))
+            .may_say(outage)
+            .may_say(pace(job, ran, overview).filter(|_| is_known))
             .may_say(last_word(job, since, now))
             .may_say(deadline(job, since, now))
             .may_say(again)
@@ -335,10 +385,12 @@ impl Telling {
         let told = (!job.ends.is_told).then(|| "its client may not have been told yet".to_owned());
         let telling = match outcome {
             Outcome::Succeeded => telling.say(format!("Succeeded{after}")),
-            Outcome::Failed => telling.say(format!("Failed{place}{said}")),
+            Outcome::Failed => telling.say(failed(&place, &said)),
             Outcome::Cancelled => telling.say(cancelled(job, &after)),
             Outcome::CrashLoop => telling
-                .say(format!("Crashed its workers{place}"))
+                .say(format!(
+                    "Lost its workers{place}: they crashed, or were stopped"
+                ))
                 .may_say((starts > 1).then(|| format!("its task was started {starts} times"))),
             Outcome::Rejected => telling.say(format!("Refused{said}")),
             Outcome::TimedOut => telling.say(format!("Timed out{place}{after}{said}")),
@@ -346,6 +398,20 @@ impl Telling {
             Outcome::Lost => telling.say(format!("Lost{place}{said}")),
         };
         telling.may_say(told)
+    }
+}
+
+/// `Failed: no solution`; what says itself that it failed says it once.
+fn failed(place: &str, said: &str) -> String {
+    let words = said.strip_prefix(": ").unwrap_or_default();
+    let rest = words
+        .split_at_checked("failed".len())
+        .filter(|(word, _)| word.eq_ignore_ascii_case("failed"))
+        .map(|(_, rest)| rest)
+        .filter(|rest| !rest.starts_with(char::is_alphanumeric));
+    match (place, rest) {
+        ("", Some(rest)) => format!("Failed{rest}"),
+        _ => format!("Failed{place}{said}"),
     }
 }
 

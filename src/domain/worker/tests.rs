@@ -1,4 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::slice;
 
 use jiff::{SignedDuration, Timestamp};
 use rstest::rstest;
@@ -29,7 +30,11 @@ fn answer(second: i64, tasks: &[&str], takes: &[&str]) -> Answer {
         tasks: Some(
             tasks
                 .iter()
-                .map(|id| ((*id).to_owned(), "q".to_owned()))
+                .map(|id| SaidTask {
+                    id: (*id).to_owned(),
+                    name: "q".to_owned(),
+                    job_id: None,
+                })
                 .collect(),
         ),
         queues: Some(queues(takes)),
@@ -55,6 +60,8 @@ struct Looks {
     absences: Vec<Absence>,
     connected: BTreeSet<String>,
     running: Vec<RunningTask>,
+    waiting: Vec<WaitingTask>,
+    others: BTreeMap<String, Uuid>,
     depths: Depths,
 }
 
@@ -69,6 +76,8 @@ impl Looks {
                 .collect(),
             connected: self.connected.clone(),
             running: self.running.clone(),
+            waiting: self.waiting.clone(),
+            others: self.others.clone(),
             depths: self.depths.clone(),
         };
         let look = look(self.known.clone(), &self.absences, &seen);
@@ -355,4 +364,176 @@ fn after_an_outage_and_after_a_start_an_absence_begins_anew() {
     assert_eq!(since(&mut looks, 201), at(201));
     looks.running[0].started_at = at(205);
     assert_eq!(since(&mut looks, 216), at(216));
+}
+
+/// Looks at a task that is on its queue by what the database knows, each 15 seconds for two minutes. `w`
+/// takes tasks from there and has nothing to do; `change` changes what is seen.
+fn in_no_queue(change: impl Fn(&mut Looks, &mut Vec<(&str, Answer)>)) -> Look {
+    let mut looks = Looks {
+        waiting: vec![WaitingTask {
+            job_id: Uuid::from_u128(8),
+            task_id: "waits".to_owned(),
+            queue: "q".to_owned(),
+            submitted_at: at(0),
+        }],
+        ..Looks::default()
+    };
+    looks.queue(0, 1);
+    let mut told = 0;
+    let mut last = Look::default();
+    for second in (25..=130).step_by(15) {
+        let mut answers = vec![("w", answer(second, &[], &["q"]))];
+        change(&mut looks, &mut answers);
+        last = looks.look(second, &answers);
+        let is_told = |news: &&News| matches!(news, News::Absent { .. });
+        told += last.news.iter().filter(is_told).count();
+    }
+    let expected = last.absences.iter().filter(|one| one.is_told).count();
+    assert_eq!(told, expected, "told once");
+    last
+}
+
+#[test]
+fn a_task_that_no_worker_has_begun_and_no_queue_has_is_absent() {
+    let absence = Absence {
+        job_id: Uuid::from_u128(8),
+        task_id: "waits".to_owned(),
+        since: at(25),
+        confirmed_at: at(130),
+        may_wait: false,
+        is_told: true,
+    };
+    assert_eq!(in_no_queue(|_, _| {}).absences, slice::from_ref(&absence));
+    // Also if nobody takes from there, or it is gone.
+    let nobody = in_no_queue(|looks, answers| {
+        looks.queue(0, 0);
+        answers.clear();
+    });
+    assert_eq!(nobody.absences, slice::from_ref(&absence));
+    // A worker that cannot be asked has nothing to do, as far as is known: that is no proof.
+    let stranger = in_no_queue(|looks, _| looks.queue(0, 2));
+    let doubtful = Absence {
+        may_wait: true,
+        ..absence
+    };
+    assert_eq!(stranger.absences, [doubtful]);
+}
+
+#[rstest]
+#[case::something_is_in_its_queue(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| looks.queue(1, 1))]
+#[case::nothing_is_known_of_its_queue(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.depths.clear();
+})]
+#[case::a_worker_has_it(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1 = answer(10, &["waits"], &["q"]);
+})]
+#[case::one_whose_queue_it_is_not_has_it(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers.push(("x", answer(10, &["waits"], &["other"])));
+})]
+#[case::a_busy_worker_may_have_been_given_it(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1 = answer(10, &["u"], &["q"]);
+    answers[0].1.stats.as_mut().unwrap().prefetch = Some(4);
+})]
+#[case::a_worker_is_silent(|looks: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    // It has answered in the first look.
+    if !looks.known.is_empty() {
+        looks.connected = queues(&["w"]);
+        answers.clear();
+        looks.queue(0, 0);
+    }
+})]
+#[case::one_that_cannot_be_asked_computes_another(|looks: &mut Looks, _: &mut Vec<(&str, Answer)>| {
+    looks.queue(0, 2);
+    looks.running = vec![running("of a stranger")];
+})]
+#[case::it_has_just_been_put_there(|looks: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    let uptime = answers[0].1.stats.as_ref().unwrap().uptime.unwrap();
+    looks.waiting[0].submitted_at = at(uptime.as_secs() - 1);
+})]
+fn a_task_that_may_be_in_its_queue_or_with_a_worker_is_not(
+    #[case] change: fn(&mut Looks, &mut Vec<(&str, Answer)>),
+) {
+    let look = in_no_queue(change);
+    let told: Vec<_> = look.absences.iter().filter(|one| one.is_told).collect();
+    assert_eq!(told, Vec::<&Absence>::new());
+}
+
+/// Whether the task of [`without_its_worker`] is told, after it was, when a worker of its queue is silent; and
+/// whether its job may be ended.
+#[test]
+fn what_is_told_as_lost_stays_so_while_a_worker_is_silent() {
+    let mut looks = Looks {
+        running: vec![running("t")],
+        ..Looks::default()
+    };
+    looks.queue(0, 1);
+    let v = |second| vec![("v", answer(second, &[], &["q"]))];
+    for second in [20, 80] {
+        looks.look(second, &v(second));
+    }
+    let is_told = |look: &Look| {
+        look.absences
+            .iter()
+            .map(|one| (one.is_told, one.may_wait))
+            .next()
+    };
+    let told = looks.look(95, &v(95));
+    assert_eq!(is_told(&told), Some((true, false)));
+    looks.connected = queues(&["v"]);
+    for second in [110, 125, 220] {
+        let look = looks.look(second, &[]);
+        assert_eq!(is_told(&look), Some((true, true)), "at {second}");
+        assert!(
+            !look
+                .news
+                .iter()
+                .any(|news| matches!(news, News::Absent { .. }))
+        );
+    }
+    // It counts anew from here on, for after so long nobody knows what was in between.
+    let back = looks.look(235, &v(235));
+    assert_eq!(is_told(&back), Some((true, false)));
+    assert_eq!(back.absences[0].since, at(235));
+    assert_eq!(back.news, [News::Back("v".to_owned())]);
+    looks.running[0].started_at = at(240);
+    assert_eq!(is_told(&looks.look(250, &v(250))), Some((false, false)));
+}
+
+#[test]
+fn a_task_is_known_by_what_its_worker_tells_of_it_if_the_job_is_ours() {
+    let mut looks = Looks::default();
+    let mut told = answer(10, &["ours", "theirs"], &["q"]);
+    let job = Uuid::from_u128(9);
+    for task in told.tasks.iter_mut().flatten() {
+        task.job_id = Some(job);
+    }
+    let answers = BTreeMap::from([("w".to_owned(), told.clone())]);
+    let runs = [running("theirs")];
+    let unknown: Vec<_> = unknown_jobs(&answers, &runs).collect();
+    assert_eq!(unknown, [("ours", job)]);
+    looks.others = BTreeMap::from([("ours".to_owned(), job)]);
+    looks.look(10, &[("w", told)]);
+    let tasks = looks.known["w"].tasks.iter();
+    let jobs: Vec<_> = tasks.map(|task| (task.id.as_str(), task.job_id)).collect();
+    assert_eq!(jobs, [("ours", Some(job)), ("theirs", None)]);
+}
+
+#[test]
+fn a_queue_is_deserted_since_the_last_of_its_workers_has_gone() {
+    let worker = |state: WorkerState, since: i64, seen: i64, serves: &[&str]| {
+        let mut worker = Worker::new(&format!("{state:?} {since}"), at(0));
+        worker.state = state;
+        (worker.state_since, worker.last_seen) = (at(since), at(seen));
+        worker.serves = queues(serves);
+        (worker.host.clone(), worker)
+    };
+    let all = [
+        worker(WorkerState::Gone, 20, 10, &["left", "drained"]),
+        worker(WorkerState::Gone, 40, 30, &["left", "taken"]),
+        worker(WorkerState::Drained, 50, 100, &["drained"]),
+        worker(WorkerState::Silent, 60, 15, &["taken"]),
+        worker(WorkerState::Gone, 90, 80, &["taken"]),
+    ];
+    let expected = BTreeMap::from([("drained".to_owned(), at(50)), ("left".to_owned(), at(30))]);
+    assert_eq!(deserted(&all.into_iter().collect()), expected);
 }

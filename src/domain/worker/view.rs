@@ -5,6 +5,13 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::{SAMPLE_PERIOD, Worker, WorkerState};
+use crate::domain::job::Outcome;
+use crate::domain::overview::spoken;
+use crate::domain::text::one_line;
+
+/// How long after the end of its job, or of its attempt, a worker may have a task: it has been told to stop
+/// then, or has only just sent its result.
+const WINDS_UP: SignedDuration = SignedDuration::from_secs(30);
 
 /// All workers, as of the last look.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -12,16 +19,18 @@ pub struct Workers {
     /// None before the first look, or when nobody looks.
     pub looked_at: Option<Timestamp>,
     pub workers: Vec<WorkerView>,
-    /// Tasks of running jobs that no worker has had for a minute.
+    /// Tasks of jobs that no worker has had for a minute, and that are in no queue.
     pub lost_tasks: Vec<LostTask>,
 }
 
-/// A task of a running job that no worker has.
+/// A task of a job that no worker has, and that is in no queue.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LostTask {
     pub job_id: Uuid,
     pub task_id: String,
     pub since: Timestamp,
+    /// Whether no worker has ever begun it.
+    pub never_begun: bool,
 }
 
 /// A worker.
@@ -61,9 +70,88 @@ pub struct TaskView {
     pub step: Option<String>,
     /// When it was started or, if it is no job's, first seen.
     pub since: Timestamp,
+    /// How its job, or its attempt at a step, has ended: it is computed for nobody.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended: Option<TaskEnd>,
+}
+
+/// How the job of a task, or its attempt at a step, has ended.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TaskEnd {
+    #[serde(serialize_with = "name")]
+    pub outcome: Outcome,
+    pub at: Timestamp,
+}
+
+fn name<S: serde::Serializer>(outcome: &Outcome, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(outcome.name())
+}
+
+impl TaskEnd {
+    /// What its job did, or was done to it.
+    pub fn in_words(&self) -> &'static str {
+        match self.outcome {
+            Outcome::Succeeded => "has succeeded",
+            Outcome::Failed => "has failed",
+            Outcome::Cancelled => "was cancelled",
+            Outcome::CrashLoop => "was ended after the loss of its workers",
+            Outcome::Rejected => "was refused",
+            Outcome::TimedOut => "was ended by its timeout",
+            Outcome::Expired => "was given up",
+            Outcome::Lost => "was given up as lost",
+        }
+    }
+}
+
+/// A worker that goes on with a task though its job, or its attempt, ended a while ago.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct InVain<'w> {
+    pub worker: &'w WorkerView,
+    pub task: &'w TaskView,
+    pub job_id: Uuid,
+    pub end: &'w TaskEnd,
+}
+
+impl InVain<'_> {
+    /// `worker w@h computes job a first try (dd134831) that was cancelled 2 min ago`; harmless.
+    pub fn in_words(&self, now: Timestamp) -> String {
+        let id = self.job_id.to_string();
+        let job = match &self.task.reference {
+            Some(reference) => format!("{} ({})", one_line(reference), &id[..8]),
+            None => id,
+        };
+        // The job itself may have gone on with another attempt, or another step.
+        let what = match &self.task.step {
+            Some(step) => format!("an attempt at {} of job {job}", one_line(step)),
+            None => format!("job {job}"),
+        };
+        format!(
+            "worker {} computes {what}, which {} {} ago",
+            one_line(&self.worker.host),
+            self.end.in_words(),
+            spoken(now.duration_since(self.end.at))
+        )
+    }
 }
 
 impl WorkerView {
+    /// `; it has the job first try (dd134831)`; harmless.
+    pub fn jobs_in_words(&self) -> String {
+        let job = |task: &TaskView| {
+            let id = task.job_id?.to_string();
+            Some(match &task.reference {
+                Some(reference) => format!("{} ({})", one_line(reference), &id[..8]),
+                None => id,
+            })
+        };
+        let jobs: Vec<_> = self.tasks.iter().filter_map(job).collect();
+        match &jobs[..] {
+            [] => String::new(),
+            [one] => format!("; it has the job {one}"),
+            all => format!("; it has the jobs {}", all.join(", ")),
+        }
+    }
+
     /// How many tasks it computes at once, as far as it has said.
     pub fn processes(&self) -> usize {
         let pool = self.pool_size.and_then(|size| usize::try_from(size).ok());
@@ -119,6 +207,23 @@ impl Workers {
     pub fn count(&self, state: WorkerState) -> usize {
         let workers = self.workers.iter();
         workers.filter(|worker| worker.state == state).count()
+    }
+
+    /// Who goes on with what has ended, by the last look. What a silent one does is not known.
+    pub fn in_vain(&self) -> impl Iterator<Item = InVain<'_>> {
+        let answering = self.workers.iter().filter(|worker| worker.state.answers());
+        let tasks =
+            answering.flat_map(|worker| worker.tasks.iter().map(move |task| (worker, task)));
+        tasks.filter_map(|(worker, task)| {
+            let (job_id, end) = (task.job_id?, task.ended.as_ref()?);
+            let time = self.looked_at?.duration_since(end.at);
+            (time >= WINDS_UP).then_some(InVain {
+                worker,
+                task,
+                job_id,
+                end,
+            })
+        })
     }
 
     /// How many tasks they compute, as far as they say so.

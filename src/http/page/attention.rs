@@ -8,7 +8,7 @@ use super::layout::Frame;
 use super::words::{Amber, Matter, command, name, since};
 use super::workers;
 use crate::actions::counted;
-use crate::domain::overview::{JobView, Overview, QueueView, Queues};
+use crate::domain::overview::{JobView, LonelyQueue, Overview, QueueView};
 use crate::telemetry::health::Part;
 use crate::telemetry::report::harmless;
 use crate::wire::DEAD_LETTERS_QUEUE;
@@ -22,10 +22,8 @@ const SAID: usize = 3;
 pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {
     let now = frame.now;
     let mut all = Vec::new();
-    if let Some(queues) = &overview.queues {
-        let without = queues.without_worker.iter();
-        all.extend(without.map(|(task, seen)| without_worker(task, *seen, queues, overview, now)));
-    }
+    let lonely = overview.lonely().into_iter();
+    all.extend(lonely.map(|queue| without_worker(&queue, now)));
     let paused = overview.turns.iter();
     let paused = paused.filter(|queue| queue.limit.is_paused && queue.held > 0);
     all.extend(paused.map(|queue| is_paused(queue, frame)));
@@ -63,35 +61,14 @@ pub(super) fn verdict(matters: &[Matter]) -> String {
     format!("{}{}.", first.unwrap_or_default(), letters.as_str())
 }
 
-/// How long its jobs have waited is known of a queue that is a workflow's only one.
-fn without_worker(
-    task: &str,
-    seen: Timestamp,
-    queues: &Queues,
-    overview: &Overview,
-    now: Timestamp,
-) -> Matter {
-    let waiting = queues.waiting(task);
-    let of = |(workflow, tasks): (&String, &Vec<String>)| {
-        tasks
-            .iter()
-            .any(|one| one == task)
-            .then(|| harmless(workflow))
-    };
-    let others: Vec<_> = overview.tasks.iter().filter_map(of).collect();
-    let oldest = match overview.tasks.contains_key(task) || !others.is_empty() {
-        true => None,
-        false => overview.rows.get(task).and_then(|rows| rows.oldest_waiting),
-    };
-    let task = harmless(task);
+fn without_worker(lonely: &LonelyQueue, now: Timestamp) -> Matter {
+    let queue = harmless(&lonely.queue);
     Matter {
-        short: format!("no worker takes {task}"),
+        short: format!("no worker takes {queue}"),
         full: html! {
-            b { (task) } @if !others.is_empty() { span.dim { " (of " (others.join(", ")) ")" } }
-            " has no worker, and " (waiting) @if waiting == 1 { " job waits" } @else { " jobs wait" }
-            @match oldest {
-                Some(oldest) => { ", the first for " (since(oldest, now)) }
-                None => { ", for " (since(seen, now)) " at least" }
+            b { (queue) } span.dim { (lonely.users()) } " has no worker, and " (lonely.what_waits())
+            @if let Some(oldest) = lonely.oldest {
+                @if lonely.waiting == 1 { " for " } @else { ", the oldest for " } (since(oldest, now))
             }
             ". Start one that takes this queue, or see what keeps it away: "
             (command("omotes-orchestrator doctor"))
@@ -117,8 +94,10 @@ fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
 fn ambers(jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
     let mut kinds: Vec<(Amber, Vec<&JobView>)> = Vec::new();
     for job in jobs {
-        let Some(amber) = Amber::of(job, now) else {
-            continue;
+        let amber = match Amber::of(job, now) {
+            Some(amber @ (Amber::Overdue | Amber::Silent)) => amber,
+            // The workers' own matters have it.
+            Some(Amber::Of(_)) | None => continue,
         };
         match kinds.iter_mut().find(|(kind, _)| *kind == amber) {
             Some((_, jobs)) => jobs.push(job),

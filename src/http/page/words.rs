@@ -4,7 +4,7 @@ use jiff::{SignedDuration, Timestamp};
 use maud::{Markup, html};
 
 use crate::domain::job::{JobStatus, Outcome, Priority};
-use crate::domain::overview::{JobState, JobView, Tone, spoken};
+use crate::domain::overview::{Concern, JobState, JobView, Tone, spoken};
 use crate::telemetry::report::{harmless, percent};
 
 /// A worker that computes says something now and then; one that has not for so long is looked at.
@@ -61,10 +61,15 @@ pub(super) enum Amber {
     Overdue,
     /// Its worker has said nothing for long.
     Silent,
+    /// What the workers say.
+    Of(Concern),
 }
 
 impl Amber {
     pub(super) fn of(job: &JobView, now: Timestamp) -> Option<Amber> {
+        if let Some(concern) = job.concern {
+            return Some(Amber::Of(concern));
+        }
         if job.state != JobState::Live(JobStatus::Running) {
             return None;
         }
@@ -88,13 +93,19 @@ impl Amber {
         match self {
             Amber::Overdue => "overdue",
             Amber::Silent => "silent",
+            Amber::Of(Concern::WorkerSilent) => "worker silent",
+            Amber::Of(Concern::TaskLost) => "lost",
         }
     }
 
     pub(super) fn meaning(self) -> &'static str {
         match self {
             Amber::Overdue => "It runs for longer than all of its workflow before it.",
-            Amber::Silent => "Its worker has said nothing for more than ten minutes.",
+            Amber::Silent => "Its worker has reported no progress for more than ten minutes.",
+            Amber::Of(Concern::WorkerSilent) => {
+                "Its worker does not answer, though it is connected to RabbitMQ."
+            }
+            Amber::Of(Concern::TaskLost) => "No worker has its task, and it is in no queue.",
         }
     }
 

@@ -18,21 +18,29 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
             "The worker " b { (one_line(&worker.host)) } " has not answered for " (since(worker.last_seen, now))
             ", though it is connected to RabbitMQ."
             @if !worker.tasks.is_empty() {
-                " It was computing " @for (place, task) in worker.tasks.iter().enumerate() {
-                    @if place > 0 { ", " } (called(task))
-                } "."
-            }
-            " If it hangs, restart it: what it computes goes to another."
+                " It computes " @for (place, task) in worker.tasks.iter().enumerate() {
+                    @if place > 0 { ", " } (computes(task, now))
+                } ". Restart it: its task goes to another, as far as its delivery limit allows."
+            } @else { " Restart it." }
         },
     });
     let lost = workers.lost_tasks.iter().map(|lost| Matter {
         short: "a task is lost".to_owned(),
         full: html! {
             "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
-            " for " (since(lost.since, now)) "."
+            " for " (since(lost.since, now))
+            @if lost.never_begun { ", and it is in no queue, though none has begun it" }
+            ". Cancel the job and submit it again, or let " code { "TASK_LOST_SEC" } " end such jobs."
         },
     });
-    silent.chain(lost).collect()
+    let in_vain = workers.in_vain().map(|one| Matter {
+        short: "a worker computes for nobody".to_owned(),
+        full: html! {
+            "The worker " b { (one_line(&one.worker.host)) } " computes " (computes(one.task, now))
+            ". It is told to stop at each look; if it goes on, restart it."
+        },
+    });
+    silent.chain(lost).chain(in_vain).collect()
 }
 
 pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {
@@ -91,20 +99,15 @@ fn about(worker: &WorkerView) -> String {
 
 fn computes(task: &TaskView, now: Timestamp) -> Markup {
     html! {
-        (called(task))
-        @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
-        span.dim { " for " (since(task.since, now)) }
-    }
-}
-
-fn called(task: &TaskView) -> Markup {
-    html! {
         @match task.job_id {
             Some(id) => a href={ "/jobs/" (id) } {
                 @match &task.reference { Some(reference) => (harmless(reference)), None => code { (id) } }
             },
             None => { (one_line(&task.name)) " " code { (one_line(&task.id)) } }
         }
+        @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
+        span.dim { " for " (since(task.since, now)) }
+        @if let Some(end) = &task.ended { span.warn { ", which " (end.in_words()) " " (since(end.at, now)) " ago" } }
     }
 }
 

@@ -1137,7 +1137,7 @@ fn a_lost_task_is_an_error_of_its_step() {
     };
     story.submit();
     let waits = lost(&story);
-    assert_eq!(story.tell(&waits), ["its task waits for a worker"]);
+    assert_eq!(story.tell(&waits), ["its task was put on its queue since"]);
     story.start();
     story.second += 1;
     let gone = lost(&story);
@@ -1151,6 +1151,31 @@ fn a_lost_task_is_an_error_of_its_step() {
     let gone = lost(&story);
     let told = story.tell(&gone).join(" ");
     assert!(told.contains("=== step 2 of 2, C: lost ==="), "{told}");
+}
+
+/// It was purged from its queue, say, before a worker has begun it.
+#[test]
+fn a_task_that_is_lost_in_its_queue_is_an_error_of_its_step() {
+    let mut story = Story::new(
+        r#"[{"task": "a", "on_error": {"fallback": {"task": "b"}}}, {"task": "c", "title": "C"}]"#,
+    );
+    let lost = |story: &Story| Command::TaskLost {
+        task_id: story.task(),
+        since: Timestamp::from_second(story.second).unwrap(),
+    };
+    story.submit();
+    story.second += 1;
+    let gone = lost(&story);
+    let told = story.tell(&gone);
+    assert!(told[0].contains(" for b:"), "{told:?}");
+    assert_eq!(story.tell(&gone), ["it is of an attempt that has ended"]);
+    story.start();
+    story.result(Some("<esdl id='one'/>"));
+    story.second += 1;
+    let gone = lost(&story);
+    let told = story.tell(&gone).join(" ");
+    assert!(told.contains("=== step 2 of 2, C: lost ==="), "{told}");
+    assert!(told.contains("lost before a worker began it"), "{told}");
 }
 
 #[rstest]

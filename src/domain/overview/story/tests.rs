@@ -30,6 +30,8 @@ fn ended(outcome: Outcome) -> JobView {
         result_bytes: None,
         position: None,
         estimate: None,
+        too_few_runs: None,
+        concern: None,
         step: None,
         turn: None,
         granted_at: None,
@@ -140,10 +142,14 @@ fn a_plain_job_is_submitted_started_and_ends() {
 #[case::cancelled(Outcome::Cancelled, "Cancelled; no heat")]
 #[case::crash_loop(
     Outcome::CrashLoop,
-    "Ended by the orchestrator: its workers crashed over it; no heat"
+    "Ended by the orchestrator: its worker was lost, by a crash or a stop; no heat"
 )]
 #[case::rejected(Outcome::Rejected, "Refused by the orchestrator; no heat")]
-#[case::timed_out(Outcome::TimedOut, "Ended by the orchestrator: it timed out; no heat")]
+#[case::timed_out(
+    Outcome::TimedOut,
+    "Ended by the orchestrator: it timed out; no heat; a timeout ends a job 5 s after it is over, to let what \
+     its worker has said go first, or with the check that follows (TIMEOUT_JOB_HANDLER_RERUN_SEC)"
+)]
 #[case::expired(
     Outcome::Expired,
     "Given up by the orchestrator: it was unfinished for too long; no heat"

@@ -164,6 +164,7 @@ fn worker(state: WorkerState) -> WorkerView {
             workflow: None,
             step: None,
             since: minute(192),
+            ended: None,
         }],
         tasks_per_hour: None,
         ended: 0,
@@ -196,6 +197,16 @@ fn without_worker(overview: Overview) -> Overview {
     overview
 }
 
+fn in_outage(overview: Overview) -> Overview {
+    Overview {
+        outage: Some(Outage {
+            what: "RabbitMQ does not answer",
+            since: Some(minute(200)),
+        }),
+        ..overview
+    }
+}
+
 fn lost() -> Overview {
     let mut overview = seen(WorkerState::Idle, with_workers(1));
     if let Some(workers) = &mut overview.workers {
@@ -203,6 +214,7 @@ fn lost() -> Overview {
             job_id: id(7),
             task_id: "task".to_owned(),
             since: minute(200),
+            never_begun: false,
         });
     }
     overview
@@ -420,6 +432,29 @@ fn progress(at: i64) -> Option<Progress> {
     seen(WorkerState::Idle, with_workers(1)),
     "Waits: it is the next at `simulator`."
 )]
+#[case::in_no_queue(
+    placed(1),
+    change_workers(lost(), |workers| workers.lost_tasks[0].never_begun = true),
+    "Its task is lost: it is in no queue, and no worker says that it has it, since 03:20."
+)]
+#[case::waits_in_an_outage(
+    placed(1),
+    with_runs(2, in_outage(seen(WorkerState::Busy, with_workers(1)))),
+    "Waits: RabbitMQ does not answer (since 03:20)."
+)]
+#[case::waits_in_an_outage_since_nobody_knows_when(
+    placed(1),
+    Overview {
+        outage: Some(Outage { what: "RabbitMQ does not answer", since: None }),
+        ..nothing()
+    },
+    "Waits: RabbitMQ does not answer."
+)]
+#[case::held_in_an_outage(
+    held(),
+    in_outage(at_turn(after(&[], seats(1)))),
+    "Held: `max_running` 1 of `simulator` is used by job 1234abcd; RabbitMQ does not answer (since 03:20); \
+     it is the next.")]
 #[case::step_waits(
     in_step(2, placed(2)),
     nothing(),
@@ -457,7 +492,19 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::silent(
     running(),
     seen(WorkerState::Silent, with_workers(1)),
-    "Runs on worker-simulator@a1 for 14 min; its worker was last seen 14 min ago."
+    "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: restart it, and the task \
+     goes to another, as far as its delivery limit allows."
+)]
+#[case::silent_without_estimate(
+    running(),
+    with_runs(2, seen(WorkerState::Silent, with_workers(1))),
+    "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: restart it, and the task \
+     goes to another, as far as its delivery limit allows."
+)]
+#[case::in_an_outage(
+    running(),
+    with_runs(2, in_outage(nothing())),
+    "Runs for 14 min; whether it still does is not known: RabbitMQ does not answer (since 03:20)."
 )]
 #[case::in_time(
     running(),
@@ -518,6 +565,17 @@ fn progress(at: i64) -> Option<Progress> {
     nothing(),
     "Failed: no solution."
 )]
+#[case::failed_and_says_so(
+    ended(Outcome::Failed, "Failed after 2 seconds"),
+    nothing(),
+    "Failed after 2 seconds."
+)]
+#[case::failed_and_says_so_and_why(
+    ended(Outcome::Failed, "FAILED: no heat"),
+    nothing(),
+    "Failed: no heat."
+)]
+#[case::another_word(ended(Outcome::Failed, "Failedé"), nothing(), "Failed: Failedé.")]
 #[case::failed_silently(ended(Outcome::Failed, ""), nothing(), "Failed.")]
 #[case::failed_in_step(
     ended_in_step(2, "Simulate", Outcome::Failed),
@@ -550,10 +608,10 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::cancelled(ended(Outcome::Cancelled, ""), nothing(), "Cancelled after 8 min.")]
 #[case::crashed(
     change(ended(Outcome::CrashLoop, "Job cannot be processed"), |job| job.starts = 3), nothing(),
-    "Crashed its workers; its task was started 3 times.")]
+    "Lost its workers: they crashed, or were stopped; its task was started 3 times.")]
 #[case::crashed_in_step(
     change(ended_in_step(2, "Simulate", Outcome::CrashLoop), |job| job.starts = 3), nothing(),
-    "Crashed its workers in step 2, Simulate; its task was started 2 times.")]
+    "Lost its workers in step 2, Simulate: they crashed, or were stopped; its task was started 2 times.")]
 #[case::refused(
     ended(Outcome::Rejected, "there is no workflow `x`."),
     nothing(),
@@ -582,6 +640,76 @@ fn it_has_its_sentence(#[case] job: JobView, #[case] overview: Overview, #[case]
     overview.explain(&mut jobs, minute(NOW));
     let [job] = jobs;
     assert_eq!(job.why.unwrap().sentence, sentence);
+}
+
+/// How its row is shown: what somebody should look at, and what is expected of it.
+#[rstest]
+#[case::well(
+    running(),
+    seen(WorkerState::Busy, nothing()),
+    None,
+    "ends in 4 min to 6 min"
+)]
+#[case::its_worker_is_silent(
+    running(),
+    seen(WorkerState::Silent, nothing()),
+    Some(Concern::WorkerSilent),
+    ""
+)]
+#[case::it_is_lost(running(), lost(), Some(Concern::TaskLost), "")]
+#[case::it_is_lost_and_waits(placed(1), lost(), Some(Concern::TaskLost), "")]
+#[case::nothing_goes_on(placed(1), in_outage(nothing()), None, "")]
+#[case::another_jobs_worker_is_silent(
+    change(running(), |job| job.task_id = Some("other".to_owned())),
+    seen(WorkerState::Silent, nothing()), None, "ends in 4 min to 6 min")]
+#[case::it_has_ended(
+    ended(Outcome::Cancelled, ""),
+    seen(WorkerState::Silent, nothing()),
+    None,
+    ""
+)]
+fn what_is_to_be_looked_at_has_no_estimate(
+    #[case] job: JobView,
+    #[case] overview: Overview,
+    #[case] concern: Option<Concern>,
+    #[case] expected: &str,
+) {
+    let overview = Overview {
+        rows: with_runs(2, nothing()).rows,
+        ..overview
+    };
+    let mut jobs = [job];
+    overview.explain(&mut jobs, minute(NOW));
+    assert_eq!(jobs[0].concern, concern);
+    assert_eq!(jobs[0].expectation().unwrap_or_default(), expected);
+}
+
+#[rstest]
+#[case::runs(running(), "no estimate: after 5 successful runs; so far 1")]
+#[case::waits(placed(1), "no estimate: after 5 successful runs; so far 1")]
+#[case::has_steps(
+    in_step(1, running()),
+    "no estimate: after 5 successful runs; so far 2"
+)]
+#[case::has_one_left(
+    in_step(2, running()),
+    "no estimate: after 5 successful runs; so far 3"
+)]
+#[case::has_ended(ended(Outcome::Succeeded, ""), "")]
+#[case::nobody_knows(change(running(), |job| job.workflow = Some("x".to_owned())), "")]
+fn without_an_estimate_it_is_told_why(#[case] job: JobView, #[case] expected: &str) {
+    let rows = WorkflowRows {
+        count: 1,
+        step_counts: BTreeMap::from([(1, 2), (2, 3)]),
+        ..WorkflowRows::default()
+    };
+    let overview = Overview {
+        rows: BTreeMap::from([("simulator".to_owned(), rows)]),
+        ..nothing()
+    };
+    let mut jobs = [job];
+    overview.explain(&mut jobs, minute(NOW));
+    assert_eq!(jobs[0].expectation().unwrap_or_default(), expected);
 }
 
 #[test]

@@ -56,7 +56,7 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /jobs/<id>/compare/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -115,6 +115,7 @@ impl<T> Lanes<T> {
             | Route::Job(_)
             | Route::Page(_)
             | Route::SubmitForm(_)
+            | Route::Compare(..)
             | Route::JobPage(_) => &self.pages,
         }
     }
@@ -264,6 +265,8 @@ enum Route {
     Result(Uuid),
     Page(Filter),
     JobPage(Uuid),
+    /// Two jobs beside each other.
+    Compare(Uuid, Uuid),
     /// What changes on a page.
     Follow(Box<Route>),
     /// Asks again before something is destroyed.
@@ -312,7 +315,10 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
                     Some(id) => Route::Result(job(id)?),
                     None => Route::Job(job(rest)?),
                 },
-                (_, Some(id), _) => Route::JobPage(job(id)?),
+                (_, Some(rest), _) => match rest.split_once("/compare/") {
+                    Some((one, other)) => Route::Compare(job(one)?, job(other)?),
+                    None => Route::JobPage(job(rest)?),
+                },
                 (.., Some(id)) => Route::Follow(Box::new(Route::JobPage(job(id)?))),
                 (None, None, None) => return Err((404, format!("there are {PATHS}"))),
             }

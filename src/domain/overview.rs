@@ -20,6 +20,7 @@ pub use self::named::{JobName, short_ids};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
+pub use self::whereabouts::{ClientQueue, Delivery, Kept, Whereabouts};
 pub use self::why::Why;
 
 mod capacity;
@@ -28,6 +29,7 @@ mod named;
 mod steps;
 mod story;
 mod turns;
+mod whereabouts;
 mod why;
 
 /// Which jobs to show.

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use jiff::civil::DateTime;
-use jiff::{SignedDuration, tz::TimeZone};
+use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use serde_json::{Map, Value};
 
 use super::upload::{self, Field};
@@ -207,6 +207,63 @@ fn values(filled: &Filled, definitions: &[WorkflowParameter]) -> Map<String, Val
         values.insert(key.clone(), value);
     }
     values
+}
+
+/// A job's parameters, as the fields of a form have them.
+pub(super) fn written(
+    definitions: &[WorkflowParameter],
+    params: &Map<String, Value>,
+) -> Vec<(String, String)> {
+    let fields = definitions.iter().filter_map(|definition| {
+        let value = params.get(&definition.key_name)?;
+        let text = match (value, &definition.parameter_type) {
+            (Value::Null, _) => return None,
+            (Value::String(text), _) => text.clone(),
+            (Value::Number(seconds), Some(ParameterType::DatetimeParameter(_))) => time(seconds)?,
+            (value, _) => value.to_string(),
+        };
+        Some((definition.key_name.clone(), text))
+    });
+    fields.collect()
+}
+
+/// The time in UTC that is so many seconds after 1970.
+fn time(seconds: &serde_json::Number) -> Option<String> {
+    let since = SignedDuration::try_from_secs_f64(seconds.as_f64()?).ok()?;
+    let time = Timestamp::from_duration(since).ok()?;
+    Some(time.strftime("%Y-%m-%dT%H:%M:%S").to_string())
+}
+
+/// What was filled in otherwise than a job has it; what was left empty stays as it was.
+///
+/// # Errors
+/// Everything that does not fit then.
+pub(super) fn changes(
+    filled: &[(String, String)],
+    definitions: &[WorkflowParameter],
+    own: &Map<String, Value>,
+) -> Result<Map<String, Value>, Vec<String>> {
+    let before = written(definitions, own);
+    let changed = filled.iter().filter(|one| !before.contains(one));
+    let changed = Filled {
+        params: changed.cloned().collect(),
+        ..Filled::default()
+    };
+    let known = |key: &str| definitions.iter().any(|one| one.key_name == key);
+    let unknown = changed.params.iter().filter(|(key, _)| !known(key));
+    let mut faults: Vec<_> = unknown
+        .map(|(key, _)| format!("{} is not known here", one_line(key)))
+        .collect();
+    let values = values(&changed, definitions);
+    if !values.is_empty() {
+        let mut all = own.clone();
+        all.extend(values.clone());
+        faults.extend(parameters::faults(definitions, &all));
+    }
+    match faults.is_empty() {
+        true => Ok(values),
+        false => Err(faults),
+    }
 }
 
 /// The seconds since 1970 of a time in UTC.

@@ -36,7 +36,7 @@ enum Update {
     Lost(anyhow::Error),
 }
 
-/// Submits a job, whose tasks go to these queues, shows its course, and returns how it ended; the output
+/// Submits a job with its message, whose tasks go to these queues, shows its course, and returns how it ended; the output
 /// ESDL goes to `output`.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
@@ -45,7 +45,7 @@ enum Update {
 /// RabbitMQ is not there or refuses something, or the output could not be written and was printed.
 pub(super) fn submit(
     config: &Config,
-    submission: &JobSubmission,
+    (submission, message): (&JobSubmission, Outgoing),
     tasks: &[String],
     output: Output,
     interrupts: &Receiver<i32>,
@@ -84,7 +84,7 @@ pub(super) fn submit(
                 interrupts,
                 workers: &workers,
             };
-            converse(job_id, submission, &outgoing, &line)
+            converse(job_id, (submission, message), &outgoing, &line)
         });
         let ended = result.and_then(|result| {
             show_result(output, &result)?;
@@ -138,7 +138,7 @@ struct Line<'l> {
 /// Submits the job and shows its updates until its result.
 fn converse(
     job_id: Uuid,
-    submission: &JobSubmission,
+    (submission, message): (&JobSubmission, Outgoing),
     outgoing: &Link,
     line: &Line<'_>,
 ) -> anyhow::Result<JobResult> {
@@ -148,7 +148,7 @@ fn converse(
         publisher.publish(&[message])?;
         anyhow::Ok(())
     };
-    send(wire::job_submission(submission))?;
+    send(message)?;
     let display = Display::new();
     let workflow = one_line(&submission.workflow_type);
     display.line(&format!("job {job_id} submitted to {workflow}"));

@@ -147,7 +147,7 @@ fn a_result_that_rabbitmq_does_not_take_is_kept() {
         .deployment
         .comes_to(1, "SELECT count(*) FROM job WHERE status = 'RUNNING'");
     service.stop();
-    let output = format!("<e id='{}'/>", "x".repeat(1024 * 1024));
+    let output = format!("<e id='out'><!--{}--></e>", "x".repeat(1024 * 1024));
     scene.worker.succeed(&task, &output);
     scene.deployment.limit_messages(256 * 1024);
     let service = start(&scene, &keeps);
@@ -168,10 +168,14 @@ fn a_result_that_rabbitmq_does_not_take_is_kept() {
 #[test]
 fn it_is_said_that_a_client_may_have_what_is_kept() {
     let scene = Scene::new(&json!({}));
-    let variables = [&scene.variables()[..], &[("KEEP_RESULTS_SEC", "600")]].concat();
-    let held = Held::at("after telling", &scene.deployment, &variables);
+    let service = start(&scene, &[]);
     let job = scene.submit(1)[0];
     let task = scene.runs();
+    let runs = "SELECT count(*) FROM job WHERE status = 'RUNNING'";
+    scene.deployment.comes_to(1, runs);
+    assert!(service.stop().success());
+    let variables = [&scene.variables()[..], &[("KEEP_RESULTS_SEC", "600")]].concat();
+    let held = Held::at("after telling", &scene.deployment, &variables);
     scene.worker.succeed(&task, "<e id='out'/>");
     assert_eq!(scene.client.outcome(job).0, ResultType::Succeeded);
     held.kill();

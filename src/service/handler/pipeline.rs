@@ -16,7 +16,7 @@ use super::item::Item;
 use super::outbox::{Outbox, Unavailable};
 use super::{Common, Findings, Handler, MAX_BATCH_BYTES, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
-use crate::domain::job::{Command, Context, Event, Requested, State};
+use crate::domain::job::{Command, Context, Event, Outcome, Requested, State};
 use crate::domain::overview::Delivery;
 use crate::domain::vhost::Vhost;
 use crate::domain::workflow::Catalogue;
@@ -63,7 +63,7 @@ impl Handler<'_> {
             concerns_turns,
             waits,
             stalled,
-            told_before,
+            ended_before,
             given_up,
         } = self.transact(batch, announcements, &mut connection)?;
         for Stalled { place, queue } in stalled {
@@ -83,7 +83,7 @@ impl Handler<'_> {
         let (announced, stalled): (Vec<_>, Vec<_>) = ending
             .into_iter()
             .partition(|job_id| !unavailable.queues.contains(&wire::result_queue(*job_id)));
-        let untaken = untaken(batch, &announced, &unavailable, &told_before);
+        let untaken = untaken(batch, &announced, &unavailable, &ended_before);
         self.keep_untaken(batch, announcements, &untaken, &given_up, &mut connection)?;
         if !announced.is_empty() {
             let keeps_logs = self.common.service.config.keep_logs;
@@ -245,7 +245,7 @@ impl Handler<'_> {
 
         let catalogue = self.common.service.catalogue.get();
         let mut plan = self.decide(batch, &loaded, &catalogue);
-        let told_before = told_before(batch, &plan, &loaded);
+        let ended_before = ended_before(&plan, &loaded);
         stopwatch.lap(Stage::Decide);
 
         let inputs = kept_inputs(&plan, &mut transaction)?;
@@ -287,7 +287,7 @@ impl Handler<'_> {
             ending: plan.ending.into_iter().collect(),
             waits: plan.waits,
             stalled: plan.stalled,
-            told_before,
+            ended_before,
             given_up: plan.given_up,
         })
     }
@@ -450,8 +450,8 @@ struct Committed {
     concerns_turns: bool,
     waits: Vec<Wait>,
     stalled: Vec<Stalled>,
-    /// Those of them of whose outcome their clients may have been told before.
-    told_before: BTreeSet<Uuid>,
+    /// Of those of them whose outcome had been committed before, what that was.
+    ended_before: HashMap<Uuid, Outcome>,
     /// As in the plan.
     given_up: Vec<Uuid>,
 }
@@ -461,41 +461,50 @@ fn untaken(
     batch: &[Item],
     announced: &[Uuid],
     unavailable: &Unavailable<'_>,
-    told_before: &BTreeSet<Uuid>,
+    ended_before: &HashMap<Uuid, Outcome>,
 ) -> Vec<(Uuid, Delivery)> {
-    let refused = batch.iter().filter(|item| item.untold_output.is_some());
-    let refused = refused.filter_map(|item| Some(item.job.as_ref()?.0));
-    let mut untaken: BTreeMap<_, _> = refused.map(|id| (id, Delivery::Refused)).collect();
-    untaken.retain(|id, _| announced.contains(id));
-    if !unavailable.gone.is_empty() {
-        let queues: HashMap<_, _> = announced
-            .iter()
-            .map(|job_id| (wire::result_queue(*job_id), *job_id))
-            .collect();
-        for (queue, delivery) in &unavailable.gone {
-            if let Some(job_id) = queues.get(queue) {
-                let delivery = match delivery {
-                    Delivery::NoQueue if told_before.contains(job_id) => Delivery::NoQueueAgain,
-                    other => *other,
-                };
-                untaken.entry(*job_id).or_insert(delivery);
-            }
+    let mut untaken = BTreeMap::new();
+    for item in batch.iter().filter(|item| item.untold_output.is_some()) {
+        if let Some((job_id, _)) = &item.job
+            && announced.contains(job_id)
+            // Else it is what a step has left, or Postgres has refused it.
+            && ended_before.get(job_id) == Some(&Outcome::Succeeded)
+        {
+            untaken.insert(*job_id, Delivery::Refused);
         }
+    }
+    if unavailable.gone.is_empty() {
+        return untaken.into_iter().collect();
+    }
+    let queues = announced.iter().map(|id| (wire::result_queue(*id), *id));
+    let queues: HashMap<_, _> = queues.collect();
+    // What has waited here has not been told before.
+    let waited = batch.iter().filter(|item| item.has_waited);
+    let waited: BTreeSet<_> = waited
+        .filter_map(|item| Some(item.job.as_ref()?.0))
+        .collect();
+    for (queue, delivery) in &unavailable.gone {
+        let Some(job_id) = queues.get(queue) else {
+            continue;
+        };
+        let may_have_been_told = ended_before.contains_key(job_id) && !waited.contains(job_id);
+        let delivery = match delivery {
+            Delivery::NoQueue if may_have_been_told => Delivery::NoQueueAgain,
+            other => *other,
+        };
+        untaken.entry(*job_id).or_insert(delivery);
     }
     untaken.into_iter().collect()
 }
 
-/// The jobs that end now, and whose outcome was committed before: their clients may have been told, unless
-/// that has waited here.
-fn told_before(batch: &[Item], plan: &Plan<'_>, loaded: &Loaded) -> BTreeSet<Uuid> {
-    let has_waited = |job_id: &Uuid| {
-        let mut items = batch.iter().filter(|item| item.has_waited);
-        items.any(|item| item.job.as_ref().is_some_and(|(id, _)| id == job_id))
-    };
-    let ending = plan.ending.iter().copied();
-    ending
-        .filter(|id| matches!(loaded.states.get(id), Some(State::Ending(_))) && !has_waited(id))
-        .collect()
+/// The outcomes of the jobs that end now, and had been committed before.
+fn ended_before(plan: &Plan<'_>, loaded: &Loaded) -> HashMap<Uuid, Outcome> {
+    let ending = plan.ending.iter();
+    let ended = ending.filter_map(|id| match loaded.states.get(id)? {
+        State::Ending(ending) => Some((*id, ending.ended.outcome)),
+        State::Unknown | State::Live(_) | State::Ended(_) => None,
+    });
+    ended.collect()
 }
 
 /// Notes who has had the jobs of this batch submitted that are not their clients' own.

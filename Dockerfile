@@ -13,7 +13,10 @@ RUN case "$(uname -m)" in aarch64) export JEMALLOC_SYS_WITH_LG_PAGE=16 ;; esac \
 COPY Cargo.toml build.rs ./
 COPY migrations migrations
 COPY src src
-RUN case "$(uname -m)" in aarch64) export JEMALLOC_SYS_WITH_LG_PAGE=16 ;; esac \
+# Which commit this is: `docker build --build-arg COMMIT=$(git describe --always --dirty --tags) .`
+ARG COMMIT=
+RUN export OMOTES_COMMIT="$COMMIT" \
+    && case "$(uname -m)" in aarch64) export JEMALLOC_SYS_WITH_LG_PAGE=16 ;; esac \
     && cargo build --release --locked --bin omotes-orchestrator \
     # Halves it; stack traces read compressed line tables just as well.
     && objcopy --compress-debug-sections=zlib target/release/omotes-orchestrator

@@ -1,9 +1,10 @@
-//! Generates what the sources include: the protobuf messages of `src/proto/omotes.proto` and the
-//! chain of database revisions found in `migrations/`.
+//! Generates what the sources include: the protobuf messages of `src/proto/omotes.proto`, the chain of
+//! database revisions found in `migrations/`, and of which commit this is.
 
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::{env, fs};
 
 type Failure = Box<dyn std::error::Error>;
@@ -11,6 +12,7 @@ type Failure = Box<dyn std::error::Error>;
 fn main() -> Result<(), Failure> {
     println!("cargo::rerun-if-changed=src/proto/omotes.proto");
     println!("cargo::rerun-if-changed=migrations");
+    println!("cargo::rustc-env=OMOTES_BUILD={}", build());
     let messages = protox::compile(["src/proto/omotes.proto"], ["src/proto"])?;
     prost_build::Config::new()
         .enable_type_names()
@@ -35,6 +37,46 @@ fn main() -> Result<(), Failure> {
         code,
     )?;
     Ok(())
+}
+
+/// What follows the version: the commit, as far as it is known. `OMOTES_COMMIT` names it where there is no
+/// repository, as in an image. A debug build does not look for it, which would build all anew at each commit.
+fn build() -> String {
+    println!("cargo::rerun-if-env-changed=OMOTES_COMMIT");
+    let given = env::var("OMOTES_COMMIT").unwrap_or_default();
+    let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
+    let commit = match given.trim() {
+        "" if is_release => described(),
+        "" => return " (debug build)".to_owned(),
+        given => Some(given.to_owned()),
+    };
+    commit.map_or_else(String::new, |commit| format!(" ({commit})"))
+}
+
+/// What git says of the sources; None without git or without a repository of theirs.
+fn described() -> Option<String> {
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").ok()?);
+    // A repository around it that knows nothing of it is another one.
+    git(&root, &["ls-files", "--error-unmatch", "build.rs"])?;
+    for file in ["HEAD", "logs/HEAD"] {
+        let path = root.join(git(&root, &["rev-parse", "--git-path", file])?);
+        // Cargo takes one that is missing for changed.
+        if path.exists() {
+            println!("cargo::rerun-if-changed={}", path.display());
+        }
+    }
+    println!("cargo::rerun-if-changed=src");
+    git(&root, &["describe", "--always", "--dirty", "--tags"])
+}
+
+fn git(root: &Path, arguments: &[&str]) -> Option<String> {
+    let mut git = Command::new("git");
+    let output = git.arg("-C").arg(root).args(arguments).output().ok()?;
+    if !output.status.success() {
+        return None;
+    }
+    let text = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (!text.is_empty()).then_some(text)
 }
 
 struct Revision {

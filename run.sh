@@ -779,6 +779,8 @@ drive() {
    "steps": [{"task": "$name", "parameters": {"behaviour": "first", "step": {"value": 1}}},
              {"task": "$name", "parameters": {"behaviour": "second", "step": {"value": 2}}}]},
   {"workflow_type_name": "${name}_held", "workflow_type_description_name": "Paused", "paused": true},
+  {"workflow_type_name": "${name}_crew", "workflow_type_description_name": "Computes until it is killed",
+   "steps": [{"task": "${name}_crew", "parameters": {"behaviour": {"value": "compute"}}}]},
   {"workflow_type_name": "${name}_seats", "workflow_type_description_name": "With seats",
    "max_running": 1000000}
 ]
@@ -875,6 +877,10 @@ chaos() {
 
 # See examples/bench.
 bench() {
+  case " $* " in *" workers "*)
+    need python3-venv
+    make_venvs || die "the Python environments could not be made" ;;
+  esac
   drive bench "$@"
   target/release/examples/bench --folder "$PWD/target/bench" \
     --program target/release/omotes-orchestrator "$@"

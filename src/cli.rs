@@ -11,11 +11,12 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
 use console::Term;
+use omotes_orchestrator::VERSION;
 use omotes_orchestrator::app;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::config::environment::Environment;
 use omotes_orchestrator::domain::overview::{Overview, Queues};
-use omotes_orchestrator::http;
+use omotes_orchestrator::healthcheck;
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::{Connection, Store};
 use omotes_orchestrator::telemetry::logger;
@@ -42,7 +43,7 @@ mod workflows;
 /// Configured by environment variables and an `.env` file in the working directory;
 /// config/README.md lists them. Without a command it runs the service.
 #[derive(Parser)]
-#[command(version)]
+#[command(version = VERSION)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -74,10 +75,12 @@ enum Command {
     Config(configuration::Configuration),
     /// Check the deployment: what is wrong with it, and what to do about it.
     ///
-    /// Checks each connection and its rights, whether an orchestrator runs, mixed-up vhosts, queues
-    /// declared otherwise, workflows without a worker, tasks of jobs that have ended, limits of
-    /// RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB, and dead letters. What several
-    /// findings follow from comes first. Without --fix it changes nothing that lasts. Exits with 1
+    /// Checks each connection and its rights, whether an orchestrator runs and how it says that it is, whether
+    /// Postgres takes what is written, mixed-up vhosts, queues declared otherwise, workflows without a worker,
+    /// paused queues that jobs wait for, jobs that wait for long, silent workers, tasks that nobody has or
+    /// wants, limits of RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB, and dead letters.
+    /// The service is asked at HTTP_BIND: best run this where one runs. What several findings follow from comes
+    /// first. Without --fix it changes nothing that lasts. Exits with 1
     /// when there is a warning or an error.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator doctor\n  \
@@ -141,7 +144,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command.unwrap_or(Command::Run) {
         Command::Run => serve(config()?, &environment),
         Command::Healthcheck => match config()?.http_bind {
-            Some(address) => http::check(address).map(|()| ExitCode::SUCCESS),
+            Some(address) => healthcheck::check(address).map(|()| ExitCode::SUCCESS),
             None => bail!("HTTP_BIND is empty, so nobody can be asked"),
         },
         Command::Jobs(command) => jobs::run(&config()?, command),
@@ -203,7 +206,7 @@ pub(crate) fn connect(config: &Config) -> anyhow::Result<Connection> {
 /// # Errors
 /// The same.
 pub(crate) fn connect_quietly(config: &Config) -> anyhow::Result<Connection> {
-    let store = Store::new(&config.postgres, 1);
+    let store = Store::new(&config.postgres, 1).hasty();
     store
         .connection()
         .with_context(|| config.postgres.to_string())

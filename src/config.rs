@@ -320,6 +320,9 @@ pub fn read_catalogue(path: &Path) -> anyhow::Result<Catalogue> {
     Catalogue::parse(&text).with_context(name)
 }
 
+/// How long a job may wait before that is a trouble, where nobody says.
+pub const QUEUE_AGE: Duration = Duration::from_hours(1);
+
 /// How long opening a connection, or one step of it, may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -15,10 +15,12 @@ use crate::telemetry::report::one_line;
 mod cause;
 mod cluster;
 mod fix;
+mod jobs;
 mod limits;
 mod orchestrator;
 mod postgres;
 mod rabbitmq;
+mod service;
 mod switch;
 
 use self::cause::Kind;
@@ -64,6 +66,9 @@ pub struct Finding {
     pub role: Role,
     #[serde(skip)]
     kind: Kind,
+    /// In a few words each, why there can be no switch of services yet.
+    #[serde(skip)]
+    hinders: Vec<String>,
     /// What puts it right without a loss.
     #[serde(skip)]
     pub fix: Option<Fix>,
@@ -83,6 +88,7 @@ impl Finding {
             remedy: remedy.to_owned(),
             role: Role::Own,
             kind: Kind::Other,
+            hinders: Vec::new(),
             fix: None,
         }
     }
@@ -107,6 +113,13 @@ impl Findings {
     fn is(&mut self, kind: Kind) {
         if let Some(last) = self.0.last_mut() {
             last.kind = kind;
+        }
+    }
+
+    /// Says that the last one is in the way of a switch.
+    fn hinders(&mut self, why: impl Into<String>) {
+        if let Some(last) = self.0.last_mut() {
+            last.hinders.push(why.into());
         }
     }
 
@@ -138,19 +151,24 @@ pub fn examine(
         findings.add("Configuration", Severity::Warning, near_miss, remedy);
     }
     let catalogue = workflows(config, &mut findings);
-    let inspection = postgres::examine(config, &mut findings);
+    let looked = postgres::examine(config, &mut findings);
+    let (inspection, connection) = looked.unzip();
+    if let (Some(inspection), Some(mut connection), None) = (&inspection, connection, switch)
+        && inspection.is_usable
+    {
+        jobs::examine(
+            config,
+            catalogue.as_ref(),
+            inspection,
+            &mut connection,
+            &mut findings,
+        );
+    }
     if let (Some(catalogue), Some(inspection)) = (&catalogue, &inspection) {
         undefined_workflows(catalogue, inspection, &mut findings);
     }
-    // In which queues the jobs of several steps wait, RabbitMQ tells.
     let steps = catalogue.as_ref().map(Catalogue::tasks_by_workflow);
-    let of_jobs = inspection.iter().flat_map(|one| one.waiting.keys());
-    let of_jobs = of_jobs.filter(|name| !steps.iter().any(|steps| steps.contains_key(*name)));
-    let mut names: Vec<String> = of_jobs.cloned().collect();
-    let tasks = catalogue.iter().flat_map(Catalogue::tasks);
-    names.extend(tasks.map(str::to_owned));
-    names.sort_unstable();
-    names.dedup();
+    let names = task_queues(catalogue.as_ref(), inspection.as_ref(), steps.as_ref());
     let size = inspection
         .as_ref()
         .and_then(|inspection| inspection.largest_result);
@@ -165,7 +183,7 @@ pub fn examine(
     rabbitmq::judge_workers(&names, &seen, jobs.as_ref(), &mut findings);
     if switch.is_none() {
         // Before a switch none may run, which is told there.
-        orchestrator::examine(&seen, inspection.as_ref(), &mut findings);
+        orchestrator::examine(config, &seen, inspection.as_ref(), &mut findings);
     }
     influxdb(config, &mut findings);
     let longest = longest_job(catalogue.as_ref(), inspection.as_ref());
@@ -182,8 +200,29 @@ pub fn examine(
     if let Some(command) = rabbitmqctl {
         cluster::deliveries(config, command, &mut findings);
     }
+    cause::without_noise(&mut findings.0);
     cause::lead(&mut findings.0);
     findings.0
+}
+
+/// The queues of all tasks that are defined, and of jobs. `steps` has the tasks of workflows that do not have
+/// just the one of their own name.
+fn task_queues(
+    catalogue: Option<&Catalogue>,
+    inspection: Option<&Inspection>,
+    steps: Option<&BTreeMap<String, Vec<String>>>,
+) -> Vec<String> {
+    // In which queues the jobs of several steps wait, RabbitMQ tells.
+    let of_jobs = inspection
+        .into_iter()
+        .flat_map(|one| one.waiting.keys())
+        .filter(|name| !steps.is_some_and(|steps| steps.contains_key(*name)));
+    let mut names: Vec<String> = of_jobs.cloned().collect();
+    let tasks = catalogue.into_iter().flat_map(Catalogue::tasks);
+    names.extend(tasks.map(str::to_owned));
+    names.sort_unstable();
+    names.dedup();
+    names
 }
 
 /// How many tasks are wanted in each queue. `steps` has the tasks of workflows that do not have just the

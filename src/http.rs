@@ -1,19 +1,18 @@
-//! The HTTP endpoint: health, metrics, status page and API; and the client side of the health
-//! check.
+//! The HTTP endpoint: health, metrics, status page and API.
 
 use std::cell::RefCell;
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use crossbeam_channel::{Receiver, Sender, TrySendError, select};
 use jiff::Timestamp;
 use log::{error, info};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::VERSION;
 use crate::config::Config;
 use crate::domain::overview::Filter;
 use crate::service::shared::Service;
@@ -164,6 +163,7 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
             Route::Ready => {
                 let now = Timestamp::now();
                 let (ready, mut body) = service.health.ready(now);
+                body["version"] = VERSION.into();
                 if let Some(trouble) = trouble(&service.health.parts(now).1) {
                     body["trouble"] = trouble.json();
                 }
@@ -384,31 +384,6 @@ fn html(status: u16, nonce: Option<&str>, page: String) -> Response {
     );
     response.headers.push(("Content-Security-Policy", policy));
     response
-}
-
-/// Asks the service that listens at `bind` whether it is ready.
-///
-/// # Errors
-/// It is not, or does not answer; the text says why.
-pub fn check(bind: SocketAddr) -> anyhow::Result<()> {
-    let mut address = bind;
-    match bind.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
-        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
-        IpAddr::V4(_) | IpAddr::V6(_) => {}
-    }
-    let url = format!("http://{address}/health/ready");
-    let mut response = ureq::get(&url)
-        .config()
-        .timeout_global(Some(Duration::from_secs(5)))
-        .http_status_as_error(false)
-        .build()
-        .call()
-        .with_context(|| url.clone())?;
-    if response.status() != 200 {
-        bail!("{url}: {}", response.body_mut().read_to_string()?.trim());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

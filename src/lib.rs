@@ -3,6 +3,9 @@
 #![doc = include_str!("README.md")]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
+/// Which version this is, with its commit where that is known.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), env!("OMOTES_BUILD"));
+
 pub mod actions;
 pub mod app;
 #[cfg(test)]
@@ -13,6 +16,7 @@ pub mod config;
 pub mod doctor;
 pub mod domain;
 mod fault_point;
+pub mod healthcheck;
 pub mod http;
 pub mod influx;
 pub mod proto;

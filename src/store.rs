@@ -97,30 +97,35 @@ pub struct Store {
     last_failure: LastFailure,
     /// How long anybody waits for a connection.
     patience: Duration,
+    /// The same where somebody says no.
+    patience_with_no: Duration,
     /// The calls of whoever uses its connections.
     calls: Arc<Calls>,
 }
 
-/// Why the pool last failed to connect, with the whole cause chain: the pool's own error has only
-/// its first link.
+/// Why the pool last failed to connect: the pool's own error has only the first link of its cause chain.
 #[derive(Debug, Clone, Default)]
-struct LastFailure(Arc<Mutex<String>>);
+struct LastFailure(Arc<Mutex<Option<ConnectError>>>);
 
 impl r2d2::HandleError<ConnectError> for LastFailure {
     fn handle_error(&self, error: ConnectError) {
-        *self.lock() = error.to_string();
+        *self.lock() = Some(error);
     }
 }
 
 impl LastFailure {
     fn in_words(&self) -> String {
-        match self.lock().as_str() {
-            "" => "all are in use, or there is no answer".to_owned(),
-            last => last.to_owned(),
+        match &*self.lock() {
+            None => "all are in use, or there is no answer".to_owned(),
+            Some(last) => last.to_string(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, String> {
+    fn is_denial(&self) -> bool {
+        self.lock().as_ref().is_some_and(|last| last.is_denied)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<ConnectError>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -151,7 +156,17 @@ impl Store {
             pool,
             last_failure,
             patience: config::CONNECT_TIMEOUT,
+            patience_with_no: config::CONNECT_TIMEOUT,
             calls: Arc::default(),
+        }
+    }
+
+    /// One whose users wait only a moment where nobody listens, or they are not let in: trying again does
+    /// not change that, as a rule.
+    pub fn hasty(self) -> Store {
+        Store {
+            patience_with_no: PATIENCE_WITH_NO,
+            ..self
         }
     }
 
@@ -182,15 +197,9 @@ impl Store {
     /// [`StoreError::Transient`], after its patience, [`config::CONNECT_TIMEOUT`] as a rule, without one.
     pub fn connection(&self) -> Result<Connection, StoreError> {
         let _call = self.calls.begin();
-        let mut client = self.pool.get_timeout(self.patience).map_err(|_| {
-            StoreError::Transient(anyhow!(
-                "no connection to Postgres within {:?}: {}",
-                self.patience,
-                self.last_failure.in_words()
-            ))
-        })?;
+        let mut client = self.pooled()?;
         // It is not why the next one fails.
-        self.last_failure.lock().clear();
+        self.last_failure.lock().take();
         client.calls = self.calls.clone();
         Ok(Connection {
             client,
@@ -198,6 +207,30 @@ impl Store {
         })
     }
 }
+
+impl Store {
+    /// A connection of the pool, which goes on trying meanwhile.
+    fn pooled(&self) -> Result<r2d2::PooledConnection<Connector>, StoreError> {
+        let first = self.patience.min(self.patience_with_no);
+        let more = self.patience - first;
+        let mut got = self.pool.get_timeout(first);
+        let is_given_up = !more.is_zero() && self.last_failure.is_denial();
+        if got.is_err() && !more.is_zero() && !is_given_up {
+            got = self.pool.get_timeout(more);
+        }
+        got.map_err(|_| {
+            let why = self.last_failure.in_words();
+            let patience = self.patience;
+            StoreError::Transient(match is_given_up {
+                true => anyhow!("no connection to Postgres: {why}"),
+                false => anyhow!("no connection to Postgres within {patience:?}: {why}"),
+            })
+        })
+    }
+}
+
+/// How long a server that says no is waited for where people wait: it may be about to start.
+const PATIENCE_WITH_NO: Duration = Duration::from_secs(1);
 
 /// Status page, pages that are followed, searches, metrics, the queue watch, and two for those who act.
 const VIEWERS: u32 = 7;

@@ -66,7 +66,7 @@ const FLOORS: &[&[&str]] = &[
     &["proto", "tls", "text_file", "threads", "fault_point"],
     &["domain"],
     &["config", "wire"],
-    &["broker", "store", "influx", "webhook"],
+    &["broker", "store", "influx", "webhook", "healthcheck"],
     &["telemetry"],
     &["service"],
     &["doctor", "actions"],

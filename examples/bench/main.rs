@@ -7,6 +7,7 @@
     reason = "a program that reports, and nobody's library"
 )]
 
+mod crew;
 mod crowd;
 #[path = "../common/figures.rs"]
 mod figures;
@@ -26,6 +27,7 @@ use clap::Parser;
 use omotes_orchestrator::config::Config;
 use uuid::Uuid;
 
+use crate::crew::Crew;
 use crate::load::{HELD, Kind, Load, SEATS, WORKFLOW};
 use crate::report::Report;
 use crate::site::Site;
@@ -47,7 +49,7 @@ struct Options {
     /// How many messages are in a backlog of 2 kB ESDLs, and how many in others in proportion.
     #[arg(long, default_value_t = 10_000)]
     messages: usize,
-    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, crowd, page, pages.
+    /// Only these parts: sizes, one size as it is named, steps, turns, refusals, replicas, history, backlog, latency, crowd, page, pages, workers; the last one only if it is named here.
     #[arg(long)]
     only: Vec<String>,
     /// Instead of all that: moderate load for so many minutes, and what the service holds meanwhile.
@@ -58,6 +60,9 @@ struct Options {
     program: PathBuf,
     #[arg(long)]
     folder: PathBuf,
+    /// The environments with the workers' SDKs.
+    #[arg(long, default_value = "target/venv")]
+    venvs: PathBuf,
 }
 
 /// Bytes of an ESDL, and how many fewer messages of that size make a backlog.
@@ -126,6 +131,9 @@ fn main() -> anyhow::Result<()> {
     if wanted("history") {
         bench.site.fill_history(&bench.config.postgres, 1_000_000)?;
         bench.throughput("2 kB, a million in the history", 2_000, messages, 1)?;
+    }
+    if options.only.iter().any(|one| one == "workers") {
+        bench.workers(&options.venvs, &options.folder)?;
     }
     bench.report.print();
     bench.report.save(&options.output)?;
@@ -375,6 +383,45 @@ impl Bench {
         self.site.stop()?;
         self.site.pages = 0;
         self.site.fill_jobs(&self.config.postgres, 0, 0)
+    }
+
+    /// How soon real workers answer where there are many, and how soon it is seen what becomes of one.
+    fn workers(&mut self, venvs: &Path, folder: &Path) -> anyhow::Result<()> {
+        self.site.start(1)?;
+        let celery = self.config.celery_rabbitmq.clone();
+        let mut crew = Crew::start(&celery, venvs, folder)?;
+        crew::sees(&self.site, "idle")?;
+        self.answers("idle", crew::ask(&celery)?);
+        let cpu = self.site.cpu();
+        crew::give_work(&self.config, &self.site)?;
+        self.answers("all compute", crew::ask(&celery)?);
+        for sdk in crew::SDKS {
+            for (signal, state) in [("-STOP", "silent"), ("-KILL", "gone")] {
+                let time = crew.seen_after(sdk, signal, state, &self.site)?;
+                let name = format!(
+                    "{} workers that compute: one of {sdk} {state}, s",
+                    crew::WORKERS
+                );
+                self.report.cost(&name, time.as_secs_f64());
+            }
+        }
+        let spent = self.site.cpu()[0] - cpu[0];
+        self.report.cost(
+            "CPU of the service meanwhile, ms",
+            spent.as_secs_f64() * 1000.0,
+        );
+        self.site.stop()?;
+        drop(crew);
+        self.site.fill_jobs(&self.config.postgres, 0, 0)
+    }
+
+    fn answers(&mut self, what: &str, answers: crew::Answers) {
+        let name = format!("{} workers, {what}", crew::WORKERS);
+        self.report.bare_rate(
+            &format!("{name}: have answered, at the worst look"),
+            answers.fewest as f64,
+        );
+        self.percentiles(&format!("{name}: answer"), answers.times);
     }
 
     fn percentiles(&mut self, what: &str, mut times: Vec<Duration>) {

@@ -177,7 +177,7 @@ impl Site {
     ) -> anyhow::Result<()> {
         let mut client = sql(config)?;
         client.batch_execute(
-            "TRUNCATE job_history, job_step, job_input, job_turn; DELETE FROM job",
+            "TRUNCATE job_history, job_starts, job_step, job_input, job_turn; DELETE FROM job",
         )?;
         client.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,

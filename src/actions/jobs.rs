@@ -204,7 +204,7 @@ pub fn unfinished(
         ..filter.clone()
     };
     loop {
-        let page = connection.jobs(&filter)?;
+        let page = connection.jobs(&filter, &[])?;
         let is_last = page.jobs.len() < usize::from(filter.limit);
         filter.offset += u32::from(filter.limit);
         let is_live = |job: &JobView| matches!(job.state, JobState::Live(_));

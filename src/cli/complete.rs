@@ -116,7 +116,7 @@ fn listed(connection: &mut Connection, kinds: &[bool]) -> Option<Vec<CompletionC
             limit: MOST,
             ..Filter::default()
         };
-        let jobs = connection.jobs(&filter).ok()?.jobs;
+        let jobs = connection.jobs(&filter, &[]).ok()?.jobs;
         candidates.extend(jobs.iter().map(candidate));
     }
     Some(candidates)

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use comfy_table::{Cell, CellAlignment, ColumnConstraint};
+use jiff::Timestamp;
 use omotes_orchestrator::actions::counted;
 use omotes_orchestrator::actions::letters::{self, Letters};
 use omotes_orchestrator::broker::dead_letters::{DeadLetter, Fate};
@@ -15,10 +17,15 @@ use omotes_orchestrator::domain::vhost::Vhost;
 use omotes_orchestrator::telemetry::report::{harmless, one_line, readable};
 use omotes_orchestrator::wire;
 
-use super::{Agreed, NOTHING_DONE, say, say_aside, told_of};
+use super::{Agreed, NOTHING_DONE, print, say, say_aside, table, told_of};
 
 /// Whoever runs the command may interrupt it.
 const PATIENCE: Duration = Duration::from_hours(24);
+
+/// What the reason says of one whose content cannot be read.
+const UNDECODABLE: &str = "failed to decode";
+const COMES_BACK: &str = "what could not be decoded comes straight back if it is put back: `dead-letters show` has \
+                          it, `drop` deletes it";
 
 #[derive(Subcommand)]
 pub(super) enum Action {
@@ -121,26 +128,43 @@ fn would_delete(letters: usize) {
     say_aside(format_args!("this would delete {letters}; {NOTHING_DONE}"));
 }
 
-/// The ids of all dead letters; a line for each is printed if they are to be listed.
+/// The ids of all dead letters; they are printed if they are to be listed.
 fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Vec<String>> {
     let mut known = Vec::new();
-    let mut printed = Ok(());
+    let mut table = table(&["id", "time", "connection", "queue", "bytes", "reason"]);
+    let mut has_undecodable = false;
     letters.look(|vhost, letter| {
-        if listed && printed.is_ok() {
-            printed = say(format_args!(
-                "{} {} {} {} {} bytes: {}",
-                one_line(&letter.id),
-                one_line(&letter.time),
-                vhost.name(),
-                one_line(&letter.queue),
-                letter.body.len(),
-                one_line(&letter.reason)
-            ));
-        }
         known.push(letter.id.clone());
+        let reason = one_line(&letter.reason);
+        has_undecodable |= reason.contains(UNDECODABLE);
+        table.add_row([
+            Cell::new(one_line(&letter.id)),
+            Cell::new(to_the_second(&letter.time)),
+            Cell::new(vhost.name()),
+            Cell::new(one_line(&letter.queue)),
+            Cell::new(letter.body.len()).set_alignment(CellAlignment::Right),
+            Cell::new(reason),
+        ]);
     })?;
-    printed?;
+    if listed && !known.is_empty() {
+        // Ids are copied.
+        if let Some(ids) = table.column_mut(0) {
+            ids.set_constraint(ColumnConstraint::ContentWidth);
+        }
+        print(&format!("{}\n", table.trim_fmt()))?;
+        if has_undecodable {
+            say_aside(format_args!("{COMES_BACK}"));
+        }
+    }
     Ok(known)
+}
+
+/// A letter has its time as a text, which may come from anybody.
+fn to_the_second(time: &str) -> String {
+    match time.parse::<Timestamp>() {
+        Ok(time) => format!("{time:.0}"),
+        Err(_) => one_line(time),
+    }
 }
 
 impl Which {

@@ -24,16 +24,15 @@ pub(crate) struct Doctor {
     #[arg(long, value_name = "COMMAND")]
     rabbitmqctl: Option<String>,
     /// Also what is to be known before the Python service is replaced by this one (`here`), or this one
-    /// by it (`back`); both where none is named.
+    /// by it (`back`), and first whether that may be done now; both where none is named.
     #[arg(
         long,
         value_enum,
         value_name = "DIRECTION",
         num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "back"
+        require_equals = true
     )]
-    before_switch: Option<Direction>,
+    before_switch: Option<Option<Direction>>,
     /// Also put right what can be put right without a loss: say what that is, ask, and do it.
     #[arg(long, conflicts_with_all = ["json", "before_switch"])]
     fix: bool,
@@ -42,7 +41,7 @@ pub(crate) struct Doctor {
     yes: bool,
 }
 
-/// All that matters on the way here matters on the way back.
+/// The way of a switch.
 #[derive(Clone, Copy, ValueEnum)]
 enum Direction {
     Here,
@@ -96,13 +95,17 @@ fn text(findings: &[Finding]) -> String {
             Severity::Warning => Style::new().yellow(),
             Severity::Error => Style::new().red(),
         };
+        if finding.role == Role::Verdict {
+            let _ = writeln!(text, "{}", style.bold().apply_to(&finding.found));
+            continue;
+        }
         if finding.role == Role::Cause {
             let _ = writeln!(text, "One cause, from which {follow} may follow:");
         }
         let severity = style.apply_to(format!("{:<8}", finding.severity.name()));
         let _ = writeln!(text, "{severity}{:<16}{}", finding.part, finding.found);
         let remedy = match finding.role {
-            Role::Cause | Role::Own => finding.remedy.as_str(),
+            Role::Verdict | Role::Cause | Role::Own => finding.remedy.as_str(),
             Role::Follows => "Follows from the first.",
         };
         if !remedy.is_empty() {
@@ -153,11 +156,13 @@ fn is_agreed() -> anyhow::Result<bool> {
     Ok(["y", "yes"].contains(&answer.trim().to_lowercase().as_str()))
 }
 
-fn switch(direction: Direction, environment: &Environment) -> Switch {
+/// What is asked of a switch this way, or either way.
+fn switch(direction: Option<Direction>, environment: &Environment) -> Switch {
     let settings = Config::settings(&|name| environment.variable(name));
     let given = settings.into_iter().filter(|setting| setting.is_given);
     Switch {
-        may_be_back: matches!(direction, Direction::Back),
+        may_be_here: !matches!(direction, Some(Direction::Back)),
+        may_be_back: !matches!(direction, Some(Direction::Here)),
         variables: given.map(|setting| setting.name).collect(),
     }
 }

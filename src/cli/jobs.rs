@@ -162,7 +162,7 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
                 true => None,
                 false => watch_queues(config),
             };
-            let page = list::jobs(
+            let (page, oldest) = list::jobs(
                 config,
                 &mut connection,
                 watch.as_ref(),
@@ -172,7 +172,7 @@ pub(crate) fn run(config: &Config, action: Action) -> anyhow::Result<ExitCode> {
             match json {
                 true => print(&(serde_json::to_string_pretty(&page)? + "\n"))?,
                 false if page.jobs.is_empty() => say_aside(format_args!("{}", list.nothing())),
-                false => print(&list::text(&page, &list))?,
+                false => print(&(list::text(&page, &list) + &list::oldest(oldest, &page, &list)))?,
             }
             Ok(ExitCode::SUCCESS)
         }

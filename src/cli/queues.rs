@@ -19,8 +19,8 @@ use super::{connect, overview, print, say_aside, table, told_of};
 #[derive(Args)]
 pub(crate) struct Queues {
     /// Seconds between two measurements, from which the change per second is computed. AMQP does
-    /// not tell how much goes in and out meanwhile.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    /// not tell how much goes in and out meanwhile. With 0 there is one, at once.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3600))]
     interval: u64,
     /// As JSON.
     #[arg(long)]
@@ -46,8 +46,13 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
     workflows.sort_unstable();
     workflows.dedup();
     let before = watch.look(config, &workflows)?;
-    let _ = after(Duration::from_secs(queues.interval)).recv();
-    let now = watch.look(config, &workflows)?;
+    let now = match queues.interval {
+        0 => before.clone(),
+        seconds => {
+            let _ = after(Duration::from_secs(seconds)).recv();
+            watch.look(config, &workflows)?
+        }
+    };
     let looks: Vec<_> = before
         .iter()
         .zip(&now)
@@ -70,21 +75,26 @@ pub(crate) fn run(config: &Config, queues: &Queues) -> anyhow::Result<ExitCode> 
         ));
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = table(&["connection", "queue", "messages", "consumers", "change/s"]);
+    let mut header = vec!["connection", "queue", "messages", "consumers"];
+    header.extend((queues.interval > 0).then_some("change/s"));
+    let mut table = table(&header);
     for (queue, depth, change) in looks {
         let number = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-        table.add_row([
+        let mut row = vec![
             Cell::new(queue.vhost.name()),
             Cell::new(one_line(&queue.name)),
             number(depth.messages.to_string()),
             number(depth.consumers.to_string()),
-            number(format!("{change:+.1}")),
-        ]);
+        ];
+        row.extend(change.map(|change| number(format!("{change:+.1}"))));
+        table.add_row(row);
     }
     print(&format!("{}\n", table.trim_fmt()))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn change(before: Depth, now: Depth, seconds: u64) -> f64 {
-    (f64::from(now.messages) - f64::from(before.messages)) / seconds as f64
+/// None where there was no time in between.
+fn change(before: Depth, now: Depth, seconds: u64) -> Option<f64> {
+    let change = f64::from(now.messages) - f64::from(before.messages);
+    (seconds > 0).then(|| change / seconds as f64)
 }

@@ -92,21 +92,21 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
     let mut table = table(&[
         "task queue",
         "limits",
+        "changed",
         "held",
         "on hold",
         "waiting",
         "running",
-        "changed",
     ]);
     for queue in queues {
         table.add_row([
             one_line(&queue.name),
             queue.limit.to_string(),
+            queue.changes().join("; "),
             queue.held.to_string(),
             queue.on_hold.to_string(),
             queue.waiting.to_string(),
             queue.running.to_string(),
-            queue.changes().join("; "),
         ]);
     }
     print(&(table.trim_fmt() + "\n"))?;

@@ -16,8 +16,9 @@ use omotes_orchestrator::threads::Signal;
 
 use super::{complete, connect, print, say, say_aside, table, warn};
 
-/// How old a look may be before that is worth a warning.
-const RECENT: SignedDuration = SignedDuration::from_mins(2);
+/// How many looks may be missed, and how old one may be at least, before that is worth a warning.
+const MISSED_LOOKS: i32 = 3;
+const RECENT: SignedDuration = SignedDuration::from_secs(20);
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -55,7 +56,7 @@ pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
     let mut connection = connect(config)?;
     let (host, wish) = match &command.action {
         None => {
-            list(&mut connection, command.json)?;
+            list(config, &mut connection, command.json)?;
             return Ok(ExitCode::SUCCESS);
         }
         Some(Action::Drain { host }) => (host, Wish::Drained),
@@ -69,14 +70,17 @@ pub(crate) fn run(config: &Config, command: &Command) -> anyhow::Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-fn list(connection: &mut Connection, json: bool) -> anyhow::Result<()> {
+fn list(config: &Config, connection: &mut Connection, json: bool) -> anyhow::Result<()> {
     let workers = connection.workers()?;
     let now = Timestamp::now();
-    match workers.looked_at {
+    let period = SignedDuration::try_from(config.workers_period.unwrap_or_default());
+    let recent = RECENT.max(period.unwrap_or_default() * MISSED_LOOKS);
+    match workers.looked_at.map(|at| now.duration_since(at)) {
         None => warn("nobody has looked at the workers yet"),
-        Some(at) if now.duration_since(at) > RECENT => warn(&format!(
-            "nobody has looked at the workers for {}",
-            spoken(now.duration_since(at))
+        Some(age) if age > recent => warn(&format!(
+            "nobody has looked at the workers for {}: this is how they were then. It takes an orchestrator with a \
+             session with RabbitMQ, and WORKERS_PERIOD_SEC",
+            spoken(age)
         )),
         Some(_) => {}
     }
@@ -119,6 +123,9 @@ fn text(workers: &Workers, now: Timestamp) -> String {
         true => String::new(),
         false => format!("{}\n", table.trim_fmt()),
     };
+    if let Some(at) = workers.looked_at.filter(|_| !workers.workers.is_empty()) {
+        text += &format!("seen {} ago\n", spoken(now.duration_since(at)));
+    }
     for lost in &workers.lost_tasks {
         text += &format!(
             "job {}: no worker has its task {} for {}\n",

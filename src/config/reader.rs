@@ -10,7 +10,8 @@ use log::LevelFilter;
 use ureq::http::Uri;
 
 use super::{
-    Address, Alerts, Config, Encryption, InfluxDb, LogFormat, Postgres, RabbitMq, Secret, Setting,
+    Address, Alerts, Config, Encryption, InfluxDb, LogFormat, Postgres, QUEUE_AGE, RabbitMq,
+    Secret, Setting,
 };
 use crate::domain::job::TimeoutResult;
 use crate::domain::vhost::Vhost;
@@ -613,7 +614,7 @@ impl<'a> Reader<'a> {
             None => Roots::System,
         };
         let after = self.seconds("ALERT_AFTER_SEC", 120);
-        let queue_age = self.seconds("ALERT_QUEUE_AGE_SEC", 3600);
+        let queue_age = self.seconds("ALERT_QUEUE_AGE_SEC", QUEUE_AGE.as_secs());
         let url = url.filter(|url| !url.reveal().is_empty())?;
         let parsed = url.reveal().parse::<Uri>().ok();
         let is_one = parsed.is_some_and(|uri| {

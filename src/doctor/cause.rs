@@ -18,6 +18,10 @@ pub(super) enum Kind {
         why: String,
     },
     NoOrchestrator,
+    /// One that runs does not do what it should, or does not answer.
+    NotReady,
+    /// It could not be looked at, as always where nobody says how: of no interest beside an error.
+    NotLookedAt,
     #[default]
     Other,
 }
@@ -26,6 +30,8 @@ pub(super) enum Kind {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
+    /// What all of them come to, for whoever asks for that.
+    Verdict,
     /// Others follow from it.
     Cause,
     /// It goes when the cause goes.
@@ -55,10 +61,19 @@ pub(super) fn lead(findings: &mut [Finding]) {
     }
     // Within each, the order in which they were found.
     findings.sort_by_key(|finding| match finding.role {
-        Role::Cause => 0,
-        Role::Follows => 1,
-        Role::Own => 2,
+        Role::Verdict => 0,
+        Role::Cause => 1,
+        Role::Follows => 2,
+        Role::Own => 3,
     });
+}
+
+/// Leaves out what only says that something was not looked at, where something is known to be wrong.
+pub(super) fn without_noise(findings: &mut Vec<Finding>) {
+    let is_bad = |finding: &Finding| finding.severity == Severity::Error;
+    if findings.iter().any(is_bad) {
+        findings.retain(|finding| finding.kind != Kind::NotLookedAt);
+    }
 }
 
 /// Where findings are that others may follow from, those first from which most would.
@@ -69,8 +84,8 @@ fn candidates(findings: &[Finding]) -> Vec<usize> {
     places.sort_by_key(|place| match findings[*place].kind {
         Kind::Needed => 0,
         Kind::Unreachable { .. } => 1,
-        Kind::NoOrchestrator => 2,
-        Kind::Other => 3,
+        Kind::NotReady | Kind::NoOrchestrator => 2,
+        Kind::NotLookedAt | Kind::Other => 3,
     });
     places
 }
@@ -78,10 +93,16 @@ fn candidates(findings: &[Finding]) -> Vec<usize> {
 fn explains(cause: &Kind, other: &Kind) -> bool {
     match (cause, other) {
         (Kind::Unreachable { .. }, Kind::Unreachable { .. }) => cause == other,
-        (Kind::Needed | Kind::Unreachable { .. }, Kind::NoOrchestrator) => true,
-        (Kind::Needed, Kind::Needed | Kind::Unreachable { .. } | Kind::Other)
-        | (Kind::Unreachable { .. }, Kind::Needed | Kind::Other)
-        | (Kind::NoOrchestrator | Kind::Other, _) => false,
+        (Kind::Needed | Kind::Unreachable { .. }, Kind::NoOrchestrator | Kind::NotReady)
+        | (Kind::NotReady, Kind::NotReady) => true,
+        (
+            Kind::Needed,
+            Kind::Needed | Kind::Unreachable { .. } | Kind::NotLookedAt | Kind::Other,
+        )
+        | (Kind::Unreachable { .. }, Kind::Needed | Kind::NotLookedAt | Kind::Other)
+        | (Kind::NotReady, Kind::Needed | Kind::Unreachable { .. })
+        | (Kind::NotReady, Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other)
+        | (Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other, _) => false,
     }
 }
 
@@ -103,6 +124,8 @@ mod tests {
                 Severity::Error,
                 unreachable("mq:5672", "invalid credentials"),
             ),
+            "not ready" => (Severity::Error, Kind::NotReady),
+            "timeout" => (Severity::Note, Kind::NotLookedAt),
             "stopped" => (Severity::Warning, Kind::NoOrchestrator),
             "stopped, jobs wait" => (Severity::Error, Kind::NoOrchestrator),
             "letters" => (Severity::Warning, Kind::Other),
@@ -115,6 +138,7 @@ mod tests {
             remedy: String::new(),
             role: Role::Own,
             kind,
+            hinders: Vec::new(),
             fix: None,
         }
     }
@@ -130,14 +154,20 @@ mod tests {
     #[case::stopped_alone(&["stopped", "letters"], "stopped, letters")]
     #[case::postgres_and_rabbitmq(
         &["sdk", "task", "postgres"], "> sdk, + task, postgres")]
+    #[case::and_the_service(&["not ready", "postgres"], "> postgres, + not ready")]
+    #[case::stopped_process(&["ok", "not ready", "not ready"], "> not ready, + not ready, ok")]
+    #[case::service_alone(&["ok", "not ready"], "ok, not ready")]
+    #[case::noise(&["timeout", "postgres"], "postgres")]
+    #[case::no_noise(&["timeout", "letters"], "timeout, letters")]
     #[case::nothing_is_wrong(&["ok"], "ok")]
     fn one_cause_leads(#[case] parts: &[&'static str], #[case] expected: &str) {
         let mut findings: Vec<_> = parts.iter().map(|part| finding(part)).collect();
+        without_noise(&mut findings);
         lead(&mut findings);
         let told = findings.iter().map(|one| match one.role {
             Role::Cause => format!("> {}", one.part),
             Role::Follows => format!("+ {}", one.part),
-            Role::Own => one.part.to_owned(),
+            Role::Own | Role::Verdict => one.part.to_owned(),
         });
         assert_eq!(told.collect::<Vec<_>>().join(", "), expected);
     }

@@ -77,7 +77,7 @@ fn declare(config: &Config) -> anyhow::Result<String> {
 }
 
 fn drop_stale(config: &Config, queue: &str) -> anyhow::Result<String> {
-    let store = Store::new(&config.postgres, 1);
+    let store = Store::new(&config.postgres, 1).hasty();
     let mut connection = store.connection().context("nothing was dropped")?;
     let link = Link::open(&config.celery_rabbitmq, "doctor, dropping stale tasks")?;
     let has_ended = |body: &[u8]| match celery::job_of_task(body) {

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use crossbeam_channel::bounded;
 use jiff::SignedDuration;
 
+use super::cause::Kind;
 use super::{Finding, Findings, Severity};
 use crate::domain::overview::spoken;
 use crate::telemetry::report::one_line;
@@ -32,6 +33,7 @@ pub(super) fn limits(
             "its consumer_timeout and how many files it may open are not known, for AMQP does not tell",
             "Run this with --rabbitmqctl, such as --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\".",
         );
+        findings.is(Kind::NotLookedAt);
         return;
     };
     let unknown = |what: &str, error: &anyhow::Error| {

@@ -1,10 +1,12 @@
-//! Whether an orchestrator runs, and what waits for it.
+//! Whether an orchestrator runs, what waits for it, and how it is.
 
 use super::cause::Kind;
 use super::fix::Fix;
 use super::rabbitmq::Seen;
-use super::{Findings, Severity};
+use super::{Findings, Severity, service};
 use crate::broker::inspection::Inspected;
+use crate::config::Config;
+use crate::domain::overview::Depth;
 use crate::domain::text::counted;
 use crate::domain::vhost::Vhost;
 use crate::store::inspection::Inspection;
@@ -12,12 +14,31 @@ use crate::wire::{CANCELS_QUEUE, SUBMISSIONS_QUEUE};
 
 const PART: &str = "Orchestrator";
 
-pub(super) fn examine(seen: &Seen, inspection: Option<&Inspection>, findings: &mut Findings) {
-    let standing = |queue: &str| seen.get(&(Vhost::Sdk, queue.to_owned()));
-    let depth = |queue: &str| match standing(queue) {
+pub(super) fn examine(
+    config: &Config,
+    seen: &Seen,
+    inspection: Option<&Inspection>,
+    findings: &mut Findings,
+) {
+    queues(seen, inspection, findings);
+    let submissions = depth(seen, SUBMISSIONS_QUEUE);
+    let consumers = submissions.map(|depth| depth.consumers);
+    service::ask(config, consumers, findings);
+    if let Some(inspection) = inspection {
+        service::standstills(&inspection.replicas, findings);
+    }
+}
+
+fn depth(seen: &Seen, queue: &str) -> Option<Depth> {
+    match seen.get(&(Vhost::Sdk, queue.to_owned())) {
         Some(Inspected::Good(depth)) => Some(*depth),
         Some(Inspected::Absent | Inspected::Otherwise(_) | Inspected::Forbidden(_)) | None => None,
-    };
+    }
+}
+
+/// Who takes submissions, and what waits for that.
+fn queues(seen: &Seen, inspection: Option<&Inspection>, findings: &mut Findings) {
+    let standing = |queue: &str| seen.get(&(Vhost::Sdk, queue.to_owned()));
     if let Some(Inspected::Absent) = standing(SUBMISSIONS_QUEUE) {
         findings.add(
             PART,
@@ -30,7 +51,7 @@ pub(super) fn examine(seen: &Seen, inspection: Option<&Inspection>, findings: &m
         findings.fix(Fix::Declare);
         return;
     }
-    let Some(submissions) = depth(SUBMISSIONS_QUEUE) else {
+    let Some(submissions) = depth(seen, SUBMISSIONS_QUEUE) else {
         return;
     };
     if submissions.consumers > 0 {
@@ -44,7 +65,7 @@ pub(super) fn examine(seen: &Seen, inspection: Option<&Inspection>, findings: &m
         findings.ok(PART, format!("{count} {verb} submissions"));
         return;
     }
-    let cancels = depth(CANCELS_QUEUE).map_or(0, |depth| depth.messages);
+    let cancels = depth(seen, CANCELS_QUEUE).map_or(0, |depth| depth.messages);
     let jobs: i64 = inspection.map_or(0, |one| one.waiting.values().sum());
     let waiting = [
         (i64::from(submissions.messages), "submission"),

@@ -7,24 +7,28 @@ use super::{Findings, Severity};
 use crate::config::Config;
 use crate::domain::overview::spoken;
 use crate::service::handler::MAX_BATCH_MESSAGES;
-use crate::store::Store;
 use crate::store::inspection::Inspection;
 use crate::store::migrate::REVISIONS;
 use crate::store::rights;
+use crate::store::{Connection, Store, StoreError};
 use crate::telemetry::report::one_line;
 
 /// A larger difference between clocks makes times in the log and on the page misleading.
 const MAX_SKEW: SignedDuration = SignedDuration::from_secs(5);
 
 /// Checks Postgres.
-pub(super) fn examine(config: &Config, findings: &mut Findings) -> Option<Inspection> {
+pub(super) fn examine(
+    config: &Config,
+    findings: &mut Findings,
+) -> Option<(Inspection, Connection)> {
     const PART: &str = "Postgres";
     let at = &config.postgres;
-    let store = Store::for_viewers(at);
+    let store = Store::for_viewers(at).hasty();
     let before = Timestamp::now();
-    let inspected = store
-        .connection()
-        .and_then(|mut connection| connection.inspect());
+    let inspected = store.connection().and_then(|mut connection| {
+        let inspection = connection.inspect()?;
+        Ok((inspection, connection))
+    });
     let after = Timestamp::now();
     match inspected {
         Err(error) => {
@@ -38,14 +42,42 @@ pub(super) fn examine(config: &Config, findings: &mut Findings) -> Option<Inspec
             findings.is(Kind::Needed);
             None
         }
-        Ok(inspection) => {
+        Ok((inspection, mut connection)) => {
             findings.ok(PART, format!("{at} answers"));
             judge_database(&inspection, before, after, findings);
             judge_rights(&inspection, findings);
             judge_settings(&inspection, config.handler_threads, findings);
-            Some(inspection)
+            let may_write = inspection.is_usable && inspection.lacks_to_work.is_empty();
+            if may_write && inspection.unwritable.is_none() {
+                try_writing(&mut connection, findings);
+            }
+            Some((inspection, connection))
         }
     }
+}
+
+fn try_writing(connection: &mut Connection, findings: &mut Findings) {
+    const PART: &str = "Postgres";
+    let Err(error) = connection.try_writing() else {
+        findings.ok(PART, "it takes what is written");
+        return;
+    };
+    let is_locked = matches!(error, StoreError::Locked(_));
+    let why = one_line(&format!("{:#}", anyhow::Error::from(error)));
+    let has = |sign: &str| why.to_lowercase().contains(sign);
+    let remedy = if is_locked {
+        "Somebody holds a lock: `pg_locks` and `pg_stat_activity` say who."
+    } else if ["no space", "could not extend", "could not write", "disk"]
+        .into_iter()
+        .any(has)
+    {
+        "Give it room on its disk. Messages wait in RabbitMQ meanwhile, and all goes on by itself."
+    } else {
+        "See its log and its disk. Messages wait in RabbitMQ meanwhile, and all goes on by itself."
+    };
+    let found = format!("it does not take what is written: {why}");
+    findings.add(PART, Severity::Error, found, remedy);
+    findings.is(Kind::Needed);
 }
 
 /// `before` and `after` are this machine's times before and after reading the database's clock.

@@ -1,7 +1,8 @@
 //! What is to be known before the Python service's place is taken, or given back to it.
 
+use super::cause::Kind;
 use super::rabbitmq::Seen;
-use super::{Findings, Severity};
+use super::{Finding, Findings, Role, Severity};
 use crate::broker::Link;
 use crate::broker::inspection::Inspected;
 use crate::config::Config;
@@ -22,7 +23,8 @@ const BACK: &str = "Switch back";
 /// The switch that is about to be made.
 #[derive(Debug)]
 pub struct Switch {
-    /// Whether it may be one to the Python service.
+    /// Whether it may be one to this service, and one to the Python service.
+    pub may_be_here: bool,
     pub may_be_back: bool,
     /// The variables that are set.
     pub variables: Vec<String>,
@@ -40,16 +42,27 @@ pub(super) struct Scene<'s> {
 pub(super) fn examine(switch: &Switch, scene: &Scene<'_>, findings: &mut Findings) {
     queues(scene, findings);
     let in_flight = scene.inspection.and_then(|inspection| {
-        revision(inspection, findings);
+        revision(inspection, switch, findings);
         in_flight(scene.config, inspection, findings)
     });
-    if let Some(in_flight) = &in_flight {
-        judge_jobs(in_flight, findings);
+    match &in_flight {
+        Some(in_flight) => judge_jobs(in_flight, switch, findings),
+        None => findings.hinders("which jobs are in flight is not known"),
     }
-    if !switch.may_be_back {
-        return;
+    if switch.may_be_back {
+        examine_back(switch, scene, in_flight.as_ref(), findings);
     }
-    if let Some(in_flight) = &in_flight {
+    verdicts(switch, findings);
+}
+
+/// What matters on the way to the Python service alone.
+fn examine_back(
+    switch: &Switch,
+    scene: &Scene<'_>,
+    in_flight: Option<&InFlight>,
+    findings: &mut Findings,
+) {
+    if let Some(in_flight) = in_flight {
         judge_jobs_back(in_flight, scene.catalogue, findings);
     }
     if let Some(catalogue) = scene.catalogue {
@@ -59,6 +72,44 @@ pub(super) fn examine(switch: &Switch, scene: &Scene<'_>, findings: &mut Finding
     requests(scene, findings);
     judge_servers(scene.config, findings);
     judge_variables(&switch.variables, findings);
+}
+
+/// Says first whether the switch may be made, of each that is asked for.
+fn verdicts(switch: &Switch, findings: &mut Findings) {
+    let here = [switch.may_be_here, false];
+    let back = [switch.may_be_back, true];
+    for [_, is_back] in [here, back].into_iter().filter(|[is_asked, _]| *is_asked) {
+        let reasons = findings.0.iter().filter(|one| is_back || one.part != BACK);
+        let mut reasons: Vec<_> = reasons.flat_map(reasons_of).collect();
+        reasons.dedup();
+        let (severity, found) = match (reasons.is_empty(), is_back) {
+            (false, false) => (Severity::Warning, "Not yet to this service: "),
+            (false, true) => (Severity::Warning, "Not yet back to the Python service: "),
+            (true, false) => (
+                Severity::Ok,
+                "Safe to come to this service: it goes on where the Python service has stopped.",
+            ),
+            (true, true) => (
+                Severity::Ok,
+                "Safe to go back: the Python service goes on where this one has stopped.",
+            ),
+        };
+        let end = if reasons.is_empty() { "" } else { "." };
+        let found = format!("{found}{}{end}", reasons.join("; "));
+        let part = if is_back { BACK } else { PART };
+        findings.add(part, severity, found, "");
+        if let Some(verdict) = findings.0.last_mut() {
+            verdict.role = Role::Verdict;
+        }
+    }
+}
+
+/// Why a finding is in the way of a switch.
+fn reasons_of(finding: &Finding) -> Vec<String> {
+    let is_needed = matches!(finding.kind, Kind::Needed | Kind::Unreachable { .. });
+    let is_bad = finding.severity == Severity::Error && is_needed;
+    let unfit = is_bad.then(|| format!("{} is not in order", finding.part));
+    unfit.into_iter().chain(finding.hinders.clone()).collect()
 }
 
 /// Who consumes what an orchestrator consumes, and what waits for it.
@@ -82,7 +133,10 @@ fn queues(scene: &Scene<'_>, findings: &mut Findings) {
                 }
             }
             Some(Inspected::Absent) => {}
-            Some(Inspected::Otherwise(_) | Inspected::Forbidden(_)) | None => return,
+            Some(Inspected::Otherwise(_) | Inspected::Forbidden(_)) | None => {
+                findings.hinders("whether an orchestrator runs is not known");
+                return;
+            }
         }
     }
     if consumed.is_empty() {
@@ -95,6 +149,7 @@ fn queues(scene: &Scene<'_>, findings: &mut Findings) {
             "Stop it by SIGTERM, and wait for its end, before the other one starts: only then is what it \
              holds unacknowledged back in the queues, and nobody else at work on the same jobs.",
         );
+        findings.hinders("an orchestrator runs");
     }
     if !waiting.is_empty() {
         findings.add(
@@ -106,7 +161,7 @@ fn queues(scene: &Scene<'_>, findings: &mut Findings) {
     }
 }
 
-fn revision(inspection: &Inspection, findings: &mut Findings) {
+fn revision(inspection: &Inspection, switch: &Switch, findings: &mut Findings) {
     let Some(Ok(applied)) = inspection.revision else {
         return;
     };
@@ -117,9 +172,12 @@ fn revision(inspection: &Inspection, findings: &mut Findings) {
             "to the Python service the tables are at its last revision, {ALEMBIC_HEAD}: it starts with them \
              as they are"
         ),
-        Some(last) => format!(
+        Some(last) if switch.may_be_here => format!(
             "the tables are as the Python service left them at {last}: this one adds to them at its first \
              start, and the Python service starts with that as well"
+        ),
+        Some(last) => format!(
+            "the tables are as the Python service left them at {last}: it starts with them as they are"
         ),
     };
     findings.ok(PART, found);
@@ -138,7 +196,7 @@ fn in_flight(
     {
         return None;
     }
-    let store = Store::for_viewers(&config.postgres);
+    let store = Store::for_viewers(&config.postgres).hasty();
     let looked = store
         .connection()
         .and_then(|mut connection| connection.in_flight());
@@ -154,29 +212,36 @@ fn in_flight(
         .ok()
 }
 
-fn judge_jobs(in_flight: &InFlight, findings: &mut Findings) {
-    if in_flight.by_status.is_empty() {
+fn judge_jobs(in_flight: &InFlight, switch: &Switch, findings: &mut Findings) {
+    if in_flight.by_state.is_empty() {
         findings.ok(PART, "no job is in flight");
         return;
     }
-    let by_status = in_flight.by_status.iter();
-    let by_status: Vec<_> = by_status
-        .map(|(status, jobs)| format!("{jobs} {status}"))
+    let by_state = in_flight.by_state.iter();
+    let by_state: Vec<_> = by_state
+        .map(|(state, jobs)| format!("{jobs} {state}"))
         .collect();
     findings.add(
         PART,
         Severity::Note,
-        format!("jobs are in flight: {}", by_status.join(", ")),
-        "There is nothing to do: their tasks stay in their queues, what workers say meanwhile waits in \
-         RabbitMQ, and the service that starts next goes on with them.",
+        format!("jobs are in flight: {}", by_state.join(", ")),
+        match switch.may_be_back && in_flight.held > 0 {
+            true => {
+                "But for those that wait for their turn there is nothing to do: their tasks stay in their queues, \
+                 what workers say meanwhile waits in RabbitMQ, and the service that starts next goes on with them."
+            }
+            false => {
+                "There is nothing to do: their tasks stay in their queues, what workers say meanwhile waits in \
+                 RabbitMQ, and the service that starts next goes on with them."
+            }
+        },
     );
-    let registered = in_flight.by_status.get("REGISTERED").copied();
-    let registered = registered.unwrap_or(0) - in_flight.held_at_first;
-    if registered > 0 {
+    if switch.may_be_here && in_flight.without_task > 0 {
+        let count = in_flight.without_task;
         findings.add(
             PART,
             Severity::Note,
-            format!("{registered} of them have no task: a Python service was killed over their submissions"),
+            format!("{count} of them have no task: a Python service was killed over their submissions"),
             "They go on when RabbitMQ redelivers these, which it does when that service is gone; without, \
              they end after JOB_RETENTION_SEC.",
         );
@@ -213,6 +278,7 @@ fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings
             ),
             "Let them end first (`jobs list --workflow NAME`), or cancel them.",
         );
+        findings.hinders("jobs of several steps are in flight");
     }
     if in_flight.held > 0 {
         findings.add(
@@ -229,6 +295,10 @@ fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings
             "Hand them over while this service runs: `jobs release --all --yes`. Lift the limits of their \
              queues first (`workflows limits`), so that no more have to wait.",
         );
+        findings.hinders(match in_flight.held {
+            1 => "1 job waits for its turn".to_owned(),
+            more => format!("{more} jobs wait for their turn"),
+        });
     }
     if in_flight.untold > 0 {
         findings.add(
@@ -259,12 +329,13 @@ fn judge_definitions(catalogue: &Catalogue, findings: &mut Findings) {
             BACK,
             Severity::Warning,
             format!(
-                "{} are made of steps: the Python service sends their jobs to queues of these names, where \
-                 no worker may be",
+                "of steps: {}. The Python service sends their jobs to queues of these names, where no worker \
+                 may be",
                 listed(of_steps.keys().collect())
             ),
             "Take them out of the file that the Python service reads, so that it refuses their jobs.",
         );
+        findings.hinders("the definition file has workflows of steps");
     }
     let ignored: Vec<_> = names
         .iter()
@@ -276,7 +347,7 @@ fn judge_definitions(catalogue: &Catalogue, findings: &mut Findings) {
             BACK,
             Severity::Note,
             format!(
-                "{} have a limit, a timeout or a retry of their own, which the Python service ignores",
+                "with a limit, a timeout or a retry of their own, which the Python service ignores: {}",
                 listed(ignored)
             ),
             "Nothing has to be done for it to start; their jobs run without these there.",
@@ -322,6 +393,7 @@ fn requests(scene: &Scene<'_>, findings: &mut Findings) {
             || link.inspect_exclusive_queue(WORKFLOW_REQUESTS_KEY),
         )
     });
+    let before = findings.0.len();
     match looked {
         Ok(Inspected::Good(_)) => findings.add(
             BACK,
@@ -340,6 +412,9 @@ fn requests(scene: &Scene<'_>, findings: &mut Findings) {
             one_line(&format!("{WORKFLOW_REQUESTS_KEY}: {error:#}")),
             "Whether the Python service can have this queue is not known; try again before the switch.",
         ),
+    }
+    if findings.0.len() > before {
+        findings.hinders(format!("{WORKFLOW_REQUESTS_KEY} is in the way"));
     }
 }
 
@@ -360,6 +435,7 @@ fn judge_servers(config: &Config, findings: &mut Findings) {
             ),
             "Give the Python service one of them.",
         );
+        findings.hinders("several hosts are set for one name");
     }
 }
 
@@ -411,6 +487,7 @@ fn judge_variables(variables: &[String], findings: &mut Findings) {
             format!("the Python service does not read {}", listed(vital)),
             "Give it the passwords in variables, and servers that it reaches without TLS.",
         );
+        findings.hinders("passwords or TLS are set in a way that it does not read");
     }
     if !others.is_empty() {
         findings.add(

@@ -533,11 +533,7 @@ impl Overview {
     fn estimate(&self, jobs: &mut [JobView], now: Timestamp) {
         for job in &mut *jobs {
             if let Some(turn) = job.turn.as_ref().filter(|turn| !turn.on_hold) {
-                let before = self.turns.iter().find(|queue| queue.name == turn.queue);
-                let before = before.map_or(0, |queue| queue.waiting);
-                job.position = turn
-                    .place(job.id, &self.turns)
-                    .map(|place| before.saturating_add(place));
+                job.position = turn.place(job.id, &self.turns);
             }
         }
         let mut waits: BTreeMap<&str, Option<Vec<Span>>> = BTreeMap::new();

@@ -78,7 +78,9 @@ impl Service {
         let (catalogue_changed, catalogue_news) = bounded(1);
         let service = Service {
             store: Store::new(&config.postgres, connections),
-            views: Store::for_viewers(&config.postgres).impatient(VIEWERS_PATIENCE),
+            views: Store::for_viewers(&config.postgres)
+                .impatient(VIEWERS_PATIENCE)
+                .hasty(),
             can_look_on: AtomicBool::default(),
             catalogue: CurrentCatalogue::new(catalogue),
             catalogue_news,
@@ -174,7 +176,13 @@ impl Service {
     /// # Errors
     /// As [`Connection::jobs`].
     pub fn page(&self, connection: &mut Connection, filter: &Filter) -> Result<Page, StoreError> {
-        let look = || connection.jobs(filter);
+        let look = || {
+            let turns = match filter.finished {
+                true => Vec::new(),
+                false => self.overview(connection)?.turns,
+            };
+            connection.jobs(filter, &turns)
+        };
         Ok(self.pages.at(filter.clone(), look)?.as_ref().clone())
     }
 

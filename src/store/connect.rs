@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use log::{debug, info};
 use postgres::config::SslMode;
-use postgres::error::SqlState;
+use postgres::error::{DbError, SqlState};
 use postgres::types::ToSql;
 use postgres::{Client, NoTls, Row, Statement, ToStatement};
 use r2d2::ManageConnection;
@@ -102,8 +102,32 @@ impl Connector {
 
 /// Why there is no connection, with the whole cause chain.
 #[derive(Debug, Error)]
-#[error("{0:#}")]
-pub(super) struct ConnectError(anyhow::Error);
+#[error("{why:#}")]
+pub(super) struct ConnectError {
+    why: anyhow::Error,
+    /// Whether somebody has said no, as [`is_denial`] has it.
+    pub(super) is_denied: bool,
+}
+
+impl From<anyhow::Error> for ConnectError {
+    fn from(why: anyhow::Error) -> Self {
+        ConnectError {
+            is_denied: is_denial(&why),
+            why,
+        }
+    }
+}
+
+/// Whether the machine says that nobody listens there, or the server that it does not let this user in, or
+/// has no such database: in a moment it says the same, unless somebody is about to start it.
+fn is_denial(why: &anyhow::Error) -> bool {
+    why.chain().any(|cause| {
+        let refused = cause.downcast_ref::<io::Error>();
+        let denied = cause.downcast_ref::<DbError>().map(|error| error.code());
+        refused.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+            || denied.is_some_and(|code| ["28", "3D"].contains(&&code.code()[..2]))
+    })
+}
 
 impl ManageConnection for Connector {
     type Connection = Session;
@@ -112,12 +136,12 @@ impl ManageConnection for Connector {
     fn connect(&self) -> Result<Session, ConnectError> {
         let servers = &self.config.servers;
         if servers.len() == 1 {
-            return self.open(0).map_err(ConnectError);
+            return Ok(self.open(0)?);
         }
         // One after the other, as libpq has it; unlike libpq, also after one that does not let this
         // user in.
         let last = self.last.load(Ordering::Relaxed);
-        let mut faults = Vec::new();
+        let (mut faults, mut is_denied) = (Vec::new(), true);
         for number in (last..servers.len()).chain(0..last) {
             match self.open(number) {
                 Ok(session) => {
@@ -127,14 +151,20 @@ impl ManageConnection for Connector {
                     self.last.store(number, Ordering::Relaxed);
                     return Ok(session);
                 }
-                Err(fault) => faults.push(format!("{}: {fault:#}", servers[number])),
+                Err(fault) => {
+                    is_denied &= is_denial(&fault);
+                    faults.push(format!("{}: {fault:#}", servers[number]));
+                }
             }
         }
-        Err(ConnectError(anyhow!(faults.join("; "))))
+        Err(ConnectError {
+            why: anyhow!(faults.join("; ")),
+            is_denied,
+        })
     }
 
     fn is_valid(&self, session: &mut Session) -> Result<(), ConnectError> {
-        self.check(session).map_err(ConnectError)
+        Ok(self.check(session)?)
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::connect::unwritable;
 use super::migrate::{self, REVISIONS};
 use super::rights::{self, Lack};
-use super::{Connection, StoreError};
+use super::{Connection, Sign, StoreError};
 
 /// What is known of a database.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -20,6 +20,10 @@ pub struct Inspection {
     pub lacks_to_work: Vec<Lack>,
     pub lacks_to_upgrade: Vec<Lack>,
     pub clock: Option<Timestamp>,
+    /// Whether the tables are this program's, and may be read.
+    pub is_usable: bool,
+    /// The replicas that have a session with RabbitMQ.
+    pub replicas: Vec<Replica>,
     pub settings: Settings,
     /// Jobs that wait, and others, by workflow.
     pub waiting: BTreeMap<String, i64>,
@@ -33,19 +37,28 @@ pub struct Inspection {
     pub largest_result: Option<i64>,
 }
 
+/// A replica, by the connection on which it shows its presence, and which it uses every second.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replica {
+    /// From which address, if this user may see that.
+    pub from: Option<String>,
+    /// For how long it has not used it.
+    pub still_for: SignedDuration,
+}
+
 /// What another service finds when it starts on this database.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct InFlight {
-    /// How many jobs have not ended, by status.
-    pub by_status: BTreeMap<String, i64>,
+    /// How many jobs have not ended, by their state in a word.
+    pub by_state: BTreeMap<String, i64>,
     /// The same by workflow.
     pub by_workflow: BTreeMap<String, i64>,
     /// Those of which something is kept for later steps, by workflow.
     pub with_steps: BTreeMap<String, i64>,
     /// How many wait for their turn at a task queue with limits.
     pub held: i64,
-    /// How many have no task yet, since their first one does or is about to be handed over.
-    pub held_at_first: i64,
+    /// How many have no task, and do not wait for the turn of their first one either.
+    pub without_task: i64,
     /// How many have an outcome that their client has not been told.
     pub untold: i64,
 }
@@ -84,7 +97,9 @@ impl Connection {
             .lacks_to_work
             .iter()
             .any(|lack| lack.what.starts_with("SELECT"));
-        if at_head && readable {
+        inspection.is_usable = at_head && readable;
+        if inspection.is_usable {
+            inspection.replicas = self.replicas()?;
             let rows = self.client.query(
                 "SELECT workflow_type, count(*) FILTER (WHERE status <> 'RUNNING') FROM job
                  GROUP BY workflow_type",
@@ -104,6 +119,61 @@ impl Connection {
             inspection.largest_result = row.get(2);
         }
         Ok(inspection)
+    }
+
+    /// As [`Connection::look_around`] sees them. One that waits for an answer does not stand still.
+    fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
+        let (class, presence) = Sign::Presence.lock();
+        let rows = self.client.query(
+            "SELECT host(client_addr),
+                    CASE WHEN state = 'active' THEN 0
+                         ELSE coalesce(extract(epoch FROM clock_timestamp() - state_change), 0)
+                    END::float8
+             FROM pg_locks JOIN pg_stat_activity AS session USING (pid)
+             WHERE locktype = 'advisory' AND objsubid = 2 AND classid::bigint = $1::integer
+               AND objid::bigint = $2::integer AND datname = current_database() AND database = datid
+             ORDER BY 1, 2",
+            &[&class, &presence],
+        )?;
+        let replica = |row: &postgres::Row| Replica {
+            from: row.get(0),
+            still_for: SignedDuration::try_from_secs_f64(row.get(1)).unwrap_or_default(),
+        };
+        Ok(rows.iter().map(replica).collect())
+    }
+
+    /// Writes as the service does, and takes it back.
+    ///
+    /// # Errors
+    /// It would not be taken: the disk is full, the tables are locked, or the connection is lost.
+    pub fn try_writing(&mut self) -> Result<(), StoreError> {
+        let mut transaction = self.transaction()?;
+        transaction.check_tables()?;
+        transaction.execute(
+            "WITH written AS (
+                 INSERT INTO job (job_id, workflow_type, status, registered_at)
+                 VALUES (gen_random_uuid(), '', 'REGISTERED', now()) RETURNING job_id
+             )
+             INSERT INTO job_history (job_id, finished_at, starts, outcome, result_bytes)
+             SELECT job_id, now(), 0, 'CANCELLED', 0 FROM written",
+            &[],
+        )?;
+        // Where there is room for a row there may be none for a result. A table of its own finds none that
+        // another has left behind.
+        let may = "SELECT has_database_privilege(current_database(), 'TEMPORARY')";
+        if transaction
+            .query(may, &[])?
+            .first()
+            .is_some_and(|row| row.get(0))
+        {
+            transaction.execute("SET LOCAL temp_tablespaces = ''", &[])?;
+            transaction.execute(
+                "CREATE TEMPORARY TABLE omotes_doctor ON COMMIT DROP AS
+                 SELECT repeat('x', 1000) AS filling FROM generate_series(1, 1000)",
+                &[],
+            )?;
+        }
+        Ok(())
     }
 
     fn handed_over(&mut self) -> Result<BTreeMap<(String, Option<String>), i64>, StoreError> {
@@ -151,7 +221,24 @@ impl Connection {
         let turns: bool = row.get(3);
         let mut found = InFlight::default();
         if jobs {
-            found.by_status = self.counts("SELECT status::text, count(*) FROM job GROUP BY 1")?;
+            found.by_state = match turns {
+                true => self.counts(
+                    "SELECT CASE WHEN on_hold THEN 'on hold' WHEN on_hold IS NOT NULL THEN 'held'
+                                 WHEN status = 'REGISTERED' THEN 'registered'
+                                 WHEN status = 'SUBMITTED' THEN 'waiting'
+                                 ELSE lower(status::text) END,
+                            count(*)
+                     FROM job LEFT JOIN job_turn AS turn
+                         ON turn.job_id = job.job_id AND granted_at IS NULL
+                     GROUP BY 1",
+                )?,
+                false => self.counts(
+                    "SELECT CASE status WHEN 'SUBMITTED' THEN 'waiting' ELSE lower(status::text) END,
+                            count(*)
+                     FROM job GROUP BY 1",
+                )?,
+            };
+            found.without_task = found.by_state.get("registered").copied().unwrap_or(0);
             found.by_workflow =
                 self.counts("SELECT workflow_type, count(*) FROM job GROUP BY 1")?;
         }
@@ -167,11 +254,12 @@ impl Connection {
         if jobs && turns {
             let row = self.client.query_one(
                 "SELECT count(*) FILTER (WHERE granted_at IS NULL),
-                        count(*) FILTER (WHERE status = 'REGISTERED')
+                        count(*) FILTER (WHERE granted_at IS NOT NULL AND status = 'REGISTERED')
                  FROM job JOIN job_turn USING (job_id)",
                 &[],
             )?;
-            (found.held, found.held_at_first) = (row.get(0), row.get(1));
+            found.held = row.get(0);
+            found.without_task -= row.get::<_, i64>(1);
         }
         if jobs && history {
             let row = self.client.query_one(

@@ -81,9 +81,9 @@ impl Connection {
             finished: true,
             ..live.clone()
         };
-        let job = match self.jobs(&live)?.jobs.pop() {
+        let job = match self.jobs(&live, &[])?.jobs.pop() {
             Some(job) => Some(job),
-            None => self.jobs(&finished)?.jobs.pop(),
+            None => self.jobs(&finished, &[])?.jobs.pop(),
         };
         let Some(mut job) = job else { return Ok(None) };
         let row = self.client.query_one(STORY, &[&job_id])?;

@@ -86,7 +86,7 @@ pub enum Sign {
 impl Sign {
     /// The advisory lock that all those share who show it. The locks of jobs have another kind of
     /// key.
-    fn lock(self) -> (i32, i32) {
+    pub(super) fn lock(self) -> (i32, i32) {
         let number = match self {
             Sign::Presence => 1,
             Sign::HeldUp => 2,

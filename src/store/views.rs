@@ -11,11 +11,14 @@ use super::rows::{named, progress, seconds};
 use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
-use crate::domain::overview::{End, Filter, JobState, JobView, MAX_COUNT, Page, WorkflowRows};
+use crate::domain::overview::{
+    End, Filter, JobState, JobView, MAX_COUNT, Page, QueueView, WorkflowRows,
+};
 
 /// Live jobs, and those whose clients may not have been told yet: first those that workers have
 /// started, then the others in the order in which workers take them, and then those that are not
-/// handed to them, of which there may be many: of these only the page is read.
+/// handed to them: in the order of their turns, as far as that is told, and those on hold last. Of these
+/// there may be many, and only the page is read.
 ///
 /// The `step` of a job is its current task, if it has a course.
 const LIVE: &str = "
@@ -59,13 +62,26 @@ const LIVE: &str = "
         ORDER BY runs DESC, position, registered_at, job_id LIMIT $4 OFFSET $5
     ), counted AS (
         SELECT count(*) AS total FROM standing WHERE is_wanted
+    ), placed AS MATERIALIZED (
+        SELECT job_id, registered_at, place
+        FROM unnest($7::uuid[], $8::bigint[]) AS next (job_id, place) JOIN registered USING (job_id)
     ), page AS (
-        SELECT * FROM begun
+        SELECT *, NULL::bigint AS place, false AS on_hold FROM begun
         UNION ALL
-        (SELECT job_id, registered_at, NULL, NULL FROM registered
-         ORDER BY registered_at, job_id
+        (SELECT job_id, registered_at, NULL, NULL, place, false FROM placed
+         ORDER BY place, registered_at, job_id
          LIMIT $4 - (SELECT count(*) FROM begun)
          OFFSET greatest($5 - (SELECT total FROM counted), 0))
+        UNION ALL
+        -- With no row left to be read, none is looked at.
+        (SELECT job_id, registered_at, NULL, NULL, NULL,
+                job_id IN (SELECT job_id FROM job_turn WHERE granted_at IS NULL AND on_hold) AS rests
+         FROM registered WHERE job_id <> ALL($7::uuid[])
+         ORDER BY rests, registered_at, job_id
+         LIMIT greatest($4 - (SELECT count(*) FROM begun)
+                        - greatest((SELECT count(*) FROM placed)
+                                   - greatest($5 - (SELECT total FROM counted), 0), 0), 0)
+         OFFSET greatest($5 - (SELECT total FROM counted) - (SELECT count(*) FROM placed), 0))
     )
     SELECT job.job_id, workflow_type, left(job_reference, 300) AS job_reference,
            status::text AS status, job.priority, job.celery_id, job.registered_at,
@@ -106,7 +122,8 @@ const LIVE: &str = "
              WHERE job_act.job_id = page.job_id AND turn.on_hold AND act = 'HOLD'
              ORDER BY number DESC LIMIT 1
          ) AS hold ON true
-    ORDER BY page.runs DESC NULLS LAST, page.position, page.registered_at, page.job_id";
+    ORDER BY page.runs DESC NULLS LAST, page.position, page.place, page.on_hold, page.registered_at,
+             page.job_id";
 
 const FINISHED: &str = "
     WITH wanted AS NOT MATERIALIZED (
@@ -137,11 +154,11 @@ const FINISHED: &str = "
     ORDER BY page.finished_at DESC, page.job_id";
 
 impl Connection {
-    /// A page of the jobs that match `filter`.
+    /// A page of the jobs that match `filter`; of those that wait for their turn `turns` tell the order.
     ///
     /// # Errors
     /// The connection is lost, or a row is none that this program or the Python service writes.
-    pub fn jobs(&mut self, filter: &Filter) -> Result<Page, StoreError> {
+    pub fn jobs(&mut self, filter: &Filter, turns: &[QueueView]) -> Result<Page, StoreError> {
         let state = filter.state.map(JobState::name);
         let text = filter.text.as_deref().map(like);
         let limit = i64::from(filter.limit);
@@ -160,6 +177,7 @@ impl Connection {
                 ],
             )?
         } else {
+            let (ids, places): (Vec<_>, Vec<_>) = QueueView::places(turns).unzip();
             self.client.query(
                 LIVE,
                 &[
@@ -169,6 +187,8 @@ impl Connection {
                     &limit,
                     &offset,
                     &filter.id.map(|id| vec![id]),
+                    &ids,
+                    &places,
                 ],
             )?
         };
@@ -182,7 +202,7 @@ impl Connection {
                     limit: 1,
                     ..filter.clone()
                 };
-                self.jobs(&first)?.total
+                self.jobs(&first, turns)?.total
             }
             None => 0,
         };
@@ -192,16 +212,18 @@ impl Connection {
         })
     }
 
-    /// Those of these jobs that are there, in the order of the list.
+    /// Those of these jobs that are there, in the order of the list but for turns.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn live_jobs(&mut self, ids: &[Uuid]) -> Result<Vec<JobView>, StoreError> {
         const ANY: Option<&str> = None;
         let limit = i64::try_from(ids.len()).unwrap_or(i64::MAX);
-        let rows = self
-            .client
-            .query(LIVE, &[&ANY, &ANY, &ANY, &limit, &0_i64, &ids])?;
+        let (next, places): (Vec<Uuid>, Vec<i64>) = Default::default();
+        let rows = self.client.query(
+            LIVE,
+            &[&ANY, &ANY, &ANY, &limit, &0_i64, &ids, &next, &places],
+        )?;
         let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
         jobs.map_err(StoreError::Transient)
     }

@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::VERSION;
 use crate::domain::overview::{Overview, WorkflowView};
 use crate::domain::worker::{WorkerState, Workers};
 use crate::telemetry::health::Health;
@@ -56,7 +57,7 @@ impl Gauges {
     }
 
     fn add_service(&mut self, health: &Health, now: Timestamp) {
-        let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
+        let version = vec![("version", VERSION.to_owned())];
         self.add(
             "build_info",
             "Version of the program",

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -8,7 +9,9 @@ use std::process::{Child, Command, Stdio};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::harness::deployment::{Deployment, close_a_connection, eventually, management, setting};
+use crate::harness::deployment::{
+    Deployment, Server, close_a_connection, eventually, management, setting,
+};
 use crate::harness::peers::{Client, Worker};
 
 const INPUT: &str = "<esdl:EnergySystem xmlns:esdl='e' id='in'/>";
@@ -254,6 +257,65 @@ fn ctrl_c_cancels_the_job() {
     assert_eq!(output.status.code(), Some(130));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("result CANCELLED"), "{said}");
+}
+
+/// What a child has said on standard error, line by line, until one has this text.
+fn heard(said: &mut impl Iterator<Item = std::io::Result<String>>, text: &str) -> String {
+    let lines = said.map(Result::unwrap);
+    let mut all = String::new();
+    for line in lines {
+        all += &format!("{line}\n");
+        if line.contains(text) {
+            return all;
+        }
+    }
+    panic!("{text:?} is not in {all}");
+}
+
+fn interrupt(child: &Child) {
+    let id = child.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &id]).status().unwrap();
+    assert!(sent.success());
+}
+
+#[test]
+fn a_job_is_followed_on_when_rabbitmq_is_back() {
+    let deployment = Deployment::with_own_servers();
+    let service = deployment.start();
+    let mut child = submitting(&deployment, &["--output", "out.esdl"])
+        .spawn()
+        .unwrap();
+    let mut other = submitting(&deployment, &[]).spawn().unwrap();
+    let [mut said, mut other_said] =
+        [&mut child, &mut other].map(|child| BufReader::new(child.stderr.take().unwrap()).lines());
+    for said in [&mut said, &mut other_said] {
+        heard(said, "status ENQUEUED");
+    }
+    deployment.kill_server(Server::RabbitMq);
+    heard(&mut said, "is followed again as soon as RabbitMQ answers");
+    // Whoever has enough of it is told how to learn more.
+    heard(
+        &mut other_said,
+        "is followed again as soon as RabbitMQ answers",
+    );
+    interrupt(&other);
+    heard(&mut other_said, "once more gives up");
+    interrupt(&other);
+    let last = heard(&mut other_said, "is followed no further");
+    assert!(last.contains("`jobs show "), "{last}");
+    assert_eq!(other.wait().unwrap().code(), Some(1));
+
+    deployment.start_server(Server::RabbitMq);
+    service.wait_until_ready();
+    let worker = Worker::of_existing(&deployment, "workflow_1");
+    heard(&mut said, "RabbitMQ answers again");
+    for _ in 0..2 {
+        worker.succeed(&worker.take(), "<e id='out'/>");
+    }
+    heard(&mut said, "result SUCCEEDED");
+    assert!(child.wait().unwrap().success());
+    let written = fs::read_to_string(deployment.folder.join("out.esdl")).unwrap();
+    assert_eq!(written, "<e id='out'/>");
 }
 
 #[test]
@@ -637,7 +699,6 @@ fn no_command_shows_a_password(
         (&["healthcheck"], false),
     ] {
         let mut command = deployment.command(arguments);
-        // Postgres is tried for ten seconds.
         for name in &names[..if to_postgres { 5 } else { 4 }] {
             command.env_remove(name);
         }

@@ -253,6 +253,17 @@ fn who_waits_for_a_job_is_told_that_nobody_takes_it() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
+/// And with the commit, where the build knows it.
+#[test]
+fn the_version_is_more_than_a_number() {
+    let deployment = Deployment::new();
+    let (code, version, _) = run(&deployment, &["--version"]);
+    assert_eq!(code, Some(0));
+    let more = version.strip_prefix(concat!("omotes-orchestrator ", env!("CARGO_PKG_VERSION")));
+    let more = more.unwrap().trim();
+    assert!(more.starts_with('(') && more.ends_with(')'), "{version}");
+}
+
 #[test]
 fn empty_lists_say_so_beside_standard_output() {
     let deployment = Deployment::new();

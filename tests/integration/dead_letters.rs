@@ -29,13 +29,25 @@ fn fault(deployment: &Deployment, arguments: &[&str]) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-/// The lines of `list`, once there are so many.
+/// The letters of `list`, once there are so many, with one space between their columns.
 fn list(deployment: &Deployment, letters: usize) -> Vec<String> {
     eventually("the dead letters", || {
-        let list = String::from_utf8(run(deployment, &["list"]).stdout).unwrap();
-        let lines: Vec<_> = list.lines().map(str::to_owned).collect();
+        let lines = rows(&run(deployment, &["list"]));
         (lines.len() == letters).then_some(lines)
     })
+}
+
+/// What a command lists below its header.
+fn rows(output: &Output) -> Vec<String> {
+    let list = str::from_utf8(&output.stdout).unwrap();
+    let mut lines = list.lines().map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words.join(" ")
+    });
+    if let Some(header) = lines.next() {
+        assert_eq!(header, "ID TIME CONNECTION QUEUE BYTES REASON");
+    }
+    lines.collect()
 }
 
 #[test]
@@ -51,15 +63,21 @@ fn dead_letters_are_listed_shown_and_dropped() {
         .send_as("omotes_task_result_events", &body, "yours");
     let lines = list(&deployment, 2);
     assert!(
-        lines[0].contains(" SDK job_submissions 3 bytes: JobSubmission: "),
+        lines[0].contains("Z SDK job_submissions 3 JobSubmission: "),
         "{}",
         lines[0]
     );
     assert!(
-        lines[1].contains(" TASK omotes_task_result_events 1005 bytes: TaskResult: "),
+        lines[1].contains("Z TASK omotes_task_result_events 1005 TaskResult: "),
         "{}",
         lines[1]
     );
+
+    // To the second.
+    let time = lines[0].split(' ').nth(1).unwrap();
+    assert_eq!(time.len(), "2026-01-01T00:00:00Z".len(), "{time}");
+    let hint = "comes straight back if it is put back";
+    assert!(said(&deployment, &["list"]).contains(hint));
 
     let [mine, yours] = [&lines[0][..8], &lines[1][..8]];
     let shown = said(&deployment, &["show", mine]);
@@ -80,10 +98,7 @@ fn dead_letters_are_listed_shown_and_dropped() {
     assert_eq!(list(&deployment, 1), lines[..1]);
     let asked = run(&deployment, &["drop", "--all"]);
     assert_eq!(asked.status.code(), Some(1));
-    assert_eq!(
-        String::from_utf8(asked.stdout).unwrap(),
-        lines[0].clone() + "\n"
-    );
+    assert_eq!(rows(&asked), lines[..1]);
     let asked = String::from_utf8(asked.stderr).unwrap();
     assert!(
         asked.contains("would delete 1 dead letter") && asked.contains("--yes"),

@@ -8,8 +8,9 @@ use rstest::rstest;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::harness::deployment::{Deployment, Server, rabbitmq_version, setting};
+use crate::harness::deployment::{Deployment, Server, eventually, rabbitmq_version, setting};
 use crate::harness::peers::{Client, Peer, Worker};
+use crate::harness::planted::{RUNNING, plant_workers};
 
 /// All that is not as it should be: severity, part, and what was found.
 fn findings(
@@ -403,6 +404,123 @@ fn an_orchestrator_that_has_stopped_is_found() {
     let waiting = text(&deployment, &[], &[]);
     let expected = "error   Orchestrator    no orchestrator runs, and 1 submission waits";
     assert!(waiting.contains(expected), "{waiting}");
+}
+
+#[test]
+fn the_service_that_runs_is_asked_how_it_is() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let bind = service.http().to_string();
+    let asked = || text(&deployment, &[], &[("HTTP_BIND", &bind)]);
+    let said = asked();
+    let ready =
+        format!("ok      Orchestrator    http://{bind}/health/ready is ready, version 0.1.0");
+    assert!(said.contains(&ready), "{said}");
+    // From elsewhere it cannot be.
+    let said = text(&deployment, &[], &[]);
+    assert!(
+        said.contains("note    Orchestrator    none answers at http://127.0.0.1:0/"),
+        "{said}"
+    );
+
+    let mut sql = deployment.sql();
+    let mut lock = sql.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE job_starts IN ACCESS EXCLUSIVE MODE")
+        .unwrap();
+    eventually("it is not ready", || {
+        (!service.readiness()?.0).then_some(())
+    });
+    let said = asked();
+    assert!(said.starts_with("One cause, from which "), "{said}");
+    let cause = "error   Postgres        it does not take what is written: ";
+    assert!(said.lines().nth(1).unwrap().starts_with(cause), "{said}");
+    let follows = format!("error   Orchestrator    http://{bind}/health/ready, version 0.1.0");
+    assert!(said.contains(&follows), "{said}");
+    assert!(
+        said.contains("is not ready: Postgres does not do what is needed of it: "),
+        "{said}"
+    );
+    // What is not known without --rabbitmqctl is of no interest now.
+    assert!(!said.contains("consumer_timeout"), "{said}");
+    lock.rollback().unwrap();
+    service.wait_until_ready();
+}
+
+#[test]
+fn an_orchestrator_that_hangs_is_found() {
+    let deployment = Deployment::new();
+    let service = deployment.start();
+    let bind = service.http().to_string();
+    service.signal("-STOP");
+    let said = text(&deployment, &[], &[("HTTP_BIND", &bind)]);
+    assert!(said.contains("1 orchestrator takes submissions"), "{said}");
+    let hangs = format!(
+        "error   Orchestrator    at http://{bind}/health/ready one takes connections, and does not answer"
+    );
+    assert!(said.contains(&hangs), "{said}");
+    // From elsewhere, a while later.
+    let still = "error   Orchestrator    the orchestrator that is connected from ";
+    let said = eventually("it is seen to stand still", || {
+        let said = text(&deployment, &[], &[]);
+        said.contains(still).then_some(said)
+    });
+    assert!(
+        said.contains(" stands still: Postgres has not heard of it for "),
+        "{said}"
+    );
+    service.signal("-CONT");
+}
+
+#[test]
+fn what_jobs_wait_for_in_vain_is_told() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let mut sql = deployment.sql();
+    plant_workers(&mut sql);
+    sql.batch_execute(&format!(
+        "UPDATE worker SET state = 'silent', last_seen = now() - interval '40 s'
+             WHERE host = 'worker-simulator@a1';
+         INSERT INTO job (job_id, workflow_type, status, registered_at, submitted_at, running_at, celery_id)
+             VALUES ('{RUNNING}', 'workflow_1', 'RUNNING', now(), now(), now(), 't-1'),
+                    (gen_random_uuid(), 'workflow_2', 'SUBMITTED', now() - interval '3 h',
+                     now() - interval '3 h', NULL, 't-2');
+         INSERT INTO absent_task (job_id, celery_id, since, confirmed_at, may_wait, is_told)
+             VALUES ('{RUNNING}', 't-1', now() - interval '2 min', now(), false, true);
+         INSERT INTO queue_limit (queue, paused, changed_at) VALUES ('workflow_1', true, now());
+         INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
+             VALUES (gen_random_uuid(), 'workflow_1', '', 'MEDIUM', now())"
+    ))
+    .unwrap();
+    let found = findings(&deployment, &[], &[("WORKERS_PERIOD_SEC", "15")]);
+    for expected in [
+        "warning Workers: worker-simulator@a1 has not answered for 4",
+        "warning Jobs: no worker has had the task of job ",
+        "warning Jobs: workflow_1 is paused by an operator, and 1 job waits for that",
+        "warning Jobs: a job of workflow_2 has waited for 3 h",
+    ] {
+        let is_there = found.iter().any(|one| one.starts_with(expected));
+        assert!(is_there, "{expected}: {found:#?}");
+    }
+    let silent = found.iter().find(|one| one.contains("@a1")).unwrap();
+    assert!(
+        silent.ends_with(&format!("; it has job {RUNNING}")),
+        "{silent}"
+    );
+    let workers = || deployment.command(&["workers"]).output().unwrap();
+    let listed = String::from_utf8(workers().stdout).unwrap();
+    let last = listed.lines().find(|line| line.starts_with("seen "));
+    assert!(
+        last.is_some_and(|line| line.ends_with(" s ago")),
+        "{listed}"
+    );
+    // How they were an hour ago says nothing.
+    sql.batch_execute("UPDATE worker_look SET looked_at = now() - interval '1 h'")
+        .unwrap();
+    let warned = String::from_utf8(workers().stderr).unwrap();
+    let warning = "warning: nobody has looked at the workers for 1 h: this is how they were then";
+    assert!(warned.starts_with(warning), "{warned}");
+    let found = findings(&deployment, &[], &[("WORKERS_PERIOD_SEC", "15")]);
+    assert!(!found.iter().any(|one| one.contains("@a1")), "{found:#?}");
 }
 
 #[test]

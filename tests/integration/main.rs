@@ -19,6 +19,7 @@ mod cluster;
 mod commands;
 mod connect;
 mod crashes;
+mod crowd;
 mod dead_letters;
 mod doctor;
 mod events;

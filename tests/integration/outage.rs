@@ -1,12 +1,15 @@
 //! One outage is one trouble: on the page, in the health, in the log, and on the command line.
 
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::process::Stdio;
+use std::time::Instant;
 
+use omotes_orchestrator::config::CONNECT_TIMEOUT;
 use omotes_orchestrator::wire::job_status_update::JobStatus;
 use uuid::Uuid;
 
-use crate::harness::deployment::{Deployment, Server, eventually};
+use crate::harness::deployment::{Deployment, Server, eventually, free_port};
 use crate::harness::peers::Client;
 
 /// Whatever else does not work because of it.
@@ -44,8 +47,44 @@ fn a_killed_postgres_is_the_one_trouble() {
     let log = service.log();
     assert_eq!(log.matches("Stack backtrace").count(), 1, "{log}");
 
+    deployment.start_server(Server::Postgres);
+    service.wait_until_ready();
+    assert!(!service.get("/").unwrap().1.contains("class=\"lead\""));
+}
+
+/// A pool would try for ten seconds.
+#[test]
+fn commands_end_soon_where_nobody_listens() {
+    let deployment = Deployment::new();
+    let port = free_port().to_string();
+    for arguments in [
+        &["jobs", "list"][..],
+        &["workers"],
+        &["db", "current"],
+        &["queues", "--interval", "0"],
+        &["doctor"],
+    ] {
+        let begun = Instant::now();
+        let mut command = deployment.command(arguments);
+        let output = command.env("POSTGRESQL_PORT", &port).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8(said).unwrap();
+        assert!(begun.elapsed() < CONNECT_TIMEOUT, "{arguments:?}: {said}");
+        let refused = said.contains("no connection to Postgres: ");
+        let needs_none = arguments[0] == "queues";
+        assert_eq!(refused, !needs_none, "{arguments:?}: {said}");
+    }
+}
+
+/// Of a server that only says nothing they say soon that they go on trying.
+#[test]
+fn commands_say_soon_that_nobody_answers() {
+    let deployment = Deployment::new();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port().to_string();
     let mut command = deployment.command(&["jobs", "list"]);
     let mut list = command
+        .env("POSTGRESQL_PORT", port)
         .stderr(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
@@ -57,10 +96,6 @@ fn a_killed_postgres_is_the_one_trouble() {
     // It says so long before it gives up.
     assert!(list.try_wait().unwrap().is_none());
     assert!(!list.wait().unwrap().success());
-
-    deployment.start_server(Server::Postgres);
-    service.wait_until_ready();
-    assert!(!service.get("/").unwrap().1.contains("class=\"lead\""));
 }
 
 /// They hold up all work, as a Postgres does that is gone.

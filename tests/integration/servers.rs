@@ -263,6 +263,16 @@ fn a_full_disk_of_postgres_is_told_and_survived() {
         });
     }
     service.logged("could not extend file");
+    // Without the service too.
+    let output = deployment.command(&["doctor"]).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let second = said.lines().nth(1).unwrap();
+    assert!(
+        second.starts_with("error   Postgres        it does not take what is written: ")
+            && second.contains("could not extend file"),
+        "{said}"
+    );
+    assert!(said.contains("Give it room on its disk."), "{said}");
     deployment.limit_files("unlimited");
     assert_eq!(client.outcome(running.job).0, ResultType::Succeeded);
     service.wait_until_ready();

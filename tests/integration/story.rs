@@ -334,7 +334,9 @@ fn a_story_has_progress_parameters_messages_and_logs() {
     }
     let shown = scene.does(&["jobs", "show", &job.to_string()]);
     for text in [
-        "The <price>: 1.5",
+        // With the key that `rerun --param` takes.
+        "The <price> (price): 1.5",
+        "\n  solver: ",
         "error (pump-7<script>\"&'\\u{202e}\\u{1b}[31m\\nof another line): too cold <script>",
     ] {
         assert!(shown.contains(text), "{shown}");

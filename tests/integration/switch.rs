@@ -15,7 +15,15 @@ use crate::migrate::alembic;
 
 const RUNS: &str = "warning Switch: an orchestrator runs";
 
-/// What is said of the switch: severity, part, and what was found.
+/// The first line of what is said to somebody.
+fn verdict(deployment: &Deployment, flag: &str, variables: &[(&str, &str)]) -> String {
+    let mut command = deployment.command(&["doctor", flag]);
+    command.envs(variables.iter().copied());
+    let text = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    text.lines().next().unwrap().to_owned()
+}
+
+/// What is said of the switch beside the verdict: severity, part, and what was found.
 fn of_switch(deployment: &Deployment, flag: &str, variables: &[(&str, &str)]) -> Vec<String> {
     let mut command = deployment.command(&["doctor", "--json", flag]);
     command.envs(variables.iter().copied());
@@ -26,9 +34,9 @@ fn said_of_switch(mut command: Command) -> Vec<String> {
     let output = command.output().unwrap();
     let findings: Vec<Value> = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
-    let of_switch = findings
-        .iter()
-        .filter(|finding| finding["part"].as_str().unwrap().starts_with("Switch"));
+    let of_switch = findings.iter().filter(|finding| {
+        finding["part"].as_str().unwrap().starts_with("Switch") && finding["role"] != "verdict"
+    });
     of_switch
         .map(|finding| {
             let text = |field: &str| finding[field].as_str().unwrap().to_owned();
@@ -75,8 +83,19 @@ fn nothing_stands_in_the_way_of_a_quiet_deployment() {
     let service = deployment.start();
     let as_they_are = "ok Switch: to the Python service the tables are at its last revision";
     are(&back(&deployment), &[RUNS, as_they_are, no_job]);
+    let said = |flag: &str| verdict(&deployment, flag, &[]);
+    assert_eq!(
+        said("--before-switch=back"),
+        "Not yet back to the Python service: an orchestrator runs."
+    );
+    assert_eq!(
+        said("--before-switch=here"),
+        "Not yet to this service: an orchestrator runs."
+    );
     assert!(service.stop().success());
     are(&back(&deployment), &[quiet, as_they_are, no_job]);
+    assert!(said("--before-switch=back").starts_with("Safe to go back: "));
+    assert!(said("--before-switch=here").starts_with("Safe to come to this service: "));
     // Unasked, nothing is said of it.
     are(
         &said_of_switch(deployment.command(&["doctor", "--json"])),
@@ -104,7 +123,7 @@ fn what_waits_for_the_next_service_is_told() {
         "ok Switch: no orchestrator runs",
         "note Switch: messages wait: 2 in job_submissions, 1 in job_deletions",
         "ok Switch: the tables are as the Python service left them at aacf0b4d16ad",
-        "note Switch: jobs are in flight: 1 REGISTERED, 2 RUNNING",
+        "note Switch: jobs are in flight: 1 registered, 2 running",
         "note Switch: 1 of them have no task",
     ];
     are(
@@ -112,6 +131,10 @@ fn what_waits_for_the_next_service_is_told() {
         &expected,
     );
     are(&back(&deployment), &expected);
+    // That is no matter on the way back alone.
+    let back = of_switch(&deployment, "--before-switch=back", &[]);
+    let is_of_here = |one: &String| one.contains("have no task") || one.contains("this one adds");
+    assert!(!back.iter().any(is_of_here), "{back:#?}");
 }
 
 #[rstest]
@@ -148,17 +171,22 @@ fn jobs_of_steps_stand_in_the_way_back(#[case] is_kept: bool) {
     let here = [
         "ok Switch: no orchestrator runs",
         "ok Switch: to the Python service the tables are",
-        "note Switch: jobs are in flight: 1 RUNNING",
+        "note Switch: jobs are in flight: 1 running",
     ];
     are(&found("--before-switch=here"), &here);
     let in_flight = "warning Switch back: jobs of steps are in flight, 1 of chain:";
     let others = [
-        "note Switch back: limited, retried have a limit, a timeout or a retry",
+        "note Switch back: with a limit, a timeout or a retry of their own, which the Python service ignores: limited, retried",
         "note Switch back: the Python service does not read ",
     ];
-    let defined = "warning Switch back: chain are made of steps";
+    let defined = "warning Switch back: of steps: chain. ";
     let expected = [&here[..], &others, &[in_flight, defined]].concat();
     are(&found("--before-switch=back"), &expected);
+    assert_eq!(
+        verdict(&deployment, "--before-switch=back", &variables),
+        "Not yet back to the Python service: jobs of several steps are in flight; the definition file has \
+         workflows of steps."
+    );
     // Once the file knows it no more, the database still does, or nobody.
     let plain = json!([{"workflow_type_name": "chain", "workflow_type_description_name": ""}]);
     fs::write(&file, plain.to_string()).unwrap();
@@ -199,6 +227,12 @@ fn what_would_stop_the_python_service_is_told() {
             "note Switch back: the Python service does not read ",
         ],
     );
+    let said = verdict(&deployment, "--before-switch=back", &variables[..1]);
+    assert_eq!(
+        said,
+        "Not yet back to the Python service: request_available_workflows is in the way; several hosts are set \
+         for one name."
+    );
     // As the Python service declares it.
     let exclusive = QueueDeclareOptions {
         exclusive: true,
@@ -228,7 +262,7 @@ fn an_outcome_that_is_still_to_be_told_is_told_of() {
         &[
             "ok Switch: no orchestrator runs",
             "ok Switch: to the Python service the tables are",
-            "note Switch: jobs are in flight: 1 RUNNING",
+            "note Switch: jobs are in flight: 1 running",
             "note Switch back: 1 job has ended and its client is not told",
         ],
     );

@@ -14,11 +14,10 @@ use uuid::Uuid;
 use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker};
-use crate::python::{CeleryWorker, SdkClient};
 
 pub const TASK: &str = "workflow_1";
 
-const HELD: &str = "SELECT count(*) FROM job_turn JOIN job USING (job_id)
+pub const HELD: &str = "SELECT count(*) FROM job_turn JOIN job USING (job_id)
                     WHERE granted_at IS NULL AND status = 'REGISTERED'";
 
 /// Rows that say of turns what no job needs any more.
@@ -466,6 +465,49 @@ fn operators_change_what_is_next() {
     drop(service);
 }
 
+/// In the list, on the page of which `/api/jobs` has the rows, and with a page of the list for each.
+#[test]
+fn held_jobs_are_listed_in_the_order_of_their_turns() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let service = scene.start();
+    let running = scene.submit(1)[0];
+    assert_eq!(scene.runs().job, running);
+    let jobs = scene.submit(4);
+    scene.held(4);
+    let ids: Vec<_> = jobs.iter().map(Uuid::to_string).collect();
+    scene.does(&["jobs", "hold", &ids[0]]);
+    scene.does(&["jobs", "priority", &ids[2], "high"]);
+    scene.does(&["jobs", "move", &ids[3], "--first"]);
+    let order = [running, jobs[3], jobs[2], jobs[1], jobs[0]].map(|job| job.to_string());
+    let ids_of = |page: &Value| -> Vec<String> {
+        let jobs = page["jobs"].as_array().unwrap().iter();
+        jobs.map(|job| job["id"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let list = scene.does(&["jobs", "list", "--json"]);
+    let list: Value = serde_json::from_str(&list).unwrap();
+    assert_eq!(ids_of(&list), order);
+    let page = |query: &str| -> Value {
+        let (_, body) = service.get(&format!("/api/jobs?{query}")).unwrap();
+        serde_json::from_str(&body).unwrap()
+    };
+    eventually("the page has the same order", || {
+        (ids_of(&page("")) == order).then_some(())
+    });
+    for (offset, id) in order.iter().enumerate() {
+        let one = page(&format!("limit=1&offset={offset}"));
+        assert_eq!(ids_of(&one), std::slice::from_ref(id));
+        assert_eq!(one["total"], 5);
+    }
+    assert_eq!(ids_of(&page("limit=3&offset=2")), order[2..]);
+    let (_, shown) = scene.run(&["jobs", "list"]);
+    let last = shown.lines().last().unwrap();
+    assert!(
+        last.starts_with("the oldest that waits has waited for "),
+        "{shown}"
+    );
+}
+
 #[test]
 fn all_is_handed_over_before_another_service_takes_over() {
     let scene = Scene::new(&json!({"paused": true}));
@@ -476,6 +518,16 @@ fn all_is_handed_over_before_another_service_takes_over() {
     let doctor = scene.run(&["doctor", "--before-switch=back"]).1;
     assert!(
         doctor.contains("5 jobs wait for their turn in Postgres"),
+        "{doctor}"
+    );
+    assert!(
+        doctor.starts_with(
+            "Not yet back to the Python service: an orchestrator runs; 5 jobs wait for their turn; "
+        ),
+        "{doctor}"
+    );
+    assert!(
+        doctor.contains("in flight: 4 held, 1 on hold\n"),
         "{doctor}"
     );
     assert!(!doctor.contains("have no task"), "{doctor}");
@@ -591,127 +643,4 @@ fn a_job_whose_queue_moves_is_not_given_up() {
     assert_eq!(result, ResultType::Error);
     assert!(logs.contains("waiting for its turn"), "{logs}");
     drop(service);
-}
-
-/// They do not fit into one batch of a handler.
-#[test]
-fn large_inputs_have_their_turns_at_once() {
-    let scene = Scene::new(&json!({"paused": true}));
-    let service = scene
-        .deployment
-        .start_with(&[&scene.variables()[..], &[("HANDLER_THREADS", "1")]].concat());
-    for _ in 0..20 {
-        let (_, mut submission) = scene.client.submission(TASK);
-        submission.esdl = "<e>".to_owned() + &"x".repeat(1_000_000) + "</e>";
-        scene.client.send(&submission);
-    }
-    scene.held(20);
-    scene.does(&["workflows", "resume", TASK]);
-    eventually("all tasks", || (scene.worker.waiting() == 20).then_some(()));
-    let log = service.log();
-    assert!(!log.contains("nobody has handed it over"), "{log}");
-}
-
-/// Nobody reads them all to find it, whatever Postgres believes of their owners.
-#[rstest]
-#[case::of_one_owner(1)]
-#[case::of_many_owners(50)]
-fn the_next_of_a_hundred_thousand_is_found_by_an_index(#[case] owners: i32) {
-    let scene = Scene::new(&json!({"max_running": 1}));
-    // What another service has left is looked for with that period.
-    let rarely = [("TIMEOUT_JOB_HANDLER_RERUN_SEC", "600")];
-    let _service = scene
-        .deployment
-        .start_with(&[&scene.variables()[..], &rarely].concat());
-    let first = scene.submit(1)[0];
-    let task = scene.runs();
-    assert_eq!(task.job, first);
-    let plant = "INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
-                 SELECT gen_random_uuid(), 'workflow_1', 'owner ' || number % $1::integer, 'LOW',
-                        now()
-                 FROM generate_series(1, 100000) AS number";
-    scene.deployment.sql().execute(plant, &[&owners]).unwrap();
-    let mut vacuum = scene.deployment.sql();
-    vacuum.batch_execute("VACUUM ANALYZE job_turn").unwrap();
-    let read = "SELECT seq_tup_read + (SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes
-                                       WHERE relname = 'job_turn')
-                FROM pg_stat_user_tables WHERE relname = 'job_turn'";
-    let by_index = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'job_turn'";
-    // What was looked for before Postgres knew of so many has been counted by then.
-    let counted = scene.deployment.count(by_index);
-    scene.deployment.at_least(counted + 50, by_index);
-    let before = (
-        scene.deployment.count(read),
-        scene.deployment.count(by_index),
-    );
-    let jobs: Vec<_> = (0..3).map(|_| scene.client.submit(TASK)).collect();
-    let mut task = task;
-    for _ in &jobs {
-        scene.ends(&task);
-        task = scene.runs();
-        assert!(jobs.contains(&task.job));
-    }
-    // Each of the turns, and what each second looks for, has been counted by then.
-    scene.deployment.at_least(before.1 + 100, by_index);
-    let read = scene.deployment.count(read) - before.0;
-    assert!(read < 100_000, "{read} rows read");
-}
-
-/// With the SDK's clients and Celery's workers.
-#[test]
-fn one_job_beside_a_flood_of_five_hundred() {
-    let deployment = Deployment::new();
-    let file = deployment.folder.join("workflows.json");
-    let mut workflows: Value =
-        serde_json::from_str(include_str!("../python/workflows.json")).unwrap();
-    for workflow in workflows.as_array_mut().unwrap() {
-        workflow["window"] = json!(2);
-    }
-    fs::write(&file, workflows.to_string()).unwrap();
-    let _service = deployment.start_with(&[("WORKFLOW_CONFIG_PATH", file.to_str().unwrap())]);
-    let order = |owner: &str| {
-        json!({
-            "workflow": "steerable",
-            "params": {"behaviour": "succeed", "number": 1.5},
-            "reference": format!("{owner}/a job"),
-        })
-    };
-    let flood = SdkClient::new(&deployment, "4.3", &vec![order("flood"); 500]);
-    deployment.comes_to(498, HELD);
-    let _workers = [
-        CeleryWorker::new(&deployment, "4.3"),
-        CeleryWorker::new(&deployment, "4.3"),
-    ];
-    deployment.at_least(
-        20,
-        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
-    );
-    let one = SdkClient::new(&deployment, "4.3", &[order("new")]);
-    // Whatever is decided before it is committed knows nothing of it.
-    let known_at: String = eventually("the new one is known", || {
-        let sql = "SELECT clock_timestamp()::text
-                   FROM (SELECT job_reference FROM job UNION ALL
-                         SELECT job_reference FROM job_history) AS known
-                   WHERE job_reference = 'new/a job' LIMIT 1";
-        let row = deployment.sql().query_opt(sql, &[]).unwrap();
-        row.map(|row| row.get(0))
-    });
-    for client in [one, flood] {
-        for story in client.stories() {
-            assert_eq!(story["result"], "SUCCEEDED", "{story}");
-        }
-    }
-    deployment.comes_to(
-        501,
-        "SELECT count(*) FROM job_history WHERE outcome = 'SUCCEEDED'",
-    );
-    let starts = deployment.count(&format!(
-        "SELECT count(*) FROM job_history AS other, job_history AS new
-         WHERE new.job_reference = 'new/a job'
-           AND other.running_at BETWEEN '{known_at}' AND new.running_at"
-    ));
-    assert!(
-        starts <= 3,
-        "{starts} starts from its submission to its own"
-    );
 }

@@ -429,6 +429,11 @@ fn the_command_line_lists_shows_and_cancels() {
     let queues = queues.as_array().unwrap();
     let tasks = queues.iter().find(|queue| queue["name"] == "workflow_1");
     assert_eq!(tasks.unwrap()["messages"], 1);
+    let (code, queues) = run(&["queues", "--interval", "0"]);
+    assert_eq!(code, 0, "{queues}");
+    let header = queues.lines().next().unwrap();
+    let columns: Vec<_> = header.split_whitespace().collect();
+    assert_eq!(columns, ["CONNECTION", "QUEUE", "MESSAGES", "CONSUMERS"]);
 
     let (code, text) = run(&[
         "jobs",

@@ -44,6 +44,9 @@ def steerable(input_esdl, params, update_progress, *_task_name):
     if behaviour == "sleep":
         while True:
             time.sleep(0.1)
+    if behaviour == "compute":
+        while True:
+            sum(range(10_000))
     if behaviour == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     waits = behaviour.startswith("wait for ")

@@ -10,8 +10,8 @@ use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::job::JobStatus;
 pub(super) use omotes_orchestrator::domain::overview::DEFAULT_LIMIT;
 use omotes_orchestrator::domain::overview::{
-    Filter, JobState, JobView, MAX_LIMIT, Overview, Page, SHOWN, is_said, short_ids, spoken,
-    state_words,
+    Filter, JobState, JobView, MAX_LIMIT, Overview, Page, QueueView, SHOWN, is_said, short_ids,
+    spoken, state_words,
 };
 use omotes_orchestrator::service::queues::Watch;
 use omotes_orchestrator::store::Connection;
@@ -111,36 +111,43 @@ impl Selection {
     }
 }
 
-/// The jobs that are selected, at most `limit`, with why they are as they are.
+/// The jobs that are selected, at most `limit`, with why they are as they are; and since when the oldest job
+/// waits, of the workflow that is asked for or of all.
 pub(super) fn jobs(
     config: &Config,
     connection: &mut Connection,
     watch: Option<&Watch>,
     list: &Selection,
     limit: u16,
-) -> anyhow::Result<Page> {
+) -> anyhow::Result<(Page, Option<Timestamp>)> {
     let filter = Filter {
         limit,
         ..list.filter()
-    };
-    let mut page = match list.state {
-        Some(state @ State::Live(_)) if !filter.finished => {
-            shown_so(connection, &filter, state, limit)?
-        }
-        Some(State::Live(_) | State::Ended(_)) | None => connection.jobs(&filter)?,
     };
     let overview = match filter.finished {
         true => Overview::default(),
         false => overview(config, connection, watch)?,
     };
+    let turns = &overview.turns;
+    let mut page = match list.state {
+        Some(state @ State::Live(_)) if !filter.finished => {
+            shown_so(connection, &filter, turns, state, limit)?
+        }
+        Some(State::Live(_) | State::Ended(_)) | None => connection.jobs(&filter, turns)?,
+    };
     overview.explain(&mut page.jobs, Timestamp::now());
-    Ok(page)
+    let oldest = match &list.workflow {
+        Some(name) => overview.rows.get(name).and_then(|rows| rows.oldest_waiting),
+        None => overview.oldest_waiting(),
+    };
+    Ok((page, oldest))
 }
 
 /// Those that are in this state by the word that is shown, which more than one column decides.
 fn shown_so(
     connection: &mut Connection,
     filter: &Filter,
+    turns: &[QueueView],
     state: State,
     limit: u16,
 ) -> anyhow::Result<Page> {
@@ -148,7 +155,7 @@ fn shown_so(
         limit: u16::MAX,
         ..filter.clone()
     };
-    let mut jobs = connection.jobs(&all)?.jobs;
+    let mut jobs = connection.jobs(&all, turns)?.jobs;
     jobs.retain(|job| state.is_of(job));
     let total = i64::try_from(jobs.len()).unwrap_or(i64::MAX);
     jobs.truncate(limit.into());
@@ -189,6 +196,17 @@ pub(super) fn text(page: &Page, list: &Selection) -> String {
         let _ = writeln!(text, "{shown} of {}; --limit shows more", page.total);
     }
     text
+}
+
+/// For how long the oldest has waited, unless it is the only one, or only some of those that wait are asked
+/// for.
+pub(super) fn oldest(since: Option<Timestamp>, page: &Page, list: &Selection) -> String {
+    let is_asked = list.state.is_none() && list.text.is_none() && page.total > 1;
+    let Some(since) = since.filter(|_| is_asked) else {
+        return String::new();
+    };
+    let waited = spoken(Timestamp::now().duration_since(since));
+    format!("the oldest that waits has waited for {waited}\n")
 }
 
 /// A heading, and a line for each job.

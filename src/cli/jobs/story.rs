@@ -32,7 +32,12 @@ pub(crate) fn text(story: &Story) -> String {
         let _ = writeln!(text, "\nparameters");
     }
     for one in &story.parameters {
-        let _ = writeln!(text, "  {}: {}", harmless(one.name()), one.text());
+        // It is the key that `--param` takes.
+        let key = match one.name() == one.key {
+            true => String::new(),
+            false => format!(" ({})", harmless(&one.key)),
+        };
+        let _ = writeln!(text, "  {}{key}: {}", harmless(one.name()), one.text());
     }
     if !story.esdl_messages.is_empty() {
         let _ = writeln!(text, "\nmessages");

@@ -115,7 +115,7 @@ impl Looker<'_> {
             Some(connection) => connection,
             None => connect_quietly(self.config)?,
         };
-        let page = list::jobs(
+        let (page, _) = list::jobs(
             self.config,
             &mut connection,
             self.queues.as_ref(),

@@ -4,9 +4,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, after, never, select, unbounded};
 use omotes_orchestrator::broker::{self, Handled, Link, Publisher, Source};
-use omotes_orchestrator::config::Config;
+use omotes_orchestrator::config::{Config, RabbitMq};
 use omotes_orchestrator::telemetry::report::{one_line, readable};
 use omotes_orchestrator::threads::{Calls, Signal, within_deadline};
 use omotes_orchestrator::wire::job_result::ResultType;
@@ -28,21 +28,64 @@ const QUEUE_EXPIRY: Duration = Duration::from_secs(48 * 60 * 60);
 /// How long the clean-up at RabbitMQ may take.
 const CLEAN_UP_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How long a lost connection is tried again: RabbitMQ may be restarted, or its machine.
+const RECONNECT_PATIENCE: Duration = Duration::from_mins(15);
+/// Between two attempts.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
+
 enum Update {
     Status(JobStatusUpdate),
     Progress(JobProgressUpdate),
     Result(JobResult),
-    /// A queue cannot be consumed any more.
+    /// A queue cannot be consumed for now.
+    Lost(anyhow::Error),
+    /// What has come cannot be read.
+    Unreadable(anyhow::Error),
+}
+
+/// What has been heard last through a connection.
+enum Heard {
+    Result(JobResult),
     Lost(anyhow::Error),
 }
 
+/// What became of following through a connection.
+enum Course {
+    /// The output is written.
+    Ended(ResultType),
+    Lost(anyhow::Error),
+}
+
+/// The connections of a client.
+struct Links {
+    incoming: Link,
+    outgoing: Link,
+}
+
+impl Links {
+    fn open(rabbitmq: &RabbitMq) -> anyhow::Result<Links> {
+        Ok(Links {
+            incoming: Link::open(rabbitmq, "client, consuming")?,
+            outgoing: Link::open(rabbitmq, "client, publishing")?,
+        })
+    }
+
+    fn send(&self, message: Outgoing) -> anyhow::Result<()> {
+        let calls = Calls::default();
+        Publisher::new(&self.outgoing, &calls).publish(&[message])?;
+        Ok(())
+    }
+}
+
 /// Submits a job with its message, whose tasks go to these queues, shows its course, and returns how it ended; the output
-/// ESDL goes to `output`.
+/// ESDL goes to `output`. A connection that is lost is opened again.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
 ///
 /// # Errors
-/// RabbitMQ is not there or refuses something, or the output could not be written and was printed.
+/// RabbitMQ is not there, or away for too long, or refuses something, or the output could not be written and
+/// was printed.
 pub(super) fn submit(
     config: &Config,
     (submission, message): (&JobSubmission, Outgoing),
@@ -51,59 +94,55 @@ pub(super) fn submit(
     interrupts: &Receiver<i32>,
 ) -> anyhow::Result<ResultType> {
     let job_id = submission.uuid.parse()?;
-    let rabbitmq = &config.sdk_rabbitmq;
-    let incoming = told_of("RabbitMQ", || Link::open(rabbitmq, "client, consuming"))?;
-    let outgoing = Link::open(rabbitmq, "client, publishing")?;
-    incoming.declare_for_clients()?;
     let queues = [
         wire::status_queue(job_id),
         wire::progress_queue(job_id),
         wire::result_queue(job_id),
     ];
+    let mut links = told_of("RabbitMQ", || Links::open(&config.sdk_rabbitmq))?;
+    links.incoming.declare_for_clients()?;
     for queue in &queues {
-        incoming.declare_client_queue(queue, QUEUE_EXPIRY)?;
+        links.incoming.declare_client_queue(queue, QUEUE_EXPIRY)?;
     }
-
-    if let Some(nobody) = takers::of_submissions(&incoming)? {
+    if let Some(nobody) = takers::of_submissions(&links.incoming)? {
         warn(nobody);
     }
-    let workers = takers::Workers::new(&config.celery_rabbitmq, tasks);
-    let (stop, stopped) = Signal::pending();
-    let (done, all_done) = unbounded();
-    let (update, updates) = unbounded();
-    let ended = thread::scope(|scope| {
-        let spawned = thread::Builder::new()
-            .name("consume-updates".to_owned())
-            .spawn_scoped(scope, || {
-                follow(&incoming, &queues, &stopped, &all_done, &update);
-            });
-        let result = spawned.context("following the job").and_then(|_| {
-            let line = Line {
-                updates: &updates,
-                done: &done,
-                interrupts,
-                workers: &workers,
-            };
-            converse(job_id, (submission, message), &outgoing, &line)
-        });
-        let ended = result.and_then(|result| {
-            show_result(output, &result)?;
-            Ok(result.result_type())
-        });
-        match &ended {
-            // The consumers end before their queues are deleted.
-            Ok(_) => drop((stop, done)),
-            Err(_) => incoming.kill(),
+    links.send(message)?;
+    let display = Display::new();
+    let workflow = one_line(&submission.workflow_type);
+    display.line(&format!("job {job_id} submitted to {workflow}"));
+    let mut follower = Follower {
+        job_id,
+        queues,
+        display,
+        workers: takers::Workers::new(&config.celery_rabbitmq, tasks),
+        interrupts: interrupts.clone(),
+        is_cancelled: false,
+        owes_cancel: false,
+        output: Some(output),
+    };
+    let ended = loop {
+        let course = follower.follow(&links);
+        let again = match course {
+            Ok(Course::Ended(result)) => break Ok(result),
+            Ok(Course::Lost(error)) => follower.reconnect(config, &error),
+            Err(error) => Err(error),
+        };
+        match again {
+            Ok(opened) => links = opened,
+            Err(error) => break Err(error),
         }
-        ended
-    })?;
-    clean_up(incoming, outgoing, &queues);
+    };
+    follower.display.end();
+    let ended = ended?;
+    clean_up(links, &follower.queues);
     Ok(ended)
 }
 
 /// Cleans up at RabbitMQ. The job has ended and its result is written, so a failure here is only a
 /// warning.
-fn clean_up(incoming: Link, outgoing: Link, queues: &[String]) {
+fn clean_up(links: Links, queues: &[String]) {
+    let Links { incoming, outgoing } = links;
     let deleted = within_deadline(
         CLEAN_UP_DEADLINE,
         || incoming.kill(),
@@ -127,40 +166,170 @@ fn tell(error: &anyhow::Error) {
     warn(&readable(&format!("{error:#}")));
 }
 
-/// What comes in while a job goes on.
-struct Line<'l> {
-    updates: &'l Receiver<(u64, Update)>,
-    done: &'l Sender<Handled>,
-    interrupts: &'l Receiver<i32>,
-    workers: &'l takers::Workers,
+/// What lasts from one connection to the next.
+struct Follower {
+    job_id: Uuid,
+    queues: [String; 3],
+    display: Display,
+    workers: takers::Workers,
+    interrupts: Receiver<i32>,
+    is_cancelled: bool,
+    /// RabbitMQ could not be told of the cancel yet.
+    owes_cancel: bool,
+    /// Taken once the result is there.
+    output: Option<Output>,
 }
 
-/// Submits the job and shows its updates until its result.
-fn converse(
-    job_id: Uuid,
-    (submission, message): (&JobSubmission, Outgoing),
-    outgoing: &Link,
-    line: &Line<'_>,
-) -> anyhow::Result<JobResult> {
-    let calls = Calls::default();
-    let mut publisher = Publisher::new(outgoing, &calls);
-    let mut send = |message: Outgoing| {
-        publisher.publish(&[message])?;
-        anyhow::Ok(())
-    };
-    send(message)?;
-    let display = Display::new();
-    let workflow = one_line(&submission.workflow_type);
-    display.line(&format!("job {job_id} submitted to {workflow}"));
-    let cancel = || send(wire::job_delete_for(job_id, &origin()));
-    let result = wait(&display, line, cancel);
-    display.end();
-    result
+impl Follower {
+    /// Follows the job through these connections, to its end or theirs.
+    fn follow(&mut self, links: &Links) -> anyhow::Result<Course> {
+        let (stop, stopped) = Signal::pending();
+        let (done, all_done) = unbounded();
+        let (update, updates) = unbounded();
+        let queues = self.queues.clone();
+        thread::scope(|scope| {
+            let spawned = thread::Builder::new()
+                .name("consume-updates".to_owned())
+                .spawn_scoped(scope, || {
+                    consume(&links.incoming, &queues, &stopped, &all_done, &update);
+                });
+            let heard = spawned.context("following the job");
+            let heard = heard.and_then(|_| self.listen(links, &updates, &done));
+            let course = heard.and_then(|heard| match heard {
+                Heard::Result(result) => {
+                    self.display.end();
+                    show_result(self.output.take().unwrap_or(Output::Printed), &result)?;
+                    Ok(Course::Ended(result.result_type()))
+                }
+                Heard::Lost(error) => Ok(Course::Lost(error)),
+            });
+            match &course {
+                // The consumers end before their queues are deleted.
+                Ok(Course::Ended(_)) => drop((stop, done)),
+                Ok(Course::Lost(_)) | Err(_) => {
+                    links.incoming.kill();
+                    links.outgoing.kill();
+                }
+            }
+            course
+        })
+    }
+
+    /// Shows what comes, until the result, which stays unacked until it is written.
+    fn listen(
+        &mut self,
+        links: &Links,
+        updates: &Receiver<(u64, Update)>,
+        done: &Sender<Handled>,
+    ) -> anyhow::Result<Heard> {
+        loop {
+            if self.owes_cancel {
+                if let Err(error) = links.send(wire::job_delete_for(self.job_id, &origin())) {
+                    return Ok(Heard::Lost(error));
+                }
+                self.owes_cancel = false;
+            }
+            let interrupts = self.interrupts.clone();
+            select! {
+                recv(self.workers.news()) -> nobody => {
+                    if let Ok(nobody) = nobody {
+                        self.display.line(&format!("warning: {nobody}"));
+                    }
+                },
+                recv(updates) -> update => {
+                    let (tag, update) = update?;
+                    match update {
+                        Update::Status(update) => self.show_status(&update),
+                        Update::Progress(update) => {
+                            self.display.progress(update.progress, &update.message);
+                        }
+                        Update::Result(result) => return Ok(Heard::Result(result)),
+                        Update::Lost(error) => return Ok(Heard::Lost(error)),
+                        Update::Unreadable(error) => return Err(self.left_alone(error)),
+                    }
+                    done.send(Handled::Done(tag))?;
+                },
+                recv(interrupts) -> signal => self.interrupted(signal.is_ok())?,
+            }
+        }
+    }
+
+    fn show_status(&self, update: &JobStatusUpdate) {
+        let status = update.status();
+        self.display
+            .line(&format!("status {}", status.as_str_name()));
+        if status == wire::job_status_update::JobStatus::Enqueued {
+            self.workers.look();
+        }
+    }
+
+    /// Somebody has pressed Ctrl-C, or nobody can any more.
+    fn interrupted(&mut self, by_somebody: bool) -> anyhow::Result<()> {
+        if !by_somebody {
+            self.interrupts = never();
+        } else if self.is_cancelled {
+            let why = anyhow!("gave up waiting for the cancelled job");
+            return Err(self.left_alone(why));
+        } else {
+            (self.is_cancelled, self.owes_cancel) = (true, true);
+            self.display
+                .line("cancelling the job; once more gives up waiting for it");
+        }
+        Ok(())
+    }
+
+    /// Opens the connections again, as soon as RabbitMQ lets it.
+    fn reconnect(&mut self, config: &Config, lost: &anyhow::Error) -> anyhow::Result<Links> {
+        let lost = one_line(&format!("{lost:#}"));
+        self.display.line(&format!(
+            "the job goes on, and is followed again as soon as RabbitMQ answers: {lost}"
+        ));
+        let patience = after(RECONNECT_PATIENCE);
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let interrupts = self.interrupts.clone();
+            select! {
+                recv(interrupts) -> signal => {
+                    self.interrupted(signal.is_ok())?;
+                    continue;
+                },
+                recv(patience) -> _ => {
+                    return Err(self.left_alone(anyhow!("RabbitMQ does not answer: {lost}")));
+                },
+                recv(after(pause)) -> _ => pause = (pause * 2).min(LAST_PAUSE),
+            }
+            let Ok(links) = Links::open(&config.sdk_rabbitmq) else {
+                continue;
+            };
+            let names = self.queues.each_ref().map(String::as_str);
+            match links.incoming.depths_in_time(&names) {
+                Ok(depths) if depths.iter().all(Option::is_some) => {
+                    self.display.line("RabbitMQ answers again");
+                    return Ok(links);
+                }
+                Ok(_) => {
+                    let gone = anyhow!("the job's queues are gone from RabbitMQ");
+                    return Err(self.left_alone(gone));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Why the job is followed no further, and how to learn what becomes of it.
+    fn left_alone(&self, why: anyhow::Error) -> anyhow::Error {
+        let id = self.job_id;
+        why.context(format!(
+            "job {id} is followed no further: `jobs show {id}` says how it does; its result stays in the queue {} \
+             for 48 h",
+            wire::result_queue(id)
+        ))
+    }
 }
 
 /// Consumes the job's queues for its status, its progress and its result, until `stopped`. Each update
 /// comes with the tag to send through `done`, if it is a message's.
-fn follow(
+fn consume(
     link: &Link,
     queues: &[String; 3],
     stopped: &Signal,
@@ -175,60 +344,12 @@ fn follow(
             1 => JobProgressUpdate::decode(body).map(Update::Progress),
             _ => JobResult::decode(body).map(Update::Result),
         };
-        let message = decoded.unwrap_or_else(|error| Update::Lost(anyhow!(error)));
+        let message = decoded.unwrap_or_else(|error| Update::Unreadable(anyhow!(error)));
         // Nobody receives it only when nobody needs it any more.
         let _ = update.send((received.tag, message));
     });
     if let Err(error) = consumed {
         let _ = update.send((0, Update::Lost(error)));
-    }
-}
-
-fn wait(
-    display: &Display,
-    line: &Line<'_>,
-    mut cancel: impl FnMut() -> anyhow::Result<()>,
-) -> anyhow::Result<JobResult> {
-    let mut interrupts = line.interrupts.clone();
-    let mut cancelled = false;
-    loop {
-        select! {
-            recv(line.workers.news()) -> nobody => {
-                if let Ok(nobody) = nobody {
-                    display.line(&format!("warning: {nobody}"));
-                }
-            },
-            recv(line.updates) -> update => {
-                let (tag, update) = update?;
-                match update {
-                    Update::Status(update) => {
-                        display.line(&format!("status {}", update.status().as_str_name()));
-                        if update.status() == wire::job_status_update::JobStatus::Enqueued {
-                            line.workers.look();
-                        }
-                    }
-                    Update::Progress(update) => display.progress(update.progress, &update.message),
-                    // It stays unacked until it is written.
-                    Update::Result(result) => return Ok(result),
-                    Update::Lost(error) => {
-                        let what = "the job goes on, but cannot be followed any more";
-                        return Err(error.context(what));
-                    }
-                }
-                line.done.send(Handled::Done(tag))?;
-            },
-            recv(interrupts) -> signal => {
-                if signal.is_err() {
-                    interrupts = never();
-                } else if cancelled {
-                    return Err(anyhow!("gave up waiting for the cancelled job"));
-                } else {
-                    cancelled = true;
-                    display.line("cancelling the job; once more gives up waiting for it");
-                    cancel()?;
-                }
-            },
-        }
     }
 }
 

@@ -60,11 +60,11 @@ impl TurnView {
         }
     }
 
-    /// Its place among those that are next at its queue, from 1.
+    /// How many of its queue go before it, with it.
     pub(super) fn place(&self, job_id: Uuid, queues: &[QueueView]) -> Option<i64> {
         let queue = queues.iter().find(|queue| queue.name == self.queue)?;
-        let place = queue.order.iter().position(|(id, _)| *id == job_id)?;
-        i64::try_from(place + 1).ok()
+        let mut places = queue.own_places();
+        places.find_map(|(id, place)| (id == job_id).then_some(place))
     }
 }
 
@@ -87,6 +87,17 @@ impl QueueView {
         let limited = limited.as_ref();
         let limited = limited.map(|Done { at, by }| format!("limited by {by}, at {at:.0}"));
         paused.into_iter().chain(limited).collect()
+    }
+
+    /// The jobs that are next at these queues, each with how many of its queue go before it, with it: the
+    /// order in which lists have them.
+    pub fn places(queues: &[QueueView]) -> impl Iterator<Item = (Uuid, i64)> {
+        queues.iter().flat_map(QueueView::own_places)
+    }
+
+    fn own_places(&self) -> impl Iterator<Item = (Uuid, i64)> {
+        let places = self.waiting.saturating_add(1)..;
+        self.order.iter().map(|(id, _)| *id).zip(places)
     }
 
     /// How many of `workers` may work at once.

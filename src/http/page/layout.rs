@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::words::{at, since};
+use crate::VERSION;
 use crate::http::form::Back;
 use crate::telemetry::health::PartView;
 use crate::telemetry::report::readable;
@@ -84,7 +85,7 @@ impl Sheet {
                     div #stale role="status" { p.alarm hidden { "The orchestrator does not answer. What is shown is not up to date." } }
                     main #main tabindex="-1" data-live=[live.as_deref()] { (content) }
                     footer {
-                        span { "As of " span #as-of { (at(frame.now)) } ", " (frame.host) ", version " (env!("CARGO_PKG_VERSION")) }
+                        span { "As of " span #as-of { (at(frame.now)) } ", " (frame.host) ", version " (VERSION) }
                         @if live.is_some() { " " a href="" { "Refresh" } }
                     }
                     @if let Some(nonce) = frame.nonce { script nonce=(nonce) { (PreEscaped(SCRIPT)) } }

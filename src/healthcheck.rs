@@ -1,0 +1,239 @@
+//! Asks a running service how it is, as `/health/ready` says it.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::bail;
+use serde_json::Value;
+
+use crate::domain::text::one_line;
+
+/// How long an answer may take, which comes from memory.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What came of asking.
+#[derive(Debug)]
+pub enum Answer {
+    /// Nobody listens there.
+    Nobody,
+    /// Somebody takes the connection, and says nothing.
+    Silence(String),
+    /// It is no service of this kind that answers.
+    Stranger(String),
+    Service(Report),
+}
+
+/// What a service says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    pub is_ready: bool,
+    /// None of one that does not tell.
+    pub version: Option<String>,
+    pub trouble: Option<Trouble>,
+    /// All of it, as it came.
+    pub text: String,
+}
+
+/// What does not work, by its cause.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    pub what: String,
+    pub why: String,
+    pub remedy: String,
+    /// What does not work for another reason, each with why.
+    pub others: Vec<String>,
+}
+
+/// `There is no session with RabbitMQ: Connection refused`.
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.why)
+    }
+}
+
+/// Where a service that listens at `bind` answers on this machine.
+pub fn url(bind: SocketAddr) -> String {
+    format!("http://{}/health/ready", reached(bind))
+}
+
+fn reached(bind: SocketAddr) -> SocketAddr {
+    let mut address = bind;
+    match bind.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+        IpAddr::V4(_) | IpAddr::V6(_) => {}
+    }
+    address
+}
+
+/// Asks whoever listens at `bind`.
+pub fn ask(bind: SocketAddr) -> Answer {
+    // Port 0 is any that is free, and nobody knows which.
+    if bind.port() == 0 {
+        return Answer::Nobody;
+    }
+    let called = ureq::get(url(bind))
+        .config()
+        .timeout_global(Some(PATIENCE))
+        .http_status_as_error(false)
+        .build()
+        .call();
+    let read = called.and_then(|mut response| {
+        let is_ready = response.status() == 200;
+        Ok((is_ready, response.body_mut().read_to_string()?))
+    });
+    match read {
+        // Whether anybody is there its errors do not tell.
+        Err(_) if !somebody_listens(bind) => Answer::Nobody,
+        Err(ureq::Error::Timeout(_)) => Answer::Silence(format!("no answer within {PATIENCE:?}")),
+        Err(error) => Answer::Silence(error.to_string()),
+        Ok((is_ready, text)) => match report(is_ready, &text) {
+            Some(report) => Answer::Service(report),
+            None => Answer::Stranger(one_line(&text)),
+        },
+    }
+}
+
+fn somebody_listens(bind: SocketAddr) -> bool {
+    TcpStream::connect_timeout(&reached(bind), PATIENCE).is_ok()
+}
+
+/// Reads what a service says; None of anything else.
+fn report(is_ready: bool, text: &str) -> Option<Report> {
+    let body: Value = serde_json::from_str(text).ok()?;
+    let parts = body.get("parts")?.as_object()?;
+    if body.get("ready")?.as_bool()? != is_ready {
+        return None;
+    }
+    let words = |value: &Value, name: &str| Some(one_line(value.get(name)?.as_str()?));
+    let why = |part: &str| {
+        let why = words(parts.get(part)?, "why")?;
+        Some(format!("{part}: {why}"))
+    };
+    let trouble = body.get("trouble").and_then(|trouble| {
+        let others = trouble.get("others").and_then(Value::as_array);
+        let others = others.into_iter().flatten().filter_map(Value::as_str);
+        Some(Trouble {
+            what: words(trouble, "what")?,
+            why: words(trouble, "why")?,
+            remedy: words(trouble, "remedy")?,
+            others: others.filter_map(why).collect(),
+        })
+    });
+    Some(Report {
+        is_ready,
+        version: words(&body, "version"),
+        trouble,
+        text: text.trim().to_owned(),
+    })
+}
+
+/// Asks the service that listens at `bind` whether it is ready.
+///
+/// # Errors
+/// It is not, or does not answer; the first line says why.
+pub fn check(bind: SocketAddr) -> anyhow::Result<()> {
+    let why = match ask(bind) {
+        Answer::Service(report) if report.is_ready => return Ok(()),
+        Answer::Service(report) => {
+            let why = report.trouble.map(|trouble| format!(": {trouble}"));
+            format!("not ready{}\n{}", why.unwrap_or_default(), report.text)
+        }
+        Answer::Nobody => "nobody listens there".to_owned(),
+        Answer::Silence(why) => {
+            format!("somebody takes the connection, and does not answer: {why}")
+        }
+        Answer::Stranger(said) => format!("no orchestrator answers, but: {said}"),
+    };
+    bail!("{}: {why}", url(bind))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::thread;
+
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    /// What comes of asking somebody who answers this.
+    fn asked(status: &'static str, body: String) -> anyhow::Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+            let length = body.len();
+            write!(
+                stream,
+                "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+            )
+            .unwrap();
+        });
+        let checked = check(address);
+        server.join().unwrap();
+        checked
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_first_and_in_words() {
+        let body = json!({
+            "ready": false,
+            "parts": {
+                "postgres": {"ok": false, "why": "no room"},
+                "handling": {"ok": false, "why": "held up"},
+            },
+            "trouble": {"what": "Postgres does not answer", "why": "no room", "remedy": "Give it some.",
+                        "others": ["handling"]},
+        });
+        let text = format!("{body:#}");
+        let report = report(false, &text).unwrap();
+        assert_eq!(report.trouble.unwrap().others, ["handling: held up"]);
+        let why = format!("{:#}", asked("503 Not", text).unwrap_err());
+        let (first, rest) = why.split_once('\n').unwrap();
+        let words = "/health/ready: not ready: Postgres does not answer: no room";
+        assert!(first.ends_with(words), "{why}");
+        assert!(rest.starts_with('{'), "{why}");
+    }
+
+    #[rstest]
+    #[case::ready("200 OK", r#"{"ready": true, "parts": {}}"#, None)]
+    #[case::somebody_else(
+        "200 OK",
+        "<html>Welcome to nginx</html>",
+        Some("no orchestrator answers, but: <html>")
+    )]
+    #[case::a_proxy(
+        "503 No",
+        r#"{"ready": true, "parts": {}}"#,
+        Some("no orchestrator answers")
+    )]
+    fn others_are_not_taken_for_the_service(
+        #[case] status: &'static str,
+        #[case] body: &str,
+        #[case] expected: Option<&str>,
+    ) {
+        let checked = asked(status, body.to_owned());
+        match expected {
+            None => checked.unwrap(),
+            Some(expected) => {
+                let why = format!("{:#}", checked.unwrap_err());
+                assert!(why.contains(expected), "{why}");
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_says_nothing_is_told_from_nobody() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        // The kernel takes connections as long as it listens.
+        assert!(matches!(ask(address), Answer::Silence(_)));
+        drop(listener);
+        assert!(matches!(ask(address), Answer::Nobody));
+    }
+}

@@ -211,6 +211,13 @@ impl Fields {
     }
 
     fn action(&self) -> Result<Action, String> {
+        if let Some((key, _)) = self
+            .params
+            .first()
+            .filter(|_| self.verb.as_deref() != Some("again"))
+        {
+            return Err(format!("{PARAMETER}{} is not known here", one_line(key)));
+        }
         let queue = || required("queue", &self.queue);
         let worker = || required("worker", &self.worker);
         Ok(match required("do", &self.verb)?.as_str() {
@@ -399,6 +406,7 @@ mod tests {
         "do=again&id=ID&id=ID&param.a=1",
         "parameters are changed of one job at a time"
     )]
+    #[case("do=hold&id=ID&param.a=1", "param.a is not known here")]
     #[case("do=drain", "worker is missing")]
     fn a_faulty_form_names_the_culprit(#[case] text: &str, #[case] expected: &str) {
         let fault = Form::parse(text.replace("ID", ID).as_bytes()).unwrap_err();

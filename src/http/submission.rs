@@ -227,6 +227,18 @@ pub(super) fn written(
     fields.collect()
 }
 
+/// A parameter's default, as its field has it.
+fn default(definition: &WorkflowParameter) -> Option<String> {
+    match definition.parameter_type.as_ref()? {
+        ParameterType::StringParameter(kind) => kind.default.clone(),
+        ParameterType::BooleanParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::IntegerParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::FloatParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::DurationParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::DatetimeParameter(kind) => kind.default.clone(),
+    }
+}
+
 /// The time in UTC that is so many seconds after 1970.
 fn time(seconds: &serde_json::Number) -> Option<String> {
     let since = SignedDuration::try_from_secs_f64(seconds.as_f64()?).ok()?;
@@ -244,7 +256,13 @@ pub(super) fn changes(
     own: &Map<String, Value>,
 ) -> Result<Map<String, Value>, Vec<String>> {
     let before = written(definitions, own);
-    let changed = filled.iter().filter(|one| !before.contains(one));
+    // A field is filled in with the default of what the job has not.
+    let is_default = |(key, text): &(String, String)| {
+        let definition = definitions.iter().find(|one| one.key_name == *key);
+        !own.contains_key(key) && definition.and_then(default).as_ref() == Some(text)
+    };
+    let changed = filled.iter();
+    let changed = changed.filter(|one| !before.contains(one) && !is_default(one));
     let changed = Filled {
         params: changed.cloned().collect(),
         ..Filled::default()
@@ -377,5 +395,49 @@ mod tests {
         };
         let faults = order(&filled, b"", &catalogue()).unwrap_err();
         assert_eq!(faults.len(), 4, "{faults:?}");
+    }
+
+    #[test]
+    fn what_is_changed_of_a_job_is_what_was_filled_in_otherwise() {
+        let file = json!([{
+            "workflow_type_name": "w",
+            "workflow_type_description_name": "W",
+            "workflow_parameters": [
+                {"key_name": "price", "parameter_type": "float", "maximum": 100.0},
+                {"key_name": "rate", "parameter_type": "float", "default": 0.5},
+                {"key_name": "start", "parameter_type": "datetime"},
+                {"key_name": "fast", "parameter_type": "boolean"},
+            ],
+        }]);
+        let catalogue = Catalogue::parse(&file.to_string()).unwrap();
+        let definitions = &catalogue.definition("w").unwrap().parameters;
+        let own = json!({"price": 1.5, "start": 86_400.0, "fast": true, "other": [1]});
+        let own = own.as_object().unwrap();
+        let text = |key: &str, text: &str| (key.to_owned(), text.to_owned());
+        let before = written(definitions, own);
+        let expected = [
+            text("price", "1.5"),
+            text("start", "1970-01-02T00:00:00"),
+            text("fast", "true"),
+        ];
+        assert_eq!(before, expected);
+        let changed = |more: &[(String, String)]| {
+            let mut filled = before.clone();
+            filled.retain(|(key, _)| !more.iter().any(|(one, _)| one == key));
+            filled.extend_from_slice(more);
+            changes(&filled, definitions, own).map(Value::Object)
+        };
+        assert_eq!(changed(&[]), Ok(json!({})));
+        assert_eq!(
+            changed(&[text("rate", "0.5"), text("price", "")]),
+            Ok(json!({}))
+        );
+        assert_eq!(changed(&[text("price", "2")]), Ok(json!({"price": 2.0})));
+        let start = changed(&[text("start", "1970-01-01T00:01")]);
+        assert_eq!(start, Ok(json!({"start": 60.0})));
+        let faults = changed(&[text("price", "500")]).unwrap_err();
+        assert!(faults[0].contains("price is 500"), "{faults:?}");
+        let faults = changed(&[text("prise", "5")]).unwrap_err();
+        assert_eq!(faults, ["prise is not known here"]);
     }
 }

@@ -510,7 +510,7 @@ fn end(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
             Some(by) => format!("Cancelled by {by}"),
             None => "Cancelled".to_owned(),
         },
-        Outcome::CrashLoop => "Ended by the orchestrator: it killed its workers".to_owned(),
+        Outcome::CrashLoop => "Ended by the orchestrator: its workers crashed over it".to_owned(),
         Outcome::Rejected => "Refused by the orchestrator".to_owned(),
         Outcome::TimedOut => "Ended by the orchestrator: it timed out".to_owned(),
         Outcome::Expired => {

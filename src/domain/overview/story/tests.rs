@@ -199,7 +199,7 @@ fn what_somebody_has_done_to_a_job_is_told() {
 #[case::cancelled(Outcome::Cancelled, "Cancelled; no heat")]
 #[case::crash_loop(
     Outcome::CrashLoop,
-    "Ended by the orchestrator: it killed its workers; no heat"
+    "Ended by the orchestrator: its workers crashed over it; no heat"
 )]
 #[case::rejected(Outcome::Rejected, "Refused by the orchestrator; no heat")]
 #[case::timed_out(Outcome::TimedOut, "Ended by the orchestrator: it timed out; no heat")]

@@ -1,0 +1,160 @@
+//! What somebody has to look at though all parts work: in a few words, for the line that says how all is,
+//! and in full, for the box below it.
+
+use jiff::Timestamp;
+use maud::html;
+
+use super::layout::Frame;
+use super::words::{Amber, Matter, command, name, since};
+use super::workers;
+use crate::actions::counted;
+use crate::domain::overview::{JobView, Overview, QueueView, Queues};
+use crate::telemetry::health::Part;
+use crate::telemetry::report::harmless;
+use crate::wire::DEAD_LETTERS_QUEUE;
+
+/// How many jobs of one kind are named.
+const NAMED: usize = 3;
+/// How many matters the line names.
+const SAID: usize = 3;
+
+/// All of them; `jobs` are those that come first of those that have not ended.
+pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {
+    let now = frame.now;
+    let mut all = Vec::new();
+    if let Some(queues) = &overview.queues {
+        let without = queues.without_worker.iter();
+        all.extend(without.map(|(task, seen)| without_worker(task, *seen, queues, overview, now)));
+    }
+    let paused = overview.turns.iter();
+    let paused = paused.filter(|queue| queue.limit.is_paused && queue.held > 0);
+    all.extend(paused.map(|queue| is_paused(queue, frame)));
+    all.extend(ambers(jobs, now));
+    let queues = overview.queues.as_ref();
+    let letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
+    if letters > 0 {
+        all.push(dead_letters(letters, frame));
+    }
+    let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
+    // Without RabbitMQ nobody knows.
+    let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
+    if let (Some(workers), true) = (&overview.workers, rabbitmq_works) {
+        all.extend(workers::matters(workers, now));
+    }
+    all
+}
+
+/// As the line says how all is.
+pub(super) fn verdict(matters: &[Matter]) -> String {
+    let Some((first, others)) = matters.split_first() else {
+        return "All is well.".to_owned();
+    };
+    let said = others.iter().take(SAID - 1);
+    let mut text = said.fold(first.short.clone(), |text, one| {
+        format!("{text}; {}", one.short)
+    });
+    if let Some(more @ 1..) = matters.len().checked_sub(SAID) {
+        text = format!("{text}; and {more} more");
+    }
+    let mut letters = text.chars();
+    let first = letters
+        .next()
+        .map(|letter| letter.to_uppercase().to_string());
+    format!("{}{}.", first.unwrap_or_default(), letters.as_str())
+}
+
+/// How long its jobs have waited is known of a queue that is a workflow's only one.
+fn without_worker(
+    task: &str,
+    seen: Timestamp,
+    queues: &Queues,
+    overview: &Overview,
+    now: Timestamp,
+) -> Matter {
+    let waiting = queues.waiting(task);
+    let of = |(workflow, tasks): (&String, &Vec<String>)| {
+        tasks
+            .iter()
+            .any(|one| one == task)
+            .then(|| harmless(workflow))
+    };
+    let others: Vec<_> = overview.tasks.iter().filter_map(of).collect();
+    let oldest = match overview.tasks.contains_key(task) || !others.is_empty() {
+        true => None,
+        false => overview.rows.get(task).and_then(|rows| rows.oldest_waiting),
+    };
+    let task = harmless(task);
+    Matter {
+        short: format!("no worker takes {task}"),
+        full: html! {
+            b { (task) } @if !others.is_empty() { span.dim { " (of " (others.join(", ")) ")" } }
+            " has no worker, and " (waiting) @if waiting == 1 { " job waits" } @else { " jobs wait" }
+            @match oldest {
+                Some(oldest) => { ", the first for " (since(oldest, now)) }
+                None => { ", for " (since(seen, now)) " at least" }
+            }
+            ". Start one that takes this queue, or see what keeps it away: "
+            (command("omotes-orchestrator doctor"))
+        },
+    }
+}
+
+fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
+    let shown = harmless(&queue.name);
+    let resume = format!("omotes-orchestrator workflows resume {shown}");
+    Matter {
+        short: format!("queue {shown} is paused"),
+        full: html! {
+            b { (shown) } " is paused by "
+            @match (queue.paused_by(), queue.is_paused_by_operator) {
+                (Some(pause), _) => (pause.by.name()),
+                (None, true) => "an operator",
+                (None, false) => "its definition",
+            }
+            ", and " (queue.held) @if queue.held == 1 { " job waits" } @else { " jobs wait" } " for it. "
+            @if frame.acting.is_some() { a href={ "#turns-" (queue.name) } { "Resume it" } " or leave it so." }
+            @else { (command(&resume)) }
+        },
+    }
+}
+
+fn ambers(jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
+    let mut kinds: Vec<(Amber, Vec<&JobView>)> = Vec::new();
+    for job in jobs {
+        let Some(amber) = Amber::of(job, now) else {
+            continue;
+        };
+        match kinds.iter_mut().find(|(kind, _)| *kind == amber) {
+            Some((_, jobs)) => jobs.push(job),
+            None => kinds.push((amber, vec![job])),
+        }
+    }
+    let matter = |(amber, jobs): (Amber, Vec<&JobView>)| {
+        let more = jobs.len().saturating_sub(NAMED);
+        let is = if jobs.len() == 1 { "is" } else { "are" };
+        Matter {
+            short: format!("{} {is} {}", counted(jobs.len(), "job"), amber.word()),
+            full: html! {
+                (counted(jobs.len(), "job")) " " (is) " " b { (amber.word()) } ": "
+                @for (place, job) in jobs.iter().take(NAMED).enumerate() {
+                    @if place > 0 { ", " } a href={ "/jobs/" (job.id) } { (name(job)) }
+                }
+                @if more > 0 { " and " (more) " more" }
+                ". " (amber.meaning())
+            },
+        }
+    };
+    kinds.into_iter().map(matter).collect()
+}
+
+fn dead_letters(count: u32, frame: &Frame<'_>) -> Matter {
+    let one = count == 1;
+    Matter {
+        short: format!("{count} dead letter{}", if one { "" } else { "s" }),
+        full: html! {
+            (count) @if one { " message" } @else { " messages" } " could not be handled. "
+            a.button href=(super::LETTERS) { @if one { "See what it is" } @else { "See what they are" } }
+            @if frame.acting.is_none() { " " (command("omotes-orchestrator dead-letters list")) }
+        },
+    }
+}

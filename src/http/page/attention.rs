@@ -83,7 +83,11 @@ fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
         short: format!("queue {shown} is paused"),
         full: html! {
             b { (shown) } " is paused by "
-            @if queue.is_paused_by_operator { "an operator" } @else { "its definition" }
+            @match (queue.paused_by(), queue.is_paused_by_operator) {
+                (Some(pause), _) => (pause.by.name()),
+                (None, true) => "an operator",
+                (None, false) => "its definition",
+            }
             ", and " (queue.held) @if queue.held == 1 { " job waits" } @else { " jobs wait" } " for it. "
             @if frame.acting.is_some() { a href={ "#turns-" (queue.name) } { "Resume it" } " or leave it so." }
             @else { (command(&resume)) }

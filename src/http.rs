@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::VERSION;
 use crate::config::Config;
+use crate::domain::activity::{Activity, Sizes};
 use crate::domain::overview::Filter;
 use crate::service::shared::Service;
 use crate::telemetry::report::one_line;
@@ -23,11 +24,13 @@ use crate::threads::Signal;
 mod accounts;
 mod acting;
 mod admission;
+mod editions;
 mod figures;
 mod form;
 mod guard;
 mod live;
 mod page;
+mod patch;
 mod says;
 mod server;
 mod streams;
@@ -55,14 +58,15 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /submit, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
 pub struct Endpoint {
     server: Server,
     accounts: Accounts,
-    figures: Figures,
+    figures: Figures<Activity>,
+    sizes: Figures<Sizes>,
     uploads: Uploads,
 }
 
@@ -102,7 +106,7 @@ impl<T> Lanes<T> {
                 | Action::RequeueAll(_) => &self.slow_actions,
                 Action::Cancel(_) | Action::Turns(..) | Action::Limits(..) => &self.actions,
             },
-            Route::Submission(..) => &self.slow_actions,
+            Route::Submission(..) | Route::Letters => &self.slow_actions,
             Route::Live
             | Route::Ready
             | Route::Form
@@ -114,6 +118,7 @@ impl<T> Lanes<T> {
             | Route::Job(_)
             | Route::Page(_)
             | Route::SubmitForm(_)
+            | Route::NamedJob(_)
             | Route::JobPage(_) => &self.pages,
         }
     }
@@ -136,6 +141,7 @@ impl Endpoint {
             server,
             accounts,
             figures: Figures::default(),
+            sizes: Figures::default(),
             uploads: Uploads::default(),
         }))
     }
@@ -182,7 +188,7 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
         let (lane, html) = (lanes.of(&route), visit.html);
         let late = |why| Some(Box::new(refusal(html, 503, why)));
         let (time, otherwise) = match route {
-            Route::Confirm(_) => (ACTION_TIME, late(CONFIRMED_LATE)),
+            Route::Confirm(_) | Route::Letters => (ACTION_TIME, late(CONFIRMED_LATE)),
             Route::Act(_) | Route::Submission(..) => (ACTION_TIME, late(DONE_LATE)),
             _ => (Duration::ZERO, None),
         };
@@ -264,6 +270,10 @@ enum Route {
     Result(Uuid),
     Page(Filter),
     JobPage(Uuid),
+    /// Of a job that is named by something else than its id, such as the beginning of that.
+    NamedJob(String),
+    /// What could not be handled.
+    Letters,
     /// What changes on a page.
     Follow(Box<Route>),
     /// Asks again before something is destroyed.
@@ -303,6 +313,7 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
             let form = Form::parse(query.as_bytes()).map_err(|error| (400, error))?;
             Route::Confirm(Box::new(form))
         }
+        page::LETTERS => Route::Letters,
         SUBMIT => Route::SubmitForm(workflow(query)?),
         ACT => return Err((405, "only POST".to_owned())),
         _ => {
@@ -312,7 +323,10 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
                     Some(id) => Route::Result(job(id)?),
                     None => Route::Job(job(rest)?),
                 },
-                (_, Some(id), _) => Route::JobPage(job(id)?),
+                (_, Some(name), _) => match name.parse() {
+                    Ok(id) => Route::JobPage(id),
+                    Err(_) => Route::NamedJob(name.to_owned()),
+                },
                 (.., Some(id)) => Route::Follow(Box::new(Route::JobPage(job(id)?))),
                 (None, None, None) => return Err((404, format!("there are {PATHS}"))),
             }

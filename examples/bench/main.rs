@@ -373,6 +373,10 @@ impl Bench {
             self.site.pages = pages;
             let name = format!("2 kB, 10,000 live, {name}");
             self.throughput(&name, 2_000, messages, 1)?;
+            let told = self.site.told();
+            if pages > 0 {
+                self.report.cost(&format!("{name}: told each, kB"), told);
+            }
         }
         self.site.start(1)?;
         let times = crowd::requests(&self.site.page()?)?;

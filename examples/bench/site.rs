@@ -28,6 +28,8 @@ pub struct Site {
     /// So many pages are open while it runs.
     pub pages: usize,
     viewers: Option<Viewers>,
+    /// How many bytes each of them was told, in all since this was asked.
+    told: usize,
     replicas: Vec<Child>,
     /// Of all that have been stopped, in MiB.
     peak_memory: f64,
@@ -41,6 +43,7 @@ impl Site {
             variables: Vec::new(),
             pages: 0,
             viewers: None,
+            told: 0,
             replicas: Vec::new(),
             peak_memory: 0.0,
         }
@@ -75,6 +78,7 @@ impl Site {
     pub fn stop(&mut self) -> anyhow::Result<()> {
         if let Some(viewers) = self.viewers.take() {
             ensure!(viewers.bytes() > 0, "no page was told anything");
+            self.told += viewers.bytes() / self.pages.max(1);
         }
         self.peak_memory = self.peak_memory.max(self.status("VmHWM:"));
         for child in &mut self.replicas {
@@ -134,6 +138,12 @@ impl Site {
     /// The most that a replica has had since this was asked, in MiB.
     pub fn peak_memory(&mut self) -> f64 {
         std::mem::take(&mut self.peak_memory)
+    }
+
+    /// How many kilobytes each open page was told since this was asked.
+    pub fn told(&mut self) -> f64 {
+        let told = u32::try_from(std::mem::take(&mut self.told)).unwrap_or(u32::MAX);
+        f64::from(told) / 1000.0
     }
 
     fn status(&self, field: &str) -> f64 {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use fastrand::Rng;
+use omotes_orchestrator::config::Address;
 
 use crate::people::pause;
 use crate::proxy::{End, Proxy, Weather};
@@ -21,6 +23,34 @@ const BACK: Duration = Duration::from_secs(60);
 pub enum Line {
     RabbitMq,
     Postgres,
+}
+
+/// Which links of a server are down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Down {
+    /// To its peers: the other nodes, or the other Postgres.
+    Peers,
+    /// To those who use it too, as if it were off the network.
+    All,
+}
+
+impl Down {
+    /// As `run.sh` calls them.
+    fn links(self) -> &'static [&'static str] {
+        match self {
+            Down::Peers => &["peers"],
+            Down::All => &["peers", "clients"],
+        }
+    }
+}
+
+/// What there is that faults can befall.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    pub replicas: usize,
+    pub nodes: usize,
+    /// Whether servers have networks of their own, whose links can be cut.
+    pub networks: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,28 +66,33 @@ pub enum Fault {
     /// Killed and started again; of a cluster one of its nodes.
     RestartRabbitMq(usize),
     RestartPostgres,
-    /// A node is stopped for so long, or the others hear nothing of it and it nothing of them.
+    /// A node is stopped for so long.
     HangNode(usize, Duration),
+    /// A node and the others refuse each other for so long, by their cookies.
     IsolateNode(usize, Duration),
+    /// No packet gets through to a node, or to the Postgres in use, for so long.
+    CutOffNode(usize, Down, Duration),
+    CutOffPostgres(Down, Duration),
     /// The primary is killed for good, and its standby promoted.
     FailOver,
 }
 
 impl Fault {
-    pub fn random(random: &mut Rng, replicas: usize, nodes: usize) -> Fault {
-        let replica = random.usize(..replicas);
+    pub fn random(random: &mut Rng, extent: Extent) -> Fault {
+        let replica = random.usize(..extent.replicas);
         let line = if random.bool() {
             Line::RabbitMq
         } else {
             Line::Postgres
         };
         let time = Duration::from_millis(random.u64(500..4000));
-        if nodes > 1 && random.u32(..4) == 0 {
-            let node = random.usize(..nodes);
-            return match random.u32(..3) {
-                0 => Fault::RestartRabbitMq(node),
-                1 => Fault::HangNode(node, time * 2),
-                _ => Fault::IsolateNode(node, time * 3),
+        if extent.nodes > 1 && random.u32(..if extent.networks { 3 } else { 4 }) == 0 {
+            let node = random.usize(..extent.nodes);
+            return match (random.u32(..3), extent.networks) {
+                (0, _) => Fault::RestartRabbitMq(node),
+                (1, _) => Fault::HangNode(node, time * 2),
+                (_, false) => Fault::IsolateNode(node, time * 3),
+                (_, true) => Fault::cut_off(random, node, time * 5),
             };
         }
         match random.u32(..20) {
@@ -81,6 +116,18 @@ impl Fault {
         }
     }
 
+    /// Some of it is over before anybody takes the server for gone.
+    fn cut_off(random: &mut Rng, node: usize, time: Duration) -> Fault {
+        let down = match random.bool() {
+            true => Down::Peers,
+            false => Down::All,
+        };
+        match random.u32(..4) {
+            0 => Fault::CutOffPostgres(down, time),
+            _ => Fault::CutOffNode(node, down, time),
+        }
+    }
+
     /// For counting.
     pub fn kind(self) -> String {
         match self {
@@ -98,7 +145,11 @@ impl Fault {
             Fault::RestartRabbitMq(_) => "RabbitMQ killed and started".to_owned(),
             Fault::RestartPostgres => "Postgres killed and started".to_owned(),
             Fault::HangNode(..) => "RabbitMQ's node stopped for a while".to_owned(),
-            Fault::IsolateNode(..) => "RabbitMQ's node cut off from the others".to_owned(),
+            Fault::IsolateNode(..) => "RabbitMQ's node refused by the others".to_owned(),
+            Fault::CutOffNode(_, down, _) => {
+                format!("RabbitMQ's node cut off (links down: {down:?})")
+            }
+            Fault::CutOffPostgres(down, _) => format!("Postgres cut off (links down: {down:?})"),
             Fault::FailOver => "Postgres killed, its standby promoted".to_owned(),
         }
     }
@@ -107,9 +158,11 @@ impl Fault {
 /// The private servers, and the replicas with their lines to them.
 pub struct Site {
     pub folder: PathBuf,
-    /// The ports of RabbitMQ's nodes, and of Postgres and its standby.
-    pub rabbitmq: Vec<u16>,
-    pub postgres: Vec<u16>,
+    /// Where RabbitMQ's nodes are, and Postgres and its standby.
+    pub rabbitmq: Vec<Address>,
+    pub postgres: Vec<Address>,
+    /// Whether each has a network of its own.
+    networks: bool,
     /// Whether the standby has been promoted.
     has_failed_over: bool,
     /// When RabbitMQ was killed, and was there again.
@@ -128,12 +181,14 @@ impl Site {
     pub fn new(
         folder: &Path,
         program: &Path,
-        rabbitmq: Vec<u16>,
-        postgres: Vec<u16>,
+        rabbitmq: Vec<Address>,
+        postgres: Vec<Address>,
         replicas: usize,
+        networks: bool,
     ) -> anyhow::Result<Site> {
-        let proxies = |ports: &[u16]| -> std::io::Result<Vec<Proxy>> {
-            ports.iter().map(|port| Proxy::new(*port)).collect()
+        let proxies = |servers: &[Address]| -> anyhow::Result<Vec<Proxy>> {
+            let proxy = |server: &Address| anyhow::Ok(Proxy::new(resolved(server)?)?);
+            servers.iter().map(proxy).collect()
         };
         let replicas = (0..replicas)
             .map(|_| {
@@ -148,6 +203,7 @@ impl Site {
             folder: folder.to_owned(),
             rabbitmq,
             postgres,
+            networks,
             has_failed_over: false,
             rabbitmq_kills: Vec::new(),
             program: program.to_owned(),
@@ -155,6 +211,15 @@ impl Site {
         };
         site.start_missing()?;
         Ok(site)
+    }
+
+    /// What there is that faults can befall.
+    fn extent(&self) -> Extent {
+        Extent {
+            replicas: self.replicas.len(),
+            nodes: self.rabbitmq.len(),
+            networks: self.networks,
+        }
     }
 
     /// Lets only so many tasks of a queue run at once, as soon as the tables are there.
@@ -229,7 +294,10 @@ impl Site {
                     .iter()
                     .for_each(|one| one.cut(End::Rst));
             }
-            Fault::RestartRabbitMq(_) | Fault::HangNode(..) | Fault::IsolateNode(..) => {
+            Fault::RestartRabbitMq(_)
+            | Fault::HangNode(..)
+            | Fault::IsolateNode(..)
+            | Fault::CutOffNode(..) => {
                 let began = Instant::now();
                 self.inflict_on_rabbitmq(fault)?;
                 let time = began.elapsed().as_secs_f64();
@@ -239,6 +307,15 @@ impl Site {
             Fault::RestartPostgres => {
                 let (folder, port) = self.primary();
                 restart(&folder, port)?;
+            }
+            Fault::CutOffPostgres(down, time) => {
+                // The promoted standby has no peer.
+                let down = if self.has_failed_over {
+                    Down::All
+                } else {
+                    down
+                };
+                cut_off(&self.primary().0, down, time)?;
             }
             Fault::FailOver => {
                 private("kill", &self.folder.join("postgres"), &[])?;
@@ -251,7 +328,8 @@ impl Site {
 
     fn inflict_on_rabbitmq(&self, fault: Fault) -> anyhow::Result<()> {
         match fault {
-            Fault::RestartRabbitMq(node) => restart(&self.node(node), self.rabbitmq[node])?,
+            Fault::RestartRabbitMq(node) => restart(&self.node(node), self.rabbitmq[node].port)?,
+            Fault::CutOffNode(node, down, time) => cut_off(&self.node(node), down, time)?,
             Fault::HangNode(node, time) => {
                 private("signal", &self.node(node), &["-STOP"])?;
                 pause(time);
@@ -260,7 +338,7 @@ impl Site {
             Fault::IsolateNode(node, time) => {
                 let others = self.rabbitmq.iter().enumerate();
                 let others = others.filter(|(other, _)| *other != node);
-                let names = others.map(|(_, port)| format!("omotes{port}@localhost"));
+                let names = others.map(|(_, server)| format!("omotes{}@localhost", server.port));
                 let names = names.collect::<Vec<_>>().join(",");
                 // Nodes of different cookies refuse each other.
                 let part = format!(
@@ -278,6 +356,7 @@ impl Site {
             | Fault::Cut(..)
             | Fault::Weather(..)
             | Fault::RestartPostgres
+            | Fault::CutOffPostgres(..)
             | Fault::FailOver => {}
         }
         self.wait_for_all_nodes()
@@ -299,7 +378,7 @@ impl Site {
             while !is_back() {
                 if Instant::now() > deadline {
                     eprintln!("node {node} is not back, and is started again");
-                    restart(&self.node(node), self.rabbitmq[node])?;
+                    restart(&self.node(node), self.rabbitmq[node].port)?;
                     break;
                 }
                 pause(Duration::from_millis(500));
@@ -321,8 +400,8 @@ impl Site {
     /// The folder and the port of the Postgres that takes writes.
     fn primary(&self) -> (PathBuf, u16) {
         match self.has_failed_over {
-            false => (self.folder.join("postgres"), self.postgres[0]),
-            true => (self.folder.join("standby/postgres"), self.postgres[1]),
+            false => (self.folder.join("postgres"), self.postgres[0].port),
+            true => (self.folder.join("standby/postgres"), self.postgres[1].port),
         }
     }
 
@@ -382,6 +461,23 @@ fn restart(folder: &Path, port: u16) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn resolved(server: &Address) -> anyhow::Result<SocketAddr> {
+    let mut addresses = (server.host.as_str(), server.port).to_socket_addrs()?;
+    addresses.next().context("a server without an address")
+}
+
+/// Takes links of a server down for so long.
+fn cut_off(folder: &Path, down: Down, time: Duration) -> anyhow::Result<()> {
+    for link in down.links() {
+        private("link", folder, &[link, "down"])?;
+    }
+    pause(time);
+    for link in down.links() {
+        private("link", folder, &[link, "up"])?;
+    }
+    Ok(())
+}
+
 impl Replica {
     /// Where its servers are.
     fn variables(&self) -> Vec<(String, String)> {
@@ -427,14 +523,13 @@ impl Drop for Site {
 pub fn run(
     site: &mut Site,
     random: &mut Rng,
-    replicas: usize,
     end: Instant,
 ) -> anyhow::Result<BTreeMap<String, usize>> {
     let mut counts = BTreeMap::new();
     let half = Instant::now() + end.saturating_duration_since(Instant::now()) / 2;
     while Instant::now() < end {
         pause(Duration::from_millis(random.u64(200..2500)));
-        let mut fault = Fault::random(random, replicas, site.rabbitmq.len());
+        let mut fault = Fault::random(random, site.extent());
         if site.postgres.len() > 1 && !site.has_failed_over && Instant::now() > half {
             fault = Fault::FailOver;
         }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Parser;
 use fastrand::Rng;
-use omotes_orchestrator::config::{Address, Config};
+use omotes_orchestrator::config::Config;
 use omotes_orchestrator::wire::{CANCELS_QUEUE, SUBMISSIONS_QUEUE};
 use uuid::Uuid;
 
@@ -66,6 +66,12 @@ struct Options {
     /// RabbitMQ as a cluster of three nodes, and Postgres with a standby, which is promoted half-way.
     #[arg(long)]
     cluster: bool,
+    /// Other versions of RabbitMQ and Postgres, such as 4.0,17, or `newest`: `run.sh` has started them.
+    #[arg(long)]
+    servers: Option<String>,
+    /// Each server has a network of its own, as `run.sh` has made them.
+    #[arg(long, hide = true)]
+    networks: bool,
     /// Where the private servers and the logs are.
     #[arg(long)]
     folder: PathBuf,
@@ -88,9 +94,10 @@ fn main() -> anyhow::Result<ExitCode> {
     let mut site = Site::new(
         &options.folder,
         &options.program,
-        ports(&config.sdk_rabbitmq.servers),
-        ports(&config.postgres.servers),
+        config.sdk_rabbitmq.servers.clone(),
+        config.postgres.servers.clone(),
         options.replicas,
+        options.networks,
     )?;
     if let Some(seats) = options.seats {
         site.limit(WORKFLOW, seats)?;
@@ -107,7 +114,7 @@ fn main() -> anyhow::Result<ExitCode> {
     named("revokes".to_owned()).spawn(|| world.hear_revokes())?;
     named("collector".to_owned()).spawn(|| world.collect())?;
     let client = named("client".to_owned()).spawn(move || world.act(began, &actions))?;
-    let counts = faults::run(&mut site, &mut random, options.replicas, began + length)?;
+    let counts = faults::run(&mut site, &mut random, began + length)?;
     if client.join().is_err() {
         bail!("the client panicked");
     }
@@ -149,10 +156,6 @@ fn main() -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-fn ports(servers: &[Address]) -> Vec<u16> {
-    servers.iter().map(|server| server.port).collect()
 }
 
 /// What the client does, in order of time.
@@ -287,13 +290,23 @@ impl Summary {
             seed,
             idle_clients,
             cluster,
+            networks,
+            servers,
             ..
         } = options;
-        let cluster = if *cluster { "--cluster " } else { "" };
-        let run = format!("{cluster}--jobs {jobs} --replicas {replicas} --minutes {minutes}");
+        let (cluster, how) = match (cluster, networks) {
+            (false, _) => ("", ""),
+            (true, true) => ("--cluster ", ""),
+            (true, false) => ("--cluster ", ", by cookies"),
+        };
+        let servers = servers
+            .as_deref()
+            .map_or(String::new(), |versions| format!("--servers {versions} "));
+        let run =
+            format!("{cluster}{servers}--jobs {jobs} --replicas {replicas} --minutes {minutes}");
         let seconds = time.as_secs();
         format!(
-            "| `{run} --idle-clients {idle_clients} --seed {seed}` | {faults} | {lost} | {contradictory} | \
+            "| `{run} --idle-clients {idle_clients} --seed {seed}`{how} | {faults} | {lost} | {contradictory} | \
              {impossible} | {violations} | {told_once_more} | {bad_messages}, {dead_letters} | \
              {queues_lost} | {seconds} s |\n"
         )

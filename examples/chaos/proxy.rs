@@ -1,11 +1,14 @@
 //! A TCP proxy that does to a connection what networks do.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+/// How long a server may take to answer a connection.
+const CONNECT: Duration = Duration::from_secs(5);
 
 /// How long a pump sleeps at most before it looks at the weather again.
 const LOOK: Duration = Duration::from_millis(20);
@@ -51,14 +54,31 @@ struct Shared {
     changed: Condvar,
 }
 
-/// Forwards connections to a port of this machine, until it is dropped.
+/// Where a server listens.
+pub struct Target(SocketAddr);
+
+impl From<SocketAddr> for Target {
+    fn from(address: SocketAddr) -> Target {
+        Target(address)
+    }
+}
+
+/// A port of this machine.
+impl From<u16> for Target {
+    fn from(port: u16) -> Target {
+        Target((Ipv4Addr::LOCALHOST, port).into())
+    }
+}
+
+/// Forwards connections to a server, until it is dropped.
 pub struct Proxy {
     shared: Arc<Shared>,
     address: SocketAddr,
 }
 
 impl Proxy {
-    pub fn new(target: u16) -> std::io::Result<Proxy> {
+    pub fn new(target: impl Into<Target>) -> std::io::Result<Proxy> {
+        let Target(target) = target.into();
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
@@ -142,7 +162,7 @@ impl Shared {
     }
 }
 
-fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
+fn accept(listener: &TcpListener, target: SocketAddr, shared: &Arc<Shared>) {
     for client in listener.incoming() {
         let Ok(client) = client else { continue };
         if shared.lock().closed {
@@ -157,7 +177,7 @@ fn accept(listener: &TcpListener, target: u16, shared: &Arc<Shared>) {
                 continue;
             }
         }
-        let Ok(server) = TcpStream::connect(("127.0.0.1", target)) else {
+        let Ok(server) = TcpStream::connect_timeout(&target, CONNECT) else {
             continue;
         };
         let clone = |stream: &TcpStream| stream.try_clone().ok();

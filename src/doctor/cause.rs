@@ -94,14 +94,14 @@ fn explains(cause: &Kind, other: &Kind) -> bool {
     match (cause, other) {
         (Kind::Unreachable { .. }, Kind::Unreachable { .. }) => cause == other,
         (Kind::Needed | Kind::Unreachable { .. }, Kind::NoOrchestrator | Kind::NotReady)
-        | (Kind::NotReady, Kind::NotReady) => true,
+        | (Kind::NotReady, Kind::NotReady | Kind::NoOrchestrator) => true,
         (
             Kind::Needed,
             Kind::Needed | Kind::Unreachable { .. } | Kind::NotLookedAt | Kind::Other,
         )
         | (Kind::Unreachable { .. }, Kind::Needed | Kind::NotLookedAt | Kind::Other)
         | (Kind::NotReady, Kind::Needed | Kind::Unreachable { .. })
-        | (Kind::NotReady, Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other)
+        | (Kind::NotReady, Kind::NotLookedAt | Kind::Other)
         | (Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other, _) => false,
     }
 }
@@ -156,6 +156,7 @@ mod tests {
         &["sdk", "task", "postgres"], "> sdk, + task, postgres")]
     #[case::and_the_service(&["not ready", "postgres"], "> postgres, + not ready")]
     #[case::stopped_process(&["ok", "not ready", "not ready"], "> not ready, + not ready, ok")]
+    #[case::given_up(&["stopped", "not ready"], "> not ready, + stopped")]
     #[case::service_alone(&["ok", "not ready"], "ok, not ready")]
     #[case::noise(&["timeout", "postgres"], "postgres")]
     #[case::no_noise(&["timeout", "letters"], "timeout, letters")]

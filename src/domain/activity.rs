@@ -41,6 +41,14 @@ pub struct Activity {
     pub ended: Vec<(Outcome, i64)>,
 }
 
+/// How much room the database takes, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sizes {
+    pub database: i64,
+    /// Of the largest tables, with their indexes.
+    pub tables: Vec<(String, i64)>,
+}
+
 /// What the database counts in one of [`COUNT`] stretches, by its number; before the first one is -1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Counted {

@@ -439,6 +439,15 @@ impl Queues {
         Some(queue.depth.map_or(0, |depth| depth.consumers))
     }
 
+    /// How many tasks wait for a worker in this queue.
+    pub fn waiting(&self, task: &str) -> u32 {
+        let mut queues = self.queues.iter();
+        let queue = queues.find(|queue| queue.vhost == Vhost::Celery && queue.name == task);
+        queue
+            .and_then(|queue| queue.depth)
+            .map_or(0, |depth| depth.messages)
+    }
+
     /// How many messages are in the queues of this name, of all vhosts together.
     pub fn messages_in(&self, queue: &str) -> u32 {
         let queues = self.queues.iter().filter(|one| one.name == queue);

@@ -109,27 +109,38 @@ fn confirm_matching(
     ))
 }
 
+/// The first of the dead letters, and the ids of all.
+///
+/// # Errors
+/// RabbitMQ is not there.
+pub(super) fn letters(service: &Service) -> Result<(Vec<Letter>, Vec<String>), Failure> {
+    let letters = Letters::open(&service.config, LETTERS_PATIENCE)?;
+    let mut first = Vec::new();
+    let mut ids = Vec::new();
+    letters.look(|vhost, letter| {
+        ids.push(letter.id.clone());
+        if first.len() < pages::NAMED {
+            first.push(Letter {
+                id: letter.id.clone(),
+                time: letter.time.clone(),
+                vhost,
+                queue: letter.queue.clone(),
+                bytes: letter.body.len(),
+                reason: letter.reason.clone(),
+            });
+        }
+    })?;
+    letters.close()?;
+    Ok((first, ids))
+}
+
 fn confirm_requeue(
     service: &Service,
     frame: &Frame<'_>,
     acting: &Acting,
     notice: Option<&str>,
 ) -> Result<String, Failure> {
-    let letters = Letters::open(&service.config, LETTERS_PATIENCE)?;
-    let mut first = Vec::new();
-    let mut ids = Vec::new();
-    letters.look(|_, letter| {
-        ids.push(letter.id.clone());
-        if first.len() < pages::NAMED {
-            first.push(Letter {
-                id: letter.id.clone(),
-                time: letter.time.clone(),
-                queue: letter.queue.clone(),
-                reason: letter.reason.clone(),
-            });
-        }
-    })?;
-    letters.close()?;
+    let (first, ids) = letters(service)?;
     let digest = digest(&ids);
     Ok(pages::confirm_requeue(
         frame, acting, &first, &ids, &digest, notice,

@@ -133,8 +133,8 @@ pub(super) fn admit(
     if !["GET", "HEAD"].contains(&request.method.as_str()) {
         return Err(refuse((405, "only GET and HEAD".to_owned())));
     }
-    if matches!(route, Route::Follow(_)) {
-        // It takes one of few places.
+    if matches!(route, Route::Follow(_) | Route::Letters) {
+        // It takes one of few places, or goes through all dead letters.
         comes_from_here(request, &visit)?;
     }
     if matches!(route, Route::SubmitForm(_)) {

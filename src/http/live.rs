@@ -61,7 +61,8 @@ fn step(hub: &Hub, look: impl Fn(&Topic) -> Result<Seen, String>) -> Step {
         }
         Err(_) => false,
     };
-    hub.looked(id, now - begin, now);
+    let end = Instant::now();
+    hub.looked(id, end - begin, end);
     match is_told {
         true => Step::Told,
         false => Step::Nothing,

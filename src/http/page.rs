@@ -1,23 +1,26 @@
 //! The status page: what [`crate::domain::overview`] has, as HTML. It shows no ESDLs.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use maud::{Markup, html};
 use uuid::Uuid;
 
-use crate::domain::activity::Activity;
+use crate::config::Config;
+use crate::domain::activity::{Activity, Sizes};
 use crate::domain::job::JobStatus;
 use crate::domain::overview::{
-    Filter, JobState, Overview, Page, QueueView, Queues, Tone, WorkflowRows, WorkflowView,
+    Filter, JobState, JobView, Overview, Page, QueueView, Queues, Tone, WorkflowRows, WorkflowView,
 };
-use crate::telemetry::health::Part;
-use crate::telemetry::report::harmless;
-use crate::wire::DEAD_LETTERS_QUEUE;
+use crate::telemetry::report::{harmless, one_line};
+use crate::telemetry::trouble::trouble;
 
 pub(super) mod acting;
+mod attention;
 mod charts;
 mod job;
 mod layout;
+mod letters;
 mod list;
+mod settings;
 mod story;
 mod submit;
 mod words;
@@ -27,8 +30,9 @@ use acting::Acting;
 pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
+pub(super) use letters::letters;
 pub(super) use submit::submit;
-use words::{command, looked, since};
+use words::{Matter, command, looked, since};
 
 /// The overview: how all is, what is wrong, all jobs, and what they run on.
 pub(super) fn overview(
@@ -36,7 +40,10 @@ pub(super) fn overview(
     overview: &Overview,
     filter: &Filter,
     page: &Page,
+    // Those that come first of all that have not ended.
+    first: &[JobView],
     activity: Option<&Activity>,
+    (config, sizes): (&Config, Option<&Sizes>),
 ) -> Sheet {
     let now = frame.now;
     let workflows = overview.workflows();
@@ -44,15 +51,15 @@ pub(super) fn overview(
         .iter()
         .map(|workflow| workflow.name.as_str())
         .collect();
-    let warnings = warnings(frame, overview);
+    let matters = attention::matters(frame, overview, first);
     let turns = overview
         .turns
         .iter()
         .any(|queue| queue.held + queue.on_hold > 0);
     let content = html! {
         h1.hidden { "Jobs" }
-        (status(frame, overview, filter, activity, warnings.len()))
-        (troubles(frame, &warnings))
+        (status(frame, overview, filter, activity, &matters))
+        (troubles(frame, &matters))
         (list::section(filter, page, &names, now, frame.acting.map(|acting| (acting, turns))))
         @if let Some(activity) = activity { (charts::charts(activity)) }
         (workflow_table(&workflows, now))
@@ -60,9 +67,15 @@ pub(super) fn overview(
         @if let Some(acting) = frame.acting { (acting.any_queue(overview)) }
         @if let Some(all) = &overview.workers { (workers::table(all, now, frame.acting)) }
         @if let Some(queues) = &overview.queues { (queue_table(queues, now)) }
+        (settings::section(config, sizes))
     };
     Sheet::new("OMOTES jobs", content).live(events(filter))
 }
+
+/// A job that has waited for longer is told of at the top.
+const OLD: SignedDuration = SignedDuration::from_mins(30);
+/// Where dead letters are shown.
+pub(super) const LETTERS: &str = "/dead-letters";
 
 /// The longest list that is followed.
 const MAX_FOLLOWED: u16 = 200;
@@ -93,14 +106,15 @@ fn status(
     overview: &Overview,
     filter: &Filter,
     activity: Option<&Activity>,
-    warnings: usize,
+    matters: &[Matter],
 ) -> Markup {
-    let is_bad = frame.parts.iter().any(|part| part.why.is_some());
-    let (class, verdict) = match (is_bad, warnings) {
-        (true, _) => ("bad", "Something does not work."),
-        (false, 0) => ("good", "All is well."),
-        (false, _) => ("amber", "Something needs a look."),
+    let (class, verdict) = match (trouble(frame.parts), matters) {
+        (Some(trouble), _) => ("bad", format!("{}.", trouble.what)),
+        (None, []) => ("good", attention::verdict(matters)),
+        (None, _) => ("amber", attention::verdict(matters)),
     };
+    let oldest = overview.oldest_waiting();
+    let oldest = oldest.filter(|oldest| frame.now.duration_since(*oldest) > OLD);
     let sum = |of: fn(&WorkflowRows) -> i64| overview.rows.values().map(of).sum::<i64>();
     let live = [
         (JobStatus::Running, sum(|rows| rows.running)),
@@ -118,6 +132,7 @@ fn status(
                     }
                 }
                 @if on_hold > 0 { span.dim { "(" (on_hold) " on hold) " } }
+                @if let Some(oldest) = oldest { span.warn { "the oldest waits for " (since(oldest, frame.now)) } " " }
                 @if let Some(activity) = activity {
                     span.dim { "in the last hour " }
                     @for (outcome, count) in &activity.ended {
@@ -158,43 +173,13 @@ fn count_of(state: JobState, count: i64, filter: &Filter) -> Markup {
     }
 }
 
-/// What somebody has to look at though all parts work.
-fn warnings(frame: &Frame<'_>, overview: &Overview) -> Vec<Markup> {
-    let now = frame.now;
-    let mut all = Vec::new();
-    for lonely in overview.lonely() {
-        all.push(html! {
-            b { (harmless(&lonely.queue)) } (lonely.users()) " has no worker, and " (lonely.what_waits())
-            @if let Some(oldest) = lonely.oldest {
-                @if lonely.waiting == 1 { " for " } @else { ", the oldest for " } (since(oldest, now))
-            }
-            ". Start one, or see what keeps it away: " (command("omotes-orchestrator doctor"))
-        });
-    }
-    let queues = overview.queues.as_ref();
-    let dead_letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
-    if dead_letters > 0 {
-        all.push(html! {
-            (dead_letters) @if dead_letters == 1 { " message" } @else { " messages" }
-            " could not be handled: " (command("omotes-orchestrator dead-letters list"))
-            @if let Some(acting) = frame.acting { (acting.letters()) }
-        });
-    }
-    let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
-    // Without RabbitMQ nobody knows.
-    let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
-    if let (Some(workers), true) = (&overview.workers, rabbitmq_works) {
-        all.extend(workers::warnings(workers, now));
-    }
-    all
-}
-
 /// The page when the database does not answer.
 pub(super) fn without_database(frame: &Frame<'_>, events: String) -> Sheet {
     let content = html! {
         h1.hidden { "Jobs" }
         section.status aria-label="How all is" {
-            p.verdict.bad role="status" { "Something does not work." }
+            @let what = trouble(frame.parts).map_or("Postgres does not answer", |trouble| trouble.what);
+            p.verdict.bad role="status" { (what) "." }
             (parts(frame))
         }
         (troubles(frame, &[]))
@@ -217,19 +202,39 @@ pub(super) fn in_vain(frame: &Frame<'_>, why: &str) -> Sheet {
     Sheet::new("OMOTES jobs", content)
 }
 
-/// The page of a job that is not known, or not any more.
-pub(super) fn unknown_job(frame: &Frame<'_>, id: Uuid) -> Sheet {
-    let text = format!("omotes-orchestrator jobs list --finished --text {id}");
+/// The page of a job that is not known, or not any more; by its id if that is a whole one.
+pub(super) fn unknown_job(frame: &Frame<'_>, name: &str, id: Option<Uuid>) -> Sheet {
+    let text = format!(
+        "omotes-orchestrator jobs list --finished --text {}",
+        one_line(name)
+    );
     let content = html! {
         (troubles(frame, &[]))
         nav aria-label="Back" { a href="/" { "← all jobs" } }
-        h1 { "job " (id) " is unknown" }
+        h1 { "job " (one_line(name)) " is unknown" }
         div.empty {
             p { "It was never submitted here, or its submission has not arrived yet, or its history has been deleted." }
             p { (command(&text)) }
         }
     };
-    Sheet::new("Unknown job", content).live(events_of(id))
+    let sheet = Sheet::new("Unknown job", content);
+    match id {
+        Some(id) => sheet.live(events_of(id)),
+        None => sheet,
+    }
+}
+
+/// Those whose ids begin so.
+pub(super) fn several_jobs(frame: &Frame<'_>, name: &str, jobs: &[(Uuid, String)]) -> Sheet {
+    let content = html! {
+        (troubles(frame, &[]))
+        nav aria-label="Back" { a href="/" { "← all jobs" } }
+        h1 { "Jobs whose ids begin with " (one_line(name)) }
+        ul { @for (id, reference) in jobs { li {
+            a href={ "/jobs/" (id) } { code { (id) } } " " (harmless(reference))
+        } } }
+    };
+    Sheet::new("Several jobs", content)
 }
 
 fn workflow_table(all: &[WorkflowView], now: Timestamp) -> Markup {

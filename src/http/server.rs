@@ -274,7 +274,7 @@ impl Server {
                         for (Ticket(token), response) in late.drain(..) {
                             connections.answer(token, response);
                         }
-                        connections.tell();
+                        self.hub.telling(|| connections.tell());
                     }
                     LISTENER => connections.accept(listener, poll)?,
                     token => connections.go_on(token, |connection| {

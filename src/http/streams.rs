@@ -11,6 +11,7 @@ use jiff::Timestamp;
 
 use super::Route;
 use super::accounts::Access;
+use super::editions::{Edition, Known, event};
 use super::says::{Says, says};
 
 /// So many pages are followed at once; others ask now and then.
@@ -35,8 +36,10 @@ pub(super) struct Topic {
 struct Told {
     topic: Topic,
     readers: usize,
-    /// What was told last, how often anything was, what it says, and when it was told.
-    newest: Option<Arc<[u8]>>,
+    /// What was told last, and what those know who were told before.
+    newest: Option<Edition>,
+    known: Vec<Known>,
+    /// How often there was news, what it says, and when it was told.
     version: u64,
     says: Says,
     told_at: Option<Instant>,
@@ -97,18 +100,28 @@ pub(super) enum Next {
 
 /// How often a page is looked at, as a rule.
 const PERIOD: Duration = Duration::from_secs(2);
-/// For each second that looking at a page takes it is left alone for so many: for those of all pages that
-/// cost no more, so that one that costs much is no burden to the others, and all together take no more
-/// than a part of the time.
-const REST: u32 = 3;
+/// For each second that looking at a page and telling of it takes it is left alone for so many: for those
+/// of all pages that cost no more, so that one that costs much is no burden to the others, and all together
+/// take no more than a part of the time, which jobs have otherwise.
+const REST: u32 = 50;
+/// But as a rule for no longer than this, for somebody waits for a change,
+const LONGEST_REST: Duration = Duration::from_secs(6);
+/// and for no less than so many times as long.
+const LEAST_REST: u32 = 3;
 /// For how long nobody is told what differs in nothing but how long something has lasted.
 const LASTS: Duration = Duration::from_secs(60);
+
+fn rest(cost: Duration) -> Duration {
+    (cost * REST).min(LONGEST_REST).max(cost * LEAST_REST)
+}
 
 #[derive(Default)]
 struct Topics {
     by_id: BTreeMap<u64, Told>,
     readers: usize,
     last: u64,
+    /// How long it has taken to tell readers since the last look.
+    telling: Duration,
 }
 
 /// All topics that somebody follows.
@@ -146,6 +159,7 @@ impl Hub {
             topic,
             readers: 0,
             newest: None,
+            known: Vec::new(),
             version: 0,
             says: Says::default(),
             told_at: None,
@@ -168,6 +182,7 @@ impl Hub {
             id,
             seen,
             first: Some(first),
+            known: None,
         })
     }
 
@@ -206,39 +221,57 @@ impl Hub {
     /// A topic has been looked at, which has cost so much.
     pub(super) fn looked(&self, id: u64, cost: Duration, now: Instant) {
         let mut topics = self.topics();
+        let cost = cost + std::mem::take(&mut topics.telling);
         let others = topics.by_id.iter().filter(|(one, _)| **one != id);
         let costs = others.map(|(_, told)| told.turn.cost);
         let lesser: Duration = costs.filter(|one| *one <= cost).sum();
         if let Some(told) = topics.by_id.get_mut(&id) {
             told.turn.is_on = false;
             told.turn.cost = cost;
-            told.turn.rested = now + cost * REST;
-            told.turn.due = now + PERIOD.max((lesser + cost) * REST);
+            told.turn.rested = now + rest(cost);
+            told.turn.due = now + PERIOD.max(rest(lesser + cost));
         }
+    }
+
+    /// Telling those who are there takes its time too, which the next look is charged with.
+    pub(super) fn telling(&self, tell: impl FnOnce()) {
+        let began = Instant::now();
+        tell();
+        self.topics().telling += began.elapsed();
     }
 
     /// What a topic's page shows, as of then. Nobody is told at once what differs in nothing but how long
     /// something has lasted: most of it their browsers count themselves. Returns whether somebody is told.
     pub(super) fn tell(&self, id: u64, seen: &Seen, at: Timestamp, now: Instant) -> bool {
+        let says = says(&seen.content);
         let mut topics = self.topics();
         let Some(told) = topics.by_id.get_mut(&id) else {
             return false;
         };
         told.seen_at = Some(at);
         told.looks += 1;
-        let says = says(&seen.content);
         let is_old = told.told_at.is_none_or(|told_at| now >= told_at + LASTS);
         let differs = says.news != told.says.news || (is_old && says.all != told.says.all);
         let is_news = told.newest.is_none() || differs || seen.is_last != told.has_ended;
         if !is_news && told.promised < told.looks {
             return false;
         }
-        let mut bytes = event("page", &seen.content);
-        if seen.is_last {
-            bytes.extend(event("end", ""));
-        }
-        told.newest = Some(bytes.into());
+        let known = told.known.clone();
+        drop(topics);
+        // Nobody waits for this, and nobody else tells anything meanwhile.
+        let edition = Edition::new(&known, &seen.content, seen.is_last);
+        let mut topics = self.topics();
+        let Some(told) = topics.by_id.get_mut(&id) else {
+            return false;
+        };
         told.has_ended = seen.is_last;
+        // Of what is no news only those are told who wait for a look.
+        match is_news {
+            true => told.known.clear(),
+            false => told.known.truncate(1),
+        }
+        told.known.push(edition.known());
+        told.newest = Some(edition);
         if is_news {
             told.version += 1;
             told.says = says;
@@ -266,6 +299,8 @@ pub(super) struct Seat {
     seen: u64,
     /// It waits for a look after so many.
     first: Option<u64>,
+    /// The edition that it has.
+    known: Option<u64>,
 }
 
 impl Seat {
@@ -282,7 +317,10 @@ impl Seat {
         }
         self.first = None;
         self.seen = told.version;
-        told.newest.clone().map(|newest| (newest, told.has_ended))
+        let newest = told.newest.as_ref()?;
+        let bytes = newest.told(self.known);
+        self.known = Some(newest.number());
+        Some((bytes, told.has_ended))
     }
 
     /// When what it follows was last looked at.
@@ -305,25 +343,12 @@ impl Drop for Seat {
     }
 }
 
-/// As it goes over the wire.
-fn event(name: &str, data: &str) -> Vec<u8> {
-    let mut text = String::with_capacity(data.len() + data.len() / 16 + 64);
-    text.push_str("event: ");
-    text.push_str(name);
-    for line in data.split(['\n', '\r']) {
-        text.push_str("\ndata: ");
-        text.push_str(line);
-    }
-    text.push_str("\n\n");
-    text.into_bytes()
-}
-
 /// Tells that all works, the time, and that of the last look, if there was one.
 fn beat(seat: &Seat) -> Vec<u8> {
     let now = Timestamp::now();
     let seen_at = seat.seen_at();
     let seen_at = seen_at.map_or(String::new(), |at| format!(" {at:.0}"));
-    event("beat", &format!("{now:.0}{seen_at}"))
+    event("beat", None, &format!("{now:.0}{seen_at}")).into_bytes()
 }
 
 /// What is written to somebody who follows a page. It never has more in hand than one event, which it
@@ -504,9 +529,9 @@ mod tests {
         let mut now = Instant::now();
         look(&hub, now, &seen("first"));
         let first = [&mut quick.seat, &mut slow.seat].map(|seat| {
-            let before = seat.first;
+            let before = (seat.first, seat.known);
             let (newest, _) = seat.newest().unwrap();
-            seat.first = before;
+            (seat.first, seat.known) = before;
             newest
         });
         assert!(Arc::ptr_eq(&first[0], &first[1]));
@@ -515,7 +540,10 @@ mod tests {
         goes_on(&mut slow, &mut sluggard);
         let text = reader.text();
         assert!(text.starts_with(HEAD), "{text}");
-        assert!(text.contains("event: page\ndata: first\n\n"), "{text}");
+        assert!(
+            text.contains("event: page\nid: 1\ndata: first\n\n"),
+            "{text}"
+        );
         assert!(text.contains("event: beat\ndata: "), "{text}");
         for content in ["second", "third\nin two lines"] {
             now += PERIOD;
@@ -529,7 +557,7 @@ mod tests {
         assert!(text.contains("data: first\n\n"), "{text}");
         assert!(!text.contains("second"), "{text}");
         assert!(
-            text.contains("event: page\ndata: third\ndata: in two lines\n\n"),
+            text.contains("event: page\nid: 3\ndata: third\ndata: in two lines\n\n"),
             "{text}"
         );
     }
@@ -613,6 +641,31 @@ mod tests {
         }
         assert!((70..=100).contains(&looks[0]), "{looks:?}");
         assert!((9..=11).contains(&looks[1]), "{looks:?}");
+    }
+
+    #[test]
+    fn looking_takes_a_fiftieth_of_the_time_and_nobody_waits_long() {
+        for (cost, share, wait) in [(10, 0.005, 2.0), (100, 0.02, 5.0), (1000, 0.2, 6.0)] {
+            let hub = Arc::new(Hub::default());
+            let _seat = hub.join(topic("a")).unwrap();
+            let (begin, cost) = (Instant::now(), Duration::from_millis(cost));
+            let (mut now, mut looks) = (begin, 0);
+            while now < begin + Duration::from_secs(100) {
+                match hub.next(now) {
+                    Next::Look(id, _) => {
+                        looks += 1;
+                        now += cost;
+                        hub.looked(id, cost, now);
+                    }
+                    Next::Wait(until) => now = until.unwrap(),
+                }
+            }
+            let time = (now - begin).as_secs_f64();
+            let taken = (cost * looks).as_secs_f64() / time;
+            assert!(taken <= share * 1.2, "{taken} of the time for {cost:?}");
+            let apart = time / f64::from(looks) - cost.as_secs_f64();
+            assert!(apart <= wait * 1.1, "{apart} s apart for {cost:?}");
+        }
     }
 
     #[test]

@@ -7,14 +7,14 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::accounts::{Access, Purpose};
-use super::admission;
+use super::admission::{self, Visit};
 use super::form::Back;
 use super::page::acting::Acting;
 use super::page::{self, Frame, Sheet};
 use super::server::Response;
 use super::streams::{Seen, Topic};
-use super::{Endpoint, Question, Route, acting, html, json_response, submitting};
-use crate::domain::overview::{Filter, Overview};
+use super::{Endpoint, Question, Route, acting, html, json_response, refusal, submitting};
+use crate::domain::overview::{Filter, JobName, Overview};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
@@ -64,6 +64,7 @@ pub(super) fn respond(
             look_anew(endpoint, service);
             return response;
         }
+        (Route::Letters, _) => return letters(service, visit, &frame),
         _ => {}
     }
     let mut connection = match viewing(service, &parts) {
@@ -74,6 +75,16 @@ pub(super) fn respond(
         Ok(response) => admission::with_pass(response, &endpoint.accounts, visit, now),
         Err(StoreError::TooLong(_)) => in_vain(service, route, &frame, IN_VAIN),
         Err(error) => in_vain(service, route, &frame, &one_line(&text(error))),
+    }
+}
+
+fn letters(service: &Service, visit: &Visit, frame: &Frame<'_>) -> Response {
+    match acting::letters(service) {
+        Ok((first, ids)) => {
+            let sheet = page::letters(frame, &first, ids.len());
+            html(200, frame.nonce, sheet.document(frame))
+        }
+        Err(failure) => refusal(visit.html, 503, &one_line(&failure.to_string())),
     }
 }
 
@@ -133,7 +144,9 @@ fn instead(
 ) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) => html(503, frame.nonce, sheet().document(frame)),
+        Route::Page(_) | Route::JobPage(_) | Route::NamedJob(_) => {
+            html(503, frame.nonce, sheet().document(frame))
+        }
         Route::Live
         | Route::Ready
         | Route::Form
@@ -143,6 +156,7 @@ fn instead(
         | Route::Follow(_)
         | Route::Confirm(_)
         | Route::Act(_)
+        | Route::Letters
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -159,6 +173,9 @@ fn with_database(
     frame: &Frame<'_>,
 ) -> Result<Response, StoreError> {
     let now = frame.now;
+    if let Route::NamedJob(name) = route {
+        return named_job(connection, name, frame);
+    }
     if let Route::Result(id) = route {
         return Ok(match connection.kept_result(*id)? {
             Some(esdl) => result(*id, esdl),
@@ -178,6 +195,8 @@ fn with_database(
         | Route::SubmitForm(_)
         | Route::Follow(_)
         | Route::Result(_)
+        | Route::NamedJob(_)
+        | Route::Letters
         | Route::Confirm(_)
         | Route::Act(_) => {
             unreachable!("answered before")
@@ -203,6 +222,31 @@ fn with_database(
             html(status, frame.nonce, sheet.document(frame))
         }
     })
+}
+
+/// How many jobs are named whose ids begin alike.
+const ALIKE: i64 = 20;
+
+/// Leads to the job that is meant by the beginning of its id.
+fn named_job(
+    connection: &mut Connection,
+    name: &str,
+    frame: &Frame<'_>,
+) -> Result<Response, StoreError> {
+    let jobs = match name.parse::<JobName>() {
+        Ok(name) => connection.jobs_named(&name, ALIKE)?,
+        Err(_) => Vec::new(),
+    };
+    let (status, sheet) = match &jobs[..] {
+        [(id, _)] => {
+            let mut response = Response::text(303, "");
+            response.headers.push(("Location", format!("/jobs/{id}")));
+            return Ok(response);
+        }
+        [] => (404, page::unknown_job(frame, name, None)),
+        several => (200, page::several_jobs(frame, name, several)),
+    };
+    Ok(html(status, frame.nonce, sheet.document(frame)))
 }
 
 /// An output ESDL, as a file. It is a worker's text, and must not be run as a page of this site.
@@ -235,7 +279,7 @@ fn sheet(
                 service.name_parameters(&mut story);
                 (200, page::job(frame, &story))
             }
-            None => (404, page::unknown_job(frame, *id)),
+            None => (404, page::unknown_job(frame, &id.to_string(), Some(*id))),
         });
     }
     let filter = match route {
@@ -244,11 +288,30 @@ fn sheet(
     };
     let mut page = service.page(connection, &filter)?;
     overview.explain(&mut page.jobs, frame.now);
+    // How all is does not depend on what is looked at.
+    let whole = Filter::default();
+    let first = match filter == whole {
+        true => page.jobs.clone(),
+        false => {
+            let mut first = service.page(connection, &whole)?.jobs;
+            overview.explain(&mut first, frame.now);
+            first
+        }
+    };
     let activity = endpoint.figures.get(|| connection.activity(frame.now));
     let activity = activity.as_deref();
+    let sizes = endpoint.sizes.get(|| connection.sizes());
     Ok((
         200,
-        page::overview(frame, overview, &filter, &page, activity),
+        page::overview(
+            frame,
+            overview,
+            &filter,
+            &page,
+            &first,
+            activity,
+            (&service.config, sizes.as_deref()),
+        ),
     ))
 }
 

@@ -236,7 +236,23 @@ fn dead_letters_are_requeued() {
         let page = anna.get("/");
         page.body.contains("2 messages").then_some(page)
     });
-    page.is(200, "/confirm?do=requeue");
+    page.is(200, "/dead-letters");
+    // What they are is there before anything is done, for whoever only looks too.
+    let ben = Operator::at(&service, BEN);
+    for one in [&anna, &ben] {
+        let page = one.get("/dead-letters").is(200, "2 dead letters");
+        for what in [
+            "job_deletions",
+            "SDK",
+            "failed to decode Protobuf message",
+            "<td class=\"number\">1</td>",
+        ] {
+            assert!(page.body.contains(what), "{what}: {}", page.body);
+        }
+        let may_act = page.body.contains("/confirm?do=requeue");
+        assert_eq!(may_act, std::ptr::eq(one, &anna), "{}", page.body);
+    }
+    assert_eq!(letters(), 2);
     let asked = anna
         .get("/confirm?do=requeue")
         .is(200, "Requeue 2 dead letters?");

@@ -392,7 +392,7 @@ pub fn borrowed<'a>(variables: &'a [(&'static str, String)]) -> Vec<(&'a str, &'
 }
 
 pub fn rabbitmq_proxy() -> Proxy {
-    Proxy::new(setting("RABBITMQ_PORT").parse().unwrap()).unwrap()
+    Proxy::new(setting("RABBITMQ_PORT").parse::<u16>().unwrap()).unwrap()
 }
 
 #[rstest]

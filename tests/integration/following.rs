@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use omotes_orchestrator::wire::job_status_update::JobStatus;
+use serde_json::Value;
 
 use crate::acting::{ACCOUNTS, ANNA, BEN};
 use crate::harness::deployment::{Deployment, PATIENCE, Service, eventually};
@@ -17,7 +18,13 @@ const PLACES: usize = 256;
 /// Somebody who follows a page.
 struct Reader {
     stream: TcpStream,
+    /// What has been heard, in which what is new of a page has been made the whole of it.
     text: String,
+    /// What has arrived and is no whole event yet.
+    arriving: String,
+    /// The page as it was told last.
+    page: String,
+    patches: usize,
 }
 
 impl Reader {
@@ -29,6 +36,9 @@ impl Reader {
         Reader {
             stream,
             text: String::new(),
+            arriving: String::new(),
+            page: String::new(),
+            patches: 0,
         }
     }
 
@@ -43,8 +53,38 @@ impl Reader {
             }
             let length = self.stream.read(&mut chunk).unwrap();
             assert!(length > 0, "{what:?} is not in {}", self.text);
-            self.text += std::str::from_utf8(&chunk[..length]).unwrap();
+            self.arriving += std::str::from_utf8(&chunk[..length]).unwrap();
+            while let Some(end) = self.arriving.find("\n\n") {
+                let event: String = self.arriving.drain(..end + 2).collect();
+                self.take(&event);
+            }
         }
+    }
+
+    /// As `script.js` does.
+    fn take(&mut self, event: &str) {
+        let data: Vec<_> = event
+            .lines()
+            .filter_map(|line| line.strip_prefix("data: "))
+            .collect();
+        let data = data.join("\n");
+        if event.starts_with("event: patch\n") {
+            self.patches += 1;
+            let patch: Value = serde_json::from_str(&data).unwrap();
+            let old: Vec<_> = self.page.split('<').collect();
+            let number = |value: &Value| usize::try_from(value.as_u64().unwrap()).unwrap();
+            let parts = patch[1].as_array().unwrap().iter().map(|part| match part {
+                Value::String(text) => text.clone(),
+                range => old[number(&range[0])..][..number(&range[1])].join("<"),
+            });
+            self.page = parts.collect::<Vec<_>>().join("<");
+            self.text += &self.page;
+            return;
+        }
+        if event.starts_with("event: page\n") {
+            self.page = data;
+        }
+        self.text += event;
     }
 
     /// Whether it was let in.
@@ -92,7 +132,7 @@ fn all_who_follow_a_page_are_told_what_changes() {
     for reader in &mut readers {
         reader.hears("Content-Type: text/event-stream");
         reader.hears("event: beat\ndata: 20");
-        reader.hears("event: page\ndata: ");
+        reader.hears("event: page\nid: ");
         reader.hears("No such jobs.");
     }
     submit(&client, "what is new <b>\u{202e}");
@@ -104,6 +144,7 @@ fn all_who_follow_a_page_are_told_what_changes() {
     running.hears("</b> waiting");
     running.hears("None matches the filter.");
     assert!(!running.text.contains("what is new"));
+    assert!(running.patches > 0, "all of it was told again");
     // A job's own page, before there is one.
     let (job, submission) = client.submission("workflow_1");
     let mut reader = Reader::new(&nobody, &format!("/events/jobs/{job}"));

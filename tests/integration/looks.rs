@@ -131,6 +131,43 @@ fn ten_situations(#[case] kind: &str, #[case] width: u32, #[case] height: u32, #
     look("trouble");
 }
 
+/// A list tells all that one comes for at every width: nothing of it is left out, and no sentence is cut off
+/// before its end.
+#[rstest]
+#[case::wide(1680)]
+#[case::usual(1440)]
+#[case::narrow(1280)]
+#[case::small(1024)]
+fn the_list_is_whole(#[case] width: u32) {
+    let scene = scene();
+    let mut sql = scene.deployment.sql();
+    plant(&mut sql);
+    plant_workers(&mut sql);
+    let browser = Browser::new(width, 900, false);
+    browser.open(&format!("http://{ANNA}@{}/", scene.service.http()));
+    browser.shows("Rotterdam harbour, phase 2");
+    let cut = "return [...document.querySelectorAll('.jobs .second, .jobs .first, .jobs .does *')] \
+               .filter((one) => !one.closest('.icon, .label, [type=hidden]') && one.type !== 'hidden') \
+               .filter((one) => one.offsetParent === null \
+                   || (one.matches('.first') && one.scrollHeight > one.clientHeight + 1) \
+                   || one.getBoundingClientRect().right > document.querySelector('.card').getBoundingClientRect().right) \
+               .map((one) => one.outerHTML)";
+    assert_eq!(browser.run(cut), serde_json::json!([]));
+    let text = browser.text();
+    for what in ["optimise_and_simulate", "takes "] {
+        assert!(text.contains(what), "{what}: {text}");
+    }
+    let acts = "return [...document.querySelectorAll('.does [aria-label]')].map((one) => one.ariaLabel.split(':')[0])";
+    let acts = browser.run(acts).to_string();
+    for what in ["Move first", "Hold", "Release", "Cancel"] {
+        assert!(acts.contains(what), "{what}: {acts}");
+    }
+    if let Ok(folder) = env::var("OMOTES_SCREENSHOTS") {
+        let path = Path::new(&folder).join(format!("operator-{width}.png"));
+        fs::write(path, browser.screenshot("png")).unwrap();
+    }
+}
+
 /// Whoever has no mouse gets to all of it, and first past what is on every page.
 #[test]
 fn the_keyboard_is_enough() {

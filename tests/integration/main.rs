@@ -25,6 +25,7 @@ mod doctor;
 mod events;
 mod faults;
 mod following;
+mod glance;
 mod guarded_stream;
 mod http;
 mod inquiry;

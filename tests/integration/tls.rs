@@ -66,7 +66,9 @@ impl Secured {
             write(&deployment.folder, "client.pem", &client.certificate);
             write(&deployment.folder, "client.key", &client.key);
             write(&deployment.folder, "password", "secret\n");
-        });
+        })
+        // TLS would end at the pooler.
+        .without_pooler();
         Secured { deployment, amqps }
     }
 

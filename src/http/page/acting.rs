@@ -7,6 +7,8 @@ use uuid::Uuid;
 
 pub(in crate::http) use super::layout::Acting;
 use super::layout::{Frame, Sheet, refused};
+use super::letters;
+pub(in crate::http) use super::letters::Letter;
 use crate::actions::jobs::Matching;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
@@ -16,14 +18,6 @@ use crate::telemetry::report::{harmless, one_line};
 
 /// Jobs and letters that a page of confirmation names.
 pub(in crate::http) const NAMED: usize = TOLD;
-
-/// A dead letter, for a page of confirmation.
-pub(in crate::http) struct Letter {
-    pub(in crate::http) id: String,
-    pub(in crate::http) time: String,
-    pub(in crate::http) queue: String,
-    pub(in crate::http) reason: String,
-}
 
 impl Acting {
     /// A form of these fields and buttons.
@@ -69,21 +63,27 @@ impl Acting {
         }
         let name = job_name(job);
         let id = job.id.to_string();
-        let button = |verb: &str, text: &str| {
-            html! { button name="do" value=(verb) aria-label={ (text) ": " (name) } { (text) } }
+        // A list has room for the sign only.
+        let face = |sign: &str, text: &str| {
+            html! { span.icon aria-hidden="true" { (sign) } span.label { (text) } }
+        };
+        let button = |verb: &str, sign: &str, text: &str| {
+            html! {
+                button name="do" value=(verb) title=(text) aria-label={ (text) ": " (name) } { (face(sign, text)) }
+            }
         };
         html! {
             @if let Some(turn) = &job.turn {
                 (self.form(html! {
                     input type="hidden" name="id" value=(id);
-                    @if turn.on_hold { (button("release", "Release")) } @else {
-                        (button("first", "Move first"))
-                        (button("hold", "Hold"))
+                    @if turn.on_hold { (button("release", "▸", "Release")) } @else {
+                        (button("first", "↑", "Move first"))
+                        (button("hold", "‖", "Hold"))
                     }
                 }))
             }
-            a.button href=(self.confirmation(&[("do", "cancel"), ("id", &id)]))
-                aria-label={ "Cancel: " (name) } { "Cancel…" }
+            a.button href=(self.confirmation(&[("do", "cancel"), ("id", &id)])) title="Cancel…"
+                aria-label={ "Cancel: " (name) } { (face("✕", "Cancel…")) }
         }
     }
 
@@ -210,9 +210,9 @@ impl Acting {
         } } }
     }
 
-    /// Beside the number of dead letters.
+    /// Below the dead letters.
     pub(super) fn letters(&self) -> Markup {
-        html! { " " a.button href=(self.confirmation(&[("do", "requeue")])) { "Requeue…" } }
+        html! { a.button href=(self.confirmation(&[("do", "requeue")])) { "Requeue…" } }
     }
 }
 
@@ -358,30 +358,24 @@ pub(in crate::http) fn confirm_requeue(
 ) -> String {
     let count = ids.len();
     let what = counted(count, "dead letter");
+    let requeue = |letter: &Letter| {
+        let same = ids.iter().filter(|id| **id == letter.id).count();
+        let text = match same {
+            1 => "Requeue this one".to_owned(),
+            same => format!("Requeue the {same} with this id"),
+        };
+        html! { @if !letter.id.is_empty() { (acting.form(html! {
+            input type="hidden" name="letter" value=(letter.id);
+            button name="do" value="requeue"
+                aria-label={ (text) ": " (one_line(&letter.id)) } { (text) }
+        })) } }
+    };
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
         h1 { "Requeue " (what) "?" }
         p { "They go back to the queues they came from, as they were, and are handled again." }
         @if count == 0 { p { "There is none, or somebody else is looking at them now." } } @else {
-            div.card tabindex="0" role="region" aria-label="Dead letters" { table {
-                thead { tr { th scope="col" { "Id" } th scope="col" { "Time" } th scope="col" { "Queue" } th scope="col" { "Reason" } th scope="col" { "Actions" } } }
-                tbody { @for letter in first { tr {
-                    td { code { (one_line(&letter.id)) } }
-                    td { (one_line(&letter.time)) }
-                    td { (one_line(&letter.queue)) }
-                    td { (one_line(&letter.reason)) }
-                    td { @if !letter.id.is_empty() { (acting.form(html! {
-                        input type="hidden" name="letter" value=(letter.id);
-                        @let same = ids.iter().filter(|id| **id == letter.id).count();
-                        @let text = if same == 1 { "Requeue this one".to_owned() } else {
-                            format!("Requeue the {same} with this id")
-                        };
-                        button name="do" value="requeue"
-                            aria-label={ (text) ": " (one_line(&letter.id)) } { (text) }
-                    })) } }
-                } } }
-            } }
-            @if count > first.len() { p.dim { "and " (count - first.len()) " more" } }
+            (letters::table(first, count, Some(&requeue)))
             (acting.form(html! {
                 input type="hidden" name="shown" value=(digest);
                 button name="do" value="requeue" { "Requeue " (what) }

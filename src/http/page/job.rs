@@ -5,8 +5,8 @@ use maud::{Markup, html};
 
 use super::layout::{Frame, Sheet, troubles};
 use super::list::ESTIMATE;
-use super::words::{at, bar, name, or_dash, priority_text, since, state, timeout, tone};
-use crate::domain::overview::{AttemptView, JobState, Story, spoken};
+use super::words::{at, bar, name, or_dash, priority_text, prose, since, state, timeout, tone};
+use crate::domain::overview::{AttemptView, JobState, JobView, Story, spoken};
 use crate::telemetry::report::{harmless, one_line, readable};
 
 pub(in crate::http) fn job(frame: &Frame<'_>, story: &Story) -> Sheet {
@@ -25,8 +25,8 @@ pub(in crate::http) fn job(frame: &Frame<'_>, story: &Story) -> Sheet {
         p.dim { code { (job.id) } " "
             button.copy type="button" hidden data-copy=(job.id) aria-label="Copy the id" { "Copy" } }
         @if let Some(why) = &job.why {
-            p.why { b { (why.sentence) } }
-            @if !why.evidence.is_empty() { ul.why.dim { @for fact in &why.evidence { li { (fact) } } } }
+            p.why { b { (prose(&why.sentence)) } }
+            @if !why.evidence.is_empty() { ul.why.dim { @for fact in &why.evidence { li { (prose(fact)) } } } }
         }
         @if let Some(progress) = &job.progress {
             @if matches!(job.state, JobState::Live(_)) {
@@ -37,7 +37,7 @@ pub(in crate::http) fn job(frame: &Frame<'_>, story: &Story) -> Sheet {
         @if let Some(acting) = frame.acting { (acting.job(job)) }
         (course(story, now))
         (facts(story, now))
-        @if !story.attempts.is_empty() { (steps(&story.attempts, now)) }
+        @if !story.attempts.is_empty() { (steps(job, &story.attempts, now)) }
         (super::story::section(frame, story))
     };
     let sheet = Sheet::new(title, content);
@@ -110,14 +110,18 @@ fn facts(story: &Story, now: Timestamp) -> Markup {
 }
 
 /// The steps of a job and their attempts, with how long each waited and ran.
-fn steps(attempts: &[AttemptView], now: Timestamp) -> Markup {
+fn steps(job: &JobView, attempts: &[AttemptView], now: Timestamp) -> Markup {
     let length =
         |time: Option<SignedDuration>| time.map_or(0.0, |time| time.as_secs_f64().max(0.0));
     let whole: f64 = attempts
         .iter()
         .map(|one| length(one.waited(now)) + length(one.ran(now)))
         .sum();
-    let part = |time: f64| format!("flex-grow: {:.4}", time / whole.max(0.001));
+    // Of one that has not ended, what is still to come belongs to it, as far as anybody knows.
+    let done = job.progress.as_ref().map(|progress| progress.fraction);
+    let done = done.filter(|done| matches!(job.state, JobState::Live(_)) && *done > 0.0);
+    let left = done.map_or(0.0, |done| whole / done.clamp(0.01, 1.0) - whole);
+    let part = |time: f64| format!("flex-grow: {:.4}", time / (whole + left).max(0.001));
     html! {
         h2 { "Steps" }
         div.timeline aria-hidden="true" {
@@ -125,6 +129,7 @@ fn steps(attempts: &[AttemptView], now: Timestamp) -> Markup {
                 span.waits style=(part(length(one.waited(now)))) title={ (harmless(&one.title)) ": waits" } {}
                 span class={ "runs " (tone(one.outcome)) } style=(part(length(one.ran(now)))) title={ (harmless(&one.title)) ": " (one.state()) } {}
             }
+            @if left > 0.0 { span style=(part(left)) title="To come, as far as its progress says" {} }
         }
         div.card tabindex="0" role="region" aria-label="Steps" { table {
             thead { tr {

@@ -3,9 +3,10 @@
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::words::{at, since};
+use super::words::{Matter, at, prose, since};
 use crate::VERSION;
 use crate::http::form::Back;
+use crate::store::migrate::REVISIONS;
 use crate::telemetry::health::PartView;
 use crate::telemetry::report::readable;
 use crate::telemetry::trouble::{Trouble, trouble};
@@ -76,24 +77,32 @@ impl Sheet {
             content,
         } = self;
         let page = html! {
-            (DOCTYPE)
-            html lang="en" {
-                (head(&title))
-                body {
-                    (bar(frame.acting.is_some()))
-                    (note(frame.note))
-                    div #stale role="status" { p.alarm hidden { "The orchestrator does not answer. What is shown is not up to date." } }
-                    main #main tabindex="-1" data-live=[live.as_deref()] { (content) }
-                    footer {
-                        span { "As of " span #as-of { (at(frame.now)) } ", " (frame.host) ", version " (VERSION) }
-                        @if live.is_some() { " " a href="" { "Refresh" } }
+                    (DOCTYPE)
+                    html lang="en" {
+                        (head(&title))
+                        body {
+                            (bar(frame.acting.is_some()))
+                            (note(frame.note))
+                            div #stale role="status" { p.alarm hidden { "The orchestrator does not answer. What is shown is not up to date." } }
+                            main #main tabindex="-1" data-live=[live.as_deref()] { (content) }
+                            footer {
+        span {
+                                    "As of " span #as-of { (at(frame.now)) } ", " (frame.host) ", version " (VERSION)
+                                    ", tables at revision " (revision())
+                                }
+                                @if live.is_some() { " " a href="" { "Refresh" } }
+                            }
+                            @if let Some(nonce) = frame.nonce { script nonce=(nonce) { (PreEscaped(SCRIPT)) } }
+                        }
                     }
-                    @if let Some(nonce) = frame.nonce { script nonce=(nonce) { (PreEscaped(SCRIPT)) } }
-                }
-            }
-        };
+                };
         page.into_string()
     }
+}
+
+/// That of the tables, which this version needs them to be at.
+fn revision() -> &'static str {
+    REVISIONS.last().map_or("none", |last| last.id)
 }
 
 fn head(title: &str) -> Markup {
@@ -146,7 +155,7 @@ pub(in crate::http) fn refused(title: &str, why: &str) -> String {
 
 /// In one box, first what does not work, by its cause and with what to do first, and what else
 /// somebody has to look at.
-pub(super) fn troubles(frame: &Frame<'_>, others: &[Markup]) -> Markup {
+pub(super) fn troubles(frame: &Frame<'_>, others: &[Matter]) -> Markup {
     let trouble = trouble(frame.parts);
     let is_bad = trouble.is_some();
     let count = others.len() + usize::from(is_bad);
@@ -154,7 +163,7 @@ pub(super) fn troubles(frame: &Frame<'_>, others: &[Markup]) -> Markup {
         @if count > 0 {
             section.trouble.bad[is_bad] aria-label="Trouble" {
                 @if let Some(trouble) = trouble { (lead(&trouble, frame.now)) }
-                @if !others.is_empty() { ul { @for other in others { li { (other) } } } }
+                @if !others.is_empty() { ul { @for other in others { li { (other.full) } } } }
             }
         }
     }
@@ -168,7 +177,7 @@ fn lead(trouble: &Trouble, now: Timestamp) -> Markup {
     };
     html! {
         div.lead {
-            p { b { (trouble.what) } ", for " (since(trouble.since, now)) ". " (trouble.remedy) }
+            p { b { (trouble.what) } " for " (since(trouble.since, now)) ". " (prose(trouble.remedy)) }
             p.dim.message { (readable(&trouble.why)) }
             @if !trouble.follows.is_empty() {
                 details.follows {

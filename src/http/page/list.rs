@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::words::{bar, command, link, since, state, timeout};
+use super::words::{bar, command, link, plain, prose, since, state, timeout};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, spoken};
 use crate::telemetry::report::{harmless, readable};
 
@@ -132,31 +132,51 @@ fn live_table(jobs: &[JobView], now: Timestamp, acting: Option<&Acting>) -> Mark
     html! {
         div.card { table.jobs {
             thead { tr {
-                th.job scope="col" { "Job" } th.of-state scope="col" { "State" } th.progress scope="col" { "Progress" }
-                th.number.time scope="col" { "Since" } th.why scope="col" { "Why" } th.workflow scope="col" { "Workflow" }
-                th.number.starts scope="col" { "Starts" } th.estimate scope="col" title=(ESTIMATE) { "Estimate" }
+                th.job scope="col" { "Job, workflow" } th.of-state scope="col" { "State" } th.progress scope="col" { "Progress" }
+                th.time scope="col" title=(ESTIMATE) { "Since, estimate" } th.why scope="col" { "Why" }
                 @if acting.is_some() { th.does scope="col" { "Actions" } }
             } }
             tbody { @for job in jobs { tr id={ "job-" (job.id) } {
-                th.job scope="row" { (link(job)) }
-                td.of-state { (state(job, now)) }
+                (called(job))
+                td.of-state { (state(job, now)) (starts(job)) }
                 td.progress { @if let Some(progress) = &job.progress {
                     (bar(job, progress.fraction))
-                    span.message.dim title=(readable(&progress.message)) { (readable(&progress.message)) }
+                    span.second.message title=(readable(&progress.message)) { (readable(&progress.message)) }
                 } }
-                td.number.time {
+                td.time {
                     @match (job.running_at, job.waited(now)) {
                         (Some(began), _) => { (since(began, now)) (timeout(job)) }
                         (None, Some(_)) => { @if let Some(began) = waits_since(job) { (since(began, now)) } }
                         (None, None) => "–",
                     }
+                    @if let Some(estimate) = job.expectation() { span.second { (estimate) } }
                 }
-                td.why { @if let Some(why) = &job.why { span title=(why.sentence) { (why.sentence) } } }
-                td.workflow { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
-                td.number.starts { (job.starts) }
-                td.estimate.dim { @if let Some(estimate) = job.expectation() { (estimate) } }
+                (why(job))
                 @if let Some(acting) = acting { (acting.cell(job)) }
             } } }
+        } }
+    }
+}
+
+/// A job's name, and the workflow below it.
+fn called(job: &JobView) -> Markup {
+    html! {
+        th.job scope="row" {
+            (link(job))
+            span.second { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
+        }
+    }
+}
+
+/// How often it was started, if that says anything.
+fn starts(job: &JobView) -> Markup {
+    html! { @if job.starts > 1 { span.second { "started " (job.starts) " times" } } }
+}
+
+fn why(job: &JobView) -> Markup {
+    html! {
+        td.why { @if let Some(why) = &job.why {
+            span.first title=(plain(&why.sentence)) { (prose(&why.sentence)) }
         } }
     }
 }
@@ -169,21 +189,18 @@ fn waits_since(job: &JobView) -> Option<Timestamp> {
 
 fn finished_table(jobs: &[JobView], now: Timestamp) -> Markup {
     html! {
-        div.card { table.jobs {
+        div.card { table.jobs.finished {
             thead { tr {
-                th.job scope="col" { "Job" } th.of-state scope="col" { "Outcome" } th.number.time scope="col" { "Finished" }
-                th.number.waited scope="col" { "Waited" } th.number.ran scope="col" { "Ran" } th.why scope="col" { "Why" }
-                th.workflow scope="col" { "Workflow" } th.number.starts scope="col" { "Starts" }
+                th.job scope="col" { "Job, workflow" } th.of-state scope="col" { "Outcome" } th.time scope="col" { "Finished" }
+                th.waited scope="col" { "Waited" } th.ran scope="col" { "Ran" } th.why scope="col" { "Why" }
             } }
             tbody { @for job in jobs { tr id={ "job-" (job.id) } {
-                th.job scope="row" { (link(job)) }
-                td.of-state { (state(job, now)) }
-                td.number.time { @if let Some(at) = job.finished_at { (since(at, now)) " ago" } }
-                td.number.waited { @if let Some(time) = job.waited(now) { (spoken(time)) } }
-                td.number.ran { @if let Some(time) = job.ran(now) { (spoken(time)) } }
-                td.why { @if let Some(why) = &job.why { span title=(why.sentence) { (why.sentence) } } }
-                td.workflow { (harmless(job.workflow.as_deref().unwrap_or("–"))) }
-                td.number.starts { (job.starts) }
+                (called(job))
+                td.of-state { (state(job, now)) (starts(job)) }
+                td.time { @if let Some(at) = job.finished_at { (since(at, now)) " ago" } }
+                td.waited { @if let Some(time) = job.waited(now) { (spoken(time)) } }
+                td.ran { @if let Some(time) = job.ran(now) { (spoken(time)) } }
+                (why(job))
             } } }
         } }
     }

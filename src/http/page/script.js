@@ -125,6 +125,23 @@ function hear(now, seen) {
 
 let source = null;
 let timer = null;
+// What was told last; what is told next may be how it differs from that.
+let known = { edition: null, text: "" };
+
+function told(edition, text) {
+  known = { edition, text };
+  const fresh = document.createElement("main");
+  fresh.innerHTML = text;
+  fresh.dataset.told = "1";
+  show(fresh);
+}
+
+// A text made of pieces of what is known, by their number and how many they are, and of new ones.
+function patched(parts) {
+  const old = known.text.split("<");
+  const texts = parts.map((part) => (typeof part === "string" ? part : old.slice(part[0], part[0] + part[1]).join("<")));
+  return texts.join("<");
+}
 
 function stop() {
   source?.close();
@@ -143,12 +160,16 @@ function follow() {
   heard = Date.now();
   const own = (source = new EventSource(live));
   own.addEventListener("beat", ({ data }) => hear(...data.split(" ")));
-  own.addEventListener("page", ({ data }) => {
+  own.addEventListener("page", ({ data, lastEventId }) => {
     hear();
-    const fresh = document.createElement("main");
-    fresh.innerHTML = data;
-    fresh.dataset.told = "1";
-    show(fresh);
+    told(lastEventId, data);
+  });
+  own.addEventListener("patch", ({ data, lastEventId }) => {
+    hear();
+    const [edition, parts] = JSON.parse(data);
+    // Whoever begins anew is told all of it.
+    if (String(edition) !== known.edition) follow();
+    else told(lastEventId, patched(parts));
   });
   // Nothing of it changes any more.
   own.addEventListener("end", () => {

@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::layout::Frame;
-use super::words::at;
+use super::words::{at, prose};
 use crate::domain::overview::Story;
 use crate::telemetry::report::{harmless, readable};
 
@@ -20,7 +20,7 @@ pub(super) fn section(frame: &Frame<'_>, story: &Story) -> Markup {
         div.card tabindex="0" role="region" aria-label="Story" { table.story {
             tbody { @for event in &story.events { tr {
                 td.nowrap { (at(event.at)) }
-                td { (event.what) @for fact in &event.evidence { div.dim { (fact) } } }
+                td { (prose(&event.what)) @for fact in &event.evidence { div.dim { (prose(fact)) } } }
             } } }
         } }
         @if !story.parameters.is_empty() {

@@ -10,6 +10,12 @@ use crate::telemetry::report::{harmless, percent};
 /// A worker that computes says something now and then; one that has not for so long is looked at.
 const SILENCE: SignedDuration = SignedDuration::from_mins(10);
 
+/// What somebody has to look at, in a few words and in full.
+pub(super) struct Matter {
+    pub(super) short: String,
+    pub(super) full: Markup,
+}
+
 pub(super) fn ago(time: Timestamp, now: Timestamp) -> String {
     spoken(now.duration_since(time))
 }
@@ -82,25 +88,29 @@ impl Amber {
         estimate.run.is_none().then_some(Amber::Overdue)
     }
 
-    pub(super) fn badge(self) -> Markup {
-        let (text, title) = match self {
-            Amber::Overdue => (
-                "overdue",
-                "It runs for longer than all of its workflow before it.",
-            ),
-            Amber::Silent => (
-                "silent",
-                "Its worker has reported no progress for more than ten minutes.",
-            ),
-            Amber::Of(Concern::WorkerSilent) => (
-                "worker silent",
-                "Its worker does not answer, though it is connected to RabbitMQ.",
-            ),
-            Amber::Of(Concern::TaskLost) => {
-                ("lost", "No worker has its task, and it is in no queue.")
+    /// As its job is called for it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Amber::Overdue => "overdue",
+            Amber::Silent => "silent",
+            Amber::Of(Concern::WorkerSilent) => "worker silent",
+            Amber::Of(Concern::TaskLost) => "lost",
+        }
+    }
+
+    pub(super) fn meaning(self) -> &'static str {
+        match self {
+            Amber::Overdue => "It runs for longer than all of its workflow before it.",
+            Amber::Silent => "Its worker has reported no progress for more than ten minutes.",
+            Amber::Of(Concern::WorkerSilent) => {
+                "Its worker does not answer, though it is connected to RabbitMQ."
             }
-        };
-        html! { " " span.badge title=(title) { (text) } }
+            Amber::Of(Concern::TaskLost) => "No worker has its task, and it is in no queue.",
+        }
+    }
+
+    pub(super) fn badge(self) -> Markup {
+        html! { " " span.badge title=(self.meaning()) { (self.word()) } }
     }
 }
 
@@ -182,6 +192,25 @@ pub(super) fn bar(job: &JobView, fraction: f64) -> Markup {
 pub(super) fn timeout(job: &JobView) -> Markup {
     let limit = job.timeout_ms.filter(|timeout| *timeout > 0);
     html! { @if let Some(limit) = limit { span.dim { " of " (spoken(SignedDuration::from_millis(limit))) } } }
+}
+
+/// A sentence, in which what is between backticks is shown as what it is: a name, or what is typed.
+pub(super) fn prose(text: &str) -> Markup {
+    let mut parts: Vec<&str> = text.split('`').collect();
+    if parts.len().is_multiple_of(2) {
+        // They do not belong together.
+        parts = vec![text];
+    }
+    html! {
+        @for (place, part) in parts.iter().enumerate() {
+            @if place % 2 == 1 { code { (part) } } @else { (part) }
+        }
+    }
+}
+
+/// The same where nothing but text can be.
+pub(super) fn plain(text: &str) -> String {
+    text.replace('`', "")
 }
 
 /// A command, with a button that copies it.

@@ -4,38 +4,42 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::words::{command, looked, since};
+use super::words::{Matter, command, looked, since};
 use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 
 /// What somebody has to look at.
-pub(super) fn warnings(workers: &Workers, now: Timestamp) -> Vec<Markup> {
+pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
     let silent = workers.workers.iter();
     let silent = silent.filter(|worker| worker.state == WorkerState::Silent);
-    let silent = silent.map(|worker| {
-        html! {
+    let silent = silent.map(|worker| Matter {
+        short: format!("worker {} does not answer", one_line(&worker.host)),
+        full: html! {
             "The worker " b { (one_line(&worker.host)) } " has not answered for " (since(worker.last_seen, now))
-            ", though it is connected to RabbitMQ. "
-            @for task in worker.tasks.iter().filter(|task| task.job_id.is_some()) {
-                "It has " (computes(task, now)) ". "
+            ", though it is connected to RabbitMQ."
+            @if !worker.tasks.is_empty() {
+                " It was computing " @for (place, task) in worker.tasks.iter().enumerate() {
+                    @if place > 0 { ", " } (called(task))
+                } "."
             }
-            @if worker.tasks.is_empty() { "Restart it." }
-            @else { "Restart it: its task goes to another, as far as its delivery limit allows." }
-        }
+            " If it hangs, restart it: what it computes goes to another, as far as its delivery limit allows."
+        },
     });
-    let lost = workers.lost_tasks.iter().map(|lost| {
-        html! {
+    let lost = workers.lost_tasks.iter().map(|lost| Matter {
+        short: "a task is lost".to_owned(),
+        full: html! {
             "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
             " for " (since(lost.since, now))
             @if lost.never_begun { ", and it is in no queue, though none has begun it" }
             ". Cancel the job and submit it again, or let " code { "TASK_LOST_SEC" } " end such jobs."
-        }
+        },
     });
-    let in_vain = workers.in_vain().map(|one| {
-        html! {
+    let in_vain = workers.in_vain().map(|one| Matter {
+        short: "a worker goes on with what has ended".to_owned(),
+        full: html! {
             "The worker " b { (one_line(&one.worker.host)) } " computes " (computes(one.task, now))
             ". It is told to stop at each look; if it goes on, restart it."
-        }
+        },
     });
     silent.chain(lost).chain(in_vain).collect()
 }
@@ -96,15 +100,21 @@ fn about(worker: &WorkerView) -> String {
 
 fn computes(task: &TaskView, now: Timestamp) -> Markup {
     html! {
+        (called(task))
+        @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
+        span.dim { " for " (since(task.since, now)) }
+        @if let Some(end) = &task.ended { span.warn { ", which " (end.in_words()) " " (since(end.at, now)) " ago" } }
+    }
+}
+
+fn called(task: &TaskView) -> Markup {
+    html! {
         @match task.job_id {
             Some(id) => a href={ "/jobs/" (id) } {
                 @match &task.reference { Some(reference) => (harmless(reference)), None => code { (id) } }
             },
             None => { (one_line(&task.name)) " " code { (one_line(&task.id)) } }
         }
-        @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
-        span.dim { " for " (since(task.since, now)) }
-        @if let Some(end) = &task.ended { span.warn { ", which " (end.in_words()) " " (since(end.at, now)) " ago" } }
     }
 }
 

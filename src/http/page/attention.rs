@@ -1,0 +1,135 @@
+//! What somebody has to look at though all parts work: in a few words, for the line that says how all is,
+//! and in full, for the box below it.
+
+use jiff::Timestamp;
+use maud::html;
+
+use super::layout::Frame;
+use super::words::{Amber, Matter, command, name, since};
+use super::workers;
+use crate::actions::counted;
+use crate::domain::overview::{JobView, LonelyQueue, Overview, QueueView};
+use crate::telemetry::health::Part;
+use crate::telemetry::report::harmless;
+use crate::wire::DEAD_LETTERS_QUEUE;
+
+/// How many jobs of one kind are named.
+const NAMED: usize = 3;
+/// How many matters the line names.
+const SAID: usize = 3;
+
+/// All of them; `jobs` are those that come first of those that have not ended.
+pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {
+    let now = frame.now;
+    let mut all = Vec::new();
+    let lonely = overview.lonely();
+    all.extend(lonely.iter().map(|lonely| without_worker(lonely, now)));
+    let paused = overview.turns.iter();
+    let paused = paused.filter(|queue| queue.limit.is_paused && queue.held > 0);
+    all.extend(paused.map(|queue| is_paused(queue, frame)));
+    all.extend(ambers(jobs, now));
+    let queues = overview.queues.as_ref();
+    let letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
+    if letters > 0 {
+        all.push(dead_letters(letters, frame));
+    }
+    let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
+    // Without RabbitMQ nobody knows.
+    let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
+    if let (Some(workers), true) = (&overview.workers, rabbitmq_works) {
+        all.extend(workers::matters(workers, now));
+    }
+    all
+}
+
+/// As the line says how all is.
+pub(super) fn verdict(matters: &[Matter]) -> String {
+    let Some((first, others)) = matters.split_first() else {
+        return "All is well.".to_owned();
+    };
+    let said = others.iter().take(SAID - 1);
+    let mut text = said.fold(first.short.clone(), |text, one| {
+        format!("{text}; {}", one.short)
+    });
+    if let Some(more @ 1..) = matters.len().checked_sub(SAID) {
+        text = format!("{text}; and {more} more");
+    }
+    let mut letters = text.chars();
+    let first = letters
+        .next()
+        .map(|letter| letter.to_uppercase().to_string());
+    format!("{}{}.", first.unwrap_or_default(), letters.as_str())
+}
+
+fn without_worker(lonely: &LonelyQueue, now: Timestamp) -> Matter {
+    let queue = harmless(&lonely.queue);
+    Matter {
+        short: format!("no worker takes {queue}"),
+        full: html! {
+            b { (queue) } span.dim { (lonely.users()) } " has no worker, and " (lonely.what_waits())
+            @if let Some(oldest) = lonely.oldest {
+                @if lonely.waiting == 1 { " for " } @else { ", the oldest for " } (since(oldest, now))
+            }
+            ". Start one that takes this queue, or see what keeps it away: "
+            (command("omotes-orchestrator doctor"))
+        },
+    }
+}
+
+fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
+    let shown = harmless(&queue.name);
+    let resume = format!("omotes-orchestrator workflows resume {shown}");
+    Matter {
+        short: format!("queue {shown} is paused"),
+        full: html! {
+            b { (shown) } " is paused by "
+            @if queue.is_paused_by_operator { "an operator" } @else { "its definition" }
+            ", and " (queue.held) @if queue.held == 1 { " job waits" } @else { " jobs wait" } " for it. "
+            @if frame.acting.is_some() { a href={ "#turns-" (queue.name) } { "Resume it" } " or leave it so." }
+            @else { (command(&resume)) }
+        },
+    }
+}
+
+fn ambers(jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
+    let mut kinds: Vec<(Amber, Vec<&JobView>)> = Vec::new();
+    for job in jobs {
+        let amber = Amber::of(job, now);
+        // What the workers say is told with them.
+        let Some(amber) = amber.filter(|amber| !matches!(amber, Amber::Of(_))) else {
+            continue;
+        };
+        match kinds.iter_mut().find(|(kind, _)| *kind == amber) {
+            Some((_, jobs)) => jobs.push(job),
+            None => kinds.push((amber, vec![job])),
+        }
+    }
+    let matter = |(amber, jobs): (Amber, Vec<&JobView>)| {
+        let more = jobs.len().saturating_sub(NAMED);
+        let is = if jobs.len() == 1 { "is" } else { "are" };
+        Matter {
+            short: format!("{} {is} {}", counted(jobs.len(), "job"), amber.word()),
+            full: html! {
+                (counted(jobs.len(), "job")) " " (is) " " b { (amber.word()) } ": "
+                @for (place, job) in jobs.iter().take(NAMED).enumerate() {
+                    @if place > 0 { ", " } a href={ "/jobs/" (job.id) } { (name(job)) }
+                }
+                @if more > 0 { " and " (more) " more" }
+                ". " (amber.meaning())
+            },
+        }
+    };
+    kinds.into_iter().map(matter).collect()
+}
+
+fn dead_letters(count: u32, frame: &Frame<'_>) -> Matter {
+    let one = count == 1;
+    Matter {
+        short: format!("{count} dead letter{}", if one { "" } else { "s" }),
+        full: html! {
+            (count) @if one { " message" } @else { " messages" } " could not be handled. "
+            a.button href=(super::LETTERS) { @if one { "See what it is" } @else { "See what they are" } }
+            @if frame.acting.is_none() { " " (command("omotes-orchestrator dead-letters list")) }
+        },
+    }
+}

@@ -1,0 +1,74 @@
+//! Dead letters, for whoever wants to know what they are before anything is done about them.
+
+use maud::{Markup, html};
+
+use super::layout::{Frame, Sheet, troubles};
+use super::words::command;
+use crate::actions::counted;
+use crate::domain::vhost::Vhost;
+use crate::telemetry::report::one_line;
+
+/// A dead letter, as pages show it.
+pub(in crate::http) struct Letter {
+    pub(in crate::http) id: String,
+    pub(in crate::http) time: String,
+    pub(in crate::http) vhost: Vhost,
+    pub(in crate::http) queue: String,
+    pub(in crate::http) bytes: usize,
+    pub(in crate::http) reason: String,
+}
+
+/// What becomes of one that is put back as it is.
+const ONCE_MORE: &str = "What could not be read comes straight back here if it is requeued; what could not be done \
+                         for another reason may succeed now.";
+
+/// The first of all that there are.
+pub(in crate::http) fn letters(frame: &Frame<'_>, first: &[Letter], count: usize) -> Sheet {
+    let content = html! {
+        (troubles(frame, &[]))
+        nav aria-label="Back" { a href="/" { "← all jobs" } }
+        h1 { (counted(count, "dead letter")) }
+        @if count == 0 {
+            div.empty { p { "There is none, or somebody else is looking at them now." } }
+        } @else {
+            p { "Messages that could not be handled, as they came. " (ONCE_MORE) }
+            (table(first, count, None))
+            div.actions {
+                @if let Some(acting) = frame.acting { (acting.letters()) }
+                @else { (command("omotes-orchestrator dead-letters list")) }
+            }
+        }
+    };
+    Sheet::new("Dead letters", content)
+}
+
+/// With what is to be done about each, if anything is.
+pub(super) fn table(
+    first: &[Letter],
+    count: usize,
+    act: Option<&dyn Fn(&Letter) -> Markup>,
+) -> Markup {
+    html! {
+        div.card tabindex="0" role="region" aria-label="Dead letters" { table {
+            thead { tr {
+                th scope="col" { "From" } th scope="col" { "Time" } th.number scope="col" { "Bytes" }
+                th scope="col" { "Reason" } th scope="col" { "Id" }
+                @if act.is_some() { th scope="col" { "Actions" } }
+            } }
+            tbody { @for letter in first { tr {
+                th.nowrap scope="row" { (one_line(&letter.queue)) span.dim { ", " (letter.vhost.name()) } }
+                td.nowrap { (one_line(whole_seconds(&letter.time))) }
+                td.number { (letter.bytes) }
+                td.message { (one_line(&letter.reason)) }
+                td { code { (one_line(&letter.id)) } }
+                @if let Some(act) = act { td { (act(letter)) } }
+            } } }
+        } }
+        @if count > first.len() { p.dim { "and " (count - first.len()) " more" } }
+    }
+}
+
+/// A time as it is written into a letter, without its fractions.
+fn whole_seconds(time: &str) -> &str {
+    time.split_once('.').map_or(time, |(seconds, _)| seconds)
+}

@@ -1,0 +1,98 @@
+//! What the page says at a glance: how all is, what needs a look, and what is asked of it by a part of a name.
+
+use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::operator::{Answer, Operator};
+use crate::harness::planted::{FAILED, RUNNING, plant, workflows};
+
+fn planted() -> (Service, Deployment) {
+    let deployment = Deployment::new();
+    let file = workflows(&deployment);
+    let service = deployment.start_with(&[
+        ("WORKFLOW_CONFIG_PATH", file.to_str().unwrap()),
+        ("KEEP_RESULTS_SEC", "7200"),
+    ]);
+    plant(&mut deployment.sql());
+    (service, deployment)
+}
+
+fn verdict(page: &Answer) -> &str {
+    let (_, rest) = page.body.split_once("<p class=\"verdict").unwrap();
+    let (_, rest) = rest.split_once('>').unwrap();
+    rest.split_once("</p>").unwrap().0
+}
+
+#[test]
+fn what_needs_a_look_is_said_first_and_by_name() {
+    let (service, deployment) = planted();
+    let mut sql = deployment.sql();
+    sql.batch_execute(
+        "UPDATE job SET submitted_at = now() - interval '190 min'
+         WHERE job_reference = 'Utrecht, connection 1'",
+    )
+    .unwrap();
+    let nobody = Operator::at(&service, "");
+    // The limits are read now and then.
+    let page = eventually("a paused queue", || {
+        let page = nobody.get("/");
+        page.body.contains("is paused; ").then_some(page)
+    });
+    assert_eq!(
+        verdict(&page),
+        "Queue optimiser is paused; 1 job is overdue; 1 job is silent."
+    );
+    for what in [
+        "<b>optimiser</b> is paused by an operator, and 2 jobs wait for it.",
+        "1 job is <b>silent</b>: <a href=",
+        "the oldest waits for <time",
+        "3 h 10 min",
+        "Limits in force",
+        "title=\"KEEP_RESULTS_SEC\"",
+        "<dd>2 h</dd>",
+        "Table <code>job_history</code>",
+        ", tables at revision ",
+    ] {
+        assert!(page.body.contains(what), "{what}: {}", page.body);
+    }
+    let (_, shown) = page.body.split_once("<main").unwrap();
+    let (shown, _) = shown.split_once("</main>").unwrap();
+    assert!(!shown.contains('`'), "{shown}");
+    // Whatever is looked at.
+    for path in ["/?finished=true", "/?workflow=optimiser"] {
+        let other = nobody.get(path);
+        assert_eq!(verdict(&other), verdict(&page), "{path}");
+    }
+}
+
+#[test]
+fn a_job_is_found_by_the_beginning_of_its_id() {
+    let (service, deployment) = planted();
+    let nobody = Operator::at(&service, "");
+    let several = nobody.get("/jobs/7d2f1c04").is(200, "whose ids begin with");
+    for id in [RUNNING, FAILED] {
+        assert!(
+            several.body.contains(&format!("/jobs/{id}")),
+            "{}",
+            several.body
+        );
+    }
+    let mut sql = deployment.sql();
+    sql.batch_execute(&format!(
+        "DELETE FROM job_history WHERE job_id = '{FAILED}'"
+    ))
+    .unwrap();
+    let one = nobody.get("/jobs/7d2f1c04");
+    assert_eq!(one.status, 303, "{one:?}");
+    assert_eq!(
+        one.header("location"),
+        Some(format!("/jobs/{RUNNING}").as_str())
+    );
+    for unknown in ["ffff0000", "no-such", "12"] {
+        let page = nobody
+            .get(&format!("/jobs/{unknown}"))
+            .is(404, "is unknown");
+        assert!(
+            page.body.contains("← all jobs") && page.body.contains(unknown),
+            "{page:?}"
+        );
+    }
+}

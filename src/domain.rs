@@ -2,6 +2,7 @@
 //! clock or environment.
 
 pub mod activity;
+pub mod acts;
 pub mod alerts;
 pub mod batch;
 pub mod esdl;

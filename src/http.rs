@@ -58,7 +58,7 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /jobs/<id>/compare/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -118,6 +118,7 @@ impl<T> Lanes<T> {
             | Route::Job(_)
             | Route::Page(_)
             | Route::SubmitForm(_)
+            | Route::Compare(..)
             | Route::NamedJob(_)
             | Route::JobPage(_) => &self.pages,
         }
@@ -270,6 +271,8 @@ enum Route {
     Result(Uuid),
     Page(Filter),
     JobPage(Uuid),
+    /// Two jobs beside each other.
+    Compare(Uuid, Uuid),
     /// Of a job that is named by something else than its id, such as the beginning of that.
     NamedJob(String),
     /// What could not be handled.
@@ -323,9 +326,10 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
                     Some(id) => Route::Result(job(id)?),
                     None => Route::Job(job(rest)?),
                 },
-                (_, Some(name), _) => match name.parse() {
-                    Ok(id) => Route::JobPage(id),
-                    Err(_) => Route::NamedJob(name.to_owned()),
+                (_, Some(name), _) => match (name.parse(), name.split_once("/compare/")) {
+                    (Ok(id), _) => Route::JobPage(id),
+                    (Err(_), Some((one, other))) => Route::Compare(job(one)?, job(other)?),
+                    (Err(_), None) => Route::NamedJob(name.to_owned()),
                 },
                 (.., Some(id)) => Route::Follow(Box::new(Route::JobPage(job(id)?))),
                 (None, None, None) => return Err((404, format!("there are {PATHS}"))),

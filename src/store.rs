@@ -18,13 +18,14 @@ use uuid::Uuid;
 pub use self::batch::Loaded;
 pub use self::connect::Session;
 use self::connect::{Access, ConnectError, Connector, noted};
-pub use self::kept::KeptResult;
+pub use self::kept::{KeptResult, KeptSubmission};
 pub use self::turns::{LimitChange, LostGrant, QueueChange, TurnChange};
 pub use self::upkeep::{Around, KnownQueues, Overdue, Sign, Upkeep};
 use crate::config;
 use crate::threads::Calls;
 
 mod activity;
+mod acts;
 mod alerts;
 mod batch;
 mod connect;

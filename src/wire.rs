@@ -14,12 +14,12 @@ mod outgoing;
 mod params;
 pub mod workers;
 
-pub use self::incoming::{Request, Undecodable, decode, job_id, origin, unread};
+pub use self::incoming::{Request, Undecodable, decode, job_id, origin, sent_for, unread};
 pub use self::letters::{cut_letter, dead_letter};
 pub use self::outgoing::{
-    available_workflows, change_parameters, for_somebody, job_delete, job_delete_for, job_result,
-    job_submission, output_of_result, progress_update, pulse, pulse_for_requests, status_update,
-    submission_again, worker_event,
+    available_workflows, change_parameters, for_another_run, for_somebody, job_delete,
+    job_delete_for, job_result, job_submission, output_of_result, progress_update, pulse,
+    pulse_for_requests, status_update, submission_again, submitted_parameters, worker_event,
 };
 pub use self::params::protobuf_struct;
 pub use crate::proto::{

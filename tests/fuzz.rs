@@ -176,6 +176,7 @@ static RUNNING: LazyLock<State> = LazyLock::new(|| {
         priority: Priority::Medium,
         timeout_ms: None,
         sender: None,
+        requested: None,
     };
     let submitted = take(
         Uuid::nil(),

@@ -10,7 +10,7 @@ use super::{Failure, bounded, counted};
 use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
 use crate::domain::job::{Origin, Priority};
-use crate::domain::overview::{Filter, JobState, JobView};
+use crate::domain::overview::{ClientQueue, Filter, JobState, JobView};
 use crate::store::{Connection, TurnChange};
 use crate::threads::{Calls, within_deadline};
 use crate::wire::{self, CANCELS_QUEUE, Outgoing};
@@ -136,6 +136,18 @@ fn publish_cancels(link: &Link, ids: &[Uuid], origin: &Origin) -> anyhow::Result
     )
 }
 
+/// What is in the queue of the client that waits for a job's result; None if RabbitMQ does not tell.
+pub fn client_queue(config: &Config, id: Uuid) -> Option<ClientQueue> {
+    let link = Link::open(&config.sdk_rabbitmq, "looking at queues").ok()?;
+    let found = within_deadline(
+        DEADLINE,
+        || link.kill(),
+        || link.client_queue(&wire::result_queue(id)),
+    );
+    let _ = link.close_within(DEADLINE);
+    found.ok().flatten()
+}
+
 /// Jobs that match a filter, of which some are shown.
 #[derive(Debug)]
 pub struct Matching {
@@ -204,7 +216,7 @@ pub fn unfinished(
     }
 }
 
-/// Changes what waits for its turn.
+/// Changes what waits for its turn, for somebody.
 ///
 /// # Errors
 /// Postgres is not there, or holds a lock for too long.
@@ -212,8 +224,9 @@ pub fn change_turns(
     connection: &mut Connection,
     ids: &[Uuid],
     change: TurnChange,
+    by: &Origin,
 ) -> Result<Vec<Became>, Failure> {
-    let changed = connection.change_turns(ids, change).map_err(|error| {
+    let changed = connection.change_turns(ids, change, by).map_err(|error| {
         anyhow::Error::from(error)
             .context("whether it was done is not known; doing it again does no harm")
     })?;
@@ -245,11 +258,12 @@ pub fn change_all_turns(
     connection: &mut Connection,
     ids: &[Uuid],
     change: TurnChange,
+    by: &Origin,
 ) -> Result<Vec<Became>, Failure> {
     const SOME: usize = 100;
     let mut all = Vec::with_capacity(ids.len());
     for some in ids.chunks(SOME) {
-        match change_turns(connection, some, change) {
+        match change_turns(connection, some, change, by) {
             Ok(became) => all.extend(became),
             Err(failure) => {
                 let done = all.iter().filter(|one: &&Became| one.is_done).count();

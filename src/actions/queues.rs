@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::Failure;
+use crate::domain::job::Origin;
 use crate::domain::overview::QueueView;
 use crate::domain::turns::{Limits, QueueLimit};
 use crate::domain::workflow::Catalogue;
@@ -27,7 +28,7 @@ pub fn parse_change(text: &str) -> Result<QueueChange, String> {
     }
 }
 
-/// Changes what is allowed at a queue, and returns what is allowed then.
+/// Changes what is allowed at a queue for somebody, and returns what is allowed then.
 ///
 /// # Errors
 /// Nobody knows the queue, or Postgres is not there.
@@ -35,11 +36,11 @@ pub fn change_limits(
     catalogue: &Catalogue,
     connection: &mut Connection,
     name: &str,
-    changes: &[LimitChange],
+    (changes, by): (&[LimitChange], &Origin),
 ) -> Result<QueueLimit, Failure> {
     check_name(catalogue, connection, name)?;
     let changed = connection
-        .change_limits(name, changes)
+        .change_limits(name, changes, by)
         .and_then(|()| connection.queue_limits(catalogue.queue_limits()));
     let limits = changed.map_err(|error| {
         anyhow::Error::from(error)

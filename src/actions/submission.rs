@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::Failure;
 use crate::broker::{DEADLINE, Delivered, Link, Publisher};
 use crate::config::Config;
+use crate::domain::job::Origin;
 use crate::threads::{Calls, within_deadline};
 use crate::wire::job_submission::JobPriority;
 use crate::wire::{self, JobSubmission, Outgoing};
@@ -47,14 +48,14 @@ impl Order {
     }
 }
 
-/// Submits a job under this id, for whose result nobody waits. An id that is known already is no other job.
+/// Submits a job under this id for somebody, for whose result nobody waits. An id that is known already is no other job.
 ///
 /// # Errors
 /// RabbitMQ is not there, or no orchestrator has been on this vhost.
-pub fn submit(config: &Config, order: &Order, job_id: Uuid) -> Result<(), Failure> {
+pub fn submit(config: &Config, order: &Order, job_id: Uuid, by: &Origin) -> Result<(), Failure> {
     let refused = |error| Failure::Refused(format!("{error:#}"));
     let submission = order.submission(job_id).map_err(refused)?;
-    let message = wire::job_submission(&submission);
+    let message = wire::for_somebody(wire::job_submission(&submission), by);
     drop(submission);
     send(config, job_id, message)
 }

@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, after, bounded};
 
 use super::link::Link;
 use super::refusals::{NOT_FOUND, NOT_OURS, PublishError, closed, is_missing, unavailable};
-use crate::domain::overview::Depth;
+use crate::domain::overview::{ClientQueue, Depth};
 
 /// How long an answer is waited for: less than what a stop leaves a handler.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -169,6 +169,30 @@ const LOOKS: [Duration; 4] = [
 ];
 
 impl Link {
+    /// What is in the queue of a client's, as far as RabbitMQ tells soon.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn client_queue(&self, queue: &str) -> anyhow::Result<Option<ClientQueue>> {
+        let queue = queue.to_owned();
+        let asked = self.ask_apart(move |channel| {
+            let declared = channel.queue_declare_passive(queue)?;
+            Ok(depth(&declared))
+        })?;
+        Ok(match asked.answer() {
+            Ok(depth) if depth.messages > 0 => Some(ClientQueue::Full),
+            Ok(_) => Some(ClientQueue::Empty),
+            Err(Unanswered::Silent) => None,
+            Err(Unanswered::Error(error)) => match closed(&error) {
+                Some((code, message)) => {
+                    let is_gone = found(code, message) == Found::Missing;
+                    is_gone.then_some(ClientQueue::Gone)
+                }
+                None => return Err(self.lost(error, "looking at a queue").into()),
+            },
+        })
+    }
+
     /// Whether a queue is there and nobody consumes it. A service that has begun a session gets another
     /// consumer each time that it takes more at once, and has none in between: so it is looked again.
     ///

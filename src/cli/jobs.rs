@@ -10,10 +10,11 @@ use clap_complete::ArgValueCandidates;
 use comfy_table::{Cell, Table};
 use console::Style;
 use jiff::{SignedDuration, Timestamp};
+use omotes_orchestrator::actions::jobs;
 use omotes_orchestrator::actions::names::resolve;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::overview::{
-    AttemptView, JobName, JobState, JobView, Overview, Tone, Why, spoken,
+    AttemptView, JobName, JobState, JobView, Overview, Story, Tone, Why, spoken,
 };
 use omotes_orchestrator::store::{Connection, TurnChange};
 use omotes_orchestrator::telemetry::report::{one_line, percent};
@@ -21,7 +22,8 @@ use uuid::Uuid;
 
 use self::list::{DEFAULT_LIMIT, Selection};
 use super::{
-    Agreed, complete, connect, overview, print, say_aside, table, turns, watch as watch_queues,
+    Agreed, complete, connect, overview, print, say_aside, table, told_of, turns,
+    watch as watch_queues,
 };
 
 mod cancel;
@@ -209,6 +211,7 @@ fn show(config: &Config, name: &JobName, json: bool) -> anyhow::Result<ExitCode>
     };
     overview.explain(std::slice::from_mut(&mut story.job), now);
     story::name_parameters(config, &mut story);
+    tell_whereabouts(config, &mut story);
     if json {
         print(&(serde_json::to_string_pretty(&story)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
@@ -225,12 +228,32 @@ fn show(config: &Config, name: &JobName, json: bool) -> anyhow::Result<ExitCode>
             let _ = writeln!(text, "{name:<19}{value}");
         }
     }
+    let runs = story.run_again_as.iter().map(Uuid::to_string);
+    let runs = runs.collect::<Vec<_>>().join(", ");
+    let of = story.runs_again.map(|of| of.to_string());
+    for (name, told) in [
+        ("output", story.whereabouts.clone()),
+        ("runs again", of),
+        ("run again as", Some(runs)),
+    ] {
+        if let Some(told) = told.filter(|told| !told.is_empty()) {
+            let _ = writeln!(text, "{name:<19}{told}");
+        }
+    }
     if !story.attempts.is_empty() {
         let _ = write!(text, "\n{}\n", attempts(&story.attempts, now).trim_fmt());
     }
     text += &story::text(&story);
     print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says where its output is; RabbitMQ is asked where that may say more.
+fn tell_whereabouts(config: &Config, story: &mut Story) {
+    let id = story.job.id;
+    let is_asked = story.may_be_in_its_queue();
+    let queue = is_asked.then(|| told_of("RabbitMQ", || jobs::client_queue(config, id)));
+    story.tell_whereabouts(config.keep_results, queue.flatten());
 }
 
 /// A line for each task that a job of several steps has had.

@@ -12,9 +12,9 @@ use crossbeam_channel::unbounded;
 use jiff::SignedDuration;
 use omotes_orchestrator::actions::submission::Order;
 use omotes_orchestrator::config::Config;
-use omotes_orchestrator::wire::JobSubmission;
 use omotes_orchestrator::wire::job_result::ResultType;
 use omotes_orchestrator::wire::job_submission::JobPriority;
+use omotes_orchestrator::wire::{self, JobSubmission, Outgoing};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 use uuid::Uuid;
@@ -22,6 +22,7 @@ use uuid::Uuid;
 pub(super) use self::checks::{changes, tasks};
 use self::output::Output;
 use super::complete;
+use super::jobs::origin::origin;
 
 mod checks;
 mod display;
@@ -106,16 +107,18 @@ pub(super) fn run(config: &Config, submit: Submit) -> anyhow::Result<ExitCode> {
         None => Output::Printed,
     };
     let submission = order.submission(Uuid::new_v4())?;
-    follow_to_its_end(config, &submission, &tasks, output)
+    let message = wire::for_somebody(wire::job_submission(&submission), &origin());
+    follow_to_its_end(config, &submission, message, &tasks, output)
 }
 
-/// Submits this, whose tasks go to these queues, and follows it to its end; the output ESDL goes to `output`.
+/// Submits this with its message, whose tasks go to these queues, and follows it to its end; the output ESDL goes to `output`.
 ///
 /// # Errors
 /// As [`follow::submit`].
 pub(super) fn follow_to_its_end(
     config: &Config,
     submission: &JobSubmission,
+    message: Outgoing,
     tasks: &[String],
     output: Output,
 ) -> anyhow::Result<ExitCode> {
@@ -131,7 +134,7 @@ pub(super) fn follow_to_its_end(
                     let _ = interrupt.send(signal);
                 }
             })?;
-        let result = follow::submit(config, submission, tasks, output, &interrupts);
+        let result = follow::submit(config, (submission, message), tasks, output, &interrupts);
         handle.close();
         result
     })?;

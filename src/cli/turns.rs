@@ -15,6 +15,7 @@ use omotes_orchestrator::domain::overview::JobName;
 use omotes_orchestrator::store::{LimitChange, QueueChange, TurnChange};
 use omotes_orchestrator::telemetry::report::one_line;
 
+use super::jobs::origin::origin;
 use super::{Agreed, NOTHING_DONE, complete, connect, print, say, say_aside, table};
 
 /// Another limit for a queue.
@@ -68,7 +69,7 @@ pub(super) fn pause(config: &Config, name: &str, paused: bool) -> anyhow::Result
 fn change_limits(config: &Config, name: &str, changes: &[LimitChange]) -> anyhow::Result<ExitCode> {
     let catalogue = config::read_catalogue(&config.workflow_config_path)?;
     let mut connection = connect(config)?;
-    let limit = queues::change_limits(&catalogue, &mut connection, name, changes)?;
+    let limit = queues::change_limits(&catalogue, &mut connection, name, (changes, &origin()))?;
     say(format_args!("{}: {limit}", one_line(name)))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -91,6 +92,7 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
     let mut table = table(&[
         "task queue",
         "limits",
+        "changed",
         "held",
         "on hold",
         "waiting",
@@ -100,6 +102,7 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
         table.add_row([
             one_line(&queue.name),
             queue.limit.to_string(),
+            queue.changes().join("; "),
             queue.held.to_string(),
             queue.on_hold.to_string(),
             queue.waiting.to_string(),
@@ -122,7 +125,12 @@ pub(super) fn change(
 ) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
     let ids = resolve(&mut connection, names)?;
-    tell(&jobs::change_turns(&mut connection, &ids, change)?)
+    tell(&jobs::change_turns(
+        &mut connection,
+        &ids,
+        change,
+        &origin(),
+    )?)
 }
 
 /// Says what became of each job. Exits with 1 if it was not what was asked for.
@@ -157,7 +165,7 @@ pub(super) fn release_all(config: &Config, agreed: Agreed) -> anyhow::Result<Exi
         ));
         return Ok(ExitCode::FAILURE);
     }
-    let released = connection.release_all().context("releasing all")?;
+    let released = connection.release_all(&origin()).context("releasing all")?;
     let (count, them) = match released {
         1 => ("1 job is".to_owned(), "it"),
         more => (format!("{more} jobs are"), "them"),

@@ -80,11 +80,14 @@ fn judge_pause(queue: &QueueView, findings: &mut Findings) {
     let name = one_line(&queue.name);
     let (by, remedy) = match queue.is_paused_by_operator {
         true => (
-            " by an operator",
+            match queue.paused_by() {
+                Some(pause) => format!(" since {:.0} by {}", pause.at, pause.by),
+                None => " by an operator".to_owned(),
+            },
             format!("`workflows resume {name}` lets them go."),
         ),
         false => (
-            " by the definition file",
+            " by the definition file".to_owned(),
             format!("Take `paused` of {name} out of it, or let single jobs go: `jobs release ID`."),
         ),
     };
@@ -215,6 +218,7 @@ mod tests {
             order: Vec::new(),
             seats: Vec::new(),
             is_paused_by_operator: by_operator,
+            acts: Default::default(),
         };
         let mut findings = Findings::default();
         judge_pause(&queue, &mut findings);

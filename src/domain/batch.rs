@@ -40,6 +40,8 @@ pub struct Plan<'a> {
     pub concerns_turns: bool,
     pub waits: Vec<Wait>,
     pub stalled: Vec<Stalled>,
+    /// Jobs of which nothing is to be kept for their clients any more.
+    pub given_up: Vec<Uuid>,
     pub reports: Vec<Report<'a>>,
 }
 
@@ -188,8 +190,12 @@ impl<'a> Plan<'a> {
             announcements,
             wait: time,
             time_series,
+            gives_up_kept,
             event,
         } = decision;
+        if gives_up_kept {
+            self.given_up.push(job_id);
+        }
         let refusal = refusal(command, &announcements);
         if !time.is_zero() {
             self.waits.push(Wait {

@@ -33,7 +33,7 @@ mod hand_over;
 mod starts;
 mod told;
 
-pub use self::command::{Command, Completion, Submission};
+pub use self::command::{Command, Completion, Requested, Submission};
 pub use self::course::{Attempt, Course, Grant, Input, Position, Report, Turn};
 pub use self::decide::decide;
 pub use self::decision::{

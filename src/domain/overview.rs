@@ -21,6 +21,7 @@ pub use self::queued::{LonelyQueue, Queued};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
+pub use self::whereabouts::{ClientQueue, Delivery, Kept, Whereabouts};
 pub use self::why::Why;
 
 mod capacity;
@@ -30,6 +31,7 @@ mod queued;
 mod steps;
 mod story;
 mod turns;
+mod whereabouts;
 mod why;
 
 /// Which jobs to show.

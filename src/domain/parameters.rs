@@ -18,6 +18,15 @@ pub mod typed;
 /// A parameter may be missing if its definition has a default. Undefined parameters are left to the
 /// worker.
 pub fn faults(definitions: &[WorkflowParameter], params: &Map<String, Value>) -> Vec<String> {
+    let misfits = misfits(definitions, params).into_iter();
+    misfits.map(|(_, fault)| fault).collect()
+}
+
+/// The same, each with the parameter's key; the texts have values.
+pub fn misfits(
+    definitions: &[WorkflowParameter],
+    params: &Map<String, Value>,
+) -> Vec<(String, String)> {
     let given = |key: &str| params.get(key).filter(|value| !value.is_null());
     let mut faults = Vec::new();
     for definition in definitions {
@@ -27,12 +36,13 @@ pub fn faults(definitions: &[WorkflowParameter], params: &Map<String, Value>) ->
         };
         let Some(value) = given(key) else {
             if !has_default(kind) {
-                faults.push(format!("{key} is missing"));
+                faults.push((key.clone(), format!("{key} is missing")));
             }
             continue;
         };
         if let Some(expected) = misfit(kind, value) {
-            faults.push(format!("{key} is {}, expected {expected}", found(value)));
+            let fault = format!("{key} is {}, expected {expected}", found(value));
+            faults.push((key.clone(), fault));
             continue;
         }
         for constraint in &definition.constraints {
@@ -40,11 +50,12 @@ pub fn faults(definitions: &[WorkflowParameter], params: &Map<String, Value>) ->
             if let Some(other) = given(other_key)
                 && let Some(expected) = violated(constraint, value, other)
             {
-                faults.push(format!(
+                let fault = format!(
                     "{key} is {}, expected {expected} {other_key}, which is {}",
                     found(value),
                     found(other)
-                ));
+                );
+                faults.push((key.clone(), fault));
             }
         }
     }

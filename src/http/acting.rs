@@ -16,6 +16,7 @@ use super::form::{Action, Back, Form, Shown, Whole};
 use super::page::Frame;
 use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
+use super::submission::{self, Filled};
 use super::{html, json_response, refusal};
 use crate::actions::letters::{Letters, all_named, exactly};
 use crate::actions::{Failure, TOLD, again, bounded, counted, derived_id, digest, jobs, queues};
@@ -30,6 +31,7 @@ use crate::store::{Connection, LimitChange, StoreError, TurnChange};
 use crate::telemetry::health::Part;
 use crate::telemetry::report::{harmless, one_line};
 use crate::threads::Signal;
+use crate::wire::{self, JobSubmission};
 
 /// How long going through the dead letters of a vhost may take, while somebody waits for the page.
 const LETTERS_PATIENCE: Duration = Duration::from_secs(10);
@@ -42,6 +44,8 @@ enum Came {
     Done(Vec<String>),
     /// There are others now than the operator was shown: it is asked again.
     Others,
+    /// What was filled in does not fit: nothing was done.
+    Faulty(Vec<String>),
 }
 
 /// The page that asks again.
@@ -58,6 +62,9 @@ pub(super) fn confirm(
             confirm_matching(service, frame, acting, (*whole, filter), None)
         }
         Action::Requeue(_) | Action::RequeueAll(_) => confirm_requeue(service, frame, acting, None),
+        Action::Again(ids, _, params) if ids.len() == 1 => {
+            confirm_again(service, frame, acting, (ids[0], params), &[])
+        }
         Action::Again(..) | Action::Turns(..) | Action::Limits(..) | Action::Steer(..) => Err(
             Failure::Refused("this is done without being asked again".to_owned()),
         ),
@@ -147,6 +154,41 @@ fn confirm_requeue(
     ))
 }
 
+/// The form for another run of a job, filled in with these parameters, or with its own.
+fn confirm_again(
+    service: &Service,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    (id, params): (Uuid, &[(String, String)]),
+    faults: &[String],
+) -> Result<String, Failure> {
+    let mut connection = looking(service)?;
+    let unchanged = |_: &JobSubmission| Ok(Map::new());
+    let again = again::submission(&service.config, &mut connection, (id, id), unchanged)?;
+    drop(connection);
+    let submission = &again.submission;
+    let catalogue = service.catalogue.get();
+    let definition = catalogue.definition(&submission.workflow_type);
+    let definitions = definition.map_or(&[][..], |definition| &definition.parameters);
+    let params = match params {
+        [] => submission::written(definitions, &wire::submitted_parameters(submission)),
+        params => params.to_vec(),
+    };
+    let filled = Filled {
+        params,
+        ..Filled::default()
+    };
+    let rerun = pages::Rerun {
+        id,
+        workflow: &submission.workflow_type,
+        reference: submission.job_reference.as_deref().unwrap_or_default(),
+        definitions,
+        filled: &filled,
+        faults,
+    };
+    Ok(pages::confirm_again(frame, acting, &rerun))
+}
+
 /// Does what a form asks for, and sends the operator back. The log has who asks before, should the
 /// service end in the middle of it, and what came of it.
 pub(super) fn act(
@@ -175,6 +217,11 @@ pub(super) fn act(
             info!(account; "{who}: {what}: not done, for there are others now than were shown");
             ask_again(service, visit, frame, acting, form)
         }
+        Ok(Came::Faulty(faults)) => {
+            let why = one_line(&faults.join("; "));
+            info!(account; "{who}: {what}: not done: {why}");
+            refuse_again(service, visit, frame, acting, (form, &faults))
+        }
         Err(failure) => {
             warn!(account; "{who}: {what}: failed: {}", one_line(&failure.to_string()));
             failed(visit, &failure)
@@ -195,23 +242,35 @@ fn perform(service: &Service, form: &Form, visit: &Visit, stop: &Signal) -> Resu
         Action::Matching(whole, filter, shown) => {
             return to_all(service, visit, *whole, filter, shown.as_ref());
         }
-        Action::Again(ids, at) => {
+        Action::Again(ids, at, params) => {
             let origin = visit.origin();
-            let names = [form.token.as_bytes(), at.as_bytes()];
-            each(ids, stop, |id| {
+            let content = format!("{params:?}");
+            let names = [form.token.as_bytes(), at.as_bytes(), content.as_bytes()];
+            let mut faults = Vec::new();
+            let told = each(ids, stop, |id| {
                 let new = derived_id(id, &names);
-                run_again(service, (id, new), &origin)
-            })?
+                run_again(service, (id, new), (params, &mut faults), &origin)
+            });
+            if !faults.is_empty() {
+                return Ok(Came::Faulty(faults));
+            }
+            told?
         }
         Action::Turns(ids, change) => lines(&jobs::change_turns(
             &mut connection(service)?,
             ids,
             *change,
+            &visit.origin(),
         )?),
         Action::Limits(queue, changes) => {
             let catalogue = service.catalogue.get();
             let mut connection = connection(service)?;
-            let limit = queues::change_limits(&catalogue, &mut connection, queue, changes)?;
+            let limit = queues::change_limits(
+                &catalogue,
+                &mut connection,
+                queue,
+                (changes, &visit.origin()),
+            )?;
             vec![format!("{}: {limit}", one_line(queue))]
         }
         Action::Steer(host, wish) => vec![steer(service, host, *wish, stop)?],
@@ -241,7 +300,7 @@ fn to_all(
         let head = std::iter::once(format!("{count} asked to end"));
         return Ok(Came::Done(head.chain(each).collect()));
     };
-    let became = jobs::change_all_turns(&mut connection(service)?, &ids, change)?;
+    let became = jobs::change_all_turns(&mut connection(service)?, &ids, change, &visit.origin())?;
     let done = became.iter().filter(|one| one.is_done).count();
     let done = match done == ids.len() {
         true => count,
@@ -259,22 +318,28 @@ fn lines(all: &[impl ToString]) -> Vec<String> {
     all.iter().map(|one| harmless(&one.to_string())).collect()
 }
 
-/// Submits a job once more, under this id. The same form sent again asks for the same id, which is then
+/// Submits a job once more, under this id, with these parameters in place of its own; `faults` is what does
+/// not fit. The same form sent again asks for the same id, which is then
 /// known already.
 fn run_again(
     service: &Service,
     (id, new): (Uuid, Uuid),
+    (params, faults): (&[(String, String)], &mut Vec<String>),
     origin: &Origin,
 ) -> Result<String, Failure> {
     let config = &service.config;
-    let submission =
-        again::submission(
-            config,
-            &mut looking(service)?,
-            (id, new),
-            |_| Ok(Map::new()),
-        )?;
-    again::submit(config, new, &submission, origin)?;
+    let changes = |job: &JobSubmission| {
+        let catalogue = service.catalogue.get();
+        let definition = catalogue.definition(&job.workflow_type);
+        let definitions = definition.map_or(&[][..], |definition| &definition.parameters);
+        let own = wire::submitted_parameters(job);
+        submission::changes(params, definitions, &own).map_err(|wrong| {
+            *faults = wrong;
+            Failure::Refused(faults.join("; "))
+        })
+    };
+    let again = again::submission(config, &mut looking(service)?, (id, new), changes)?;
+    again::submit(config, new, &again, origin)?;
     Ok(format!("job {id} runs again as job {new}"))
 }
 
@@ -410,7 +475,7 @@ fn in_words(action: &Action) -> String {
             };
             format!("{verb} {which}{}", at.unwrap_or_default())
         }
-        Action::Again(ids, _) => format!("run again {}", bounded(&lines(ids), ", ")),
+        Action::Again(ids, ..) => format!("run again {}", bounded(&lines(ids), ", ")),
         Action::Turns(ids, change) => {
             let verb = match change {
                 TurnChange::Hold => "hold".to_owned(),
@@ -490,6 +555,24 @@ fn ask_again(
     asked
         .map(|page| html(409, frame.nonce, page))
         .unwrap_or_else(|failure| failed(visit, &failure))
+}
+
+/// Shows what does not fit, in the form that it was filled in.
+fn refuse_again(
+    service: &Service,
+    visit: &Visit,
+    frame: &Frame<'_>,
+    acting: &Acting,
+    (form, faults): (&Form, &[String]),
+) -> Response {
+    match &form.action {
+        Action::Again(ids, _, params) if visit.html && ids.len() == 1 => {
+            confirm_again(service, frame, acting, (ids[0], params), faults)
+                .map(|page| html(400, frame.nonce, page))
+                .unwrap_or_else(|failure| failed(visit, &failure))
+        }
+        _ => refusal(visit.html, 400, &faults.join("; ")),
+    }
 }
 
 pub(super) fn failed(visit: &Visit, failure: &Failure) -> Response {

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use super::submission::PARAMETER;
 use crate::actions::queues::parse_change;
 use crate::domain::job::Priority;
 use crate::domain::overview::Filter;
@@ -21,8 +22,8 @@ pub(super) enum Action {
     Cancel(Vec<Uuid>),
     /// This to all that match, if they are those that the operator was shown; None before that.
     Matching(Whole, Filter, Option<Shown>),
-    /// Another run of each, for the form that was shown then.
-    Again(Vec<Uuid>, String),
+    /// Another run of each, for the form that was shown then, with these parameters in place of its own.
+    Again(Vec<Uuid>, String, Vec<(String, String)>),
     Turns(Vec<Uuid>, TurnChange),
     Limits(String, Vec<LimitChange>),
     Steer(String, Wish),
@@ -114,6 +115,7 @@ struct Fields {
     at: Option<String>,
     ids: Vec<String>,
     letters: Vec<String>,
+    params: Vec<(String, String)>,
 }
 
 impl Fields {
@@ -122,6 +124,10 @@ impl Fields {
         for (name, value) in form_urlencoded::parse(text) {
             if value.contains('\0') {
                 return Err(format!("{}: no text has a NUL", one_line(&name)));
+            }
+            if let Some(key) = name.strip_prefix(PARAMETER) {
+                fields.params.push((key.to_owned(), value.into_owned()));
+                continue;
             }
             let once = match &*name {
                 "id" => {
@@ -205,6 +211,13 @@ impl Fields {
     }
 
     fn action(&self) -> Result<Action, String> {
+        if let Some((key, _)) = self
+            .params
+            .first()
+            .filter(|_| self.verb.as_deref() != Some("again"))
+        {
+            return Err(format!("{PARAMETER}{} is not known here", one_line(key)));
+        }
         let queue = || required("queue", &self.queue);
         let worker = || required("worker", &self.worker);
         Ok(match required("do", &self.verb)?.as_str() {
@@ -220,7 +233,14 @@ impl Fields {
                         ids.len()
                     ));
                 }
-                Action::Again(ids, self.at.clone().unwrap_or_default())
+                if ids.len() > 1 && !self.params.is_empty() {
+                    return Err("parameters are changed of one job at a time".to_owned());
+                }
+                Action::Again(
+                    ids,
+                    self.at.clone().unwrap_or_default(),
+                    self.params.clone(),
+                )
             }
             "priority" => Action::Turns(self.ids()?, TurnChange::Priority(self.priority()?)),
             "first" => Action::Turns(self.ids()?, TurnChange::First),
@@ -299,7 +319,11 @@ mod tests {
             Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
         )
     )]
-    #[case("do=again&id=ID&at=7", Action::Again(vec![id()], "7".to_owned()))]
+    #[case("do=again&id=ID&at=7", Action::Again(vec![id()], "7".to_owned(), Vec::new()))]
+    #[case(
+        "do=again&id=ID&param.price=5",
+        Action::Again(vec![id()], String::new(), vec![("price".to_owned(), "5".to_owned())])
+    )]
     #[case(
         "do=cancel-all",
         Action::Matching(Whole::Cancel, Filter::default(), None)
@@ -378,6 +402,11 @@ mod tests {
         "do=limit&queue=a&max_running=-1",
         "max_running=-1: expected a number of tasks"
     )]
+    #[case(
+        "do=again&id=ID&id=ID&param.a=1",
+        "parameters are changed of one job at a time"
+    )]
+    #[case("do=hold&id=ID&param.a=1", "param.a is not known here")]
     #[case("do=drain", "worker is missing")]
     fn a_faulty_form_names_the_culprit(#[case] text: &str, #[case] expected: &str) {
         let fault = Form::parse(text.replace("ID", ID).as_bytes()).unwrap_err();

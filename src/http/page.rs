@@ -16,6 +16,7 @@ use crate::telemetry::trouble::trouble;
 pub(super) mod acting;
 mod attention;
 mod charts;
+mod compare;
 mod job;
 mod layout;
 mod letters;
@@ -27,6 +28,7 @@ mod words;
 mod workers;
 
 use acting::Acting;
+pub(super) use compare::compare;
 pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
@@ -294,7 +296,8 @@ fn turns_table(queues: &[QueueView], acting: Option<&Acting>) -> Markup {
                 } }
                 tbody { @for queue in queues { tr id={ "turns-" (queue.name) } {
                     th scope="row" { (harmless(&queue.name)) }
-                    td class=[queue.limit.is_paused.then_some("warn")] { (queue.limit) }
+                    td class=[queue.limit.is_paused.then_some("warn")] { (queue.limit)
+                        @for change in queue.changes() { div.dim { (change) } } }
                     td.number { (queue.held) }
                     td.number { (queue.on_hold) }
                     td.number { (queue.waiting) }

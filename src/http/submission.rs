@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use jiff::civil::DateTime;
-use jiff::{SignedDuration, tz::TimeZone};
+use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use serde_json::{Map, Value};
 
 use super::upload::{self, Field};
@@ -209,6 +209,81 @@ fn values(filled: &Filled, definitions: &[WorkflowParameter]) -> Map<String, Val
     values
 }
 
+/// A job's parameters, as the fields of a form have them.
+pub(super) fn written(
+    definitions: &[WorkflowParameter],
+    params: &Map<String, Value>,
+) -> Vec<(String, String)> {
+    let fields = definitions.iter().filter_map(|definition| {
+        let value = params.get(&definition.key_name)?;
+        let text = match (value, &definition.parameter_type) {
+            (Value::Null, _) => return None,
+            (Value::String(text), _) => text.clone(),
+            (Value::Number(seconds), Some(ParameterType::DatetimeParameter(_))) => time(seconds)?,
+            (value, _) => value.to_string(),
+        };
+        Some((definition.key_name.clone(), text))
+    });
+    fields.collect()
+}
+
+/// A parameter's default, as its field has it.
+fn default(definition: &WorkflowParameter) -> Option<String> {
+    match definition.parameter_type.as_ref()? {
+        ParameterType::StringParameter(kind) => kind.default.clone(),
+        ParameterType::BooleanParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::IntegerParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::FloatParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::DurationParameter(kind) => kind.default.map(|one| one.to_string()),
+        ParameterType::DatetimeParameter(kind) => kind.default.clone(),
+    }
+}
+
+/// The time in UTC that is so many seconds after 1970.
+fn time(seconds: &serde_json::Number) -> Option<String> {
+    let since = SignedDuration::try_from_secs_f64(seconds.as_f64()?).ok()?;
+    let time = Timestamp::from_duration(since).ok()?;
+    Some(time.strftime("%Y-%m-%dT%H:%M:%S").to_string())
+}
+
+/// What was filled in otherwise than a job has it; what was left empty stays as it was.
+///
+/// # Errors
+/// Everything that does not fit then.
+pub(super) fn changes(
+    filled: &[(String, String)],
+    definitions: &[WorkflowParameter],
+    own: &Map<String, Value>,
+) -> Result<Map<String, Value>, Vec<String>> {
+    let before = written(definitions, own);
+    // A field is filled in with the default of what the job has not.
+    let is_default = |(key, text): &(String, String)| {
+        let definition = definitions.iter().find(|one| one.key_name == *key);
+        !own.contains_key(key) && definition.and_then(default).as_ref() == Some(text)
+    };
+    let changed = filled.iter();
+    let changed = changed.filter(|one| !before.contains(one) && !is_default(one));
+    let changed = Filled {
+        params: changed.cloned().collect(),
+        ..Filled::default()
+    };
+    let known = |key: &str| definitions.iter().any(|one| one.key_name == key);
+    let unknown = changed.params.iter().filter(|(key, _)| !known(key));
+    let mut faults: Vec<_> = unknown
+        .map(|(key, _)| format!("{} is not known here", one_line(key)))
+        .collect();
+    let values = values(&changed, definitions);
+    if !values.is_empty() {
+        let mut all = own.clone();
+        all.extend(values.clone());
+        faults.extend(parameters::faults(definitions, &all));
+    }
+    match faults.is_empty() {
+        true => Ok(values),
+        false => Err(faults),
+    }
+}
+
 /// The seconds since 1970 of a time in UTC.
 fn seconds(text: &str) -> Option<f64> {
     let time: DateTime = text.trim().parse().ok()?;
@@ -320,5 +395,49 @@ mod tests {
         };
         let faults = order(&filled, b"", &catalogue()).unwrap_err();
         assert_eq!(faults.len(), 4, "{faults:?}");
+    }
+
+    #[test]
+    fn what_is_changed_of_a_job_is_what_was_filled_in_otherwise() {
+        let file = json!([{
+            "workflow_type_name": "w",
+            "workflow_type_description_name": "W",
+            "workflow_parameters": [
+                {"key_name": "price", "parameter_type": "float", "maximum": 100.0},
+                {"key_name": "rate", "parameter_type": "float", "default": 0.5},
+                {"key_name": "start", "parameter_type": "datetime"},
+                {"key_name": "fast", "parameter_type": "boolean"},
+            ],
+        }]);
+        let catalogue = Catalogue::parse(&file.to_string()).unwrap();
+        let definitions = &catalogue.definition("w").unwrap().parameters;
+        let own = json!({"price": 1.5, "start": 86_400.0, "fast": true, "other": [1]});
+        let own = own.as_object().unwrap();
+        let text = |key: &str, text: &str| (key.to_owned(), text.to_owned());
+        let before = written(definitions, own);
+        let expected = [
+            text("price", "1.5"),
+            text("start", "1970-01-02T00:00:00"),
+            text("fast", "true"),
+        ];
+        assert_eq!(before, expected);
+        let changed = |more: &[(String, String)]| {
+            let mut filled = before.clone();
+            filled.retain(|(key, _)| !more.iter().any(|(one, _)| one == key));
+            filled.extend_from_slice(more);
+            changes(&filled, definitions, own).map(Value::Object)
+        };
+        assert_eq!(changed(&[]), Ok(json!({})));
+        assert_eq!(
+            changed(&[text("rate", "0.5"), text("price", "")]),
+            Ok(json!({}))
+        );
+        assert_eq!(changed(&[text("price", "2")]), Ok(json!({"price": 2.0})));
+        let start = changed(&[text("start", "1970-01-01T00:01")]);
+        assert_eq!(start, Ok(json!({"start": 60.0})));
+        let faults = changed(&[text("price", "500")]).unwrap_err();
+        assert!(faults[0].contains("price is 500"), "{faults:?}");
+        let faults = changed(&[text("prise", "5")]).unwrap_err();
+        assert_eq!(faults, ["prise is not known here"]);
     }
 }

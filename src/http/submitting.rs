@@ -112,7 +112,7 @@ pub(super) fn submit(
     let (who, account) = (visit.who(), visit.account());
     let what = format!("submit a job to {}", one_line(&order.workflow));
     info!(account; "{who} asks: {what}");
-    match publish(&service.config, &order, id) {
+    match publish(&service.config, &order, id, &visit.origin()) {
         Ok(()) => {
             let told = format!("job {id} is submitted to {}", one_line(&order.workflow));
             info!(account; "{who}: {what}: {told}");

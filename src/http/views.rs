@@ -14,7 +14,7 @@ use super::page::{self, Frame, Sheet};
 use super::server::Response;
 use super::streams::{Seen, Topic};
 use super::{Endpoint, Question, Route, acting, html, json_response, refusal, submitting};
-use crate::domain::overview::{Filter, JobName, Overview};
+use crate::domain::overview::{Filter, JobName, Overview, compare};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
@@ -144,7 +144,7 @@ fn instead(
 ) -> Response {
     match route {
         Route::Metrics => metrics_text(service, &service.overview_without_database(), frame.now),
-        Route::Page(_) | Route::JobPage(_) | Route::NamedJob(_) => {
+        Route::Page(_) | Route::JobPage(_) | Route::NamedJob(_) | Route::Compare(..) => {
             html(503, frame.nonce, sheet().document(frame))
         }
         Route::Live
@@ -212,12 +212,12 @@ fn with_database(
         Route::Job(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
-                service.name_parameters(&mut story);
+                service.complete(&mut story);
                 json_response(200, &json!(story))
             }
             None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
         },
-        Route::Page(_) | Route::JobPage(_) => {
+        Route::Page(_) | Route::JobPage(_) | Route::Compare(..) => {
             let (status, sheet) = sheet((endpoint, service), connection, &overview, route, frame)?;
             html(status, frame.nonce, sheet.document(frame))
         }
@@ -276,10 +276,30 @@ fn sheet(
         return Ok(match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), frame.now);
-                service.name_parameters(&mut story);
+                service.complete(&mut story);
                 (200, page::job(frame, &story))
             }
             None => (404, page::unknown_job(frame, &id.to_string(), Some(*id))),
+        });
+    }
+    if let Route::Compare(one, other) = route {
+        let [one, other] = [*one, *other].map(|id| -> Result<_, StoreError> {
+            let Some(mut story) = connection.story(id)? else {
+                return Ok(Err(id));
+            };
+            overview.explain(std::slice::from_mut(&mut story.job), frame.now);
+            service.complete(&mut story);
+            Ok(Ok(story))
+        });
+        return Ok(match (one?, other?) {
+            (Ok(one), Ok(other)) => {
+                let lines = compare(&one, &other, frame.now);
+                (200, page::compare(frame, (&one, &other), &lines))
+            }
+            (Err(id), _) | (_, Err(id)) => {
+                let page = page::unknown_job(frame, &id.to_string(), Some(id));
+                (404, page)
+            }
         });
     }
     let filter = match route {

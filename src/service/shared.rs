@@ -114,8 +114,9 @@ impl Service {
         Ok((service, catalogue_changed))
     }
 
-    /// Calls a job's parameters as the definition of its workflow does.
-    pub fn name_parameters(&self, story: &mut Story) {
+    /// Calls a job's parameters as the definition of its workflow does, and says where its output is.
+    pub fn complete(&self, story: &mut Story) {
+        story.tell_whereabouts(self.config.keep_results, None);
         let catalogue = self.catalogue.get();
         let workflow = story.job.workflow.as_deref();
         if let Some(definition) = workflow.and_then(|name| catalogue.definition(name)) {

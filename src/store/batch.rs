@@ -398,11 +398,13 @@ impl Transaction<'_> {
              ), story AS (
                  INSERT INTO job_story AS before (
                      job_id, priority, timeout_ms, parameters, progress, progress_message,
-                     progress_at, marks, starts, ended_by, logs, esdl_messages)
+                     progress_at, marks, starts, ended_by, logs, esdl_messages, delivery)
                  SELECT new.job_id, job.priority, job.timeout_after_ms, job.parameters,
                         job.progress, CASE WHEN keeps_progress THEN job.progress_message END,
                         job.progress_at, CASE WHEN keeps_progress THEN job.marks END,
-                        new.told_starts, new.ended_by, new.logs, new.esdl_messages
+                        new.told_starts, new.ended_by, new.logs, new.esdl_messages,
+                        -- Unless it is found to be otherwise before the job is settled.
+                        'QUEUED'
                  FROM new LEFT JOIN LATERAL (
                      SELECT * FROM job WHERE job.job_id = new.job_id LIMIT 1
                  ) AS job ON true
@@ -411,7 +413,7 @@ impl Transaction<'_> {
                      parameters = excluded.parameters, progress = excluded.progress,
                      progress_message = excluded.progress_message,
                      progress_at = excluded.progress_at, marks = excluded.marks,
-                     starts = excluded.starts,
+                     starts = excluded.starts, delivery = excluded.delivery,
                      ended_by = coalesce(excluded.ended_by, before.ended_by),
                      -- Of an end that could not be told the worker's logs are nowhere else.
                      logs = coalesce(excluded.logs, before.logs),
@@ -459,14 +461,18 @@ impl Transaction<'_> {
     fn write_series(&mut self, changes: &SeriesChanges, now: Timestamp) -> Result<(), StoreError> {
         self.upsert_series(
             &changes.keep,
-            "INSERT INTO esdl_time_series_info
+            "INSERT INTO esdl_time_series_info AS guard
                  (row_id, esdl_id, job_id, job_reference, registered_at)
              SELECT gen_random_uuid(), esdl_id, job_id, job_reference, $4
              FROM unnest($1::varchar[], $2::uuid[], $3::varchar[])
                   AS new (esdl_id, job_id, job_reference)
              ON CONFLICT (esdl_id) DO UPDATE
              SET deactivated_at = NULL, job_id = excluded.job_id,
-                 job_reference = excluded.job_reference",
+                 job_reference = excluded.job_reference
+             -- Another run, whose series are given up with its history, takes nothing from a client.
+             WHERE guard.job_id IS NULL OR guard.deactivated_at IS NOT NULL
+                OR NOT EXISTS (SELECT FROM job_act AS act
+                               WHERE act.job_id = excluded.job_id AND act.act = 'AGAIN')",
             now,
         )?;
         // Not another job's: of the two only one may give them up.

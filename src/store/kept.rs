@@ -1,6 +1,7 @@
 //! What is kept of jobs for a while, compressed: output ESDLs that no client has taken, and what clients
 //! submitted.
 
+use std::borrow::Cow;
 use std::io::{Read, Write};
 use std::time::Duration;
 
@@ -12,16 +13,25 @@ use postgres::types::ToSql;
 use uuid::Uuid;
 
 use super::{Connection, StoreError, Transaction};
+use crate::domain::overview::Delivery;
 
 /// What one row may have, compressed: Postgres takes no more than 1 GiB in a message, and a handler's
 /// memory is bounded as well.
 const MAX_COMPRESSED: usize = 64 * 1024 * 1024;
 
-/// An output ESDL whose client has gone.
+/// An output ESDL that its client does not take.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeptResult {
+pub struct KeptResult<'a> {
     pub job_id: Uuid,
-    pub esdl: String,
+    pub esdl: Cow<'a, str>,
+}
+
+/// What a job was submitted with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptSubmission {
+    pub message: Vec<u8>,
+    /// Whose it was, where the message has said so.
+    pub sender: Option<String>,
 }
 
 /// In a handler's thread, so the fastest level: it makes a sixth of an ESDL, the best one a ninth.
@@ -47,11 +57,28 @@ fn decompressed(compressed: &[u8], bytes: i64) -> anyhow::Result<Vec<u8>> {
 }
 
 impl Connection {
+    /// Notes that the results of these jobs are not in their clients' queues.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn note_deliveries(&mut self, deliveries: &[(Uuid, Delivery)]) -> Result<(), StoreError> {
+        let ids: Vec<_> = deliveries.iter().map(|(id, _)| *id).collect();
+        let names = deliveries.iter().map(|(_, delivery)| delivery.name());
+        let names: Vec<_> = names.collect();
+        self.client.execute(
+            "UPDATE job_story SET delivery = new.delivery
+             FROM unnest($1::uuid[], $2::varchar[]) AS new (job_id, delivery)
+             WHERE job_story.job_id = new.job_id",
+            &[&ids, &names],
+        )?;
+        Ok(())
+    }
+
     /// Keeps these, in place of what is kept of the same jobs. Returns those that are too large.
     ///
     /// # Errors
     /// The connection is lost.
-    pub fn keep_results(&mut self, results: &[KeptResult]) -> Result<Vec<Uuid>, StoreError> {
+    pub fn keep_results(&mut self, results: &[KeptResult<'_>]) -> Result<Vec<Uuid>, StoreError> {
         let mut too_large = Vec::new();
         // One at a time: there are few, and each may be large.
         for result in results {
@@ -107,13 +134,13 @@ impl Connection {
         )?)
     }
 
-    /// The message by which a job was submitted, if it is kept.
+    /// What a job was submitted with, if it is kept.
     ///
     /// # Errors
     /// The connection is lost, or it is not what was written.
-    pub fn kept_submission(&mut self, job_id: Uuid) -> Result<Option<Vec<u8>>, StoreError> {
+    pub fn kept_submission(&mut self, job_id: Uuid) -> Result<Option<KeptSubmission>, StoreError> {
         let rows = self.client.query(
-            "SELECT bytes, message FROM job_submission WHERE job_id = $1",
+            "SELECT bytes, message, sender FROM job_submission WHERE job_id = $1",
             &[&job_id],
         )?;
         let Some(row) = rows.first() else {
@@ -123,7 +150,10 @@ impl Connection {
         let read = decompressed(message, bytes).map_err(|error| {
             StoreError::Refused(format!("the submission of job {job_id}: {error:#}"))
         });
-        read.map(Some)
+        Ok(Some(KeptSubmission {
+            message: read?,
+            sender: row.get("sender"),
+        }))
     }
 
     /// The same as [`Connection::forget_results`] of submissions, but for those of jobs that have not
@@ -144,17 +174,31 @@ impl Connection {
 }
 
 impl Transaction<'_> {
-    /// Keeps the messages by which these jobs were submitted. Returns those that are too large.
+    /// Deletes what is kept of these jobs, which their clients have given up.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn forget_kept(&mut self, job_ids: &[Uuid]) -> Result<(), StoreError> {
+        self.execute(
+            "WITH results AS (DELETE FROM job_result WHERE job_id = ANY($1))
+             DELETE FROM job_submission WHERE job_id = ANY($1)",
+            &[&job_ids],
+        )?;
+        Ok(())
+    }
+
+    /// Keeps the messages by which these jobs were submitted, each with its sender. Returns those that are too large.
     ///
     /// # Errors
     /// The connection is lost.
     pub fn keep_submissions(
         &mut self,
-        submissions: &[(Uuid, &[u8])],
+        submissions: &[(Uuid, &[u8], Option<&str>)],
     ) -> Result<Vec<Uuid>, StoreError> {
         let (mut ids, mut sizes, mut messages) = (Vec::new(), Vec::new(), Vec::new());
+        let mut senders = Vec::new();
         let mut too_large = Vec::new();
-        for (job_id, message) in submissions {
+        for (job_id, message, sender) in submissions {
             let small = compressed(message)?;
             if small.len() > MAX_COMPRESSED {
                 too_large.push(*job_id);
@@ -163,14 +207,18 @@ impl Transaction<'_> {
             ids.push(*job_id);
             sizes.push(i64::try_from(message.len()).unwrap_or(i64::MAX));
             messages.push(small);
+            // Postgres takes no NUL.
+            senders.push(sender.map(|sender| sender.replace('\0', "")));
         }
         self.execute(
-            "INSERT INTO job_submission (job_id, kept_at, bytes, message)
-             SELECT job_id, clock_timestamp(), bytes, message
-             FROM unnest($1::uuid[], $2::bigint[], $3::bytea[]) AS new (job_id, bytes, message)
+            "INSERT INTO job_submission (job_id, kept_at, bytes, message, sender)
+             SELECT job_id, clock_timestamp(), bytes, message, sender
+             FROM unnest($1::uuid[], $2::bigint[], $3::bytea[], $4::varchar[])
+                  AS new (job_id, bytes, message, sender)
              ON CONFLICT (job_id) DO UPDATE
-             SET kept_at = excluded.kept_at, bytes = excluded.bytes, message = excluded.message",
-            &[&ids, &sizes, &messages],
+             SET kept_at = excluded.kept_at, bytes = excluded.bytes, message = excluded.message,
+                 sender = excluded.sender",
+            &[&ids, &sizes, &messages, &senders],
         )?;
         Ok(too_large)
     }

@@ -5,13 +5,14 @@ use anyhow::bail;
 use postgres::GenericClient;
 
 /// The last two record the revisions, and are only read between those.
-const TABLES: [&str; 20] = [
+const TABLES: [&str; 21] = [
     "job",
     "job_starts",
     "job_history",
     "job_story",
     "job_result",
     "job_submission",
+    "job_act",
     "job_step",
     "job_input",
     "job_turn",

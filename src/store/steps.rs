@@ -377,6 +377,17 @@ impl Connection {
                  WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = submission.job_id)
                    AND NOT EXISTS (SELECT FROM job_history AS ended
                                    WHERE ended.job_id = submission.job_id)
+             ), acts AS (
+                 DELETE FROM job_act
+                 WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_act.job_id)
+                   AND NOT EXISTS (SELECT FROM job_history AS ended
+                                   WHERE ended.job_id = job_act.job_id)
+                 RETURNING job_id, act
+             ), series AS (
+                 UPDATE esdl_time_series_info SET deactivated_at = now()
+                 FROM acts
+                 WHERE act = 'AGAIN' AND esdl_time_series_info.job_id = acts.job_id
+                   AND deactivated_at IS NULL
              )
              DELETE FROM job_step
              WHERE NOT EXISTS (SELECT FROM job WHERE job.job_id = job_step.job_id)

@@ -12,7 +12,9 @@ use super::rows::{named, progress};
 use super::steps::{messages_from_text, messages_to_text};
 use super::{Connection, StoreError};
 use crate::domain::job::{Ended, Priority, Start, Verdict};
-use crate::domain::overview::{AttemptView, Filter, Rows, Seen, Story};
+use crate::domain::overview::{
+    AttemptView, Delivery, Filter, Kept, Rows, Seen, Story, Whereabouts,
+};
 
 /// What the story keeps of jobs that have ended by column, for `unnest`.
 #[derive(Default)]
@@ -85,7 +87,13 @@ impl Connection {
         };
         let Some(mut job) = job else { return Ok(None) };
         let row = self.client.query_one(STORY, &[&job_id])?;
-        let rows = rows(&row, self.attempts(job_id)?).map_err(StoreError::Transient)?;
+        let (acts, acts_left_out) = self.acts(job_id)?;
+        let rows = Rows {
+            acts,
+            acts_left_out,
+            runs: self.runs(job_id)?,
+            ..rows(&row, self.attempts(job_id)?).map_err(StoreError::Transient)?
+        };
         let (priority, timeout) = of_end(&row).map_err(StoreError::Transient)?;
         job.priority = job.priority.or(priority);
         job.timeout_ms = job.timeout_ms.or(timeout);
@@ -99,6 +107,8 @@ const STORY: &str = "
            coalesce(told.marks, job.marks) AS marks, told.progress, told.progress_message,
            told.progress_at,
            (SELECT bytes FROM job_result WHERE job_result.job_id = wanted.job_id) AS result_bytes,
+           (SELECT kept_at FROM job_result WHERE job_result.job_id = wanted.job_id) AS result_kept_at,
+           told.delivery,
            EXISTS (SELECT FROM job_submission
                    WHERE job_submission.job_id = wanted.job_id) AS can_run_again,
            (SELECT array_agg(started_at ORDER BY started_at) FROM job_starts
@@ -129,10 +139,22 @@ fn rows(row: &Row, attempts: Vec<AttemptView>) -> anyhow::Result<Rows> {
         last: progress(row)?,
         ended_by: from_json(row, "ended_by")?,
         parameters: from_json(row, "parameters")?,
-        result_bytes: row.try_get("result_bytes")?,
+        whereabouts: whereabouts(row)?,
         can_run_again: row.try_get("can_run_again")?,
         logs: row.try_get("logs")?,
         esdl_messages: messages.map(messages_from_text).unwrap_or_default(),
+        ..Rows::default()
+    })
+}
+
+fn whereabouts(row: &Row) -> anyhow::Result<Whereabouts> {
+    let delivery: Option<&str> = row.try_get("delivery")?;
+    let delivery = delivery.map(|name| named(Delivery::ALL, Delivery::name, name));
+    let bytes: Option<i64> = row.try_get("result_bytes")?;
+    let kept = bytes.zip(row.try_get("result_kept_at")?);
+    Ok(Whereabouts {
+        delivery: delivery.transpose()?,
+        kept: kept.map(|(bytes, at)| Kept { at, bytes }),
     })
 }
 

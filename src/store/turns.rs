@@ -12,6 +12,7 @@ use super::{Connection, StoreError, Transaction};
 use crate::domain::job::{Grant, Job, Priority, Turn};
 use crate::domain::turns::{HandedOver, Held, Limits, QueueLimit, Waiting};
 
+pub use self::change::{LimitChange, QueueChange, TurnChange};
 pub(super) use self::view::{granted_at, view};
 
 /// Tells all replicas that something has changed that they decide turns by.
@@ -35,6 +36,7 @@ macro_rules! is_started {
     };
 }
 
+mod change;
 mod view;
 
 /// What changes of jobs' turns.
@@ -352,43 +354,6 @@ pub struct LostGrant {
     pub is_overtaken: bool,
 }
 
-/// What an operator changes at a queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LimitChange {
-    Window(QueueChange),
-    MaxRunning(QueueChange),
-    Paused(bool),
-}
-
-/// Another limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QueueChange {
-    /// As the definition file has it.
-    AsDefined,
-    Unlimited,
-    To(u32),
-}
-
-/// What an operator changes of a task that waits for its turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TurnChange {
-    Hold,
-    Release,
-    First,
-    Priority(Priority),
-}
-
-impl QueueChange {
-    /// As the database has it.
-    fn column(self) -> Option<i32> {
-        match self {
-            QueueChange::AsDefined => None,
-            QueueChange::Unlimited => Some(0),
-            QueueChange::To(limit) => Some(i32::try_from(limit).unwrap_or(i32::MAX)),
-        }
-    }
-}
-
 impl Connection {
     /// The limits in force: those of the definition file, `defined`, but for what operators have
     /// set.
@@ -406,97 +371,6 @@ impl Connection {
         }
         defined.retain(|_, limit| limit.holds());
         Ok(defined)
-    }
-
-    /// Sets what an operator allows at a queue, and tells the replicas.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn change_limits(
-        &mut self,
-        queue: &str,
-        changes: &[LimitChange],
-    ) -> Result<(), StoreError> {
-        let mut transaction = self.transaction()?;
-        transaction.execute(
-            "INSERT INTO queue_limit (queue, changed_at) VALUES ($1, clock_timestamp())
-             ON CONFLICT (queue) DO UPDATE SET changed_at = excluded.changed_at",
-            &[&queue],
-        )?;
-        for change in changes {
-            match change {
-                LimitChange::Window(limit) => transaction.execute(
-                    "UPDATE queue_limit SET max_waiting = $2 WHERE queue = $1",
-                    &[&queue, &limit.column()],
-                )?,
-                LimitChange::MaxRunning(limit) => transaction.execute(
-                    "UPDATE queue_limit SET max_running = $2 WHERE queue = $1",
-                    &[&queue, &limit.column()],
-                )?,
-                LimitChange::Paused(paused) => transaction.execute(
-                    "UPDATE queue_limit SET paused = $2 WHERE queue = $1",
-                    &[&queue, paused],
-                )?,
-            };
-        }
-        transaction.notify()?;
-        transaction.commit()
-    }
-
-    /// Changes what waits for its turn among these jobs, and tells the replicas. Returns those that
-    /// it has changed.
-    ///
-    /// # Errors
-    /// The connection is lost, or somebody holds a job's lock for too long.
-    pub fn change_turns(
-        &mut self,
-        job_ids: &[Uuid],
-        change: TurnChange,
-    ) -> Result<Vec<Uuid>, StoreError> {
-        let mut transaction = self.transaction()?;
-        // Not while a handler is at it, which writes the job's row as it has read it.
-        transaction.lock(job_ids)?;
-        let rows = match change {
-            TurnChange::Hold | TurnChange::Release => transaction.query(
-                "UPDATE job_turn SET on_hold = $2
-                 WHERE job_id = ANY($1) AND granted_at IS NULL RETURNING job_id",
-                &[&job_ids, &(change == TurnChange::Hold)],
-            )?,
-            TurnChange::First => transaction.query(
-                "UPDATE job_turn SET moved_at = clock_timestamp()
-                 WHERE job_id = ANY($1) AND granted_at IS NULL RETURNING job_id",
-                &[&job_ids],
-            )?,
-            TurnChange::Priority(priority) => transaction.query(
-                "WITH changed AS (
-                     UPDATE job_turn SET priority = $2
-                     WHERE job_id = ANY($1) AND granted_at IS NULL RETURNING job_id
-                 ), jobs AS (
-                     UPDATE job SET priority = $2 FROM changed WHERE job.job_id = changed.job_id
-                 )
-                 SELECT job_id FROM changed",
-                &[&job_ids, &priority.name()],
-            )?,
-        };
-        transaction.notify()?;
-        transaction.commit()?;
-        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
-    }
-
-    /// Lets everything go that waits for its turn, whatever is allowed, and returns how much there
-    /// was. The replicas hand it over.
-    ///
-    /// # Errors
-    /// The connection is lost.
-    pub fn release_all(&mut self) -> Result<u64, StoreError> {
-        let mut transaction = self.transaction()?;
-        let released = transaction.execute(
-            "UPDATE job_turn SET released = true, on_hold = false WHERE granted_at IS NULL",
-            &[],
-        )?;
-        transaction.notify()?;
-        transaction.commit()?;
-        Ok(released)
     }
 
     /// The queues at which something waits that may be granted its turn.

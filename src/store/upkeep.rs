@@ -413,6 +413,15 @@ impl Connection {
              ), submissions AS (
                  DELETE FROM job_submission USING gone
                  WHERE job_submission.job_id = gone.job_id
+             ), acts AS (
+                 DELETE FROM job_act USING gone WHERE job_act.job_id = gone.job_id
+                 RETURNING job_act.job_id, act
+             ), series AS (
+                 -- No client has those of another run, and would delete them.
+                 UPDATE esdl_time_series_info SET deactivated_at = now()
+                 FROM acts
+                 WHERE act = 'AGAIN' AND esdl_time_series_info.job_id = acts.job_id
+                   AND deactivated_at IS NULL
              )
              SELECT count(*) FROM gone",
             &[&retention.as_secs_f64(), &limit],

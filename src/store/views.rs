@@ -95,7 +95,7 @@ const LIVE: &str = "
            (SELECT count(*) FROM job_starts WHERE job_starts.job_id = page.job_id) AS starts,
            (SELECT steps FROM job_input WHERE job_input.job_id = page.job_id) AS steps,
            turn.queue AS turn_queue, turn.owner AS turn_owner, turn.held_at, turn.on_hold,
-           turn.granted_at, ended.outcome, ended.finished_at, ended.result_bytes, ended.why,
+           turn.granted_at, hold.at AS hold_at, hold.origin AS hold_origin, ended.outcome, ended.finished_at, ended.result_bytes, ended.why,
            true AS is_live, last_end.number AS ended_number, last_end.title AS ended_title,
            last_end.outcome AS ended_outcome, last_end.why AS ended_why, last_end.starts AS ended_starts
     -- Each looked up for itself: these are few, whatever Postgres believes.
@@ -117,6 +117,11 @@ const LIVE: &str = "
          LEFT JOIN LATERAL (
              SELECT * FROM job_turn WHERE job_turn.job_id = page.job_id LIMIT 1
          ) AS turn ON true
+         LEFT JOIN LATERAL (
+             SELECT at, origin FROM job_act
+             WHERE job_act.job_id = page.job_id AND turn.on_hold AND act = 'HOLD'
+             ORDER BY number DESC LIMIT 1
+         ) AS hold ON true
     ORDER BY page.runs DESC NULLS LAST, page.position, page.place, page.on_hold, page.registered_at,
              page.job_id";
 

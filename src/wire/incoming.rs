@@ -8,7 +8,7 @@ use super::{
     Inbox, JobDelete, JobSubmission, RequestAvailableWorkflows, TaskProgressUpdate, TaskResult,
     bounds, job_submission, task_progress_update, task_result,
 };
-use crate::domain::job::{Command, Completion, Origin, Priority, Submission, Via};
+use crate::domain::job::{Command, Completion, Origin, Priority, Requested, Submission, Via};
 use crate::domain::text::excerpt;
 
 /// A received message's content: what it asks for.
@@ -31,10 +31,15 @@ pub struct Undecodable {
     pub instead: Option<Box<(Uuid, Command)>>,
 }
 
-/// Headers of a cancel that is not its client's: by which way somebody asked for it, who, and from where.
+/// Headers of a cancel or a submission that is not its client's: by which way somebody asked for it, who, and from where.
 pub(super) const VIA: &str = "omotes_via";
 pub(super) const WHO: &str = "omotes_who";
 pub(super) const FROM: &str = "omotes_from";
+/// Of a submission that runs a job again: that job, and whose it was.
+pub(super) const AGAIN: &str = "omotes_again";
+pub(super) const SENDER: &str = "omotes_sender";
+/// Bytes of a sender that are heeded; a message's properties have no room for more.
+const MAX_SENDER: usize = 255;
 
 /// Who sent a message, as its headers say, and otherwise a client. Whoever sends one can say anything.
 pub fn origin<'m>(header: impl Fn(&str) -> Option<&'m str>, sender: Option<&str>) -> Origin {
@@ -43,6 +48,23 @@ pub fn origin<'m>(header: impl Fn(&str) -> Option<&'m str>, sender: Option<&str>
         Some(via) => Origin::new(via, header(WHO), header(FROM)),
         None => Origin::new(Via::Client, sender, None),
     }
+}
+
+/// Whose job a submission asks for, and who has had it sent.
+pub fn sent_for<'m>(
+    header: impl Fn(&str) -> Option<&'m str>,
+    sender: Option<&str>,
+) -> (Option<String>, Option<Requested>) {
+    let by = origin(&header, None);
+    if by.via == Via::Client {
+        return (sender.map(str::to_owned), None);
+    }
+    let again = header(AGAIN).and_then(|id| Uuid::try_parse(id).ok());
+    let sender = match again {
+        Some(_) => header(SENDER).filter(|sender| sender.len() <= MAX_SENDER),
+        None => sender,
+    };
+    (sender.map(str::to_owned), Some(Requested { by, again }))
 }
 
 /// Bytes of a task id; AMQP has no room for more. Ours are UUIDs.
@@ -144,6 +166,7 @@ fn decode_submission(body: &[u8]) -> Result<Request, Undecodable> {
             timeout_ms: message.timeout_ms,
             // It stands in the message's properties.
             sender: None,
+            requested: None,
         }),
         (Some(reason), _) | (None, Err(reason)) => Command::Refuse {
             reason,

@@ -4,8 +4,8 @@ use prost::{DecodeError, Message as _, encoding};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::incoming::{FROM, VIA, WHO};
-use super::params::protobuf_struct;
+use super::incoming::{AGAIN, FROM, SENDER, VIA, WHO};
+use super::params::{json_object, protobuf_struct};
 use super::{
     AVAILABLE_WORKFLOWS_KEY, AvailableWorkflows, CANCELS_QUEUE, EsdlMessage, JobDelete,
     JobProgressUpdate, JobResult, JobStatusUpdate, JobSubmission, OMOTES_EXCHANGE, Outgoing,
@@ -144,6 +144,12 @@ pub fn submission_again(message: &[u8], job_id: Uuid) -> Result<JobSubmission, D
     Ok(submission)
 }
 
+/// The parameters that a job is submitted with, as far as JSON has them.
+pub fn submitted_parameters(submission: &JobSubmission) -> Map<String, Value> {
+    let params = submission.params_dict.clone().unwrap_or_default();
+    json_object(params).unwrap_or_default()
+}
+
 /// Puts these parameters in place of those that it has.
 pub fn change_parameters(submission: &mut JobSubmission, parameters: &Map<String, Value>) {
     let parameters = protobuf_struct(parameters).fields;
@@ -165,6 +171,15 @@ pub fn for_somebody(message: Outgoing, origin: &Origin) -> Outgoing {
         headers: headers.collect(),
         ..message
     }
+}
+
+/// A submission that is sent for somebody, and runs this job again, which was the sender's.
+pub fn for_another_run(message: Outgoing, of: Uuid, sender: Option<&str>) -> Outgoing {
+    let of = (AGAIN.to_owned(), Value::from(of.to_string()));
+    let sender = sender.map(|sender| (SENDER.to_owned(), Value::from(sender)));
+    let mut message = message;
+    message.headers.extend([of].into_iter().chain(sender));
+    message
 }
 
 /// A message that is routed to no queue, to check that the broker takes messages.

@@ -7,7 +7,9 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::*;
-use crate::domain::job::{ClientStatus, Command, Origin, Priority, ResultType, Submission, Via};
+use crate::domain::job::{
+    ClientStatus, Command, Origin, Priority, Requested, ResultType, Submission, Via,
+};
 
 const JOB: &str = "ea19a9a2-f366-42c4-9d3b-815342135bc2";
 
@@ -115,6 +117,7 @@ fn a_submission_is_read_whole() {
         priority: Priority::High,
         timeout_ms: Some(u32::MAX),
         sender: None,
+        requested: None,
     });
     assert_eq!(
         decoded(Inbox::Submissions, &full_submission()),
@@ -635,4 +638,43 @@ fn a_forged_origin_is_bounded(
         headers.find(|(one, _)| *one == name).map(|(_, text)| *text)
     };
     assert_eq!(origin(header, sender), expected);
+}
+
+#[rstest]
+#[case::its_sender(Some("carol"))]
+#[case::nobody(None)]
+fn another_run_says_whose_it_is(#[case] sender: Option<&str>) {
+    let by = Origin::new(Via::Page, Some("anna"), Some("10.0.0.7"));
+    let message = for_somebody(job_submission(&full_submission()), &by);
+    let outgoing = for_another_run(message, job(), sender);
+    let header = |name: &str| outgoing.headers.get(name).and_then(Value::as_str);
+    let (whose, requested) = sent_for(header, Some("the page's user"));
+    assert_eq!(whose.as_deref(), sender);
+    let again = Some(job());
+    assert_eq!(requested, Some(Requested { by, again }));
+}
+
+#[test]
+fn a_submission_is_its_clients_unless_it_says_otherwise() {
+    let nothing = |_: &str| None;
+    assert_eq!(
+        sent_for(nothing, Some("a client")),
+        (Some("a client".to_owned()), None)
+    );
+    let by = Origin::new(Via::CommandLine, Some("ben"), None);
+    let outgoing = for_somebody(job_submission(&full_submission()), &by);
+    let header = |name: &str| outgoing.headers.get(name).and_then(Value::as_str);
+    let expected = Some(Requested { by, again: None });
+    assert_eq!(sent_for(header, None), (None, expected));
+    // Too long for whoever it is.
+    let long = "x".repeat(256);
+    let header = |name: &str| match name {
+        "omotes_via" => Some("page"),
+        "omotes_again" => Some("6ba7b810-9dad-11d1-80b4-00c04fd430c8"),
+        "omotes_sender" => Some(long.as_str()),
+        _ => None,
+    };
+    let (whose, requested) = sent_for(header, Some("a client"));
+    assert_eq!(whose, None);
+    assert!(requested.unwrap().again.is_some());
 }

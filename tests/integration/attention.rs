@@ -151,11 +151,11 @@ fn the_job_of_a_silent_worker_is_told_with_what_to_do() {
     assert_eq!(told["estimate"], Value::Null);
     let page = page_says(&service, "worker silent");
     assert!(
-        page.contains("restart it: what it computes goes to another"),
+        page.contains("Restart it: its task goes to another"),
         "{page}"
     );
     assert!(
-        page.contains(&format!("It was computing <a href=\"/jobs/{job}\"")),
+        page.contains(&format!("It computes <a href=\"/jobs/{job}\"")),
         "{page}"
     );
     worker.signal("-CONT");

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::acting::{ACCOUNTS, ANNA, BEN};
+use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Service};
 use crate::harness::operator::Operator;
 use crate::harness::peers::ESDL;
@@ -53,6 +54,13 @@ fn the_result_of_a_gone_client_can_be_had() {
 
     let told = story(&service, job);
     assert_eq!(told["kept_result"], output.len());
+    let whereabouts = told["whereabouts"].to_string();
+    let kept = format!("It is kept here, {} bytes, until ", output.len());
+    assert!(whereabouts.contains(&kept), "{whereabouts}");
+    assert!(
+        whereabouts.contains("its client's queue was gone."),
+        "{whereabouts}"
+    );
     let path = format!("/api/jobs/{job}/result");
     let ben = Operator::at(&service, BEN);
     let page = ben.get(&format!("/jobs/{job}"));
@@ -97,7 +105,8 @@ fn no_result_is_kept_where_none_is_to_be() {
     let output = output.unwrap();
     assert!(!output.status.success());
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("is kept: KEEP_RESULTS_SEC is 0"), "{said}");
+    let why = "is not here: it is not kept here, for KEEP_RESULTS_SEC is 0, and its client's queue was gone.";
+    assert!(said.contains(why), "{said}");
     drop(service);
 }
 
@@ -124,6 +133,83 @@ fn what_is_kept_is_forgotten_in_time_and_with_the_history() {
     let _service = start(&scene, &forgets);
     scene.deployment.comes_to(0, kept);
     scene.deployment.comes_to(0, history);
+}
+
+/// Too large for it, say.
+#[test]
+fn a_result_that_rabbitmq_does_not_take_is_kept() {
+    let scene = Scene::on(Deployment::with_own_servers(), &json!({}));
+    let keeps = [("KEEP_RESULTS_SEC", "600")];
+    let service = start(&scene, &keeps);
+    scene.submit(1);
+    let task = scene.runs();
+    scene
+        .deployment
+        .comes_to(1, "SELECT count(*) FROM job WHERE status = 'RUNNING'");
+    service.stop();
+    let output = format!("<e id='out'><!--{}--></e>", "x".repeat(1024 * 1024));
+    scene.worker.succeed(&task, &output);
+    scene.deployment.limit_messages(256 * 1024);
+    let service = start(&scene, &keeps);
+    let (result, logs) = scene.client.outcome(task.job);
+    assert_eq!(result, ResultType::Error);
+    assert!(logs.contains("larger than configured max size"), "{logs}");
+    scene.deployment.no_jobs_left();
+    let printed = scene.does(&["jobs", "result", &task.job.to_string()]);
+    assert_eq!(printed.trim_end(), output);
+    let whereabouts = story(&service, task.job)["whereabouts"].to_string();
+    assert!(
+        whereabouts.contains("RabbitMQ did not take it."),
+        "{whereabouts}"
+    );
+}
+
+/// The client may have been told the first time, and be gone because of that.
+#[test]
+fn it_is_said_that_a_client_may_have_what_is_kept() {
+    let scene = Scene::new(&json!({}));
+    let service = start(&scene, &[]);
+    let job = scene.submit(1)[0];
+    let task = scene.runs();
+    let runs = "SELECT count(*) FROM job WHERE status = 'RUNNING'";
+    scene.deployment.comes_to(1, runs);
+    assert!(service.stop().success());
+    let variables = [&scene.variables()[..], &[("KEEP_RESULTS_SEC", "600")]].concat();
+    let held = Held::at("after telling", &scene.deployment, &variables);
+    scene.worker.succeed(&task, "<e id='out'/>");
+    assert_eq!(scene.client.outcome(job).0, ResultType::Succeeded);
+    held.kill();
+    scene
+        .client
+        .peer
+        .delete_queue(&format!("jobs.{job}.result"));
+    let service = start(&scene, &[("KEEP_RESULTS_SEC", "600")]);
+    scene.deployment.no_jobs_left();
+    let whereabouts = story(&service, job)["whereabouts"].to_string();
+    assert!(
+        whereabouts.contains("It is kept here, 13 bytes"),
+        "{whereabouts}"
+    );
+    assert!(whereabouts.contains("so it may have it."), "{whereabouts}");
+}
+
+#[test]
+fn what_is_kept_goes_when_its_client_deletes_the_job() {
+    let scene = Scene::new(&json!({}));
+    let keeps = [("KEEP_RESULTS_SEC", "600"), ("KEEP_INPUTS_SEC", "600")];
+    let _service = start(&scene, &keeps);
+    let job = ends_alone(&scene, "<e/>");
+    let other = ends_alone(&scene, "<e/>");
+    let kept = |job: Uuid| {
+        format!(
+            "SELECT (SELECT count(*) FROM job_result WHERE job_id = '{job}')
+                  + (SELECT count(*) FROM job_submission WHERE job_id = '{job}')"
+        )
+    };
+    assert_eq!(scene.deployment.count(&kept(job)), 2);
+    scene.client.cancel(job);
+    scene.deployment.comes_to(0, &kept(job));
+    assert_eq!(scene.deployment.count(&kept(other)), 2);
 }
 
 /// A job that has ended, and whose input is kept.

@@ -10,6 +10,7 @@
 mod harness;
 
 mod acting;
+mod acts;
 mod admission;
 mod alerts;
 mod attention;

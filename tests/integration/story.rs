@@ -227,6 +227,42 @@ fn the_orchestrator_says_that_it_has_ended_a_job() {
     assert_eq!(story(&service, job)["cancelled_by"], Value::Null);
 }
 
+/// However often a task begins anew.
+#[test]
+fn marks_of_progress_are_capped() {
+    let scene = scene();
+    let service = start(&scene, &[]);
+    let job = submit(&scene);
+    let task = scene.runs();
+    let message = "\u{1}\u{e9}".repeat(300);
+    for number in 0..60 {
+        let fraction = match number % 2 {
+            0 => 0.1,
+            _ => 0.9,
+        };
+        scene.worker.progress_saying(&task, fraction, &message);
+        let is_there = format!("SELECT count(*) FROM job WHERE progress = {fraction}");
+        scene.deployment.comes_to(1, &is_there);
+    }
+    let bytes = "SELECT octet_length(marks)::bigint FROM job";
+    let bytes = scene.deployment.count(bytes);
+    assert!((1200..2500).contains(&bytes), "{bytes}");
+    // The last one is told all the same, and the first.
+    let events = story(&service, job)["events"].clone();
+    let events = events.as_array().unwrap();
+    assert!(
+        events.last().unwrap()["what"]
+            .as_str()
+            .unwrap()
+            .starts_with("90 %")
+    );
+    assert!(events[2]["what"].as_str().unwrap().starts_with("10 %"));
+    fail(&scene.worker, &task, "");
+    scene.deployment.no_jobs_left();
+    let kept = "SELECT octet_length(marks)::bigint FROM job_story";
+    assert_eq!(scene.deployment.count(kept), bytes);
+}
+
 #[test]
 fn a_story_has_progress_parameters_messages_and_logs() {
     let scene = scene();

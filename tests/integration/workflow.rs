@@ -101,6 +101,35 @@ fn parameters_that_do_not_fit_are_refused_where_asked_for() {
     assert_eq!(client.outcome(job).0, ResultType::Succeeded);
 }
 
+/// Its client is told the values, and nobody else.
+#[test]
+fn what_is_kept_of_a_refusal_has_no_value_that_must_not_be_kept() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let variables = [
+        ("REJECT_INVALID_PARAMS", "true"),
+        ("KEEP_PARAMETERS", "false"),
+    ];
+    let _service = start(&deployment, workflow_with_parameters(), &variables);
+    let (job, submission) = faulty(&client);
+    client.send(&submission);
+    let (_, logs) = client.outcome(job);
+    assert!(logs.contains(FAULTS), "{logs}");
+    deployment.no_jobs_left();
+    let mut sql = deployment.sql();
+    let kept = "SELECT coalesce(why, '') || coalesce(logs, '') || coalesce(parameters, '') AS text
+                FROM job_history JOIN job_story USING (job_id)";
+    let text: String = sql.query_one(kept, &[]).unwrap().get("text");
+    assert!(
+        text.contains("do not fit the workflow workflow_1: "),
+        "{text}"
+    );
+    for fault in FAULTS.split("; ") {
+        assert!(!text.contains(fault), "{fault}: {text}");
+    }
+    assert!(!text.contains(" is "), "{text}");
+}
+
 /// The names in the next announcement that a client hears.
 fn announced(client: &Client) -> Vec<String> {
     let taken = client.peer.next("a client's workflows");

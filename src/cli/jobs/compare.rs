@@ -28,7 +28,9 @@ pub(super) fn run(config: &Config, names: &[JobName; 2], json: bool) -> anyhow::
         return Ok(ExitCode::SUCCESS);
     }
     let short = |id: Uuid| id.to_string()[..8].to_owned();
-    let mut table = table(&["", &short(ids[0]), &short(ids[1])]);
+    let mut table = table(&[]);
+    // Ids are written in small letters, also where other headings are not.
+    table.set_header([String::new(), short(ids[0]), short(ids[1])]);
     for line in &lines {
         let text = |text: &Option<String>| Cell::new(text.as_deref().unwrap_or("-"));
         let mark = if line.one == line.other { " " } else { "*" };

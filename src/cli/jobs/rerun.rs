@@ -39,20 +39,19 @@ pub(super) fn run(config: &Config, rerun: Rerun) -> anyhow::Result<ExitCode> {
     let mut connection = connect(config)?;
     let id = the_one(&mut connection, &rerun.id)?;
     let new = Uuid::new_v4();
-    let submission = again::submission(config, &mut connection, (id, new), |workflow| {
+    let again = again::submission(config, &mut connection, (id, new), |submission| {
         Ok(match rerun.unchecked {
             true => typed::plain(&rerun.params),
-            false => submit::changes(config, workflow, &rerun.params)?,
+            false => submit::changes(config, &submission.workflow_type, &rerun.params)?,
         })
     })?;
     drop(connection);
     if let Some(path) = &rerun.output {
-        let tasks = submit::tasks(config, &submission.workflow_type);
-        return submit::follow_to_its_end(config, &submission, &tasks, Output::to(path)?);
+        let tasks = submit::tasks(config, &again.submission.workflow_type);
+        let (submission, message) = (&again.submission, again.message(&origin()));
+        return submit::follow_to_its_end(config, submission, message, &tasks, Output::to(path)?);
     }
-    told_of("RabbitMQ", || {
-        again::submit(config, new, &submission, &origin())
-    })?;
+    told_of("RabbitMQ", || again::submit(config, new, &again, &origin()))?;
     say(format_args!("job {id} runs again as job {new}"))?;
     Ok(ExitCode::SUCCESS)
 }

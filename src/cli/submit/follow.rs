@@ -78,7 +78,7 @@ impl Links {
     }
 }
 
-/// Submits a job, whose tasks go to these queues, shows its course, and returns how it ended; the output
+/// Submits a job with its message, whose tasks go to these queues, shows its course, and returns how it ended; the output
 /// ESDL goes to `output`. A connection that is lost is opened again.
 /// The first signal from `interrupts` cancels the job, the next one gives up waiting for it.
 /// Failures after the result has been written are only warnings.
@@ -88,7 +88,7 @@ impl Links {
 /// was printed.
 pub(super) fn submit(
     config: &Config,
-    submission: &JobSubmission,
+    (submission, message): (&JobSubmission, Outgoing),
     tasks: &[String],
     output: Output,
     interrupts: &Receiver<i32>,
@@ -107,7 +107,7 @@ pub(super) fn submit(
     if let Some(nobody) = takers::of_submissions(&links.incoming)? {
         warn(nobody);
     }
-    links.send(wire::job_submission(submission))?;
+    links.send(message)?;
     let display = Display::new();
     let workflow = one_line(&submission.workflow_type);
     display.line(&format!("job {job_id} submitted to {workflow}"));

@@ -31,6 +31,7 @@ fn submit(workflow: &str) -> Command {
         priority: Priority::Medium,
         timeout_ms: None,
         sender: None,
+        requested: None,
     })
 }
 

@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
 use super::{MAX_REFERENCE, MAX_WORKFLOW_TYPE, Origin, Priority, kept};
 use crate::domain::{esdl, parameters};
@@ -77,6 +78,16 @@ pub struct Submission {
     pub timeout_ms: Option<u32>,
     /// Who sent it, where the message says that.
     pub sender: Option<String>,
+    /// None if its client has sent it.
+    pub requested: Option<Box<Requested>>,
+}
+
+/// Who has had a job submitted, through the page or by a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Requested {
+    pub by: Origin,
+    /// The job that it runs again.
+    pub again: Option<Uuid>,
 }
 
 /// How a task has ended.

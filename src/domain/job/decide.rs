@@ -329,13 +329,15 @@ fn submit<'a>(
             excerpt(&submission.workflow_type, MAX_WORKFLOW_TYPE)
         ));
     };
-    let faults = parameters::faults(&definition.parameters, &submission.params);
+    let misfits = parameters::misfits(&definition.parameters, &submission.params);
+    let (keys, faults): (Vec<_>, Vec<_>) = misfits.into_iter().unzip();
     if context.rules.reject_invalid_params && !faults.is_empty() {
-        return refused(format!(
-            "The parameters do not fit the workflow {}: {}.",
-            submission.workflow_type,
-            faults.join("; ")
-        ));
+        let refused = refused(misfit(submission, &faults.join("; ")));
+        return match context.rules.keep_parameters {
+            true => refused,
+            // Its client is told the values, and nobody else.
+            false => refused.keeping_of_refusal(&misfit(submission, &keys.join(", ")), context),
+        };
     }
     match submission_expected(standing) {
         Expected::Yes { registered_at } => {
@@ -362,6 +364,11 @@ fn submit<'a>(
         },
         Expected::No(why) => Decision::ignored(why),
     }
+}
+
+fn misfit(submission: &Submission, what: &str) -> String {
+    let workflow = &submission.workflow_type;
+    format!("The parameters do not fit the workflow {workflow}: {what}.")
 }
 
 fn enqueued<'a>(job_id: Uuid) -> Publication<'a> {
@@ -541,6 +548,7 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
         // Deleting a finished job is how a client gives up the series that it left.
         Standing::Ended(_) => Decision {
             time_series: vec![TimeSeries::Retire],
+            gives_up_kept: true,
             ..Decision::ignored("the job has ended already")
         },
     }

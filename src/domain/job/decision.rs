@@ -82,6 +82,8 @@ pub struct Decision<'a> {
     /// ([`Publication::tells_outcome`]), and with them the end of [`State::Ending`].
     pub wait: Duration,
     pub time_series: Vec<TimeSeries<'a>>,
+    /// Whether what is kept of the job for its client is not needed any more.
+    pub gives_up_kept: bool,
     pub event: Event,
 }
 
@@ -93,6 +95,7 @@ impl Decision<'_> {
             announcements: Vec::new(),
             wait: Duration::ZERO,
             time_series: Vec::new(),
+            gives_up_kept: false,
             event,
         }
     }
@@ -163,6 +166,7 @@ impl Submission {
             priority,
             timeout_ms: _,
             sender: _,
+            requested: _,
         } = self;
         Assignment {
             // As a rule it is the workflow's name, and need not be copied.

@@ -130,6 +130,7 @@ fn submission(workflow: &str) -> Command {
         priority: Priority::Medium,
         timeout_ms: Some(1000),
         sender: None,
+        requested: None,
     })
 }
 
@@ -777,6 +778,26 @@ fn parameters_that_do_not_fit_are_noted_or_refused() {
         decision.announcements,
         [error_result(job_id(), Cow::Borrowed(expected))]
     );
+    // The values are for its client alone where parameters may not be kept.
+    let rules = Rules {
+        keep_parameters: false,
+        ..rules.clone()
+    };
+    let mute = Context {
+        rules: &rules,
+        ..rejecting
+    };
+    let decision = decide(job_id(), &State::Unknown, &command, &mute);
+    assert_eq!(
+        decision.announcements,
+        [error_result(job_id(), Cow::Borrowed(expected))]
+    );
+    let Some(State::Ending(Ending { ended, .. })) = decision.next else {
+        panic!("{decision:?}");
+    };
+    let kept = "The parameters do not fit the workflow simulator: x, y.";
+    assert_eq!(ended.why.as_deref(), Some(kept));
+    assert_eq!(ended.told.unwrap().logs, kept);
     // Delivered again while it runs: it was fit enough when it came.
     let running = State::Live(job(JobStatus::Running));
     let decision = decide(job_id(), &running, &command, &rejecting);

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::course::kept_messages;
-use super::{Context, Decision, Ending, Progress, Start, State, kept};
+use super::{Context, Decision, Ending, Event, Outcome, Progress, Start, State, kept, kept_why};
 use crate::proto::EsdlMessage;
 
 /// Bytes of logs that are kept at their beginning and at their end.
@@ -111,6 +111,17 @@ impl Decision<'_> {
             told.by = Some(origin.clone());
         }
         self
+    }
+
+    /// The same refusal, of which no more is kept than this.
+    pub(super) fn keeping_of_refusal(self, text: &str, context: &Context<'_>) -> Self {
+        match &self.event {
+            Event::Ended(Outcome::Rejected) => {
+                let kept = kept_of_result(text, &[], context);
+                self.because(kept_why(text)).telling(kept)
+            }
+            _ => self,
+        }
     }
 
     fn told(&mut self) -> Option<&mut Told> {

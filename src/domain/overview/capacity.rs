@@ -244,6 +244,7 @@ mod tests {
             running: 0,
             seats: Vec::new(),
             is_paused_by_operator: false,
+            acts: Default::default(),
             order: Vec::new(),
         });
         let found = overview.capacity("simulator", &runs(100), at(NOW));

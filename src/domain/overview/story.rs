@@ -1,14 +1,16 @@
 //! The story of a job: what has happened to it, in order. Most of it is told from rows that are there for
 //! other reasons.
 
-use std::fmt;
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
-use super::{AttemptView, JobState, JobView, spoken};
-use crate::domain::job::{Mark, Origin, Outcome, Priority, Progress, Verdict, Via};
+use super::{AttemptView, ClientQueue, Delivery, JobState, JobView, Whereabouts, spoken};
+use crate::domain::acts::{Act, Deed, Run, by};
+use crate::domain::job::{Mark, Origin, Outcome, Priority, Progress, Verdict};
 use crate::domain::text::{harmless, one_line};
 use crate::proto::{EsdlMessage, WorkflowParameter, esdl_message::Severity};
 
@@ -33,9 +35,13 @@ pub struct Rows {
     pub last: Option<Progress>,
     /// Who asked it to end.
     pub ended_by: Option<Origin>,
+    /// What somebody has done to it, oldest first, and how much of that is not kept.
+    pub acts: Vec<Act>,
+    pub acts_left_out: usize,
+    /// Other runs of it, oldest first.
+    pub runs: Vec<Run>,
     pub parameters: Option<Map<String, Value>>,
-    /// Size of its output ESDL, if that is kept.
-    pub result_bytes: Option<i64>,
+    pub whereabouts: Whereabouts,
     /// Whether what its client submitted is kept.
     pub can_run_again: bool,
     pub logs: Option<String>,
@@ -63,14 +69,24 @@ pub struct Story {
     pub attempts: Vec<AttemptView>,
     /// What has happened to it, in order.
     pub events: Vec<StoryEvent>,
+    /// Who submitted it, if that was done through the page or by a command.
+    pub submitted_by: Option<Origin>,
     /// Who cancelled it.
     pub cancelled_by: Option<Origin>,
+    /// The job that this one runs again.
+    pub runs_again: Option<Uuid>,
+    /// Other runs of it, oldest first.
+    pub run_again_as: Vec<Uuid>,
     pub parameters: Vec<ParameterView>,
     /// Of its result, without their middle if they are long.
     pub logs: Option<String>,
     pub esdl_messages: Vec<MessageView>,
-    /// Size of its output ESDL, if that is kept because its client has gone.
+    /// Size of its output ESDL, if that is kept because no client has taken it.
     pub kept_result: Option<i64>,
+    /// Where its output ESDL is, in a sentence, as far as is known; see [`Story::tell_whereabouts`].
+    pub whereabouts: Option<String>,
+    #[serde(skip)]
+    known_whereabouts: Whereabouts,
     /// Whether what its client submitted is kept, for another run.
     pub can_run_again: bool,
 }
@@ -107,12 +123,19 @@ pub struct MessageView {
 impl Story {
     pub fn new(job: JobView, rows: Rows) -> Story {
         let events = bounded(events(&job, &rows));
+        let (submitted_by, runs_again) = match submission(&rows) {
+            Some(act) => (act.by.clone(), runs_again(act)),
+            None => (None, None),
+        };
         let parameters = rows.parameters.unwrap_or_default().into_iter();
         let messages = rows.esdl_messages.into_iter();
         Story {
             events,
             started_at: rows.starts.iter().map(|(at, _)| *at).collect(),
             attempts: rows.attempts,
+            submitted_by,
+            runs_again,
+            run_again_as: rows.runs.iter().map(|run| run.id).collect(),
             cancelled_by: rows.ended_by,
             parameters: parameters
                 .map(|(key, value)| ParameterView {
@@ -122,11 +145,26 @@ impl Story {
                 })
                 .collect(),
             logs: rows.logs,
-            kept_result: rows.result_bytes,
+            kept_result: rows.whereabouts.kept.map(|kept| kept.bytes),
+            whereabouts: None,
+            known_whereabouts: rows.whereabouts,
             can_run_again: rows.can_run_again,
             esdl_messages: messages.map(MessageView::new).collect(),
             job,
         }
+    }
+
+    /// Says where its output is, where outputs are kept for this time, and its client's queue has been
+    /// looked at or not.
+    pub fn tell_whereabouts(&mut self, keeps: Duration, queue: Option<ClientQueue>) {
+        self.whereabouts = self.known_whereabouts.sentence(&self.job, keeps, queue);
+    }
+
+    /// Whether a look at its client's queue says more.
+    pub fn may_be_in_its_queue(&self) -> bool {
+        let Whereabouts { delivery, kept } = self.known_whereabouts;
+        let is_there = delivery == Some(Delivery::Queued) && kept.is_none();
+        is_there && self.job.state == JobState::Ended(Outcome::Succeeded)
     }
 
     /// Calls its parameters as its workflow's definition does, and puts them into its order.
@@ -169,27 +207,6 @@ impl MessageView {
             severity,
             text: message.technical_message,
             asset: message.esdl_object_id.filter(|id| !id.is_empty()),
-        }
-    }
-}
-
-/// `anna, by the status page, from 10.0.0.7`; harmless.
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let way = match self.via {
-            Via::Client => "a client",
-            Via::Page => "the status page",
-            Via::CommandLine => "the command line",
-        };
-        match (&self.who, self.via) {
-            (Some(who), Via::Client) => write!(f, "{way}, {}", one_line(who))?,
-            (Some(who), _) => write!(f, "{}, by {way}", one_line(who))?,
-            (None, Via::Client) => f.write_str(way)?,
-            (None, _) => write!(f, "somebody, by {way}")?,
-        }
-        match &self.from {
-            Some(from) => write!(f, ", from {}", one_line(from)),
-            None => Ok(()),
         }
     }
 }
@@ -245,10 +262,84 @@ fn events(job: &JobView, rows: &Rows) -> Vec<StoryEvent> {
         }
     }
     events.extend(of_progress(job, rows));
+    events.extend(of_acts(rows));
     // Before its end whatever has happened at the same time.
     events.sort_by_key(|event| event.at);
     events.extend(end(job, rows));
+    events.extend(rows.runs.iter().map(|run| {
+        let what = format!("Run again as job {} by {}", run.id, by(run.by.as_ref()));
+        event(run.at, what)
+    }));
     events
+}
+
+/// The act by which it was submitted, if it was one.
+fn submission(rows: &Rows) -> Option<&Act> {
+    let is_submission = |act: &&Act| matches!(act.deed, Deed::Submitted | Deed::RanAgain(_));
+    rows.acts.first().filter(is_submission)
+}
+
+fn runs_again(submission: &Act) -> Option<Uuid> {
+    match submission.deed {
+        Deed::RanAgain(of) => Some(of),
+        Deed::Submitted
+        | Deed::Held
+        | Deed::Released
+        | Deed::LetGo
+        | Deed::MovedFirst
+        | Deed::Prioritised { .. } => None,
+    }
+}
+
+/// What somebody has done to it since its submission.
+fn of_acts(rows: &Rows) -> Vec<StoryEvent> {
+    let told = |act: &Act| {
+        let who = by(act.by.as_ref());
+        let (what, fact) = match act.deed {
+            Deed::Submitted | Deed::RanAgain(_) => return None,
+            Deed::Held => (format!("Put on hold by {who}"), None),
+            Deed::Released => (format!("Released by {who}"), None),
+            Deed::LetGo => {
+                let whatever = "whatever its queue allows".to_owned();
+                (format!("Released by {who}"), Some(whatever))
+            }
+            Deed::MovedFirst => (format!("Moved before all others by {who}"), None),
+            Deed::Prioritised { was, priority } => {
+                let was = was.map(|was| format!("it was {}", level(was)));
+                let what = format!("Given the priority {} by {who}", level(priority));
+                (what, was)
+            }
+        };
+        Some(event(act.at, what).with(fact))
+    };
+    let mut events: Vec<_> = rows.acts.iter().filter_map(told).collect();
+    if let (Some(last), left_out @ 1..) = (events.last_mut(), rows.acts_left_out) {
+        let more = format!("{left_out} more acts are not kept");
+        last.evidence.push(more);
+    }
+    events
+}
+
+/// What it was submitted with, whatever somebody has made of it.
+fn first_priority(job: &JobView, rows: &Rows) -> Option<Priority> {
+    let first = rows.acts.iter().find_map(|act| match act.deed {
+        Deed::Prioritised { was, .. } => Some(was),
+        Deed::Submitted
+        | Deed::RanAgain(_)
+        | Deed::Held
+        | Deed::Released
+        | Deed::LetGo
+        | Deed::MovedFirst => None,
+    });
+    first.unwrap_or(job.priority)
+}
+
+fn level(priority: Priority) -> &'static str {
+    match priority {
+        Priority::Low => "low",
+        Priority::Medium => "medium",
+        Priority::High => "high",
+    }
 }
 
 fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
@@ -259,20 +350,19 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
         true => format!("Submitted to `{workflow}`, and handed over at once"),
         false => format!("Submitted to `{workflow}`"),
     };
-    let priority = job.priority.map(|priority| {
-        let name = match priority {
-            Priority::Low => "low",
-            Priority::Medium => "medium",
-            Priority::High => "high",
-        };
-        format!("its priority is {name}")
-    });
+    let submission = submission(rows);
+    let who = submission.map(|act| format!("by {}", by(act.by.as_ref())));
+    let again = submission.and_then(runs_again);
+    let again = again.map(|of| format!("runs again what job {of} was"));
+    let priority = first_priority(job, rows);
+    let priority = priority.map(|priority| format!("its priority is {}", level(priority)));
     let timeout = job.timeout_ms.filter(|timeout| *timeout > 0);
     let timeout = timeout.map(|timeout| {
         let timeout = spoken(SignedDuration::from_millis(timeout));
         format!("it may run for {timeout}")
     });
-    Some(event(at, what).with(priority).with(timeout))
+    let event = event(at, what).with(who).with(again);
+    Some(event.with(priority).with(timeout))
 }
 
 /// Of a job whose workflow is one plain step, and which has not been held.

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::domain::acts::{Done, QueueActs};
 use crate::domain::turns::QueueLimit;
 
 /// Of how many tasks that wait for their turn the order is told.
@@ -34,6 +35,8 @@ pub struct QueueView {
     /// Whether it is a command, and not the definition file, that pauses it.
     #[serde(skip)]
     pub is_paused_by_operator: bool,
+    /// Who has changed that by a command, as far as is known.
+    pub acts: QueueActs,
 }
 
 /// A job's turn, as long as it waits for it.
@@ -45,6 +48,8 @@ pub struct TurnView {
     pub since: Timestamp,
     /// Whether an operator does not let it go.
     pub on_hold: bool,
+    /// Who, if that is known.
+    pub hold: Option<Done>,
 }
 
 impl TurnView {
@@ -64,6 +69,26 @@ impl TurnView {
 }
 
 impl QueueView {
+    /// Who pauses it.
+    pub fn paused_by(&self) -> Option<&Done> {
+        let is_operators = self.limit.is_paused && self.is_paused_by_operator;
+        self.acts.paused.as_ref().filter(|_| is_operators)
+    }
+
+    /// Who has changed what is allowed there, each in one line that may be shown as it is.
+    pub fn changes(&self) -> Vec<String> {
+        let QueueActs { paused, limited } = &self.acts;
+        let paused = paused
+            .as_ref()
+            .map(|Done { at, by }| match self.paused_by() {
+                Some(_) => format!("paused by {by}, since {at:.0}"),
+                None => format!("resumed by {by}, at {at:.0}"),
+            });
+        let limited = limited.as_ref();
+        let limited = limited.map(|Done { at, by }| format!("limited by {by}, at {at:.0}"));
+        paused.into_iter().chain(limited).collect()
+    }
+
     /// The jobs that are next at these queues, each with how many of its queue go before it, with it: the
     /// order in which lists have them.
     pub fn places(queues: &[QueueView]) -> impl Iterator<Item = (Uuid, i64)> {

@@ -194,13 +194,19 @@ impl Telling {
             owner,
             since,
             on_hold,
+            hold,
         } = turn;
         let shown = name(queue);
         let telling = self
             .fact(format!("held at {shown} since {}", clock(*since, now)))
             .may_show((!owner.is_empty()).then(|| format!("its owner is {}", name(owner))));
         if *on_hold {
-            return telling.say("Held: an operator does not let it go");
+            let who = hold.as_ref().map(|hold| {
+                let (who, since) = (name(&hold.by.name()), clock(hold.at, now));
+                format!("Held: {who} does not let it go since {since}")
+            });
+            let nobody = || "Held: an operator does not let it go".to_owned();
+            return telling.say(who.unwrap_or_else(nobody));
         }
         let view = overview.turns.iter().find(|view| view.name == *queue);
         let Some(view) = view else {
@@ -212,7 +218,7 @@ impl Telling {
                 view.held, view.waiting, view.running
             ))
             .may_show(seats(&view.seats))
-            .say(format!("Held: {}", obstacle(view, &shown)));
+            .say(format!("Held: {}", obstacle(view, &shown, now)));
         if view.limit.is_paused {
             return telling;
         }
@@ -416,7 +422,7 @@ fn failed(place: &str, said: &str) -> String {
 }
 
 /// What keeps a queue from handing over more.
-fn obstacle(view: &QueueView, shown: &str) -> String {
+fn obstacle(view: &QueueView, shown: &str, now: Timestamp) -> String {
     let QueueLimit {
         window,
         max_running,
@@ -424,9 +430,13 @@ fn obstacle(view: &QueueView, shown: &str) -> String {
     } = view.limit;
     let is_full = |limit: Option<u32>, used: i64| limit.filter(|most| used >= i64::from(*most));
     if is_paused {
-        return match view.is_paused_by_operator {
-            true => format!("`{shown}` is paused by an operator"),
-            false => format!("`{shown}` is paused by its definition"),
+        return match (view.paused_by(), view.is_paused_by_operator) {
+            (Some(pause), _) => {
+                let (who, since) = (name(&pause.by.name()), clock(pause.at, now));
+                format!("`{shown}` is paused by {who} since {since}")
+            }
+            (None, true) => format!("`{shown}` is paused by an operator"),
+            (None, false) => format!("`{shown}` is paused by its definition"),
         };
     }
     if let Some(most) = is_full(max_running, view.waiting.saturating_add(view.running)) {

@@ -1,7 +1,6 @@
 //! The forms by which operators act, and the pages that ask again before something is destroyed. Only
 //! whoever may act is shown any of it.
 
-use jiff::Timestamp;
 use maud::{Markup, html};
 use uuid::Uuid;
 
@@ -9,12 +8,15 @@ pub(in crate::http) use super::layout::Acting;
 use super::layout::{Frame, Sheet, refused};
 use super::letters;
 pub(in crate::http) use super::letters::Letter;
+use super::submit::{field, is_faulty};
 use crate::actions::jobs::Matching;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
 use crate::domain::worker::{WorkerState, WorkerView};
 use crate::http::form::{Back, Shown, Whole};
-use crate::telemetry::report::{harmless, one_line};
+use crate::http::submission::Filled;
+use crate::proto::WorkflowParameter;
+use crate::telemetry::report::{harmless, one_line, readable};
 
 /// Jobs and letters that a page of confirmation names.
 pub(in crate::http) const NAMED: usize = TOLD;
@@ -114,16 +116,10 @@ impl Acting {
         }
     }
 
-    /// Another run of a job whose input is kept.
-    pub(super) fn again(&self, job: &JobView, now: Timestamp) -> Markup {
-        // Asked for once more on another page, it is another run. The page of a job that has not ended
-        // must not differ each time.
-        let at = matches!(job.state, JobState::Ended(_)).then(|| now.as_microsecond());
-        self.form(html! {
-            input type="hidden" name="id" value=(job.id);
-            @if let Some(at) = at { input type="hidden" name="at" value=(at); }
-            button name="do" value="again" { "Run again" }
-        })
+    /// To the form for another run of a job whose input is kept.
+    pub(super) fn again(&self, job: &JobView) -> Markup {
+        let id = job.id.to_string();
+        html! { a.button href=(self.confirmation(&[("do", "again"), ("id", &id)])) { "Run again…" } }
     }
 
     /// Below the list: all that match its filter. Some of them may wait for their turn, where `turns` says
@@ -384,6 +380,62 @@ pub(in crate::http) fn confirm_requeue(
         (leave(acting))
     };
     Sheet::new("Requeue?", content).document(frame)
+}
+
+/// Another run of a job that is asked for.
+pub(in crate::http) struct Rerun<'a> {
+    pub(in crate::http) id: Uuid,
+    pub(in crate::http) workflow: &'a str,
+    pub(in crate::http) reference: &'a str,
+    pub(in crate::http) definitions: &'a [WorkflowParameter],
+    pub(in crate::http) filled: &'a Filled,
+    /// Why what was filled in is refused.
+    pub(in crate::http) faults: &'a [String],
+}
+
+/// Asks with which parameters a job is to run again.
+pub(in crate::http) fn confirm_again(
+    frame: &Frame<'_>,
+    acting: &Acting,
+    rerun: &Rerun<'_>,
+) -> String {
+    let Rerun {
+        id,
+        workflow,
+        reference,
+        definitions,
+        filled,
+        faults,
+    } = rerun;
+    let name = match reference.is_empty() {
+        true => format!("job {id}"),
+        false => one_line(reference),
+    };
+    let content = html! {
+        h1 { "Run " (name) " again?" }
+        @if !faults.is_empty() {
+            div.alarm #faults tabindex="-1" role="alert" {
+                p { b { "Nothing was submitted." } }
+                ul { @for fault in *faults { li { (readable(fault)) } } }
+            }
+        }
+        p { "It becomes a new job of " (one_line(workflow)) ", with the same ESDL, reference, priority and timeout. "
+            "No client waits for its output: it is on the new job's page as long as KEEP_RESULTS_SEC says." }
+        form.fields method="post" action="/act" autocomplete="off" {
+            input type="hidden" name="token" value=(acting.token);
+            input type="hidden" name="do" value="again";
+            input type="hidden" name="id" value=(id);
+            input type="hidden" name="job" value=(id);
+            // The same form that is sent twice asks for one job.
+            input type="hidden" name="at" value=(frame.now.as_microsecond());
+            @for (place, parameter) in definitions.iter().enumerate() {
+                (field(place, parameter, filled, is_faulty(faults, &parameter.key_name)))
+            }
+            div { button.primary { "Run again" } }
+        }
+        (leave(acting))
+    };
+    Sheet::new("Run again?", content).document(frame)
 }
 
 /// A job that a confirmation was asked for is not there.

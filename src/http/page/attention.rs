@@ -22,8 +22,8 @@ const SAID: usize = 3;
 pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {
     let now = frame.now;
     let mut all = Vec::new();
-    let lonely = overview.lonely();
-    all.extend(lonely.iter().map(|lonely| without_worker(lonely, now)));
+    let lonely = overview.lonely().into_iter();
+    all.extend(lonely.map(|queue| without_worker(&queue, now)));
     let paused = overview.turns.iter();
     let paused = paused.filter(|queue| queue.limit.is_paused && queue.held > 0);
     all.extend(paused.map(|queue| is_paused(queue, frame)));
@@ -83,7 +83,11 @@ fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
         short: format!("queue {shown} is paused"),
         full: html! {
             b { (shown) } " is paused by "
-            @if queue.is_paused_by_operator { "an operator" } @else { "its definition" }
+            @match (queue.paused_by(), queue.is_paused_by_operator) {
+                (Some(pause), _) => (pause.by.name()),
+                (None, true) => "an operator",
+                (None, false) => "its definition",
+            }
             ", and " (queue.held) @if queue.held == 1 { " job waits" } @else { " jobs wait" } " for it. "
             @if frame.acting.is_some() { a href={ "#turns-" (queue.name) } { "Resume it" } " or leave it so." }
             @else { (command(&resume)) }
@@ -94,10 +98,10 @@ fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
 fn ambers(jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
     let mut kinds: Vec<(Amber, Vec<&JobView>)> = Vec::new();
     for job in jobs {
-        let amber = Amber::of(job, now);
-        // What the workers say is told with them.
-        let Some(amber) = amber.filter(|amber| !matches!(amber, Amber::Of(_))) else {
-            continue;
+        let amber = match Amber::of(job, now) {
+            Some(amber @ (Amber::Overdue | Amber::Silent)) => amber,
+            // The workers' own matters have it.
+            Some(Amber::Of(_)) | None => continue,
         };
         match kinds.iter_mut().find(|(kind, _)| *kind == amber) {
             Some((_, jobs)) => jobs.push(job),

@@ -104,6 +104,7 @@ fn facts(story: &Story, now: Timestamp) -> Markup {
             @if let Some(estimate) = job.expectation() { dt title=(ESTIMATE) { "Estimate" } dd { (estimate) } }
             dt { "Starts" } dd { (job.starts) }
             @if let Some(bytes) = job.result_bytes { dt { "Size of the result" } dd { (bytes) " bytes" } }
+            @if let Some(whereabouts) = &story.whereabouts { dt { "Output ESDL" } dd { (whereabouts) } }
             dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (harmless(id)) }, None => span.dim { "–" } } }
         } }
     }

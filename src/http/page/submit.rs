@@ -62,7 +62,7 @@ fn choice(all: &[Workflow], chosen: Option<&Workflow>) -> Markup {
 }
 
 /// Whether any of the faults is that of a field, with whose name they begin.
-fn is_faulty(faults: &[String], name: &str) -> bool {
+pub(super) fn is_faulty(faults: &[String], name: &str) -> bool {
     faults.iter().any(|fault| {
         let rest = fault.strip_prefix(name);
         rest.is_some_and(|rest| rest.starts_with(' '))
@@ -123,7 +123,12 @@ fn form(
 }
 
 /// A parameter, with what its definition says of it.
-fn field(place: usize, parameter: &WorkflowParameter, filled: &Filled, is_faulty: bool) -> Markup {
+pub(super) fn field(
+    place: usize,
+    parameter: &WorkflowParameter,
+    filled: &Filled,
+    is_faulty: bool,
+) -> Markup {
     let key = &parameter.key_name;
     let Some(kind) = &parameter.parameter_type else {
         return html! {};

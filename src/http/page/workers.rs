@@ -18,11 +18,10 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
             "The worker " b { (one_line(&worker.host)) } " has not answered for " (since(worker.last_seen, now))
             ", though it is connected to RabbitMQ."
             @if !worker.tasks.is_empty() {
-                " It was computing " @for (place, task) in worker.tasks.iter().enumerate() {
-                    @if place > 0 { ", " } (called(task))
-                } "."
-            }
-            " If it hangs, restart it: what it computes goes to another, as far as its delivery limit allows."
+                " It computes " @for (place, task) in worker.tasks.iter().enumerate() {
+                    @if place > 0 { ", " } (computes(task, now))
+                } ". Restart it: its task goes to another, as far as its delivery limit allows."
+            } @else { " Restart it." }
         },
     });
     let lost = workers.lost_tasks.iter().map(|lost| Matter {
@@ -35,7 +34,7 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
         },
     });
     let in_vain = workers.in_vain().map(|one| Matter {
-        short: "a worker goes on with what has ended".to_owned(),
+        short: "a worker computes for nobody".to_owned(),
         full: html! {
             "The worker " b { (one_line(&one.worker.host)) } " computes " (computes(one.task, now))
             ". It is told to stop at each look; if it goes on, restart it."
@@ -100,21 +99,15 @@ fn about(worker: &WorkerView) -> String {
 
 fn computes(task: &TaskView, now: Timestamp) -> Markup {
     html! {
-        (called(task))
-        @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
-        span.dim { " for " (since(task.since, now)) }
-        @if let Some(end) = &task.ended { span.warn { ", which " (end.in_words()) " " (since(end.at, now)) " ago" } }
-    }
-}
-
-fn called(task: &TaskView) -> Markup {
-    html! {
         @match task.job_id {
             Some(id) => a href={ "/jobs/" (id) } {
                 @match &task.reference { Some(reference) => (harmless(reference)), None => code { (id) } }
             },
             None => { (one_line(&task.name)) " " code { (one_line(&task.id)) } }
         }
+        @if let Some(step) = &task.step { span.dim { ", " (one_line(step)) } }
+        span.dim { " for " (since(task.since, now)) }
+        @if let Some(end) = &task.ended { span.warn { ", which " (end.in_words()) " " (since(end.at, now)) " ago" } }
     }
 }
 

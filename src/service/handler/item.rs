@@ -34,6 +34,8 @@ pub(super) struct Item {
     pub(super) wait: Option<Duration>,
     /// It has been handled once and has waited since.
     pub(super) has_waited: bool,
+    /// The output ESDL of a result that RabbitMQ does not take, or Postgres.
+    pub(super) untold_output: Option<String>,
     /// Its command is no longer what its body says.
     altered: bool,
     /// Its body was dropped because it is no longer needed.
@@ -50,6 +52,7 @@ impl Item {
             stalled_on: None,
             wait: None,
             has_waited: false,
+            untold_output: None,
             altered: false,
             released: false,
             work,
@@ -75,7 +78,10 @@ impl Item {
         match decoded {
             Ok(Ok(Request::Job { id, mut command })) => {
                 if let Command::Submit(submission) = &mut command {
-                    submission.sender = received.sender().map(str::to_owned);
+                    let header = |name: &str| received.header(name);
+                    let (sender, requested) = wire::sent_for(header, received.sender());
+                    submission.sender = sender;
+                    submission.requested = requested.map(Box::new);
                 } else if let Command::Cancel(origin) = &mut command {
                     *origin = wire::origin(|name| received.header(name), received.sender());
                 }
@@ -126,7 +132,8 @@ impl Item {
     /// Bytes that it holds, including what has been decoded: a small message may decode to much.
     pub(super) fn size(&self) -> usize {
         let command = self.job.as_ref().map(|(_, command)| command);
-        self.work.size() + command.map_or(0, Command::decoded_bytes)
+        let output = self.untold_output.as_ref().map_or(0, String::len);
+        self.work.size() + command.map_or(0, Command::decoded_bytes) + output
     }
 
     /// The same, including the message's properties.
@@ -168,7 +175,12 @@ impl Item {
         error!("{}: {}", self.label(), one_line(&reason));
         let instead = self.job.take().and_then(|(id, command)| {
             let reason = format!("The orchestrator could not handle this job: {reason}.");
-            Some((id, command.instead(reason, by == Refuser::Broker)?))
+            let instead = command.instead(reason, by == Refuser::Broker);
+            if let Command::Result(completion) = command {
+                let output = completion.output_esdl.filter(|esdl| !esdl.is_empty());
+                self.untold_output = output.filter(|_| completion.succeeded);
+            }
+            Some((id, instead?))
         });
         self.list_workflows = false;
         // What the broker refuses is usually too big for any of its queues.
@@ -192,8 +204,8 @@ impl Item {
         self.has_waited = true;
         self.wait = None;
         let is_small = match &self.job {
-            // It still has to become a dead letter.
-            _ if self.dead_letter.is_some() => false,
+            // It still has to become a dead letter, or is all that there is of an output.
+            _ if self.dead_letter.is_some() || self.untold_output.is_some() => false,
             Some((_, command)) => size(command) <= SMALL,
             None => false,
         };

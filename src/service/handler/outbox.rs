@@ -1,5 +1,6 @@
 //! What a batch publishes, and what becomes of it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use super::failure::{Refuser, Trouble};
 use super::{Handler, Publishers};
 use crate::broker::{Delivered, Found, PublishError, Publisher};
 use crate::domain::job::{Publication, TaskInput};
+use crate::domain::overview::Delivery;
 use crate::store::KeptResult;
 use crate::wire::{self, Outgoing, celery};
 
@@ -26,13 +28,18 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// The output ESDLs of the results for these queues.
-    pub(super) fn results_for(&self, queues: &[String]) -> Vec<KeptResult> {
+    /// The output ESDLs of the results of these jobs.
+    pub(super) fn results_for(&self, jobs: &[(Uuid, Delivery)]) -> Vec<KeptResult<'static>> {
+        let queues = jobs.iter().map(|(job_id, _)| wire::result_queue(*job_id));
+        let queues: BTreeSet<_> = queues.collect();
         let messages = self.sdk.iter();
         let theirs = messages.filter(|message| queues.contains(&message.routing_key));
         let results = theirs.filter_map(|message| wire::output_of_result(&message.body));
         results
-            .map(|(job_id, esdl)| KeptResult { job_id, esdl })
+            .map(|(job_id, esdl)| KeptResult {
+                job_id,
+                esdl: Cow::Owned(esdl),
+            })
             .collect()
     }
 }
@@ -49,7 +56,7 @@ pub(super) struct Unavailable<'s> {
     pub(super) queues: BTreeSet<String>,
     pub(super) why: String,
     /// The queues of results that nobody is waiting for any more, or that are full.
-    pub(super) gone: Vec<String>,
+    pub(super) gone: Vec<(String, Delivery)>,
     /// No replica takes them for lost meanwhile.
     _doubt: Option<Doubt<'s>>,
 }
@@ -325,7 +332,8 @@ impl<'s> Handler<'s> {
         // The node may have been back by the time of the answer.
         for result in self.publish_or_ask(&full, &mut unavailable)? {
             warn!("{} takes no result", result.routing_key);
-            unavailable.gone.push(result.routing_key.clone());
+            let full = (result.routing_key.clone(), Delivery::FullQueue);
+            unavailable.gone.push(full);
         }
         Ok(unavailable)
     }
@@ -367,7 +375,7 @@ impl<'s> Handler<'s> {
                     (Found::There | Found::NotOurs, true) => full.push(*result),
                     (Found::Missing, _) | (Found::NotOurs, false) => {
                         info!("nobody is waiting any more in {queue}");
-                        unavailable.gone.push(queue.clone());
+                        unavailable.gone.push((queue.clone(), Delivery::NoQueue));
                     }
                     (Found::Unavailable(_) | Found::Silent, _) => {
                         unavailable.add(queue, &found.why_unavailable().unwrap_or_default());

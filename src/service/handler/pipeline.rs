@@ -1,6 +1,7 @@
 //! One attempt at a batch: lock, load, decide, write, publish, commit, tell, settle.
 
-use std::collections::{BTreeSet, HashMap};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::mem;
 use std::time::Instant;
 
@@ -15,11 +16,12 @@ use super::item::Item;
 use super::outbox::{Outbox, Unavailable};
 use super::{Common, Findings, Handler, MAX_BATCH_BYTES, letters};
 use crate::domain::batch::{self, Asked, Plan, Stalled, Wait};
-use crate::domain::job::{Context, Event};
+use crate::domain::job::{Command, Context, Event, Outcome, Requested, State};
+use crate::domain::overview::Delivery;
 use crate::domain::vhost::Vhost;
 use crate::domain::workflow::Catalogue;
 use crate::fault_point;
-use crate::store::{Connection, Loaded, Transaction};
+use crate::store::{Connection, KeptResult, Loaded, Transaction};
 use crate::telemetry::metrics::Stage;
 use crate::telemetry::report;
 use crate::wire::{self, Inbox};
@@ -61,6 +63,8 @@ impl Handler<'_> {
             concerns_turns,
             waits,
             stalled,
+            ended_before,
+            given_up,
         } = self.transact(batch, announcements, &mut connection)?;
         for Stalled { place, queue } in stalled {
             batch[place].stalled_on = Some(Destination::TaskQueue(queue));
@@ -79,12 +83,8 @@ impl Handler<'_> {
         let (announced, stalled): (Vec<_>, Vec<_>) = ending
             .into_iter()
             .partition(|job_id| !unavailable.queues.contains(&wire::result_queue(*job_id)));
-        if !unavailable.gone.is_empty() && !self.common.service.config.keep_results.is_zero() {
-            let results = announcements.results_for(&unavailable.gone);
-            for job_id in connection.keep_results(&results)? {
-                warn!("job {job_id}: its output ESDL is too large to be kept");
-            }
-        }
+        let untaken = untaken(batch, &announced, &unavailable, &ended_before);
+        self.keep_untaken(batch, announcements, &untaken, &given_up, &mut connection)?;
         if !announced.is_empty() {
             let keeps_logs = self.common.service.config.keep_logs;
             connection.settle(&announced, with_course, keeps_logs)?;
@@ -100,6 +100,37 @@ impl Handler<'_> {
             }
         }
         self.stall_on_clients(batch, &stalled, &unavailable);
+        Ok(())
+    }
+
+    /// Keeps the outputs of these jobs that their clients have not been told of, where that is wanted, and
+    /// notes what became of them; before their rows go.
+    fn keep_untaken(
+        &self,
+        batch: &[Item],
+        announcements: &Outbox,
+        untaken: &[(Uuid, Delivery)],
+        given_up: &[Uuid],
+        connection: &mut Connection,
+    ) -> Result<(), Trouble> {
+        if untaken.is_empty() {
+            return Ok(());
+        }
+        connection.note_deliveries(untaken)?;
+        if self.common.service.config.keep_results.is_zero() {
+            return Ok(());
+        }
+        let mut results = announcements.results_for(untaken);
+        results.extend(batch.iter().filter_map(|item| {
+            let (job_id, esdl) = (item.job.as_ref()?.0, item.untold_output.as_deref()?);
+            let is_refused = untaken.contains(&(job_id, Delivery::Refused));
+            let esdl = Cow::Borrowed(esdl);
+            is_refused.then_some(KeptResult { job_id, esdl })
+        }));
+        results.retain(|result| !given_up.contains(&result.job_id));
+        for job_id in connection.keep_results(&results)? {
+            warn!("job {job_id}: its output ESDL is too large to be kept");
+        }
         Ok(())
     }
 
@@ -214,11 +245,11 @@ impl Handler<'_> {
 
         let catalogue = self.common.service.catalogue.get();
         let mut plan = self.decide(batch, &loaded, &catalogue);
+        let ended_before = ended_before(&plan, &loaded);
         stopwatch.lap(Stage::Decide);
 
         let inputs = kept_inputs(&plan, &mut transaction)?;
-        transaction.write(&plan.transitions, &plan.series, loaded.now)?;
-        self.keep_submissions(batch, &plan, &mut transaction)?;
+        self.write(batch, &plan, loaded.now, &mut transaction)?;
         stopwatch.lap(Stage::Write);
         fault_point::reached("before publish");
         let taken = batch.iter().map(|item| item.work.size()).sum::<usize>();
@@ -256,7 +287,23 @@ impl Handler<'_> {
             ending: plan.ending.into_iter().collect(),
             waits: plan.waits,
             stalled: plan.stalled,
+            ended_before,
+            given_up: plan.given_up,
         })
+    }
+
+    /// Writes what has become of the jobs, and what is kept of them beside that.
+    fn write(
+        &self,
+        batch: &[Item],
+        plan: &Plan<'_>,
+        now: Timestamp,
+        transaction: &mut Transaction<'_>,
+    ) -> Result<(), Trouble> {
+        transaction.write(&plan.transitions, &plan.series, now)?;
+        self.keep_submissions(batch, plan, transaction)?;
+        note_submissions(plan, transaction)?;
+        self.forget_kept(plan, transaction)
     }
 
     /// Keeps what clients have submitted with this batch, where that is wanted.
@@ -276,13 +323,34 @@ impl Handler<'_> {
             )
         });
         let messages: Vec<_> = accepted
-            .filter_map(|report| Some((report.subject.id, batch[report.place].body()?)))
+            .filter_map(|report| {
+                let sender = match report.command {
+                    Command::Submit(submission) => submission.sender.as_deref(),
+                    _ => None,
+                };
+                Some((report.subject.id, batch[report.place].body()?, sender))
+            })
             .collect();
         if messages.is_empty() {
             return Ok(());
         }
         for job_id in transaction.keep_submissions(&messages)? {
             warn!("job {job_id}: what was submitted is too large to be kept");
+        }
+        Ok(())
+    }
+
+    /// Deletes what is kept of jobs for clients that have given them up.
+    fn forget_kept(
+        &self,
+        plan: &Plan<'_>,
+        transaction: &mut Transaction<'_>,
+    ) -> Result<(), Trouble> {
+        let config = &self.common.service.config;
+        // Else it is forgotten anyway.
+        let keeps = !config.keep_results.is_zero() || !config.keep_inputs.is_zero();
+        if keeps && !plan.given_up.is_empty() {
+            transaction.forget_kept(&plan.given_up)?;
         }
         Ok(())
     }
@@ -382,6 +450,85 @@ struct Committed {
     concerns_turns: bool,
     waits: Vec<Wait>,
     stalled: Vec<Stalled>,
+    /// Of those of them whose outcome had been committed before, what that was.
+    ended_before: HashMap<Uuid, Outcome>,
+    /// As in the plan.
+    given_up: Vec<Uuid>,
+}
+
+/// What became of the results of these jobs that are not in their clients' queues.
+fn untaken(
+    batch: &[Item],
+    announced: &[Uuid],
+    unavailable: &Unavailable<'_>,
+    ended_before: &HashMap<Uuid, Outcome>,
+) -> Vec<(Uuid, Delivery)> {
+    let mut untaken = BTreeMap::new();
+    for item in batch.iter().filter(|item| item.untold_output.is_some()) {
+        if let Some((job_id, _)) = &item.job
+            && announced.contains(job_id)
+            // Else it is what a step has left, or Postgres has refused it.
+            && ended_before.get(job_id) == Some(&Outcome::Succeeded)
+        {
+            untaken.insert(*job_id, Delivery::Refused);
+        }
+    }
+    if unavailable.gone.is_empty() {
+        return untaken.into_iter().collect();
+    }
+    let queues = announced.iter().map(|id| (wire::result_queue(*id), *id));
+    let queues: HashMap<_, _> = queues.collect();
+    // What has waited here has not been told before.
+    let waited = batch.iter().filter(|item| item.has_waited);
+    let waited: BTreeSet<_> = waited
+        .filter_map(|item| Some(item.job.as_ref()?.0))
+        .collect();
+    for (queue, delivery) in &unavailable.gone {
+        let Some(job_id) = queues.get(queue) else {
+            continue;
+        };
+        let may_have_been_told = ended_before.contains_key(job_id) && !waited.contains(job_id);
+        let delivery = match delivery {
+            Delivery::NoQueue if may_have_been_told => Delivery::NoQueueAgain,
+            other => *other,
+        };
+        untaken.entry(*job_id).or_insert(delivery);
+    }
+    untaken.into_iter().collect()
+}
+
+/// The outcomes of the jobs that end now, and had been committed before.
+fn ended_before(plan: &Plan<'_>, loaded: &Loaded) -> HashMap<Uuid, Outcome> {
+    let ending = plan.ending.iter();
+    let ended = ending.filter_map(|id| match loaded.states.get(id)? {
+        State::Ending(ending) => Some((*id, ending.ended.outcome)),
+        State::Unknown | State::Live(_) | State::Ended(_) => None,
+    });
+    ended.collect()
+}
+
+/// Notes who has had the jobs of this batch submitted that are not their clients' own.
+fn note_submissions(plan: &Plan<'_>, transaction: &mut Transaction<'_>) -> Result<(), Trouble> {
+    let requested = plan.reports.iter().filter_map(|report| {
+        let is_news = matches!(
+            report.event,
+            Event::Submitted { .. } | Event::Held { .. } | Event::Ended(_)
+        );
+        let Requested { by, again } = requested(report.command).filter(|_| is_news)?;
+        Some((report.subject.id, by, *again))
+    });
+    let requested: Vec<_> = requested.collect();
+    match requested.is_empty() {
+        true => Ok(()),
+        false => Ok(transaction.note_submissions(&requested)?),
+    }
+}
+
+fn requested(command: &Command) -> Option<&Requested> {
+    match command {
+        Command::Submit(submission) => submission.requested.as_deref(),
+        _ => None,
+    }
 }
 
 /// The input ESDLs that the batch's tasks need and that are in the database. So many that they

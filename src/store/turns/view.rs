@@ -7,8 +7,10 @@ use jiff::Timestamp;
 use postgres::Row;
 use uuid::Uuid;
 
+use super::change::acts;
 use crate::domain::overview::{QueueView, SEATS, TOLD, TurnView};
 use crate::domain::turns::{self, Limits};
+use crate::store::acts::hold;
 use crate::store::{Connection, StoreError};
 
 impl Connection {
@@ -44,10 +46,10 @@ impl Connection {
              SELECT queue, coalesce(held, 0) AS held, coalesce(on_hold, 0) AS on_hold,
                     coalesce(waiting, 0) AS waiting, coalesce(running, 0) AS running,
                     coalesce(seats, '{}') AS seats,
-                    coalesce((SELECT paused FROM queue_limit
-                              WHERE queue_limit.queue = shown.queue), false) AS is_operators
+                    coalesce(paused, false) AS is_operators, acts, changed_at
              FROM (unnest($1::varchar[]) AS limited (queue)
                    FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)) AS shown
+                  LEFT JOIN queue_limit USING (queue)
              ORDER BY queue"
         );
         let limited: Vec<_> = limits.keys().collect();
@@ -63,6 +65,7 @@ impl Connection {
                 running: row.try_get("running")?,
                 seats: row.try_get("seats")?,
                 is_paused_by_operator: row.try_get("is_operators")?,
+                acts: acts(row)?,
                 order: Vec::new(),
                 name,
             });
@@ -102,6 +105,7 @@ pub(in crate::store) fn view(row: &Row) -> anyhow::Result<Option<TurnView>> {
         owner: row.try_get("turn_owner")?,
         since: row.try_get("held_at")?,
         on_hold: row.try_get("on_hold")?,
+        hold: hold(row)?,
     }))
 }
 

@@ -113,6 +113,7 @@ impl Story {
             priority: Priority::High,
             timeout_ms: Some(60_000),
             sender: None,
+            requested: None,
         }))
     }
 
@@ -849,6 +850,7 @@ impl World {
                 priority: Priority::Medium,
                 timeout_ms: Some(200_000),
                 sender: None,
+                requested: None,
             })),
             Happening::Cancel => self.messages.push(Command::Cancel(Origin::default())),
             Happening::Taken(index) if !self.queued.is_empty() => {

@@ -4,7 +4,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::*;
-use crate::domain::job::JobStatus;
+use crate::domain::job::{JobStatus, Via};
 use crate::domain::overview::{End, TurnView};
 use crate::proto::WorkflowParameter;
 
@@ -135,6 +135,65 @@ fn a_plain_job_is_submitted_started_and_ends() {
         "50 Succeeded; its result has 7 bytes",
     ];
     assert_eq!(told(&job, &rows), expected);
+}
+
+fn act(second: i64, deed: Deed) -> Act {
+    let by = Origin::new(Via::Page, Some("an\nna"), Some("10.0.0.7"));
+    Act {
+        at: at(second),
+        deed,
+        by: Some(by),
+    }
+}
+
+#[test]
+fn what_somebody_has_done_to_a_job_is_told() {
+    let job = JobView {
+        priority: Some(Priority::Low),
+        ..ended(Outcome::Succeeded)
+    };
+    let prioritised = |was, priority| Deed::Prioritised { was, priority };
+    let rows = Rows {
+        acts: vec![
+            act(0, Deed::RanAgain(Uuid::from_u128(7))),
+            act(1, prioritised(Some(Priority::Medium), Priority::High)),
+            act(2, Deed::Held),
+            Act {
+                by: None,
+                ..act(3, Deed::Released)
+            },
+            act(4, Deed::MovedFirst),
+            act(5, prioritised(Some(Priority::High), Priority::Low)),
+            act(6, Deed::LetGo),
+        ],
+        acts_left_out: 3,
+        runs: vec![Run {
+            id: Uuid::from_u128(9),
+            at: at(60),
+            by: act(60, Deed::Submitted).by,
+        }],
+        ..started()
+    };
+    let by = "an\\nna, by the status page, from 10.0.0.7";
+    let (of, again) = (Uuid::from_u128(7), Uuid::from_u128(9));
+    let expected = [
+        format!(
+            "0 Submitted to `simulator`, and handed over at once; by {by}; runs again what job {of} was; its priority is medium"
+        ),
+        format!("1 Given the priority high by {by}; it was medium"),
+        format!("2 Put on hold by {by}"),
+        "3 Released by somebody".to_owned(),
+        format!("4 Moved before all others by {by}"),
+        format!("5 Given the priority low by {by}; it was high"),
+        format!("6 Released by {by}; whatever its queue allows; 3 more acts are not kept"),
+        "10 Started".to_owned(),
+        "50 Succeeded".to_owned(),
+        format!("60 Run again as job {again} by {by}"),
+    ];
+    assert_eq!(told(&job, &rows), expected);
+    let story = Story::new(job, rows);
+    assert_eq!(story.runs_again, Some(of));
+    assert_eq!(story.run_again_as, [again]);
 }
 
 #[rstest]
@@ -284,6 +343,7 @@ fn a_job_that_was_held_tells_since_when() {
             owner: "anna".to_owned(),
             since: at(0),
             on_hold: false,
+            hold: None,
         }),
         ..waiting()
     };

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 use rstest::rstest;
 
 use super::*;
-use crate::domain::job::Progress;
+use crate::domain::acts::{Done, QueueActs};
+use crate::domain::job::{Origin, Progress, Via};
 use crate::domain::overview::tests::waiting as at_place;
 use crate::domain::overview::{Depth, End, Queue, Queues, WorkflowRows};
 use crate::domain::vhost::Vhost;
@@ -61,6 +62,7 @@ fn held() -> JobView {
             owner: "anna".to_owned(),
             since: minute(180),
             on_hold: false,
+            hold: None,
         }),
         ..waiting()
     }
@@ -244,6 +246,14 @@ fn limited(limit: QueueLimit) -> QueueView {
         order: Vec::new(),
         seats: vec![id(0x1234_abcd)],
         is_paused_by_operator: true,
+        acts: QueueActs::default(),
+    }
+}
+
+fn done() -> Done {
+    Done {
+        at: minute(193),
+        by: Origin::new(Via::Page, Some("anna"), Some("10.0.0.7")),
     }
 }
 
@@ -314,6 +324,20 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::on_hold(
     change(held(), |job| job.turn.as_mut().unwrap().on_hold = true), at_turn(seats(1)),
     "Held: an operator does not let it go.")]
+#[case::on_hold_of_somebody(
+    change(held(), |job| {
+        let turn = job.turn.as_mut().unwrap();
+        (turn.on_hold, turn.hold) = (true, Some(done()));
+    }),
+    at_turn(seats(1)),
+    "Held: anna does not let it go since 03:13.")]
+#[case::paused_by_somebody(
+    held(),
+    at_turn(QueueView {
+        acts: QueueActs { paused: Some(done()), limited: None },
+        ..paused(true)
+    }),
+    "Held: `simulator` is paused by anna since 03:13.")]
 #[case::no_view(held(), nothing(), "Held: waits for its turn at `simulator`.")]
 #[case::paused(
     held(),

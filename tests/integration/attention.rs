@@ -155,7 +155,7 @@ fn the_job_of_a_silent_worker_is_told_with_what_to_do() {
         "{page}"
     );
     assert!(
-        page.contains(&format!("It has <a href=\"/jobs/{job}\"")),
+        page.contains(&format!("It computes <a href=\"/jobs/{job}\"")),
         "{page}"
     );
     worker.signal("-CONT");

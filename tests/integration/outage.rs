@@ -38,7 +38,7 @@ fn a_killed_postgres_is_the_one_trouble() {
     assert_eq!(status, 503);
     assert_eq!(page.matches("class=\"trouble").count(), 1, "{page}");
     assert!(
-        page.contains("<div class=\"lead\"><p><b>Postgres does not answer</b>, for "),
+        page.contains("<div class=\"lead\"><p><b>Postgres does not answer</b> for "),
         "{page}"
     );
     assert!(page.contains("What follows from it"), "{page}");

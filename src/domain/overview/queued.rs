@@ -5,7 +5,6 @@ use serde::Serialize;
 
 use super::{Overview, spoken};
 use crate::domain::text::one_line;
-use crate::domain::vhost::Vhost;
 
 /// Tasks that wait in RabbitMQ, as far as the database knows: of a workflow without several steps, or of a
 /// step.
@@ -66,16 +65,12 @@ impl Overview {
             if of == [one_line(queue)] {
                 of.clear();
             }
-            let mut all = queues.queues.iter();
-            let own = all.find(|one| one.vhost == Vhost::Celery && one.name == *queue);
             LonelyQueue {
                 queue: queue.clone(),
                 of,
                 waiting: of_it.iter().map(|one| one.waiting).sum(),
                 oldest: of_it.iter().map(|one| one.oldest).min(),
-                messages: own
-                    .and_then(|one| one.depth)
-                    .map_or(0, |depth| depth.messages),
+                messages: queues.waiting(queue),
                 since: *since,
             }
         });
@@ -133,6 +128,7 @@ mod tests {
 
     use super::*;
     use crate::domain::overview::{Depth, Queue, Queues};
+    use crate::domain::vhost::Vhost;
 
     fn at(minute: i64) -> Timestamp {
         Timestamp::from_second(minute * 60).unwrap()

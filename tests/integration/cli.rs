@@ -9,9 +9,7 @@ use std::process::{Child, Command, Stdio};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::harness::deployment::{
-    Deployment, Server, close_a_connection, eventually, management, setting,
-};
+use crate::harness::deployment::{Deployment, close_a_connection, eventually, management, setting};
 use crate::harness::peers::{Client, Worker};
 
 const INPUT: &str = "<esdl:EnergySystem xmlns:esdl='e' id='in'/>";
@@ -291,7 +289,8 @@ fn a_job_is_followed_on_when_rabbitmq_is_back() {
     for said in [&mut said, &mut other_said] {
         heard(said, "status ENQUEUED");
     }
-    deployment.kill_server(Server::RabbitMq);
+    // Queues that are so new would not outlive a kill.
+    deployment.rabbitmqctl(&["stop_app"]);
     heard(&mut said, "is followed again as soon as RabbitMQ answers");
     // Whoever has enough of it is told how to learn more.
     heard(
@@ -305,7 +304,7 @@ fn a_job_is_followed_on_when_rabbitmq_is_back() {
     assert!(last.contains("`jobs show "), "{last}");
     assert_eq!(other.wait().unwrap().code(), Some(1));
 
-    deployment.start_server(Server::RabbitMq);
+    deployment.rabbitmqctl(&["start_app"]);
     service.wait_until_ready();
     let worker = Worker::of_existing(&deployment, "workflow_1");
     heard(&mut said, "RabbitMQ answers again");

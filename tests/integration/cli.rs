@@ -9,9 +9,7 @@ use std::process::{Child, Command, Stdio};
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::harness::deployment::{
-    Deployment, Server, close_a_connection, eventually, management, setting,
-};
+use crate::harness::deployment::{Deployment, close_a_connection, eventually, management, setting};
 use crate::harness::peers::{Client, Worker};
 
 const INPUT: &str = "<esdl:EnergySystem xmlns:esdl='e' id='in'/>";
@@ -282,30 +280,30 @@ fn interrupt(child: &Child) {
 fn a_job_is_followed_on_when_rabbitmq_is_back() {
     let deployment = Deployment::with_own_servers();
     let service = deployment.start();
-    let mut child = submitting(&deployment, &["--output", "out.esdl"])
-        .spawn()
-        .unwrap();
-    let mut other = submitting(&deployment, &[]).spawn().unwrap();
-    let [mut said, mut other_said] =
-        [&mut child, &mut other].map(|child| BufReader::new(child.stderr.take().unwrap()).lines());
+    let submit = |more: &[&str]| Stub(submitting(&deployment, more).spawn().unwrap());
+    let mut child = submit(&["--output", "out.esdl"]);
+    let mut other = submit(&[]);
+    let [mut said, mut other_said] = [&mut child, &mut other]
+        .map(|child| BufReader::new(child.0.stderr.take().unwrap()).lines());
     for said in [&mut said, &mut other_said] {
         heard(said, "status ENQUEUED");
     }
-    deployment.kill_server(Server::RabbitMq);
+    // Queues that are so new would not outlive a kill.
+    deployment.rabbitmqctl(&["stop_app"]);
     heard(&mut said, "is followed again as soon as RabbitMQ answers");
     // Whoever has enough of it is told how to learn more.
     heard(
         &mut other_said,
         "is followed again as soon as RabbitMQ answers",
     );
-    interrupt(&other);
+    interrupt(&other.0);
     heard(&mut other_said, "once more gives up");
-    interrupt(&other);
+    interrupt(&other.0);
     let last = heard(&mut other_said, "is followed no further");
     assert!(last.contains("`jobs show "), "{last}");
-    assert_eq!(other.wait().unwrap().code(), Some(1));
+    assert_eq!(other.0.wait().unwrap().code(), Some(1));
 
-    deployment.start_server(Server::RabbitMq);
+    deployment.rabbitmqctl(&["start_app"]);
     service.wait_until_ready();
     let worker = Worker::of_existing(&deployment, "workflow_1");
     heard(&mut said, "RabbitMQ answers again");
@@ -313,7 +311,7 @@ fn a_job_is_followed_on_when_rabbitmq_is_back() {
         worker.succeed(&worker.take(), "<e id='out'/>");
     }
     heard(&mut said, "result SUCCEEDED");
-    assert!(child.wait().unwrap().success());
+    assert!(child.0.wait().unwrap().success());
     let written = fs::read_to_string(deployment.folder.join("out.esdl")).unwrap();
     assert_eq!(written, "<e id='out'/>");
 }

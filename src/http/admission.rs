@@ -133,16 +133,17 @@ pub(super) fn admit(
     if !["GET", "HEAD"].contains(&request.method.as_str()) {
         return Err(refuse((405, "only GET and HEAD".to_owned())));
     }
-    if matches!(route, Route::Follow(_) | Route::Letters) {
-        // It takes one of few places, or goes through all dead letters.
+    if matches!(route, Route::Follow(_)) {
+        // It takes one of few places.
         comes_from_here(request, &visit)?;
     }
     if matches!(route, Route::SubmitForm(_)) {
         may_act(request, &visit)?;
     }
-    if matches!(route, Route::Confirm(_)) {
+    if matches!(route, Route::Confirm(_) | Route::Letters) {
         may_act(request, &visit)?;
-        // It costs something to find out what is asked about.
+        // It costs something to find out what is asked about; to a quorum queue a look at a letter is a
+        // delivery, of which it may have a limit.
         comes_from_here(request, &visit)?;
         let says_where_from = ["sec-fetch-site", "origin"].map(|name| request.header(name));
         if visit.needs_pass && says_where_from.iter().all(Option::is_none) {

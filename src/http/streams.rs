@@ -249,11 +249,11 @@ impl Hub {
             return false;
         };
         told.seen_at = Some(at);
-        told.looks += 1;
         let is_old = told.told_at.is_none_or(|told_at| now >= told_at + LASTS);
         let differs = says.news != told.says.news || (is_old && says.all != told.says.all);
         let is_news = told.newest.is_none() || differs || seen.is_last != told.has_ended;
-        if !is_news && told.promised < told.looks {
+        if !is_news && told.promised < told.looks + 1 {
+            told.looks += 1;
             return false;
         }
         let known = told.known.clone();
@@ -264,6 +264,8 @@ impl Hub {
         let Some(told) = topics.by_id.get_mut(&id) else {
             return false;
         };
+        // With what it has shown: whoever waits for it has no use for the one before.
+        told.looks += 1;
         told.has_ended = seen.is_last;
         // Of what is no news only those are told who wait for a look.
         match is_news {

@@ -14,7 +14,7 @@ use super::page::{self, Frame, Sheet};
 use super::server::Response;
 use super::streams::{Seen, Topic};
 use super::{Endpoint, Question, Route, acting, html, json_response, refusal, submitting};
-use crate::domain::overview::{Filter, JobName, Overview, compare};
+use crate::domain::overview::{Filter, JobName, MAX_LIMIT, Overview, compare};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
@@ -308,8 +308,12 @@ fn sheet(
     };
     let mut page = service.page(connection, &filter)?;
     overview.explain(&mut page.jobs, frame.now);
-    // How all is does not depend on what is looked at.
-    let whole = Filter::default();
+    // How all is does not depend on what is looked at: running jobs, which come first, are those that may
+    // need a look.
+    let running: i64 = overview.rows.values().map(|rows| rows.running).sum();
+    let mut whole = Filter::default();
+    let running = u16::try_from(running).unwrap_or(MAX_LIMIT);
+    whole.limit = running.clamp(whole.limit, MAX_LIMIT);
     let first = match filter == whole {
         true => page.jobs.clone(),
         false => {

@@ -237,20 +237,20 @@ fn dead_letters_are_requeued() {
         page.body.contains("2 messages").then_some(page)
     });
     page.is(200, "/dead-letters");
-    // What they are is there before anything is done, for whoever only looks too.
+    // What they are is there before anything is done. A look may count as a delivery.
     let ben = Operator::at(&service, BEN);
-    for one in [&anna, &ben] {
-        let page = one.get("/dead-letters").is(200, "2 dead letters");
-        for what in [
-            "job_deletions",
-            "SDK",
-            "failed to decode Protobuf message",
-            "<td class=\"number\">1</td>",
-        ] {
-            assert!(page.body.contains(what), "{what}: {}", page.body);
-        }
-        let may_act = page.body.contains("/confirm?do=requeue");
-        assert_eq!(may_act, std::ptr::eq(one, &anna), "{}", page.body);
+    ben.get("/dead-letters").is(403, "");
+    let page = ben.get("/").is(200, "dead-letters list");
+    assert!(!page.body.contains("\"/dead-letters\""), "{}", page.body);
+    let page = anna.get("/dead-letters").is(200, "2 dead letters");
+    for what in [
+        "job_deletions",
+        "SDK",
+        "failed to decode Protobuf message",
+        "<td class=\"number\">1</td>",
+        "/confirm?do=requeue",
+    ] {
+        assert!(page.body.contains(what), "{what}: {}", page.body);
     }
     assert_eq!(letters(), 2);
     let asked = anna

@@ -41,7 +41,7 @@ pub struct Why {
 
 impl Overview {
     /// The workers, if they were looked at lately: they may do something else by now.
-    fn seen_workers(&self, now: Timestamp) -> Option<&Workers> {
+    pub fn seen_workers(&self, now: Timestamp) -> Option<&Workers> {
         let workers = self.workers.as_ref().filter(|_| !self.is_cut_off)?;
         (now.duration_since(workers.looked_at?) <= FRESH).then_some(workers)
     }

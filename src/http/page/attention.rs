@@ -36,7 +36,7 @@ pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) 
     let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
     // Without RabbitMQ nobody knows.
     let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
-    if let (Some(workers), true) = (&overview.workers, rabbitmq_works) {
+    if let (Some(workers), true) = (overview.seen_workers(now), rabbitmq_works) {
         all.extend(workers::matters(workers, now));
     }
     all
@@ -132,8 +132,9 @@ fn dead_letters(count: u32, frame: &Frame<'_>) -> Matter {
         short: format!("{count} dead letter{}", if one { "" } else { "s" }),
         full: html! {
             (count) @if one { " message" } @else { " messages" } " could not be handled. "
-            a.button href=(super::LETTERS) { @if one { "See what it is" } @else { "See what they are" } }
-            @if frame.acting.is_none() { " " (command("omotes-orchestrator dead-letters list")) }
+            @if frame.acting.is_some() {
+                a.button href=(super::LETTERS) { @if one { "See what it is" } @else { "See what they are" } }
+            } @else { (command("omotes-orchestrator dead-letters list")) }
         },
     }
 }

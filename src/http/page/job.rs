@@ -42,9 +42,9 @@ pub(in crate::http) fn job(frame: &Frame<'_>, story: &Story) -> Sheet {
     };
     let sheet = Sheet::new(title, content);
     match job.state {
-        JobState::Live(_) => sheet.live(super::events_of(job.id)),
         // Nothing of it changes any more.
-        JobState::Ended(_) => sheet,
+        JobState::Ended(_) if job.ends.is_told => sheet,
+        JobState::Live(_) | JobState::Ended(_) => sheet.live(super::events_of(job.id)),
     }
 }
 

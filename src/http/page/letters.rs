@@ -1,9 +1,9 @@
 //! Dead letters, for whoever wants to know what they are before anything is done about them.
 
+use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::layout::{Frame, Sheet, troubles};
-use super::words::command;
 use crate::actions::counted;
 use crate::domain::vhost::Vhost;
 use crate::telemetry::report::one_line;
@@ -33,10 +33,7 @@ pub(in crate::http) fn letters(frame: &Frame<'_>, first: &[Letter], count: usize
         } @else {
             p { "Messages that could not be handled, as they came. " (ONCE_MORE) }
             (table(first, count, None))
-            div.actions {
-                @if let Some(acting) = frame.acting { (acting.letters()) }
-                @else { (command("omotes-orchestrator dead-letters list")) }
-            }
+            @if let Some(acting) = frame.acting { div.actions { (acting.letters()) } }
         }
     };
     Sheet::new("Dead letters", content)
@@ -57,7 +54,7 @@ pub(super) fn table(
             } }
             tbody { @for letter in first { tr {
                 th.nowrap scope="row" { (one_line(&letter.queue)) span.dim { ", " (letter.vhost.name()) } }
-                td.nowrap { (one_line(whole_seconds(&letter.time))) }
+                td.nowrap { (to_the_second(&letter.time)) }
                 td.number { (letter.bytes) }
                 td.message { (one_line(&letter.reason)) }
                 td { code { (one_line(&letter.id)) } }
@@ -68,7 +65,10 @@ pub(super) fn table(
     }
 }
 
-/// A time as it is written into a letter, without its fractions.
-fn whole_seconds(time: &str) -> &str {
-    time.split_once('.').map_or(time, |(seconds, _)| seconds)
+/// A letter has its time as a text, which may come from anybody.
+fn to_the_second(time: &str) -> String {
+    match time.parse::<Timestamp>() {
+        Ok(time) => format!("{time:.0}"),
+        Err(_) => one_line(time),
+    }
 }

@@ -37,7 +37,7 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
         short: "a worker computes for nobody".to_owned(),
         full: html! {
             "The worker " b { (one_line(&one.worker.host)) } " computes " (computes(one.task, now))
-            ". It is told to stop at each look; if it goes on, restart it."
+            ". It has been told to stop; if it goes on, restart it."
         },
     });
     silent.chain(lost).chain(in_vain).collect()

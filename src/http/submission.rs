@@ -256,13 +256,17 @@ pub(super) fn changes(
     own: &Map<String, Value>,
 ) -> Result<Map<String, Value>, Vec<String>> {
     let before = written(definitions, own);
-    // A field is filled in with the default of what the job has not.
-    let is_default = |(key, text): &(String, String)| {
+    let is_untouched = |(key, text): &&(String, String)| {
         let definition = definitions.iter().find(|one| one.key_name == *key);
-        !own.contains_key(key) && definition.and_then(default).as_ref() == Some(text)
+        definition.is_some_and(|definition| {
+            let own = before.iter().find(|(one, _)| one == key);
+            // A field is filled in with the default of what the job has not.
+            let own = own.map(|(_, own)| own.clone());
+            let own = own.or_else(|| default(definition));
+            own.is_some_and(|own| is_given_back(definition, &own, text))
+        })
     };
-    let changed = filled.iter();
-    let changed = changed.filter(|one| !before.contains(one) && !is_default(one));
+    let changed = filled.iter().filter(|one| !is_untouched(one));
     let changed = Filled {
         params: changed.cloned().collect(),
         ..Filled::default()
@@ -284,16 +288,34 @@ pub(super) fn changes(
     }
 }
 
+/// Whether a field with `own` that nobody touches gives `text` back: an `input` has no line breaks, and a
+/// browser leaves out seconds that are 0.
+fn is_given_back(definition: &WorkflowParameter, own: &str, text: &str) -> bool {
+    let is_time = matches!(
+        definition.parameter_type,
+        Some(ParameterType::DatetimeParameter(_))
+    );
+    if is_time && let (Some(own), Some(time)) = (second(own), second(text)) {
+        return own == time;
+    }
+    let letters = |text: &str| text.replace(['\r', '\n'], "");
+    letters(own) == letters(text)
+}
+
 /// The seconds since 1970 of a time in UTC.
 fn seconds(text: &str) -> Option<f64> {
-    let time: DateTime = text.trim().parse().ok()?;
-    let time = time.to_zoned(TimeZone::UTC).ok()?;
     #[expect(
         clippy::cast_precision_loss,
         reason = "what comes over the wire is a double as well"
     )]
-    let seconds = time.timestamp().as_second() as f64;
-    Some(seconds)
+    second(text).map(|second| second as f64)
+}
+
+/// The same, without fractions.
+fn second(text: &str) -> Option<i64> {
+    let time: DateTime = text.trim().parse().ok()?;
+    let time = time.to_zoned(TimeZone::UTC).ok()?;
+    Some(time.timestamp().as_second())
 }
 
 #[cfg(test)]
@@ -439,5 +461,40 @@ mod tests {
         assert!(faults[0].contains("price is 500"), "{faults:?}");
         let faults = changed(&[text("prise", "5")]).unwrap_err();
         assert_eq!(faults, ["prise is not known here"]);
+    }
+
+    #[rstest]
+    #[case("string", json!({}), json!("a\r\nb\n"), "ab")]
+    #[case("string", json!({"default": "d"}), json!(""), "")]
+    #[case("string", json!({"default": "a\nb"}), json!(null), "ab")]
+    #[case("boolean", json!({"default": true}), json!("a\nb"), "a\r\nb")]
+    #[case("boolean", json!({"default": true}), json!(1.0), "1.0")]
+    #[case("float", json!({"default": 1.5}), json!(null), "1.5")]
+    #[case("datetime", json!({}), json!(86_400.0), "1970-01-02T00:00")]
+    #[case("datetime", json!({}), json!(86_400.75), "1970-01-02T00:00")]
+    #[case("datetime", json!({}), json!(86_401.75), "1970-01-02T00:00:01")]
+    #[case("datetime", json!({}), json!(-0.5), "1969-12-31T23:59:59")]
+    #[case("datetime", json!({}), json!("1970-01-02 00:00:00"), "1970-01-02T00:00")]
+    #[case("datetime", json!({"default": "1970-01-02T00:00:00"}), json!(1e300), "1970-01-02T00:00")]
+    fn what_a_browser_makes_of_a_field_that_nobody_touches_is_no_change(
+        #[case] kind: &str,
+        #[case] more: Value,
+        #[case] own: Value,
+        #[case] given_back: &str,
+    ) {
+        let mut parameter = json!({"key_name": "x", "parameter_type": kind});
+        let members = parameter.as_object_mut().unwrap();
+        members.extend(more.as_object().unwrap().clone());
+        let file = json!([{
+            "workflow_type_name": "w",
+            "workflow_type_description_name": "W",
+            "workflow_parameters": [parameter],
+        }]);
+        let catalogue = Catalogue::parse(&file.to_string()).unwrap();
+        let definitions = &catalogue.definition("w").unwrap().parameters;
+        let own = json!({"x": own});
+        let filled = [("x".to_owned(), given_back.to_owned())];
+        let changed = changes(&filled, definitions, own.as_object().unwrap());
+        assert_eq!(changed, Ok(Map::new()));
     }
 }

@@ -301,6 +301,7 @@ fn a_job_is_followed_on_when_rabbitmq_is_back() {
     interrupt(&other.0);
     let last = heard(&mut other_said, "is followed no further");
     assert!(last.contains("`jobs show "), "{last}");
+    assert!(last.contains("NOT cancelled"), "{last}");
     assert_eq!(other.0.wait().unwrap().code(), Some(1));
 
     deployment.rabbitmqctl(&["start_app"]);

@@ -268,8 +268,7 @@ impl Follower {
         if !by_somebody {
             self.interrupts = never();
         } else if self.is_cancelled {
-            let why = anyhow!("gave up waiting for the cancelled job");
-            return Err(self.left_alone(why));
+            return Err(self.left_alone(anyhow!("gave up waiting for the job")));
         } else {
             (self.is_cancelled, self.owes_cancel) = (true, true);
             self.display
@@ -308,23 +307,36 @@ impl Follower {
                     return Ok(links);
                 }
                 Ok(_) => {
+                    let why = left(self.job_id, self.owes_cancel, false);
                     let gone = anyhow!("the job's queues are gone from RabbitMQ");
-                    return Err(self.left_alone(gone));
+                    return Err(gone.context(why));
                 }
                 Err(_) => {}
             }
         }
     }
 
-    /// Why the job is followed no further, and how to learn what becomes of it.
+    /// Why the job is followed no further, while its queues are there.
     fn left_alone(&self, why: anyhow::Error) -> anyhow::Error {
-        let id = self.job_id;
-        why.context(format!(
-            "job {id} is followed no further: `jobs show {id}` says how it does; its result stays in the queue {} \
-             for 48 h",
-            wire::result_queue(id)
-        ))
+        why.context(left(self.job_id, self.owes_cancel, true))
     }
+}
+
+/// That a job is followed no further, and how to learn what becomes of it; of a cancel that RabbitMQ was not
+/// told of, how to do it.
+fn left(job_id: Uuid, owes_cancel: bool, has_queues: bool) -> String {
+    let mut text =
+        format!("job {job_id} is followed no further: `jobs show {job_id}` says how it does");
+    if owes_cancel {
+        text += &format!(
+            "; it was NOT cancelled, as RabbitMQ could not be told: `jobs cancel {job_id}` cancels it"
+        );
+    }
+    if has_queues {
+        let queue = wire::result_queue(job_id);
+        text += &format!("; its result stays in the queue {queue} for 48 h");
+    }
+    text
 }
 
 /// Consumes the job's queues for its status, its progress and its result, until `stopped`. Each update
@@ -395,4 +407,27 @@ fn show_result(output: Output, result: &JobResult) -> anyhow::Result<()> {
         say_aside(format_args!("{said}"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_leaves_a_job_is_told_what_it_is_left_to() {
+        let id = Uuid::nil();
+        let [cancel, stays] = [
+            format!("NOT cancelled, as RabbitMQ could not be told: `jobs cancel {id}`"),
+            wire::result_queue(id),
+        ];
+        for owes_cancel in [false, true] {
+            for has_queues in [false, true] {
+                let text = left(id, owes_cancel, has_queues);
+                assert!(text.contains(&format!("`jobs show {id}`")), "{text}");
+                assert_eq!(text.contains(&cancel), owes_cancel, "{text}");
+                assert_eq!(text.contains(&stays), has_queues, "{text}");
+                assert_eq!(text.contains("48 h"), has_queues, "{text}");
+            }
+        }
+    }
 }

@@ -213,12 +213,26 @@ fn input(
     }
 }
 
+/// The option of a value that is none of the others: a browser would choose the first of these instead.
+fn other(value: Option<&str>) -> Markup {
+    html! {
+        @if let Some(value) = value {
+            option value=(value) selected { @if value.is_empty() { "(empty)" } @else { (one_line(value)) } }
+        }
+    }
+}
+
 fn truth(id: &str, about: &str, name: &str, default: Option<bool>, filled: Option<&str>) -> Markup {
     let of_default = default.map(|value| value.to_string());
     let chosen = filled.map(str::to_owned).or(of_default);
+    let is_option = |text: &str| match text {
+        "" => default.is_none(),
+        text => ["true", "false"].contains(&text),
+    };
     html! {
         select id=(id) name=(name) aria-describedby=(about) required[default.is_none()] {
             @if default.is_none() { option value="" { "Choose" } }
+            (other(filled.filter(|text| !is_option(text))))
             @for value in ["true", "false"] {
                 option value=(value) selected[chosen.as_deref() == Some(value)] { (value) }
             }
@@ -236,11 +250,13 @@ fn options(
     let chosen = filled.or(kind.default.as_deref());
     let is_option = |key: &str| kind.enum_options.iter().any(|one| one.key_name == key);
     let has_default = kind.default.as_deref().is_some_and(is_option);
+    let is_other = |text: &&str| !is_option(text) && (has_default || !text.is_empty());
     html! {
         select id=(id) name=(name) aria-describedby=(about) required[kind.default.is_none()] {
             @if !has_default {
                 option value="" { @match &kind.default { Some(default) => { (one_line(default)) } None => { "Choose" } } }
             }
+            (other(filled.filter(is_other)))
             @for option in &kind.enum_options {
                 option value=(option.key_name) selected[chosen == Some(&option.key_name)] {
                     (one_line(if option.display_name.is_empty() { &option.key_name } else { &option.display_name }))
@@ -299,5 +315,68 @@ fn hints(kind: &ParameterType, constraints: &[Constraint]) -> String {
     match hints.is_empty() {
         true => String::new(),
         false => format!("{}.", hints.join("; ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::domain::workflow::Catalogue;
+
+    #[rstest]
+    #[case("string", json!({}), Some("b"), &["", "a", "*b"])]
+    #[case("string", json!({}), Some("c"), &["", "*c", "a", "b"])]
+    #[case("string", json!({}), Some(""), &["", "a", "b"])]
+    #[case("string", json!({"default": "b"}), None, &["a", "*b"])]
+    #[case("string", json!({"default": "b"}), Some("c\nd"), &["*c\nd", "a", "b"])]
+    #[case("string", json!({"default": "b"}), Some(""), &["*", "a", "b"])]
+    #[case("string", json!({"default": "d"}), None, &["", "a", "b"])]
+    #[case("boolean", json!({}), None, &["", "true", "false"])]
+    #[case("boolean", json!({}), Some("1.0"), &["", "*1.0", "true", "false"])]
+    #[case("boolean", json!({"default": true}), Some("false"), &["true", "*false"])]
+    #[case("boolean", json!({"default": true}), Some("1.0"), &["*1.0", "true", "false"])]
+    #[case("boolean", json!({"default": true}), Some(""), &["*", "true", "false"])]
+    fn what_was_filled_in_is_chosen_even_if_it_is_no_option(
+        #[case] kind: &str,
+        #[case] more: Value,
+        #[case] value: Option<&str>,
+        #[case] expected: &[&str],
+    ) {
+        let mut parameter = json!({"key_name": "x", "parameter_type": kind});
+        let members = parameter.as_object_mut().unwrap();
+        members.extend(more.as_object().unwrap().clone());
+        if kind == "string" {
+            let option = |key: &str| json!({"key_name": key, "display_name": key});
+            members.insert("enum_options".to_owned(), json!([option("a"), option("b")]));
+        }
+        let file = json!([{
+            "workflow_type_name": "w",
+            "workflow_type_description_name": "W",
+            "workflow_parameters": [parameter],
+        }]);
+        let catalogue = Catalogue::parse(&file.to_string()).unwrap();
+        let parameter = &catalogue.definition("w").unwrap().parameters[0];
+        let filled = Filled {
+            params: value
+                .map(|value| ("x".to_owned(), value.to_owned()))
+                .into_iter()
+                .collect(),
+            ..Filled::default()
+        };
+        let page = field(0, parameter, &filled, false).into_string();
+        // The selected one has a star before it.
+        let options = page.split("<option value=\"").skip(1).map(|option| {
+            let (value, rest) = option.split_once('"').unwrap();
+            let star = if rest.starts_with(" selected") {
+                "*"
+            } else {
+                ""
+            };
+            format!("{star}{value}")
+        });
+        assert_eq!(options.collect::<Vec<_>>(), expected);
     }
 }

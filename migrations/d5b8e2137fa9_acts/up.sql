@@ -17,9 +17,10 @@ CREATE TABLE job_act (
     PRIMARY KEY (job_id, number)
 );
 CREATE INDEX job_act_other_idx ON job_act (other) WHERE other IS NOT NULL;
--- Who has changed what is allowed there, and when, as JSON: the last pause, and the last limit.
-ALTER TABLE queue_limit ADD COLUMN acts text;
--- Whose a submission was, where its message has said that: another run of it is theirs too.
-ALTER TABLE job_submission ADD COLUMN sender varchar;
+-- The tables in the order in which the service's transactions lock them.
 -- What became of the result that its client was told. Null in rows of earlier versions.
 ALTER TABLE job_story ADD COLUMN delivery varchar;
+-- Whose a submission was, where its message has said that: another run of it is theirs too.
+ALTER TABLE job_submission ADD COLUMN sender varchar;
+-- Who has changed what is allowed there, and when, as JSON: the last pause, and the last limit.
+ALTER TABLE queue_limit ADD COLUMN acts text;

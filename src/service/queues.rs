@@ -243,7 +243,11 @@ impl WithoutWorker {
             let oldest = past.oldest.get(name).copied();
             let (noticed, since) = match past.deserted.get(name) {
                 // Its workers were gone before: none of them is on its way back.
-                Some(until) => (*until, oldest.map_or(*until, |oldest| oldest.max(*until))),
+                Some(until) => {
+                    let since = oldest.map_or(*until, |oldest| oldest.max(*until));
+                    // Where workers come as jobs do, they are given their time.
+                    (since, since)
+                }
                 // It was so before this replica was started, for as long as nobody knows.
                 None if !self.has_looked => (now, oldest.unwrap_or(now)),
                 None => (now, now),

@@ -96,7 +96,11 @@ fn look(
     };
     let mut connection = service.store.connection()?;
     let (now, running) = connection.running_tasks()?;
-    let queued = connection.queued()?;
+    // What has come of a task may be waiting unread.
+    let queued = match service.health.parts(now) {
+        (true, _) => connection.queued()?,
+        (false, _) => Vec::new(),
+    };
     drop(connection);
     let new: Vec<_> = answers
         .iter()
@@ -114,7 +118,7 @@ fn look(
     }
     let queues = Queues(service.catalogue.get().tasks_by_workflow());
     let running = queues.of_running(running);
-    let depths = depths(link, &running, &answers, &queues.of_queued(&queued))?;
+    let depths = depths(link, &running, &answers, &queues, &queued)?;
     let seen = Seen {
         asked_at,
         now,
@@ -247,6 +251,7 @@ fn waiting(
     let mut connection = service.store.connection()?;
     let waiting = connection.waiting_tasks(&tasks, &workflows, &absent)?;
     let task = |waiting: Waiting| WaitingTask {
+        queue_is_kept: waiting.step_task.is_some(),
         queue: queues
             .of(&waiting.workflow, waiting.step_task.as_deref())
             .to_owned(),
@@ -296,7 +301,8 @@ fn depths(
     link: &Link,
     running: &[RunningTask],
     answers: &BTreeMap<String, Answer>,
-    queued: &BTreeSet<&str>,
+    all: &Queues,
+    queued: &[Queued],
 ) -> anyhow::Result<Depths> {
     let tasks = answers.values().filter_map(|answer| answer.tasks.as_ref());
     let with_workers: BTreeSet<&str> = tasks.flatten().map(|task| task.id.as_str()).collect();
@@ -304,7 +310,7 @@ fn depths(
         .iter()
         .filter(|task| !with_workers.contains(task.task_id.as_str()));
     let queues: BTreeSet<&str> = absent.map(|task| task.queue.as_str()).collect();
-    let queues: Vec<&str> = queues.union(queued).copied().collect();
+    let queues: Vec<&str> = queues.union(&all.of_queued(queued)).copied().collect();
     if queues.is_empty() {
         return Ok(Depths::new());
     }
@@ -316,8 +322,14 @@ fn depths(
         .into_iter()
         .filter_map(|(queue, depth)| Some(((*queue).to_owned(), depth?)))
         .collect();
-    // What waited in a queue that somebody has deleted went with it.
-    let unknown: Vec<_> = unknown.into_iter().map(|(queue, _)| *queue).collect();
+    // What waited in a queue that somebody has deleted went with it. One that is known by the definitions alone
+    // may never have been there.
+    let kept = |queue: &str| {
+        let mut steps = queued.iter().filter_map(|one| one.step.as_ref());
+        steps.any(|(_, task)| task == queue)
+    };
+    let unknown = unknown.into_iter().map(|(queue, _)| *queue);
+    let unknown: Vec<_> = unknown.filter(|queue| kept(queue)).collect();
     let there = link.may_have(&unknown)?;
     let gone = unknown.iter().zip(there).filter(|(_, there)| !there);
     depths.extend(gone.map(|(queue, _)| ((*queue).to_owned(), Depth::default())));

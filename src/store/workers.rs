@@ -147,6 +147,7 @@ impl Connection {
                     workflow: row.try_get("workflow_type")?,
                     step_task: row.try_get("task")?,
                     task: WaitingTask {
+                        queue_is_kept: false,
                         job_id: row.try_get("job_id")?,
                         task_id: row.try_get("celery_id")?,
                         queue: String::new(),

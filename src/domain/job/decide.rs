@@ -9,7 +9,7 @@ use super::decision::{cancellation, error_result, revoke};
 use super::{
     Attempt, ClientStatus, Command, Completion, Context, Decision, Ended, Ending, Event, Job,
     JobStatus, LOST_LOGS, MAX_WORKFLOW_TYPE, Origin, Outcome, Publication, State, Submission,
-    TimeSeries, kept_why,
+    TimeSeries, Via, kept_why,
 };
 use super::{hand_over, starts, told};
 use crate::domain::parameters;
@@ -215,7 +215,15 @@ fn decide_for<'a>(
             workflow_type,
             reference,
         } => refuse(job_id, standing, reason, workflow_type, reference, context),
-        Command::Cancel(origin) => cancel(job_id, standing, context).asked_by(origin),
+        Command::Cancel(origin) => {
+            let cancel = cancel(job_id, standing, context);
+            let by_client = origin.via == Via::Client;
+            Decision {
+                gives_up_kept: cancel.gives_up_kept && by_client,
+                ..cancel
+            }
+            .asked_by(origin)
+        }
         Command::TimeOut => time_out(job_id, standing, context),
         Command::Expire => expire(job_id, standing, context),
         Command::NoWorker => no_worker(job_id, standing, context),
@@ -545,10 +553,11 @@ fn cancel<'a>(job_id: Uuid, standing: Standing<'_>, context: &Context<'_>) -> De
             time_series: vec![TimeSeries::Retire],
             ..job.ends(Outcome::Cancelled, 0, cancellation(job_id), context)
         },
-        // Deleting a finished job is how a client gives up the series that it left.
-        Standing::Ended(_) => Decision {
+        // Deleting a finished job is how a client gives up what it left. A cancel that comes again, or an
+        // operator's that has met the job's end, is none.
+        Standing::Ended(ended) => Decision {
             time_series: vec![TimeSeries::Retire],
-            gives_up_kept: true,
+            gives_up_kept: ended.outcome != Outcome::Cancelled,
             ..Decision::ignored("the job has ended already")
         },
     }

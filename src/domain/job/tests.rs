@@ -1342,3 +1342,21 @@ fn a_task_whose_worker_has_reported_since_is_not_lost() {
         assert_eq!(is_ended, is_lost, "{decision:?}");
     }
 }
+
+/// A cancel that comes again, or an operator's that meets the end, takes nothing away that could be had.
+#[rstest]
+#[case::its_client_gives_it_up(Via::Client, Outcome::Succeeded, true)]
+#[case::its_cancel_comes_again(Via::Client, Outcome::Cancelled, false)]
+#[case::an_operator_was_too_late(Via::Page, Outcome::Succeeded, false)]
+fn what_is_kept_goes_when_its_client_deletes_the_job(
+    #[case] via: Via,
+    #[case] outcome: Outcome,
+    #[case] goes: bool,
+) {
+    let cancel = Command::Cancel(Origin {
+        via,
+        ..Origin::default()
+    });
+    let decision = decide(job_id(), &ended(outcome), &cancel, &context());
+    assert_eq!(decision.gives_up_kept, goes);
+}

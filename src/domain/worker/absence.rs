@@ -37,6 +37,9 @@ pub struct WaitingTask {
     pub job_id: Uuid,
     pub task_id: String,
     pub queue: String,
+    /// Whether that was kept. Otherwise it is what the workflow definitions say by now, and they may have said
+    /// something else when it was put there.
+    pub queue_is_kept: bool,
     /// When it was put there.
     pub submitted_at: Timestamp,
 }
@@ -136,7 +139,7 @@ fn never_begun(workers: &[Worker], before: &[Absence], seen: &Seen) -> Vec<Absen
     let absent = seen.waiting.iter().filter(nobody_has);
     absent
         .filter_map(|task| {
-            let is_certain = is_nowhere(&task.queue, workers, seen)?;
+            let is_certain = is_nowhere(&task.queue, workers, seen)? && task.queue_is_kept;
             let which = (task.job_id, task.task_id.as_str(), task.submitted_at);
             let absence = counted(which, !is_certain, before, seen);
             let is_long = seen.now.duration_since(absence.since) >= TOLD_AFTER;
@@ -153,8 +156,11 @@ fn never_begun(workers: &[Worker], before: &[Absence], seen: &Seen) -> Vec<Absen
 /// asked, but has nothing to do.
 fn is_nowhere(queue: &str, workers: &[Worker], seen: &Seen) -> Option<bool> {
     let depth = seen.depths.get(queue)?;
-    let may_have =
-        |worker: &Worker| may_have(worker, queue, None, seen) || holds_more(worker, queue);
+    // One that computes may hold another: one more than its prefetch if it acknowledges what it begins.
+    let holds_more = |worker: &Worker| {
+        worker.state.answers() && worker.serves.contains(queue) && !worker.tasks.is_empty()
+    };
+    let may_have = |worker: &Worker| may_have(worker, queue, None, seen) || holds_more(worker);
     if depth.messages > 0 || workers.iter().any(may_have) {
         return None;
     }

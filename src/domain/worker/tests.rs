@@ -371,6 +371,7 @@ fn after_an_outage_and_after_a_start_an_absence_begins_anew() {
 fn in_no_queue(change: impl Fn(&mut Looks, &mut Vec<(&str, Answer)>)) -> Look {
     let mut looks = Looks {
         waiting: vec![WaitingTask {
+            queue_is_kept: true,
             job_id: Uuid::from_u128(8),
             task_id: "waits".to_owned(),
             queue: "q".to_owned(),
@@ -416,7 +417,10 @@ fn a_task_that_no_worker_has_begun_and_no_queue_has_is_absent() {
         may_wait: true,
         ..absence
     };
-    assert_eq!(stranger.absences, [doubtful]);
+    assert_eq!(stranger.absences, slice::from_ref(&doubtful));
+    // By the definitions it should have been there.
+    let elsewhere = in_no_queue(|looks, _| looks.waiting[0].queue_is_kept = false);
+    assert_eq!(elsewhere.absences, [doubtful]);
 }
 
 #[rstest]
@@ -433,6 +437,10 @@ fn a_task_that_no_worker_has_begun_and_no_queue_has_is_absent() {
 #[case::a_busy_worker_may_have_been_given_it(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
     answers[0].1 = answer(10, &["u"], &["q"]);
     answers[0].1.stats.as_mut().unwrap().prefetch = Some(4);
+})]
+#[case::one_that_acknowledges_what_it_begins_may_too(|_: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
+    answers[0].1 = answer(10, &["u"], &["q"]);
+    answers[0].1.stats.as_mut().unwrap().prefetch = Some(1);
 })]
 #[case::a_worker_is_silent(|looks: &mut Looks, answers: &mut Vec<(&str, Answer)>| {
     // It has answered in the first look.

@@ -35,8 +35,9 @@ impl Revokes {
         workers: &Workers,
         stop: &Signal,
     ) -> anyhow::Result<()> {
-        let in_vain: Vec<_> = workers.in_vain().take(MOST_AT_ONCE).collect();
-        let due = self.due(&in_vain);
+        let in_vain: Vec<_> = workers.in_vain().collect();
+        let mut due = self.due(&in_vain);
+        due.truncate(MOST_AT_ONCE);
         if due.is_empty() {
             return Ok(());
         }

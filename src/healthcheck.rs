@@ -19,7 +19,7 @@ pub enum Answer {
     Nobody,
     /// Somebody takes the connection, and says nothing.
     Silence(String),
-    /// It is no service of this kind that answers.
+    /// It is no service of this kind that answers, or talks in another way.
     Stranger(String),
     Service(Report),
 }
@@ -75,6 +75,8 @@ pub fn ask(bind: SocketAddr) -> Answer {
     }
     let called = ureq::get(url(bind))
         .config()
+        // A proxy of the environment's would be asked for a service on its own machine.
+        .proxy(None)
         .timeout_global(Some(PATIENCE))
         .http_status_as_error(false)
         .build()
@@ -87,7 +89,7 @@ pub fn ask(bind: SocketAddr) -> Answer {
         // Whether anybody is there its errors do not tell.
         Err(_) if !somebody_listens(bind) => Answer::Nobody,
         Err(ureq::Error::Timeout(_)) => Answer::Silence(format!("no answer within {PATIENCE:?}")),
-        Err(error) => Answer::Silence(error.to_string()),
+        Err(error) => Answer::Stranger(one_line(&error.to_string())),
         Ok((is_ready, text)) => match report(is_ready, &text) {
             Some(report) => Answer::Service(report),
             None => Answer::Stranger(one_line(&text)),
@@ -153,7 +155,8 @@ pub fn check(bind: SocketAddr) -> anyhow::Result<()> {
 mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
-    use std::thread;
+    use std::process::Command;
+    use std::{env, thread};
 
     use rstest::rstest;
     use serde_json::json;
@@ -227,13 +230,55 @@ mod tests {
         }
     }
 
+    /// The same in a process that has a proxy set, which nobody is.
     #[test]
-    fn whoever_says_nothing_is_told_from_nobody() {
+    fn a_proxy_is_not_asked() {
+        let ran = Command::new(env::current_exe().unwrap())
+            .arg("others_are_not_taken_for_the_service")
+            .env("HTTP_PROXY", "http://127.0.0.1:9")
+            .env_remove("NO_PROXY")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert!(ran.status.success() && said.contains("3 passed"), "{said}");
+    }
+
+    #[rstest]
+    #[case::of_all("")]
+    #[case::of_the_body("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")]
+    fn whoever_says_nothing_is_told_from_nobody(#[case] beginning: &'static str) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        // The kernel takes connections as long as it listens.
-        assert!(matches!(ask(address), Answer::Silence(_)));
+        let takes = listener.try_clone().unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = takes.accept().unwrap();
+            stream.write_all(beginning.as_bytes()).unwrap();
+            // Until whoever asks gives up.
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let answer = ask(address);
+        assert!(matches!(answer, Answer::Silence(_)), "{answer:?}");
+        server.join().unwrap();
         drop(listener);
         assert!(matches!(ask(address), Answer::Nobody));
+    }
+
+    #[rstest]
+    #[case::no_http("SSH-2.0-OpenSSH_9.2\r\n")]
+    #[case::an_end("")]
+    fn whoever_talks_otherwise_does_not_hang(#[case] said: &'static str) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+            stream.write_all(said.as_bytes()).unwrap();
+            drop(stream);
+            // To see whether anybody listens.
+            listener.accept().unwrap();
+        });
+        let answer = ask(address);
+        assert!(matches!(answer, Answer::Stranger(_)), "{answer:?}");
+        server.join().unwrap();
     }
 }

@@ -18,12 +18,23 @@ pub(super) enum Kind {
         why: String,
     },
     NoOrchestrator,
+    /// This service alone needs it, to add to the tables.
+    NeededHere,
     /// One that runs does not do what it should, or does not answer.
-    NotReady,
+    NotReady(Which),
     /// It could not be looked at, as always where nobody says how: of no interest beside an error.
     NotLookedAt,
     #[default]
     Other,
+}
+
+/// Which orchestrator, as far as that is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Which {
+    /// The one that is asked how it is, or the only one.
+    Asked,
+    /// One of several that Postgres knows, by its place: perhaps the one that is asked, perhaps another.
+    OneOf(usize),
 }
 
 /// A finding's place among the others.
@@ -84,25 +95,33 @@ fn candidates(findings: &[Finding]) -> Vec<usize> {
     places.sort_by_key(|place| match findings[*place].kind {
         Kind::Needed => 0,
         Kind::Unreachable { .. } => 1,
-        Kind::NotReady | Kind::NoOrchestrator => 2,
-        Kind::NotLookedAt | Kind::Other => 3,
+        Kind::NotReady(_) | Kind::NoOrchestrator => 2,
+        Kind::NeededHere | Kind::NotLookedAt | Kind::Other => 3,
     });
     places
 }
 
 fn explains(cause: &Kind, other: &Kind) -> bool {
     match (cause, other) {
-        (Kind::Unreachable { .. }, Kind::Unreachable { .. }) => cause == other,
-        (Kind::Needed | Kind::Unreachable { .. }, Kind::NoOrchestrator | Kind::NotReady)
-        | (Kind::NotReady, Kind::NotReady | Kind::NoOrchestrator) => true,
+        (Kind::Unreachable { .. }, Kind::Unreachable { .. })
+        | (Kind::NotReady(_), Kind::NotReady(_)) => cause == other,
+        (Kind::Needed | Kind::Unreachable { .. }, Kind::NoOrchestrator | Kind::NotReady(_))
+        | (Kind::NotReady(_), Kind::NoOrchestrator) => true,
         (
             Kind::Needed,
-            Kind::Needed | Kind::Unreachable { .. } | Kind::NotLookedAt | Kind::Other,
+            Kind::Needed
+            | Kind::Unreachable { .. }
+            | Kind::NeededHere
+            | Kind::NotLookedAt
+            | Kind::Other,
         )
-        | (Kind::Unreachable { .. }, Kind::Needed | Kind::NotLookedAt | Kind::Other)
-        | (Kind::NotReady, Kind::Needed | Kind::Unreachable { .. })
-        | (Kind::NotReady, Kind::NotLookedAt | Kind::Other)
-        | (Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other, _) => false,
+        | (
+            Kind::Unreachable { .. },
+            Kind::Needed | Kind::NeededHere | Kind::NotLookedAt | Kind::Other,
+        )
+        | (Kind::NotReady(_), Kind::Needed | Kind::Unreachable { .. })
+        | (Kind::NotReady(_), Kind::NeededHere | Kind::NotLookedAt | Kind::Other)
+        | (Kind::NeededHere | Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other, _) => false,
     }
 }
 
@@ -124,7 +143,9 @@ mod tests {
                 Severity::Error,
                 unreachable("mq:5672", "invalid credentials"),
             ),
-            "not ready" => (Severity::Error, Kind::NotReady),
+            "not ready" => (Severity::Error, Kind::NotReady(Which::Asked)),
+            "first still" => (Severity::Error, Kind::NotReady(Which::OneOf(0))),
+            "second still" => (Severity::Error, Kind::NotReady(Which::OneOf(1))),
             "timeout" => (Severity::Note, Kind::NotLookedAt),
             "stopped" => (Severity::Warning, Kind::NoOrchestrator),
             "stopped, jobs wait" => (Severity::Error, Kind::NoOrchestrator),
@@ -156,6 +177,9 @@ mod tests {
         &["sdk", "task", "postgres"], "> sdk, + task, postgres")]
     #[case::and_the_service(&["not ready", "postgres"], "> postgres, + not ready")]
     #[case::stopped_process(&["ok", "not ready", "not ready"], "> not ready, + not ready, ok")]
+    #[case::another_process(&["not ready", "second still"], "not ready, second still")]
+    #[case::two_stopped_processes(
+        &["stopped", "first still", "second still"], "> first still, + stopped, second still")]
     #[case::given_up(&["stopped", "not ready"], "> not ready, + stopped")]
     #[case::service_alone(&["ok", "not ready"], "ok, not ready")]
     #[case::noise(&["timeout", "postgres"], "postgres")]

@@ -4,11 +4,11 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{Findings, Severity};
 use crate::config::{Config, QUEUE_AGE};
-use crate::domain::overview::{QueueView, WorkflowRows, spoken};
+use crate::domain::overview::{QueueView, spoken};
 use crate::domain::text::counted;
 use crate::domain::worker::{WorkerState, WorkerView, Workers};
 use crate::domain::workflow::Catalogue;
-use crate::store::inspection::Inspection;
+use crate::store::inspection::{Inspection, WaitingJobs};
 use crate::store::{Connection, StoreError};
 use crate::telemetry::report::one_line;
 
@@ -59,8 +59,8 @@ fn look(
         .as_ref()
         .map_or(QUEUE_AGE, |alerts| alerts.queue_age);
     let age = SignedDuration::try_from(age).unwrap_or(SignedDuration::MAX);
-    for (workflow, rows) in connection.workflows(&[])? {
-        judge_age(&workflow, &rows, age, now, findings);
+    for (workflow, waiting) in connection.waiting_jobs()? {
+        judge_age(&workflow, waiting, age, now, findings);
     }
     if config.workers_period.is_some() {
         judge_workers(&connection.workers()?, now, findings);
@@ -73,7 +73,8 @@ fn jobs(count: i64) -> String {
 }
 
 fn judge_pause(queue: &QueueView, findings: &mut Findings) {
-    let held = queue.held + queue.on_hold;
+    // Those on hold wait for somebody to release them.
+    let held = queue.held;
     if !queue.limit.is_paused || held == 0 {
         return;
     }
@@ -88,7 +89,10 @@ fn judge_pause(queue: &QueueView, findings: &mut Findings) {
         ),
         false => (
             " by the definition file".to_owned(),
-            format!("Take `paused` of {name} out of it, or let single jobs go: `jobs release ID`."),
+            format!(
+                "`workflows resume {name}` lets them go, whatever the file says. Or take `paused` of it out of \
+                 the file, or let single jobs go: `jobs release ID`."
+            ),
         ),
     };
     let verb = if held == 1 { "waits" } else { "wait" };
@@ -98,20 +102,20 @@ fn judge_pause(queue: &QueueView, findings: &mut Findings) {
 
 fn judge_age(
     workflow: &str,
-    rows: &WorkflowRows,
+    waiting: WaitingJobs,
     age: SignedDuration,
     now: Timestamp,
     findings: &mut Findings,
 ) {
-    let oldest = rows.oldest_waiting.map(|since| now.duration_since(since));
-    let Some(oldest) = oldest.filter(|oldest| *oldest >= age) else {
+    let oldest = now.duration_since(waiting.since);
+    if oldest < age {
         return;
-    };
+    }
     let name = one_line(workflow);
     findings.add(
         PART,
         Severity::Warning,
-        match rows.registered + rows.submitted {
+        match waiting.count {
             1 => format!("a job of {name} has waited for {}", spoken(oldest)),
             more => format!(
                 "of the {} of {name} that wait the oldest has waited for {}",
@@ -188,16 +192,16 @@ mod tests {
     #[case::by_command(
         true,
         true,
-        2,
+        3,
         "nightly is paused by an operator, and 3 jobs wait for that"
     )]
     #[case::by_file(
         true,
         false,
-        0,
+        1,
         "nightly is paused by the definition file, and 1 job waits for that"
     )]
-    #[case::nobody_waits(true, true, -1, "")]
+    #[case::nobody_waits_but_on_hold(true, true, 0, "")]
     #[case::not_paused(false, true, 2, "")]
     fn a_pause_that_somebody_waits_for_is_told(
         #[case] is_paused: bool,
@@ -224,5 +228,7 @@ mod tests {
         judge_pause(&queue, &mut findings);
         let found = findings.0.first().map_or("", |one| one.found.as_str());
         assert_eq!(found, expected);
+        let resume = "`workflows resume nightly` lets them go";
+        assert!(findings.0.iter().all(|one| one.remedy.starts_with(resume)));
     }
 }

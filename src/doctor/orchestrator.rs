@@ -25,7 +25,7 @@ pub(super) fn examine(
     let consumers = submissions.map(|depth| depth.consumers);
     service::ask(config, consumers, findings);
     if let Some(inspection) = inspection {
-        service::standstills(&inspection.replicas, findings);
+        service::standstills(&inspection.replicas, consumers, findings);
     }
 }
 

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::domain::overview::spoken;
 use crate::service::handler::MAX_BATCH_MESSAGES;
 use crate::store::inspection::Inspection;
-use crate::store::migrate::REVISIONS;
+use crate::store::migrate::{self, REVISIONS};
 use crate::store::rights;
 use crate::store::{Connection, Store, StoreError};
 use crate::telemetry::report::one_line;
@@ -141,9 +141,14 @@ fn judge_rights(inspection: &Inspection, findings: &mut Findings) {
         true => Severity::Note,
         false => Severity::Error,
     };
-    for (severity, lacks) in [
-        (Severity::Error, &inspection.lacks_to_work),
-        (to_upgrade, &inspection.lacks_to_upgrade),
+    // The Python service upgrades as well, as far as it knows.
+    let kind = match inspection.revision {
+        Some(Ok(applied)) if migrate::has_all_of_python(applied) => Kind::NeededHere,
+        Some(Ok(_) | Err(_)) | None => Kind::Other,
+    };
+    for (severity, kind, lacks) in [
+        (Severity::Error, Kind::Other, &inspection.lacks_to_work),
+        (to_upgrade, kind, &inspection.lacks_to_upgrade),
     ] {
         if lacks.is_empty() {
             continue;
@@ -157,6 +162,7 @@ fn judge_rights(inspection: &Inspection, findings: &mut Findings) {
             one_line(&found),
             &format!("As a superuser, in this database: {statements}"),
         );
+        findings.is(kind);
     }
 }
 

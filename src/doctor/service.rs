@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use jiff::SignedDuration;
 
-use super::cause::Kind;
+use super::cause::{Kind, Which};
 use super::{Findings, Severity};
 use crate::VERSION;
 use crate::config::Config;
@@ -59,7 +59,7 @@ fn judge(bind: SocketAddr, consumers: Option<u32>, answer: &Answer, findings: &m
                 format!("at {url} one takes connections, and does not answer: {why}"),
                 STOPPED,
             );
-            findings.is(Kind::NotReady);
+            findings.is(Kind::NotReady(Which::Asked));
         }
         Answer::Service(report) => judge_report(&url, report, findings),
     }
@@ -74,12 +74,12 @@ fn judge_report(url: &str, report: &Report, findings: &mut Findings) {
         None => {
             let found = format!("{url} is not ready, version {version}");
             findings.add(PART, Severity::Error, found, "See its log.");
-            findings.is(Kind::NotReady);
+            findings.is(Kind::NotReady(Which::Asked));
         }
         Some(trouble) => {
             let found = format!("{url}, version {version}, is not ready: {trouble}");
             findings.add(PART, Severity::Error, found, &trouble.remedy);
-            findings.is(Kind::NotReady);
+            findings.is(Kind::NotReady(Which::Asked));
             for other in &trouble.others {
                 let found = format!("{url} is not ready for another reason: {other}");
                 findings.add(PART, Severity::Error, found, "See its log.");
@@ -97,14 +97,16 @@ fn judge_report(url: &str, report: &Report, findings: &mut Findings) {
 }
 
 /// Tells replicas that stand still, wherever they run. RabbitMQ takes them for living for a while, and
-/// Postgres for longer.
-pub(super) fn standstills(replicas: &[Replica], findings: &mut Findings) {
+/// Postgres for longer. `consumers` as in [`ask`].
+pub(super) fn standstills(replicas: &[Replica], consumers: Option<u32>, findings: &mut Findings) {
+    // One that takes submissions may have lost Postgres, which does not know of it then.
+    let is_alone = replicas.len() == 1 && consumers.is_none_or(|consumers| consumers <= 1);
     let which = match replicas.len() {
         1 => "the orchestrator".to_owned(),
         more => format!("one of {more} orchestrators"),
     };
-    let still = replicas.iter().filter(|one| one.still_for > STANDSTILL);
-    for replica in still {
+    let still = replicas.iter().enumerate();
+    for (place, replica) in still.filter(|(_, one)| one.still_for > STANDSTILL) {
         let from = replica.from.as_deref();
         let from = from.map(|from| format!(" that is connected from {from}"));
         findings.add(
@@ -117,6 +119,40 @@ pub(super) fn standstills(replicas: &[Replica], findings: &mut Findings) {
             ),
             STOPPED,
         );
-        findings.is(Kind::NotReady);
+        findings.is(Kind::NotReady(match is_alone {
+            true => Which::Asked,
+            false => Which::OneOf(place),
+        }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::the_only_one(&[60], Some(1), &[Which::Asked])]
+    #[case::given_up_by_rabbitmq(&[60], Some(0), &[Which::Asked])]
+    #[case::one_is_not_in_postgres(&[60], Some(2), &[Which::OneOf(0)])]
+    #[case::one_of_two(&[0, 60], Some(2), &[Which::OneOf(1)])]
+    #[case::both(&[60, 60], None, &[Which::OneOf(0), Which::OneOf(1)])]
+    #[case::none(&[0], Some(1), &[])]
+    fn a_replica_that_stands_still_is_told_from_others(
+        #[case] seconds: &[i64],
+        #[case] consumers: Option<u32>,
+        #[case] expected: &[Which],
+    ) {
+        let replicas = seconds.iter().map(|seconds| Replica {
+            from: None,
+            still_for: SignedDuration::from_secs(*seconds),
+        });
+        let replicas: Vec<_> = replicas.collect();
+        let mut findings = Findings::default();
+        standstills(&replicas, consumers, &mut findings);
+        let kinds: Vec<_> = findings.0.into_iter().map(|one| one.kind).collect();
+        let expected: Vec<_> = expected.iter().copied().map(Kind::NotReady).collect();
+        assert_eq!(kinds, expected);
     }
 }

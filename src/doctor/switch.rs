@@ -1,5 +1,7 @@
 //! What is to be known before the Python service's place is taken, or given back to it.
 
+use std::collections::BTreeSet;
+
 use super::cause::Kind;
 use super::rabbitmq::Seen;
 use super::{Finding, Findings, Role, Severity};
@@ -79,9 +81,10 @@ fn verdicts(switch: &Switch, findings: &mut Findings) {
     let here = [switch.may_be_here, false];
     let back = [switch.may_be_back, true];
     for [_, is_back] in [here, back].into_iter().filter(|[is_asked, _]| *is_asked) {
-        let reasons = findings.0.iter().filter(|one| is_back || one.part != BACK);
+        let reasons = findings.0.iter().filter(|one| concerns(one, is_back));
         let mut reasons: Vec<_> = reasons.flat_map(reasons_of).collect();
-        reasons.dedup();
+        let mut told = BTreeSet::new();
+        reasons.retain(|reason| told.insert(reason.clone()));
         let (severity, found) = match (reasons.is_empty(), is_back) {
             (false, false) => (Severity::Warning, "Not yet to this service: "),
             (false, true) => (Severity::Warning, "Not yet back to the Python service: "),
@@ -104,10 +107,19 @@ fn verdicts(switch: &Switch, findings: &mut Findings) {
     }
 }
 
+/// Whether a finding matters in this direction.
+fn concerns(finding: &Finding, is_back: bool) -> bool {
+    match is_back {
+        true => finding.kind != Kind::NeededHere,
+        false => finding.part != BACK,
+    }
+}
+
 /// Why a finding is in the way of a switch.
 fn reasons_of(finding: &Finding) -> Vec<String> {
-    let is_needed = matches!(finding.kind, Kind::Needed | Kind::Unreachable { .. });
-    let is_bad = finding.severity == Severity::Error && is_needed;
+    // What is found of the switch itself says it better.
+    let is_told = [PART, BACK].contains(&finding.part) && !finding.hinders.is_empty();
+    let is_bad = finding.severity == Severity::Error && !is_told;
     let unfit = is_bad.then(|| format!("{} is not in order", finding.part));
     unfit.into_iter().chain(finding.hinders.clone()).collect()
 }
@@ -521,5 +533,54 @@ mod tests {
         judge_variables(&[name.to_owned()], &mut findings);
         let found = findings.0.first().map(|finding| finding.severity);
         assert_eq!(found, severity);
+    }
+
+    /// What the verdicts say after their first words, of each direction; empty where it is safe.
+    #[rstest]
+    #[case::nothing(("Postgres", Severity::Ok, Kind::Other, ""), "", "")]
+    #[case::a_warning(("Postgres", Severity::Warning, Kind::Other, ""), "", "")]
+    #[case::no_rights(
+        ("SDK RabbitMQ", Severity::Error, Kind::Other, ""),
+        "SDK RabbitMQ is not in order.",
+        "SDK RabbitMQ is not in order."
+    )]
+    #[case::needed(
+        ("Postgres", Severity::Error, Kind::Needed, "which jobs are in flight is not known"),
+        "Postgres is not in order; which jobs are in flight is not known.",
+        "Postgres is not in order; which jobs are in flight is not known."
+    )]
+    #[case::no_upgrade(
+        ("Postgres", Severity::Error, Kind::NeededHere, ""), "Postgres is not in order.", ""
+    )]
+    #[case::of_both(
+        (PART, Severity::Error, Kind::Other, "it hinders"), "it hinders.", "it hinders."
+    )]
+    #[case::of_the_way_back((BACK, Severity::Error, Kind::Other, "it hinders"), "", "it hinders.")]
+    fn every_error_is_in_the_way(
+        #[case] (part, severity, kind, hinders): (&'static str, Severity, Kind, &str),
+        #[case] here: &str,
+        #[case] back: &str,
+    ) {
+        let mut findings = Findings::default();
+        // Twice the same is one reason.
+        for _ in 0..2 {
+            findings.add(part, severity, "", "");
+            findings.is(kind.clone());
+        }
+        for finding in &mut findings.0 {
+            finding.hinders = Vec::from_iter((!hinders.is_empty()).then(|| hinders.to_owned()));
+        }
+        let switch = Switch {
+            may_be_here: true,
+            may_be_back: true,
+            variables: Vec::new(),
+        };
+        verdicts(&switch, &mut findings);
+        let told = findings.0.iter().filter(|one| one.role == Role::Verdict);
+        let told = told.map(|one| match one.severity {
+            Severity::Ok => "",
+            _ => one.found.split_once(": ").unwrap().1,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [here, back]);
     }
 }

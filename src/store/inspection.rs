@@ -46,6 +46,14 @@ pub struct Replica {
     pub still_for: SignedDuration,
 }
 
+/// The jobs of a workflow that wait for anything but to be released.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WaitingJobs {
+    pub count: i64,
+    /// Since when the oldest does.
+    pub since: Timestamp,
+}
+
 /// What another service finds when it starts on this database.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct InFlight {
@@ -192,6 +200,26 @@ impl Connection {
         )?;
         let key = |row: &postgres::Row| ((row.get(0), row.get(1)), row.get(2));
         Ok(rows.iter().map(key).collect())
+    }
+
+    /// By workflow, without those on hold: they wait for as long as somebody wants.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn waiting_jobs(&mut self) -> Result<BTreeMap<String, WaitingJobs>, StoreError> {
+        let rows = self.client.query(
+            "SELECT workflow_type, count(*), min(coalesce(submitted_at, registered_at)) FROM job
+             WHERE status <> 'RUNNING'
+               AND NOT EXISTS (SELECT FROM job_turn AS turn
+                               WHERE turn.job_id = job.job_id AND granted_at IS NULL AND on_hold)
+             GROUP BY workflow_type",
+            &[],
+        )?;
+        let waiting = rows.iter().map(|row| {
+            let (count, since) = (row.get(1), row.get(2));
+            (row.get(0), WaitingJobs { count, since })
+        });
+        Ok(waiting.collect())
     }
 
     /// Whether a job has ended for good: its client knows, and whatever comes of it is ignored.

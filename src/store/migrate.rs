@@ -276,6 +276,11 @@ pub fn has_own(applied: usize) -> bool {
         .is_some_and(|last| Ledger::of(last) == Ledger::Own)
 }
 
+/// Whether a database with so many of [`REVISIONS`] has all of the Python service's.
+pub fn has_all_of_python(applied: usize) -> bool {
+    Ledger::of(applied) == Ledger::Own
+}
+
 fn position(id: &str) -> anyhow::Result<usize> {
     REVISIONS
         .iter()

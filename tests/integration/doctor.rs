@@ -500,7 +500,13 @@ fn what_jobs_wait_for_in_vain_is_told() {
              VALUES ('{RUNNING}', 't-1', now() - interval '2 min', now(), false, true);
          INSERT INTO queue_limit (queue, paused, changed_at) VALUES ('workflow_1', true, now());
          INSERT INTO job_turn (job_id, queue, owner, priority, held_at)
-             VALUES (gen_random_uuid(), 'workflow_1', '', 'MEDIUM', now())"
+             VALUES (gen_random_uuid(), 'workflow_1', '', 'MEDIUM', now());
+         WITH resting AS (
+             INSERT INTO job (job_id, workflow_type, status, registered_at)
+             VALUES (gen_random_uuid(), 'workflow_2', 'REGISTERED', now() - interval '9 h')
+             RETURNING job_id)
+         INSERT INTO job_turn (job_id, queue, owner, priority, held_at, on_hold)
+             SELECT job_id, 'workflow_2', '', 'MEDIUM', now(), true FROM resting"
     ))
     .unwrap();
     let found = findings(&deployment, &[], &[("WORKERS_PERIOD_SEC", "15")]);

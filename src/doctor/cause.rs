@@ -18,6 +18,8 @@ pub(super) enum Kind {
         why: String,
     },
     NoOrchestrator,
+    /// Jobs wait for somebody to compute them.
+    NoWorker,
     /// This service alone needs it, to add to the tables.
     NeededHere,
     /// One that runs does not do what it should, or does not answer.
@@ -96,7 +98,7 @@ fn candidates(findings: &[Finding]) -> Vec<usize> {
         Kind::Needed => 0,
         Kind::Unreachable { .. } => 1,
         Kind::NotReady(_) | Kind::NoOrchestrator => 2,
-        Kind::NeededHere | Kind::NotLookedAt | Kind::Other => 3,
+        Kind::NoWorker | Kind::NeededHere | Kind::NotLookedAt | Kind::Other => 3,
     });
     places
 }
@@ -111,17 +113,28 @@ fn explains(cause: &Kind, other: &Kind) -> bool {
             Kind::Needed,
             Kind::Needed
             | Kind::Unreachable { .. }
+            | Kind::NoWorker
             | Kind::NeededHere
             | Kind::NotLookedAt
             | Kind::Other,
         )
         | (
             Kind::Unreachable { .. },
-            Kind::Needed | Kind::NeededHere | Kind::NotLookedAt | Kind::Other,
+            Kind::Needed | Kind::NoWorker | Kind::NeededHere | Kind::NotLookedAt | Kind::Other,
         )
         | (Kind::NotReady(_), Kind::Needed | Kind::Unreachable { .. })
-        | (Kind::NotReady(_), Kind::NeededHere | Kind::NotLookedAt | Kind::Other)
-        | (Kind::NeededHere | Kind::NoOrchestrator | Kind::NotLookedAt | Kind::Other, _) => false,
+        | (
+            Kind::NotReady(_),
+            Kind::NoWorker | Kind::NeededHere | Kind::NotLookedAt | Kind::Other,
+        )
+        | (
+            Kind::NoWorker
+            | Kind::NeededHere
+            | Kind::NoOrchestrator
+            | Kind::NotLookedAt
+            | Kind::Other,
+            _,
+        ) => false,
     }
 }
 

@@ -395,6 +395,7 @@ fn judge_queue_without_worker(queue: &str, waiting: i64, stale: i64, findings: &
             "Start a worker that consumes the queue of this name, in the vhost of \
              CELERY_RABBITMQ_VIRTUALHOST.",
         );
+        findings.is(Kind::NoWorker);
     }
     if stale > 0 {
         let found = match stale {

@@ -119,7 +119,9 @@ fn concerns(finding: &Finding, is_back: bool) -> bool {
 fn reasons_of(finding: &Finding) -> Vec<String> {
     // What is found of the switch itself says it better.
     let is_told = [PART, BACK].contains(&finding.part) && !finding.hinders.is_empty();
-    let is_bad = finding.severity == Severity::Error && !is_told;
+    // Either service leaves in RabbitMQ what waits there; and between the two none runs.
+    let is_waiting = matches!(finding.kind, Kind::NoWorker | Kind::NoOrchestrator);
+    let is_bad = finding.severity == Severity::Error && !is_told && !is_waiting;
     let unfit = is_bad.then(|| format!("{} is not in order", finding.part));
     unfit.into_iter().chain(finding.hinders.clone()).collect()
 }
@@ -555,6 +557,8 @@ mod tests {
     #[case::of_both(
         (PART, Severity::Error, Kind::Other, "it hinders"), "it hinders.", "it hinders."
     )]
+    #[case::jobs_wait_for_a_worker(("CELERY RabbitMQ", Severity::Error, Kind::NoWorker, ""), "", "")]
+    #[case::jobs_wait_between_the_two(("Orchestrator", Severity::Error, Kind::NoOrchestrator, ""), "", "")]
     #[case::of_the_way_back((BACK, Severity::Error, Kind::Other, "it hinders"), "", "it hinders.")]
     fn every_error_is_in_the_way(
         #[case] (part, severity, kind, hinders): (&'static str, Severity, Kind, &str),

@@ -168,6 +168,9 @@ fn absent_for_long(deployment: &Deployment) {
     let aged = "WITH long AS (
                     UPDATE absent_task SET since = since - interval '100 seconds'
                     WHERE since > now() - interval '60 seconds' RETURNING job_id
+                ), steps AS (
+                    UPDATE job_step SET submitted_at = submitted_at - interval '300 seconds'
+                    FROM long WHERE long.job_id = job_step.job_id
                 )
                 UPDATE job SET submitted_at = submitted_at - interval '300 seconds',
                                registered_at = registered_at - interval '300 seconds'

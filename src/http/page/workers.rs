@@ -30,7 +30,7 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
             "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
             " for " (since(lost.since, now))
             @if lost.never_begun { ", and it is in no queue, though none has begun it" }
-            ". Cancel the job and submit it again, or let " code { "TASK_LOST_SEC" } " end such jobs."
+            ". Cancel the job and submit it again."
         },
     });
     let in_vain = workers.in_vain().map(|one| Matter {

@@ -28,8 +28,9 @@ use crate::threads::{Calls, Signal};
 
 /// How often this looks for what nobody has told it of.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How long a granted task may take to reach its queue before somebody else takes it on.
-const HAND_OVER: Duration = Duration::from_secs(2);
+/// How long a granted task may take to reach its queue before somebody else takes it on. What has been taken on goes
+/// there when the queue is empty, so a handler that is slow with large inputs must not be taken for a dead one.
+const HAND_OVER: Duration = Duration::from_secs(10);
 /// How often a queue with limits is searched for tasks that have not waited for their turn.
 const COUNT_IN: Duration = Duration::from_secs(60);
 /// After a change of the limits such tasks may still be on their way for so long.

@@ -487,7 +487,6 @@ fn a_task_that_its_queue_rejects_is_sent_again_unless_that_is_full() {
     assert_one_session(&service);
 }
 
-/// The queue that it must have is named.
 /// It belonged to a replica whose node of the cluster went down.
 #[test]
 fn a_queue_of_requests_whose_node_is_down_holds_up_nobody() {

@@ -203,7 +203,12 @@ fn a_paused_queue_keeps_all_until_it_is_resumed() {
     let service = scene.start();
     assert_eq!(scene.worker.waiting(), 0);
     let shown = scene.does(&["workflows", "limits"]);
-    assert!(shown.contains("workflow_1  paused  3"), "{shown}");
+    // By whom, and since when, follows.
+    let line = shown
+        .lines()
+        .find(|line| line.trim().starts_with("workflow_1  paused  paused by "));
+    let mut words = line.expect(&shown).split_whitespace();
+    assert!(words.any(|word| word == "3"), "{shown}");
     assert_eq!(
         scene.does(&["workflows", "resume", TASK]),
         "workflow_1: unlimited\n"
@@ -342,7 +347,7 @@ fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
     // No worker is free for long enough that somebody takes it for forgotten.
     scene.deployment.comes_to(
         1,
-        "SELECT count(*) FROM job_turn WHERE granted_at < clock_timestamp() - interval '5 s'",
+        "SELECT count(*) FROM job_turn WHERE granted_at < clock_timestamp() - interval '13 s'",
     );
     let task = scene.worker.take();
     assert_eq!(task.job, jobs[0]);

@@ -67,11 +67,17 @@ fn a_held_job_names_what_holds_it() {
         );
     }
 
-    let paused = "Held: `workflow_1` is paused by an operator.";
+    let paused = "Held: `workflow_1` is paused by ";
     scene.does(&["workflows", "pause", "workflow_1"]);
     says(&service, jobs[1], paused);
     scene.does(&["jobs", "hold", &jobs[1].to_string()]);
-    says(&service, jobs[1], "Held: an operator does not let it go.");
+    eventually("it is told that somebody holds it", || {
+        let job = json(&service, &format!("/api/jobs/{}", jobs[1]))?;
+        let sentence = job["why"]["sentence"].as_str()?;
+        sentence
+            .contains(" does not let it go since ")
+            .then_some(())
+    });
     says(&service, jobs[2], paused);
 }
 

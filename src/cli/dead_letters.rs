@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use comfy_table::{Cell, CellAlignment, ColumnConstraint};
-use jiff::Timestamp;
 use omotes_orchestrator::actions::counted;
 use omotes_orchestrator::actions::letters::{self, Letters};
 use omotes_orchestrator::broker::dead_letters::{DeadLetter, Fate};
 use omotes_orchestrator::config::Config;
+use omotes_orchestrator::domain::text::to_the_second;
 use omotes_orchestrator::domain::vhost::Vhost;
 use omotes_orchestrator::telemetry::report::{harmless, one_line, readable};
 use omotes_orchestrator::wire;
@@ -157,14 +157,6 @@ fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Vec<String>>
         }
     }
     Ok(known)
-}
-
-/// A letter has its time as a text, which may come from anybody.
-fn to_the_second(time: &str) -> String {
-    match time.parse::<Timestamp>() {
-        Ok(time) => format!("{time:.0}"),
-        Err(_) => one_line(time),
-    }
 }
 
 impl Which {

@@ -3,6 +3,8 @@
 
 use std::borrow::Cow;
 
+use jiff::Timestamp;
+
 /// A text's first `characters`; all of it, if it has no more.
 pub fn beginning(text: &str, characters: usize) -> &str {
     match text.char_indices().nth(characters) {
@@ -16,6 +18,14 @@ pub fn excerpt(text: &str, characters: usize) -> Cow<'_, str> {
     match beginning(text, characters) {
         all if all.len() == text.len() => Cow::Borrowed(all),
         some => Cow::Owned(format!("{some}…")),
+    }
+}
+
+/// A foreign text that should be a time, without fractions of seconds if it is one.
+pub fn to_the_second(time: &str) -> String {
+    match time.parse::<Timestamp>() {
+        Ok(time) => format!("{time:.0}"),
+        Err(_) => one_line(time),
     }
 }
 
@@ -181,5 +191,14 @@ mod tests {
     )]
     fn one_line_says_most(#[case] logs: &str, #[case] line: &str) {
         assert_eq!(telling_line(logs), line);
+    }
+
+    #[test]
+    fn a_time_is_told_to_the_second() {
+        assert_eq!(
+            to_the_second("2026-01-31T12:00:00.123456Z"),
+            "2026-01-31T12:00:00Z"
+        );
+        assert_eq!(to_the_second("yester\nday"), "yester\\nday");
     }
 }

@@ -83,13 +83,23 @@ impl Transaction<'_> {
         for (_, deed) in acts {
             let (before, after) = match deed {
                 Deed::Prioritised { was, priority } => (*was, Some(*priority)),
-                _ => (None, None),
+                Deed::Submitted
+                | Deed::RanAgain(_)
+                | Deed::Held
+                | Deed::Released
+                | Deed::LetGo
+                | Deed::MovedFirst => (None, None),
             };
             was.push(before.map(Priority::name));
             priorities.push(after.map(Priority::name));
             others.push(match deed {
                 Deed::RanAgain(other) => Some(*other),
-                _ => None,
+                Deed::Submitted
+                | Deed::Held
+                | Deed::Released
+                | Deed::LetGo
+                | Deed::MovedFirst
+                | Deed::Prioritised { .. } => None,
             });
         }
         self.execute(

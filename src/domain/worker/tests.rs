@@ -256,10 +256,19 @@ fn without_its_worker(change: impl Fn(&mut Looks, &mut Vec<(&str, Answer)>)) -> 
         ],
     );
     looks.queue(0, 1);
+    two_minutes(looks, "v", change)
+}
+
+/// What is seen by the end of two minutes of a look each 15 seconds, in which this worker has nothing to do.
+fn two_minutes(
+    mut looks: Looks,
+    worker: &str,
+    change: impl Fn(&mut Looks, &mut Vec<(&str, Answer)>),
+) -> Look {
     let mut told = 0;
     let mut last = Look::default();
     for second in (25..=130).step_by(15) {
-        let mut answers = vec![("v", answer(second, &[], &["q"]))];
+        let mut answers = vec![(worker, answer(second, &[], &["q"]))];
         change(&mut looks, &mut answers);
         last = looks.look(second, &answers);
         let is_told = |news: &&News| matches!(news, News::Absent { .. });
@@ -380,18 +389,7 @@ fn in_no_queue(change: impl Fn(&mut Looks, &mut Vec<(&str, Answer)>)) -> Look {
         ..Looks::default()
     };
     looks.queue(0, 1);
-    let mut told = 0;
-    let mut last = Look::default();
-    for second in (25..=130).step_by(15) {
-        let mut answers = vec![("w", answer(second, &[], &["q"]))];
-        change(&mut looks, &mut answers);
-        last = looks.look(second, &answers);
-        let is_told = |news: &&News| matches!(news, News::Absent { .. });
-        told += last.news.iter().filter(is_told).count();
-    }
-    let expected = last.absences.iter().filter(|one| one.is_told).count();
-    assert_eq!(told, expected, "told once");
-    last
+    two_minutes(looks, "w", change)
 }
 
 #[test]

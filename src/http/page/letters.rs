@@ -1,10 +1,10 @@
 //! Dead letters, for whoever wants to know what they are before anything is done about them.
 
-use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::layout::{Frame, Sheet, troubles};
 use crate::actions::counted;
+use crate::domain::text::to_the_second;
 use crate::domain::vhost::Vhost;
 use crate::telemetry::report::one_line;
 
@@ -62,13 +62,5 @@ pub(super) fn table(
             } } }
         } }
         @if count > first.len() { p.dim { "and " (count - first.len()) " more" } }
-    }
-}
-
-/// A letter has its time as a text, which may come from anybody.
-fn to_the_second(time: &str) -> String {
-    match time.parse::<Timestamp>() {
-        Ok(time) => format!("{time:.0}"),
-        Err(_) => one_line(time),
     }
 }

@@ -31,6 +31,7 @@ mod decide;
 mod decision;
 mod hand_over;
 mod starts;
+mod submit;
 mod told;
 
 pub use self::command::{Command, Completion, Requested, Submission};

@@ -368,6 +368,11 @@ private() {
     signal-rabbitmq) kill "$1" "$(cat "$folder/pid")" ;;
     # Its link to its `clients` or its `peers` goes `up` or `down`, if it has a network of its own.
     link-*) ip link set "$1-$NETWORK_NUMBER" "$2" ;;
+    # It is heard by none of its peers, or hears none (`mute`, `deaf`), from `down` to `up`.
+    way-*)
+      # shellcheck source=examples/chaos/network.sh
+      . examples/chaos/network.sh
+      one_way "$folder" "$@" ;;
     # No file grows beyond so many bytes: writing fails as on a full disk. As the server's own user,
     # for root may lack the right in a container.
     limit-postgres)

@@ -12,6 +12,7 @@ mod guarded_stream;
 pub mod inspection;
 pub mod intake;
 mod link;
+mod majority;
 mod presence;
 mod publisher;
 mod questions;
@@ -26,7 +27,8 @@ mod values;
 mod window;
 
 pub use self::consumer::{Handled, Source, consume};
-pub use self::link::Link;
+pub use self::link::{Link, Node};
+pub use self::majority::{Heard, Majority};
 pub use self::presence::Found;
 pub use self::publisher::{Delivered, Publisher};
 pub use self::questions::Question;

@@ -32,14 +32,29 @@ pub enum Down {
     Peers,
     /// To those who use it too, as if it were off the network.
     All,
+    /// Those to its peers in one direction alone: they do not hear it.
+    ToPeers,
+    /// It does not hear them.
+    FromPeers,
 }
 
 impl Down {
-    /// As `run.sh` calls them.
-    fn links(self) -> &'static [&'static str] {
+    /// What `run.sh` is told, before `down` or `up`.
+    fn links(self) -> &'static [[&'static str; 2]] {
         match self {
-            Down::Peers => &["peers"],
-            Down::All => &["peers", "clients"],
+            Down::Peers => &[["link", "peers"]],
+            Down::All => &[["link", "peers"], ["link", "clients"]],
+            Down::ToPeers => &[["way", "mute"]],
+            Down::FromPeers => &[["way", "deaf"]],
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Down::Peers => "cut off from its peers",
+            Down::All => "cut off from all",
+            Down::ToPeers => "not heard by its peers",
+            Down::FromPeers => "deaf to its peers",
         }
     }
 }
@@ -118,9 +133,11 @@ impl Fault {
 
     /// Some of it is over before anybody takes the server for gone.
     fn cut_off(random: &mut Rng, node: usize, time: Duration) -> Fault {
-        let down = match random.bool() {
-            true => Down::Peers,
-            false => Down::All,
+        let down = match random.u32(..4) {
+            0 => Down::Peers,
+            1 => Down::All,
+            2 => Down::ToPeers,
+            _ => Down::FromPeers,
         };
         match random.u32(..4) {
             0 => Fault::CutOffPostgres(down, time),
@@ -147,9 +164,9 @@ impl Fault {
             Fault::HangNode(..) => "RabbitMQ's node stopped for a while".to_owned(),
             Fault::IsolateNode(..) => "RabbitMQ's node refused by the others".to_owned(),
             Fault::CutOffNode(_, down, _) => {
-                format!("RabbitMQ's node cut off (links down: {down:?})")
+                format!("RabbitMQ's node {}", down.words())
             }
-            Fault::CutOffPostgres(down, _) => format!("Postgres cut off (links down: {down:?})"),
+            Fault::CutOffPostgres(down, _) => format!("Postgres {}", down.words()),
             Fault::FailOver => "Postgres killed, its standby promoted".to_owned(),
         }
     }
@@ -468,12 +485,12 @@ fn resolved(server: &Address) -> anyhow::Result<SocketAddr> {
 
 /// Takes links of a server down for so long.
 fn cut_off(folder: &Path, down: Down, time: Duration) -> anyhow::Result<()> {
-    for link in down.links() {
-        private("link", folder, &[link, "down"])?;
+    for [kind, link] in down.links() {
+        private(kind, folder, &[link, "down"])?;
     }
     pause(time);
-    for link in down.links() {
-        private("link", folder, &[link, "up"])?;
+    for [kind, link] in down.links() {
+        private(kind, folder, &[link, "up"])?;
     }
     Ok(())
 }

@@ -60,6 +60,29 @@ make_networks() {
   done
 }
 
+# one_way FOLDER mute|deaf down|up: what a server sends to its peers gets lost, or what they send to it, without
+# a word to either. The sender takes a wrong address for its neighbour's: the packets are on the bridge, and
+# nobody takes them.
+one_way() {
+  local way=$2 state=$3 namespace number
+  network_of "$1"
+  for namespace in "$(dirname "$NETWORK")"/*; do
+    number=$(basename "$namespace")
+    [ "$number" != "$NETWORK_NUMBER" ] || continue
+    case $way in
+      mute) neighbour "$NETWORK" "10.77.2.$((10 + number))" "$state" ;;
+      deaf) neighbour "$namespace" "$PEERS_ADDRESS" "$state" ;;
+    esac
+  done
+}
+
+# neighbour NAMESPACE ADDRESS down|up
+neighbour() {
+  local change=(del "$2")
+  if [ "$3" = down ]; then change=(replace "$2" lladdr 02:00:00:00:00:00 nud permanent); fi
+  nsenter --net="$1" ip neigh "${change[@]}" dev peers
+}
+
 # add_link NAMESPACE clients|peers NUMBER ADDRESS: from a server to a bridge.
 add_link() {
   local namespace=$1 bridge=$2 number=$3 address=$4

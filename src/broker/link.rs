@@ -1,6 +1,7 @@
 //! A connection to a vhost.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,10 +40,43 @@ const SUSPICION: Duration = Duration::from_secs(30);
 /// node with each of them.
 static SUSPECTS: Mutex<BTreeMap<SocketAddr, Instant>> = Mutex::new(BTreeMap::new());
 
+/// One of the servers' addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    server: Address,
+    address: SocketAddr,
+}
+
+/// As it is configured, for messages.
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.server.fmt(f)
+    }
+}
+
+impl Node {
+    /// All addresses of all servers, as far as they are known.
+    pub fn all_of(config: &config::RabbitMq) -> Vec<Node> {
+        resolved(config).0
+    }
+
+    /// For a while, connections are opened to all others first.
+    pub fn suspect(&self) {
+        note(self.address, false);
+    }
+
+    pub fn is_suspect(&self) -> bool {
+        let suspects = suspects();
+        let failed = suspects.get(&self.address);
+        failed.is_some_and(|failed| failed.elapsed() < SUSPICION)
+    }
+}
+
 /// One connection to a vhost.
 pub struct Link {
     /// `<name> (<user>@<host>:<port>/<vhost>)`, with the server that it is connected to, for messages.
     pub(super) name: String,
+    node: Node,
     /// Opening a channel needs exclusive access.
     connection: Mutex<Connection>,
     kill_switch: TcpStream,
@@ -80,24 +114,56 @@ impl Link {
         purpose: &str,
         intake: Option<&Arc<Intake>>,
     ) -> anyhow::Result<Link> {
-        let (server, (connection, kill_switch, blocked)) = open(config, purpose, intake)
+        let (node, opened) = open(config, purpose, intake)
             .with_context(|| format!("connecting to RabbitMQ for {purpose} ({config})"))?;
+        Ok(Link::of(config, node, opened, purpose, intake))
+    }
+
+    /// Connects to this node alone, each step within `patience`.
+    ///
+    /// # Errors
+    /// It does not resolve, does not answer in time, or does not take the user and the vhost.
+    pub(super) fn open_on(
+        config: &config::RabbitMq,
+        node: &Node,
+        patience: Duration,
+        purpose: &str,
+    ) -> anyhow::Result<Link> {
+        let tls = config.tls.as_ref().map(Tls::client_config).transpose()?;
+        let tls = tls.map(|tls| (tls, node.server.host.as_str()));
+        let opened = open_at(config, node.address, tls, patience, purpose, None)?;
+        Ok(Link::of(config, node.clone(), opened, purpose, None))
+    }
+
+    fn of(
+        config: &config::RabbitMq,
+        node: Node,
+        (connection, kill_switch, blocked): Opened,
+        purpose: &str,
+        intake: Option<&Arc<Intake>>,
+    ) -> Link {
         let its_own = config::RabbitMq {
-            servers: vec![server],
+            servers: vec![node.server.clone()],
             ..config.clone()
         };
-        Ok(Link {
+        Link {
             name: format!("{purpose} ({its_own})"),
+            node,
             connection: Mutex::new(connection),
             kill_switch,
             blocked,
             intake: intake.cloned(),
             unanswered: Arc::default(),
-        })
+        }
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where it is connected to.
+    pub fn node(&self) -> &Node {
+        &self.node
     }
 
     /// Ends the connection at once and frees every call that is blocked on it.
@@ -172,26 +238,35 @@ type Opened = (
     Receiver<ConnectionBlockedNotification>,
 );
 
+/// All addresses of all servers, and why some have none.
+fn resolved(config: &config::RabbitMq) -> (Vec<Node>, Vec<anyhow::Error>) {
+    let mut nodes = Vec::new();
+    let mut faults = Vec::new();
+    for server in &config.servers {
+        match (server.host.as_str(), server.port).to_socket_addrs() {
+            Ok(addresses) => nodes.extend(addresses.map(|address| Node {
+                server: server.clone(),
+                address,
+            })),
+            Err(error) => faults.push(anyhow!(error).context(server.to_string())),
+        }
+    }
+    (nodes, faults)
+}
+
 /// Connects to the first that takes the connection, of all addresses of all servers, in random
 /// order: replicas spread over a cluster, and none returns to the same dead node each time.
 fn open(
     config: &config::RabbitMq,
     purpose: &str,
     intake: Option<&Arc<Intake>>,
-) -> anyhow::Result<(Address, Opened)> {
+) -> anyhow::Result<(Node, Opened)> {
     // Before anything is asked of the network.
     let tls = config.tls.as_ref().map(Tls::client_config).transpose()?;
-    let mut targets = Vec::new();
-    let mut faults = Vec::new();
-    for server in &config.servers {
-        match (server.host.as_str(), server.port).to_socket_addrs() {
-            Ok(addresses) => targets.extend(addresses.map(|address| (server, address))),
-            Err(error) => faults.push(anyhow!(error).context(server.to_string())),
-        }
-    }
+    let (mut targets, mut faults) = resolved(config);
     fastrand::shuffle(&mut targets);
     // The order among those of a kind stays.
-    targets.sort_by_key(|(_, address)| is_suspect(*address));
+    targets.sort_by_key(Node::is_suspect);
     let rounds = match targets.len() {
         0 | 1 => &[CONNECT_TIMEOUT][..],
         _ => &PATIENCE_WITH_ONE_OF_SEVERAL,
@@ -199,12 +274,12 @@ fn open(
     let unresolved = faults.len();
     for patience in rounds {
         faults.truncate(unresolved);
-        for (server, address) in &targets {
-            let host = tls.clone().map(|tls| (tls, server.host.as_str()));
-            let opened = open_at(config, *address, host, *patience, purpose, intake);
-            note(*address, opened.is_ok());
+        for node in &targets {
+            let host = tls.clone().map(|tls| (tls, node.server.host.as_str()));
+            let opened = open_at(config, node.address, host, *patience, purpose, intake);
+            note(node.address, opened.is_ok());
             match opened {
-                Ok(opened) => return Ok(((*server).clone(), opened)),
+                Ok(opened) => return Ok((node.clone(), opened)),
                 Err(fault) => faults.push(fault),
             }
         }
@@ -228,12 +303,6 @@ pub(super) fn give_back(channel: Channel) -> amiquip::Result<()> {
 
 fn suspects() -> MutexGuard<'static, BTreeMap<SocketAddr, Instant>> {
     SUSPECTS.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn is_suspect(address: SocketAddr) -> bool {
-    let suspects = suspects();
-    let failed = suspects.get(&address);
-    failed.is_some_and(|failed| failed.elapsed() < SUSPICION)
 }
 
 /// Notes whether an address has answered.

@@ -78,6 +78,15 @@ impl Link {
         &self,
         question: impl FnOnce(&Channel) -> Result<T, amiquip::Error> + Send + 'static,
     ) -> Result<Asked<T>, PublishError> {
+        self.ask_within(PATIENCE, question)
+    }
+
+    /// The same, with an answer within `patience`.
+    pub(super) fn ask_within<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        question: impl FnOnce(&Channel) -> Result<T, amiquip::Error> + Send + 'static,
+    ) -> Result<Asked<T>, PublishError> {
         let channel = self.channel();
         let channel = channel.map_err(|error| self.lost(error, "opening a channel"))?;
         let (sender, answer) = bounded(1);
@@ -89,7 +98,7 @@ impl Link {
             // Nobody may be waiting for it any more.
             let _ = sender.send(answer);
         };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         let thread = thread::Builder::new().name("question".to_owned());
         let started = thread.spawn(ask).context("starting a thread");
         started.map_err(PublishError::Lost)?;

@@ -16,6 +16,7 @@ use log::{info, warn};
 
 use self::crew::Recruits;
 use self::links::Links;
+use self::nodes::Nodes;
 use self::pulse::Pulse;
 use self::watchdog::Watchdog;
 use crate::broker::intake::Intake;
@@ -34,6 +35,7 @@ use crate::wire::{self, Inbox};
 
 mod crew;
 mod links;
+mod nodes;
 mod pulse;
 mod watchdog;
 
@@ -92,8 +94,12 @@ fn closed_queues() -> ClosedQueues {
 pub fn run(service: &Service, stop: &Signal) -> anyhow::Result<()> {
     let intake = Intake::new(MAX_IN_HAND);
     let links = Links::open(&service.config, &intake)?;
-    let outcome = within_deadline(DEADLINE, || links.kill(), || prepare(service, &links))
-        .and_then(|prepared| work(service, &links, &intake, prepared, stop));
+    let mut nodes = Nodes::of(&service.config, &links);
+    let kill = || links.kill();
+    let prepare = || within_deadline(DEADLINE, kill, || prepare(service, &links));
+    let outcome = nodes
+        .meanwhile(kill, prepare)
+        .and_then(|prepared| work(service, &links, nodes, &intake, prepared, stop));
     if outcome.is_err() {
         // Closing a silently lost or blocked connection would block.
         links.kill();
@@ -181,6 +187,7 @@ struct Shared<'s> {
 fn work(
     service: &Service,
     links: &Links,
+    nodes: Nodes,
     intake: &Intake,
     prepared: Prepared,
     stop: &Signal,
@@ -221,8 +228,10 @@ fn work(
         start_consumers(&shared, &mut recruits, &messages, done, &claim, &vacant)?;
         drop(messages);
         let (pulse, stop_pulse) = (&shared.pulse, recruits.stop.clone());
-        let pulse = move || pulse.run(links, &nobody_answers, &stop_pulse);
-        recruits.start("pulse", pulse)?;
+        recruits.start("pulse", move || {
+            pulse.run(links, &nobody_answers, &stop_pulse)
+        })?;
+        start_nodes(nodes, &mut recruits)?;
         start_inquiry(&shared, &mut recruits, findings.to_vec(), nudges)?;
         start_turns(&shared, &mut recruits, woken)?;
         start_maintenance(&shared, &mut recruits, findings.to_vec(), unread)?;
@@ -336,6 +345,21 @@ fn hand_over(handlers: &[Sender<Work>], inbox: Inbox, received: Received) {
     // If the handler is gone, the session is ending and the message is redelivered.
     let received = Box::new(received);
     let _ = handlers[handler].send(Work::Message { inbox, received });
+}
+
+fn start_nodes<'scope>(
+    mut nodes: Nodes,
+    recruits: &mut Recruits<'scope, '_>,
+) -> anyhow::Result<()> {
+    if nodes.is_empty() {
+        return Ok(());
+    }
+    let stop = recruits.stop.clone();
+    recruits.start("nodes", move || {
+        let outcome = nodes.run(&stop);
+        nodes.close();
+        outcome
+    })
 }
 
 fn start_inquiry<'scope>(

@@ -157,6 +157,14 @@ enum Loss {
     Hangs,
 }
 
+/// The nodes of a cluster as a service is told them.
+fn told(nodes: &[(String, String)]) -> Vec<(&str, &str)> {
+    let nodes = nodes.iter();
+    nodes
+        .map(|(name, hosts)| (name.as_str(), hosts.as_str()))
+        .collect()
+}
+
 /// Services, until one of them has a connection to that node: each has chosen at random.
 fn start_on(cluster: &Cluster, node: &Deployment, variables: &[(&str, &str)]) -> Service {
     loop {
@@ -179,10 +187,7 @@ fn a_service_moves_to_another_node_of_the_cluster(#[case] loss: Loss) {
     let client = Client::new(&cluster.one);
     let worker = Worker::new(&cluster.one, "workflow_1");
     let variables = cluster.all_nodes();
-    let variables: Vec<_> = variables
-        .iter()
-        .map(|(name, hosts)| (name.as_str(), hosts.as_str()))
-        .collect();
+    let variables = told(&variables);
     let service = start_on(&cluster, &cluster.other, &variables);
     let running = running_job(&client, &worker, None);
     match loss {
@@ -231,6 +236,16 @@ fn doctor(cluster: &Cluster, variables: &[(&str, &str)]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Loads the example's definitions into a cluster.
+fn import_example(cluster: &Cluster) {
+    // Where RabbitMQ's own user may read it.
+    let file = cluster.one.folder_of(Server::RabbitMq).join("import.json");
+    std::fs::copy(EXAMPLE, &file).unwrap();
+    cluster
+        .one
+        .rabbitmqctl(&["import_definitions", file.to_str().unwrap()]);
+}
+
 const EXAMPLE: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/examples/deployment/cluster/definitions.json"
@@ -239,12 +254,7 @@ const EXAMPLE: &str = concat!(
 #[test]
 fn the_example_of_a_cluster_lives_through_the_loss_of_each_node() {
     let cluster = Cluster::of_three(&example_configuration());
-    // Where RabbitMQ's own user may read it.
-    let file = cluster.one.folder_of(Server::RabbitMq).join("import.json");
-    std::fs::copy(EXAMPLE, &file).unwrap();
-    cluster
-        .one
-        .rabbitmqctl(&["import_definitions", file.to_str().unwrap()]);
+    import_example(&cluster);
     let list = [
         "list_queues",
         "-q",
@@ -264,10 +274,7 @@ fn the_example_of_a_cluster_lives_through_the_loss_of_each_node() {
         assert!(queues.contains(line), "{queues}");
     }
     let variables = cluster.all_nodes();
-    let variables: Vec<_> = variables
-        .iter()
-        .map(|(name, hosts)| (name.as_str(), hosts.as_str()))
-        .collect();
+    let variables = told(&variables);
     let _replicas = [
         cluster.one.start_with(&variables),
         cluster.one.start_with(&variables),
@@ -297,9 +304,7 @@ fn the_example_of_a_cluster_lives_through_the_loss_of_each_node() {
         said.contains("job_submissions: RabbitMQ drops a message that it has delivered 20 times"),
         "{said}"
     );
-    cluster
-        .one
-        .rabbitmqctl(&["import_definitions", file.to_str().unwrap()]);
+    import_example(&cluster);
     let third = cluster.third.as_ref().unwrap();
     // Its queues are on a node that stays, for they are classic.
     for (lost, stays) in [
@@ -337,4 +342,72 @@ fn the_example_of_a_cluster_lives_through_the_loss_of_each_node() {
         lost.start_server(Server::RabbitMq);
         cluster.all_run();
     }
+}
+
+/// RabbitMQ that has Mnesia stops such a node, which ends its connections; one that has Khepri keeps them,
+/// and tells the node's consumers nothing.
+#[test]
+fn an_idle_service_leaves_a_node_that_is_cut_off() {
+    let cluster = Cluster::of_three(&example_configuration());
+    import_example(&cluster);
+    let variables = cluster.all_nodes();
+    let vhost = cluster.one.sdk_vhost();
+    let service = loop {
+        let service = cluster.one.start_with(&told(&variables));
+        if cluster.is_consumed_on(&cluster.other, &vhost, "job_submissions") {
+            break service;
+        }
+        assert!(service.stop().success());
+    };
+    let client = Client::of_existing(&cluster.one);
+    let worker = Worker::of_existing(&cluster.one, "workflow_1");
+    cluster.cut_off_other();
+    let lost = Instant::now();
+    let job = client.submit("workflow_1");
+    service.logged("the session with RabbitMQ ends");
+    let ended = lost.elapsed();
+    let task = worker.take();
+    assert_eq!(task.job, job);
+    eprintln!(
+        "ended after {ended:?}, the task is there after {:?}",
+        lost.elapsed()
+    );
+    // Far more than it takes, and less than a question that nobody watches.
+    assert!(ended.as_secs() < 15, "{ended:?}");
+    worker.start(&task);
+    worker.succeed(&task, OUTPUT);
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    service.wait_until_ready();
+}
+
+/// Nobody can bind anything while the leader hangs, or with Mnesia any node; whoever is on another node has
+/// nothing to gain by a new session.
+#[test]
+fn a_node_that_hangs_ends_no_session_on_the_others() {
+    let cluster = Cluster::of_three("");
+    let client = Client::new(&cluster.one);
+    let worker = Worker::new(&cluster.one, "workflow_1");
+    let third = cluster.third.as_ref().unwrap();
+    let hosts = format!(
+        "127.0.0.1:{},127.0.0.1:{}",
+        cluster.one.rabbitmq_port(),
+        third.rabbitmq_port()
+    );
+    let variables = cluster
+        .all_nodes()
+        .into_iter()
+        .map(|(name, _)| (name, hosts.clone()));
+    let service = cluster
+        .one
+        .start_with(&told(&variables.collect::<Vec<_>>()));
+    cluster.let_other_lead();
+    one_job_goes_through(&client, &worker);
+    cluster.other.signal_rabbitmq("-STOP");
+    service.logged(
+        "says nothing of what needs the majority of its cluster, and nor does another node",
+    );
+    cluster.other.kill_server(Server::RabbitMq);
+    one_job_goes_through(&client, &worker);
+    assert_one_session(&service);
+    assert!(service.stop().success());
 }

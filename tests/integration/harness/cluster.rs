@@ -118,6 +118,48 @@ impl Cluster {
         });
     }
 
+    /// The other node and all others refuse each other from now on, by their cookies; whoever is connected to
+    /// them stays so, as far as RabbitMQ lets them.
+    pub fn cut_off_other(&self) {
+        let others = [&self.one].into_iter().chain(&self.third);
+        let names: Vec<_> = others.map(|one| format!("'{}'", node(one))).collect();
+        let code = format!(
+            "[begin erlang:set_cookie(N, strangers), erlang:disconnect_node(N) end || N <- [{}]].",
+            names.join(",")
+        );
+        self.other.rabbitmqctl(&["eval", &code]);
+    }
+
+    /// Has the other node lead what decides about queues and bindings, where one of them does.
+    pub fn let_other_lead(&self) {
+        if !has_khepri() {
+            return;
+        }
+        let other = format!("{{rabbitmq_metadata, '{}'}}", node(&self.other));
+        let own = "{rabbitmq_metadata, node()}";
+        let leads = format!("element(3, ra:members({own})) =:= {other}.");
+        eventually("it leads", || {
+            self.eval(&format!("ra:transfer_leadership({own}, {other})."));
+            (self.eval(&leads) == "true").then_some(())
+        });
+    }
+
+    /// Whether a queue has a consumer that is connected to this deployment's node.
+    pub fn is_consumed_on(&self, deployment: &Deployment, vhost: &str, queue: &str) -> bool {
+        let list = [
+            "list_consumers",
+            "-q",
+            "-p",
+            vhost,
+            "queue_name",
+            "channel_pid",
+        ];
+        let consumers = self.one.rabbitmqctl(&list);
+        let node = node(deployment);
+        let mut lines = consumers.lines();
+        lines.any(|line| line.starts_with(&format!("{queue}\t")) && line.contains(&node))
+    }
+
     pub fn start_other(&self) {
         self.other.start_server(Server::RabbitMq);
     }

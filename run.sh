@@ -982,7 +982,7 @@ lint() {
   cargo fmt --check
   cargo clippy --locked --all-targets -- -D warnings
   RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
-  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run examples/chaos/network.sh tests/servers/* tests/containers/*/*.sh tests/containers/*/*/start examples/deployment/switch.sh; else say "shellcheck is not installed: skipped"; fi
+  if command -v shellcheck >/dev/null; then shellcheck run.sh .ci/run examples/chaos/network.sh tests/servers/* tests/containers/*/*.sh tests/containers/*/*/start examples/deployment/switch.sh examples/answers/{desk,plant,outage}; else say "shellcheck is not installed: skipped"; fi
   if command -v cargo-deny >/dev/null; then cargo deny check; else say "cargo-deny is not installed: skipped"; fi
 }
 

@@ -197,12 +197,16 @@ fn judge_types(vhost: Vhost, link: &Link, look: &Look, config: &Config, findings
 
 fn unreachable(vhost: Vhost, error: &str, findings: &mut Findings) {
     let prefix = vhost.name();
+    let first = match error.contains("Connection refused") {
+        true => "As a rule RabbitMQ does not run there: start it. If it does, check",
+        false => "Check",
+    };
     findings.add(
         part(vhost),
         Severity::Error,
         one_line(error),
         &format!(
-            "Check {prefix}_RABBITMQ_HOSTNAME, _PORT, _USERNAME, _PASSWORD and _VIRTUALHOST, that the vhost \
+            "{first} {prefix}_RABBITMQ_HOSTNAME, _PORT, _USERNAME, _PASSWORD and _VIRTUALHOST, that the vhost \
              exists, and that the user has rights on it (`rabbitmqctl list_permissions -p VHOST`)."
         ),
     );
@@ -373,14 +377,23 @@ pub(super) fn judge_workers(
             let tasks = i64::from(depth.messages);
             let wanted = jobs.map(|jobs| jobs.handed_over.get(queue).copied().unwrap_or(0));
             let waiting = jobs.and_then(|jobs| jobs.waiting.get(queue)).copied();
-            let waiting = waiting.unwrap_or(0).max(wanted.unwrap_or(tasks));
+            // Without Postgres it is not known whose tasks they are.
+            let (waiting, what) = match wanted {
+                Some(wanted) => (waiting.unwrap_or(0).max(wanted), "job"),
+                None => (tasks, "task"),
+            };
             let stale = wanted.map_or(0, |wanted| tasks.saturating_sub(wanted).max(0));
-            judge_queue_without_worker(queue, waiting, stale, findings);
+            judge_queue_without_worker(queue, (waiting, what), stale, findings);
         }
     }
 }
 
-fn judge_queue_without_worker(queue: &str, waiting: i64, stale: i64, findings: &mut Findings) {
+fn judge_queue_without_worker(
+    queue: &str,
+    (waiting, what): (i64, &str),
+    stale: i64,
+    findings: &mut Findings,
+) {
     let shown = one_line(queue);
     let number = |count: i64| usize::try_from(count).unwrap_or(0);
     if waiting > 0 {
@@ -390,7 +403,7 @@ fn judge_queue_without_worker(queue: &str, waiting: i64, stale: i64, findings: &
             Severity::Error,
             format!(
                 "{} {verb} for {shown}, which has no worker",
-                counted(number(waiting), "job")
+                counted(number(waiting), what)
             ),
             "Start a worker that consumes the queue of this name, in the vhost of \
              CELERY_RABBITMQ_VIRTUALHOST.",
@@ -414,5 +427,57 @@ fn judge_queue_without_worker(queue: &str, waiting: i64, stale: i64, findings: &
              would be begun and be told to stop; `doctor --fix` takes only these away.",
         );
         findings.fix(Fix::DropStale(queue.to_owned()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::that_does_not_run(
+        "a:5672: Connection refused (os error 111)",
+        "As a rule RabbitMQ does not run there"
+    )]
+    #[case::that_refuses_the_user(
+        "ACCESS_REFUSED: login was refused",
+        "Check SDK_RABBITMQ_HOSTNAME"
+    )]
+    fn what_to_do_about_a_rabbitmq(#[case] error: &str, #[case] remedy: &str) {
+        let mut findings = Findings::default();
+        unreachable(Vhost::Sdk, error, &mut findings);
+        let told = &findings.0[0].remedy;
+        assert!(told.starts_with(remedy), "{told}");
+        assert!(told.contains("SDK_RABBITMQ_HOSTNAME"), "{told}");
+    }
+
+    /// Two of these three tasks may be of jobs that have ended.
+    #[test]
+    fn without_postgres_tasks_are_told_and_no_jobs() {
+        let depth = Depth {
+            messages: 3,
+            consumers: 0,
+        };
+        let seen = Seen::from([((Vhost::Celery, "orphan".to_owned()), Inspected::Good(depth))]);
+        let told = |jobs: Option<&Jobs<'_>>| {
+            let mut findings = Findings::default();
+            judge_workers(&["orphan".to_owned()], &seen, jobs, &mut findings);
+            let found = findings.0.into_iter().map(|one| one.found);
+            found.collect::<Vec<_>>()
+        };
+        assert_eq!(told(None), ["3 tasks wait for orphan, which has no worker"]);
+        let jobs = Jobs {
+            waiting: &BTreeMap::from([("orphan".to_owned(), 1)]),
+            handed_over: BTreeMap::from([("orphan".to_owned(), 1)]),
+        };
+        assert_eq!(
+            told(Some(&jobs)),
+            [
+                "1 job waits for orphan, which has no worker",
+                "2 tasks in orphan are of jobs that have ended, or were started before"
+            ]
+        );
     }
 }

@@ -53,23 +53,25 @@ impl Runs {
         })
     }
 
-    /// The same; nothing for one that has been running longer than all before it, which may end at any
-    /// time.
-    pub fn left(&self, elapsed: Duration) -> Span {
-        self.remaining(elapsed).unwrap_or(Span {
-            median: Duration::ZERO,
-            p90: Duration::ZERO,
-        })
-    }
-
     /// How long the first `waiting` jobs of a queue wait, in the order in which so many processes take
-    /// them, some of which compute something for the times in `left`. None without any.
-    pub fn waits(&self, processes: usize, left: &[Span], waiting: usize) -> Option<Vec<Span>> {
+    /// them, some of which compute something for the times in `left`. What runs longer than all before it
+    /// (None) may end at any time, or not for hours: nobody counts on its process. None where there is no
+    /// other.
+    pub fn waits(
+        &self,
+        processes: usize,
+        left: &[Option<Span>],
+        waiting: usize,
+    ) -> Option<Vec<Span>> {
+        let known: Vec<_> = left.iter().copied().flatten().collect();
+        // More may be running than there are processes now, such as jobs of a worker that died.
+        let overdue = (left.len() - known.len()).min(processes.saturating_sub(known.len()));
+        let processes = processes - overdue;
         if processes == 0 {
             return None;
         }
-        let medians = self.starts(processes, left, waiting, |span| span.median);
-        let p90s = self.starts(processes, left, waiting, |span| span.p90);
+        let medians = self.starts(processes, &known, waiting, |span| span.median);
+        let p90s = self.starts(processes, &known, waiting, |span| span.p90);
         let both = medians.into_iter().zip(p90s);
         Some(both.map(|(median, p90)| Span { median, p90 }).collect())
     }
@@ -84,7 +86,6 @@ impl Runs {
         let each = of(self.span());
         let mut busy: Vec<Duration> = left.iter().copied().map(&of).collect();
         busy.sort_unstable();
-        // More may be running than there are processes now, such as jobs of a worker that died.
         busy.truncate(processes);
         busy.resize(processes, Duration::ZERO);
         let mut free: BinaryHeap<Reverse<Duration>> = busy.into_iter().map(Reverse).collect();
@@ -144,7 +145,9 @@ mod tests {
     #[case::one_is_busy(2, &[50], &[0, 30, 60, 90])]
     #[case::all_are_busy(1, &[0], &[60, 120])]
     #[case::more_run_than_there_are_workers(1, &[0, 50], &[30, 90])]
-    #[case::one_is_overdue(1, &[200], &[0, 60])]
+    #[case::one_of_two_is_overdue(2, &[200, 50], &[30, 90])]
+    #[case::one_is_overdue_and_one_idle(2, &[200], &[0, 60])]
+    #[case::of_a_worker_that_died_one_is_overdue(1, &[200, 50], &[30, 90])]
     fn a_job_waits_for_those_before_it(
         #[case] workers: usize,
         #[case] running: &[u64],
@@ -152,7 +155,7 @@ mod tests {
     ) {
         let left = secs(running)
             .into_iter()
-            .map(|elapsed| runs().left(elapsed));
+            .map(|elapsed| runs().remaining(elapsed));
         let waits = runs().waits(workers, &Vec::from_iter(left), medians.len());
         let waits: Vec<_> = waits.unwrap().iter().map(|wait| wait.median).collect();
         assert_eq!(waits, secs(medians));
@@ -172,6 +175,12 @@ mod tests {
         let [half, nine_of_ten] = [half, nine_of_ten].map(Duration::from_secs);
         assert_eq!(quantile(&secs(times), 50), half);
         assert_eq!(quantile(&secs(times), 90), nine_of_ten);
+    }
+
+    #[test]
+    fn behind_what_is_overdue_nobody_knows() {
+        assert_eq!(runs().waits(1, &[None], 3), None);
+        assert_eq!(runs().waits(2, &[None, None, None], 3), None);
     }
 
     #[test]

@@ -28,6 +28,18 @@ pub fn job(id: Uuid, reference: &str) -> String {
     }
 }
 
+/// An error with its causes, each of them once: some say that of theirs in their own words already.
+pub fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            let colon = if text.is_empty() { "" } else { ": " };
+            text = text + colon + &cause;
+        }
+    }
+    text
+}
+
 /// Logs what became of a command.
 pub fn log(report: &Report<'_>) {
     let Report {
@@ -216,7 +228,27 @@ fn outcome_text(outcome: Outcome) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
+
     use rstest::rstest;
+    use thiserror::Error;
+
+    /// As amiquip's errors are, which name their cause themselves.
+    #[derive(Debug, Error)]
+    #[error("I/O error while reading socket: {0}")]
+    struct Outer(#[source] io::Error);
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let reset = || Outer(io::Error::other("reset by peer"));
+        let lost = anyhow::Error::from(reset()).context("SDK, consuming");
+        assert_eq!(
+            with_causes(&lost),
+            "SDK, consuming: I/O error while reading socket: reset by peer"
+        );
+        let other = anyhow::Error::from(io::Error::other("refused")).context("connecting");
+        assert_eq!(with_causes(&other), "connecting: refused");
+    }
 
     #[rstest]
     #[case(0.254, "25 %")]

@@ -104,6 +104,10 @@ fn explains(cause: Part, part: Part) -> bool {
 fn says(cause: Part, why: &str) -> (&'static str, &'static str) {
     match cause {
         Part::Postgres => of_postgres(why),
+        Part::Revisions if why.starts_with(NOT_KNOWN) => (
+            "The tables have not been looked at since Postgres answers again",
+            "Nothing has to be done: they are within seconds.",
+        ),
         Part::Revisions => (
             "The tables are not as this version needs them",
             "`omotes-orchestrator db current` says how they are; a restart upgrades them.",
@@ -203,6 +207,8 @@ const ABSENT: &[&str] = &[
     "starting up",
     "shutting down",
     "administrator command",
+    "postmaster exit",
+    "crash of another server process",
 ];
 
 /// What is wrong with Postgres, and what to do. Its own words may be in any language: for those that are
@@ -339,6 +345,16 @@ mod tests {
     )]
     #[case::silent("no answer for 21s", "not answer", "it runs")]
     #[case::stopping("FATAL: the database system is shutting down", "not answer", "it runs")]
+    #[case::killed_meanwhile(
+        "db error: FATAL: terminating connection due to unexpected postmaster exit",
+        "not answer",
+        "it runs"
+    )]
+    #[case::crashed(
+        "db error: WARNING: terminating connection because of crash of another server process",
+        "not answer",
+        "it runs"
+    )]
     #[case::password(
         "FATAL: password authentication failed for user \"omotes\"",
         "not do",
@@ -373,6 +389,24 @@ mod tests {
             trouble.what
         );
         assert!(trouble.remedy.contains(remedy), "{}", trouble.remedy);
+    }
+
+    /// After an outage of Postgres they are looked at a little later than it is.
+    #[test]
+    fn tables_of_which_nothing_is_known_need_no_remedy() {
+        let mut parts = parts(&[Part::Revisions]);
+        parts[4].why = Some("not known while Postgres does not answer".to_owned());
+        let trouble = trouble(&parts).unwrap();
+        assert_eq!(trouble.cause, Part::Revisions);
+        assert_eq!(
+            trouble.what,
+            "The tables have not been looked at since Postgres answers again"
+        );
+        assert!(
+            trouble.remedy.starts_with("Nothing has to be done"),
+            "{}",
+            trouble.remedy
+        );
     }
 
     #[test]

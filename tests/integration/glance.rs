@@ -63,6 +63,45 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     }
 }
 
+/// What is lost for good before what only takes long, and by the names of the jobs.
+#[test]
+fn what_has_to_be_done_something_about_is_said_first() {
+    let deployment = Deployment::new();
+    let file = workflows(&deployment);
+    let service = deployment.start_with(&[
+        ("WORKFLOW_CONFIG_PATH", file.to_str().unwrap()),
+        ("WORKERS_PERIOD_SEC", "60"),
+    ]);
+    let mut sql = deployment.sql();
+    plant(&mut sql);
+    sql.batch_execute("UPDATE job SET running_at = now() - interval '3 h', timeout_after_ms = NULL WHERE celery_id = 't-4'")
+        .unwrap();
+    let lost = format!(
+        "DELETE FROM worker_look; INSERT INTO worker_look (looked_at) VALUES (now());
+         DELETE FROM absent_task;
+         INSERT INTO absent_task (celery_id, job_id, since, confirmed_at, may_wait, is_told)
+         VALUES ('t-1', '{RUNNING}', now() - interval '2 min', now(), false, true)"
+    );
+    let nobody = Operator::at(&service, "");
+    let page = eventually("a lost task, and a paused queue", || {
+        sql.batch_execute(&lost).unwrap();
+        let page = nobody.get("/");
+        let verdict = verdict(&page).to_owned();
+        (verdict.contains("lost") && verdict.contains("paused")).then_some(page)
+    });
+    assert_eq!(
+        verdict(&page),
+        "A task is lost; queue optimiser is paused; 2 jobs are overdue; and 1 more."
+    );
+    for what in [
+        &format!("the task of job <a href=\"/jobs/{RUNNING}\">Rotterdam harbour, phase 2</a>"),
+        "They run for longer than all of their workflows before them.",
+        "Its worker has reported no progress",
+    ] {
+        assert!(page.body.contains(what), "{what}: {}", page.body);
+    }
+}
+
 #[test]
 fn a_job_is_found_by_the_beginning_of_its_id() {
     let (service, deployment) = planted();

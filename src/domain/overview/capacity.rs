@@ -16,8 +16,9 @@ pub(super) const FRESH: SignedDuration = SignedDuration::from_mins(2);
 pub(super) struct Capacity {
     /// Processes, each of which computes one task.
     pub(super) processes: usize,
-    /// How long those of them that compute something will still do so.
-    pub(super) left: Vec<Span>,
+    /// How long those of them that compute something will still do so; None of what runs longer than all
+    /// before it.
+    pub(super) left: Vec<Option<Span>>,
 }
 
 impl Overview {
@@ -32,7 +33,7 @@ impl Overview {
             let elapsed = elapsed.into_iter().flatten();
             Capacity {
                 processes: consumers.map_or(0, |consumers| consumers as usize),
-                left: elapsed.map(|elapsed| runs.left(*elapsed)).collect(),
+                left: elapsed.map(|elapsed| runs.remaining(*elapsed)).collect(),
             }
         });
         let limits = self.turns.iter().find(|limits| limits.name == queue);
@@ -42,6 +43,15 @@ impl Overview {
             }),
             ..capacity
         }
+    }
+
+    /// Whether all who take the tasks of a workflow compute what runs longer than all before it.
+    pub(super) fn is_behind_overdue(&self, workflow: &str, now: Timestamp) -> bool {
+        let runs = self.rows.get(workflow).and_then(|rows| rows.runs.as_ref());
+        runs.is_some_and(|runs| {
+            let Capacity { processes, left } = self.capacity(workflow, runs, now);
+            processes > 0 && runs.waits(processes, &left, 1).is_none()
+        })
     }
 
     /// Where the task of a job without several steps waits.
@@ -84,12 +94,12 @@ impl Overview {
 
     /// How long a task still takes. Of a workflow that is not known well enough, or a step's, as long as
     /// those of the workflow that waits for it: they share a queue.
-    fn left_of(&self, task: &TaskView, runs: &Runs, now: Timestamp) -> Span {
+    fn left_of(&self, task: &TaskView, runs: &Runs, now: Timestamp) -> Option<Span> {
         let rows = task.workflow.as_ref().filter(|_| task.step.is_none());
         let rows = rows.and_then(|workflow| self.rows.get(workflow));
         let of_its_own = rows.and_then(|WorkflowRows { runs, .. }| runs.as_ref());
         let elapsed = Duration::try_from(now.duration_since(task.since)).unwrap_or_default();
-        of_its_own.unwrap_or(runs).left(elapsed)
+        of_its_own.unwrap_or(runs).remaining(elapsed)
     }
 }
 
@@ -212,7 +222,7 @@ mod tests {
         #[case] left: &[u64],
     ) {
         let found = overview(looked_at, workers).capacity("simulator", &runs(100), at(NOW));
-        let medians = found.left.iter().map(|left| left.median.as_secs());
+        let medians = found.left.iter().map(|left| left.unwrap().median.as_secs());
         assert_eq!(medians.collect::<Vec<_>>(), left);
         assert_eq!(found.processes, processes);
     }

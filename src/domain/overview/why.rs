@@ -271,7 +271,7 @@ impl Telling {
         telling
             .say(go_first.unwrap_or_else(|| format!("Waits for a worker of `{shown}`")))
             .may_say(all_busy(queue, overview, now))
-            .may_say(wait.map(about))
+            .may_say(wait.map(about).or_else(|| behind(job, overview, now)))
     }
 
     /// Its next attempt has no task yet.
@@ -524,6 +524,15 @@ fn last_seen(queue: &str, overview: &Overview, now: Timestamp) -> Option<String>
         | WorkerState::BusyAndDeaf
         | WorkerState::Silent
         | WorkerState::Gone => format!("last seen {host}, {} ago", ago(last.last_seen, now)),
+    })
+}
+
+/// Why it is not known how long a job waits, if that is for what runs before it.
+fn behind(job: &JobView, overview: &Overview, now: Timestamp) -> Option<String> {
+    let workflow = job.workflow.as_deref().filter(|_| job.step.is_none())?;
+    let is_behind = overview.is_behind_overdue(workflow, now);
+    is_behind.then(|| {
+        "for how long nobody knows: what runs there takes longer than all before it".to_owned()
     })
 }
 

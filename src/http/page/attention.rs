@@ -18,12 +18,19 @@ const NAMED: usize = 3;
 /// How many matters the line names.
 const SAID: usize = 3;
 
-/// All of them; `jobs` are those that come first of those that have not ended.
+/// All of them, those first for which somebody has to do something; `jobs` are those that come first of those
+/// that have not ended.
 pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) -> Vec<Matter> {
     let now = frame.now;
     let mut all = Vec::new();
     let lonely = overview.lonely().into_iter();
     all.extend(lonely.map(|queue| without_worker(&queue, now)));
+    let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
+    // Without RabbitMQ nobody knows.
+    let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
+    if let (Some(workers), true) = (overview.seen_workers(now), rabbitmq_works) {
+        all.extend(workers::matters(workers, jobs, now));
+    }
     let paused = overview.turns.iter();
     let paused = paused.filter(|queue| queue.limit.is_paused && queue.held > 0);
     all.extend(paused.map(|queue| is_paused(queue, frame)));
@@ -32,12 +39,6 @@ pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) 
     let letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
     if letters > 0 {
         all.push(dead_letters(letters, frame));
-    }
-    let mut faults = frame.parts.iter().filter(|part| part.why.is_some());
-    // Without RabbitMQ nobody knows.
-    let rabbitmq_works = !faults.any(|part| part.part == Part::Broker);
-    if let (Some(workers), true) = (overview.seen_workers(now), rabbitmq_works) {
-        all.extend(workers::matters(workers, now));
     }
     all
 }
@@ -119,7 +120,7 @@ fn ambers(jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
                     @if place > 0 { ", " } a href={ "/jobs/" (job.id) } { (name(job)) }
                 }
                 @if more > 0 { " and " (more) " more" }
-                ". " (amber.meaning())
+                ". " (amber.meanings(jobs.len()))
             },
         }
     };

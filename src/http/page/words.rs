@@ -98,7 +98,19 @@ impl Amber {
         }
     }
 
-    pub(super) fn meaning(self) -> &'static str {
+    /// Of the job, or of several.
+    pub(super) fn meanings(self, jobs: usize) -> &'static str {
+        match (self, jobs) {
+            (_, ..=1) => self.meaning(),
+            (Amber::Overdue, _) => "They run for longer than all of their workflows before them.",
+            (Amber::Silent, _) => {
+                "Their workers have reported no progress for more than ten minutes."
+            }
+            (Amber::Of(_), _) => self.meaning(),
+        }
+    }
+
+    fn meaning(self) -> &'static str {
         match self {
             Amber::Overdue => "It runs for longer than all of its workflow before it.",
             Amber::Silent => "Its worker has reported no progress for more than ten minutes.",

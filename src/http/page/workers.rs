@@ -4,12 +4,13 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::words::{Matter, command, looked, since};
-use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
+use super::words::{Matter, command, looked, name, since};
+use crate::domain::overview::JobView;
+use crate::domain::worker::{LostTask, TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 
-/// What somebody has to look at.
-pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
+/// What somebody has to look at; `jobs` are those that are known by their names.
+pub(super) fn matters(workers: &Workers, jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
     let silent = workers.workers.iter();
     let silent = silent.filter(|worker| worker.state == WorkerState::Silent);
     let silent = silent.map(|worker| Matter {
@@ -24,11 +25,16 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
             } @else { " Restart it." }
         },
     });
+    let job = |lost: &LostTask| {
+        let known = jobs.iter().find(|job| job.id == lost.job_id);
+        html! { a href={ "/jobs/" (lost.job_id) } {
+            @match known { Some(job) => (name(job)), None => code { (lost.job_id) } }
+        } }
+    };
     let lost = workers.lost_tasks.iter().map(|lost| Matter {
         short: "a task is lost".to_owned(),
         full: html! {
-            "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
-            " for " (since(lost.since, now))
+            "No worker has had the task of job " (job(lost)) " for " (since(lost.since, now))
             @if lost.never_begun { ", and it is in no queue, though none has begun it" }
             ". Cancel the job and submit it again."
         },

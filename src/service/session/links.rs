@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::broker::Link;
 use crate::broker::intake::Intake;
 use crate::config::Config;
+use crate::telemetry::report::with_causes;
 use crate::wire::Inbox;
 
 /// The connections of a session. A blocked publisher must not block the consumers, hence the two
@@ -81,7 +82,7 @@ impl Links {
             .into_iter()
             .chain(task_out)
             .filter_map(|link| link.close().err())
-            .map(|error| format!("{error:#}"))
+            .map(|error| with_causes(&error))
             .collect()
     }
 }

@@ -433,6 +433,12 @@ fn progress(at: i64) -> Option<Progress> {
     with_runs(20, with_workers(1)),
     "Waits: 2 jobs go first at `simulator`; about 3 h 20 min."
 )]
+#[case::behind_what_is_overdue(
+    placed(1),
+    with_runs(1, seen(WorkerState::Busy, with_workers(1))),
+    "Waits: it is the next at `simulator`; its worker is busy; for how long nobody knows: what runs there takes \
+     longer than all before it."
+)]
 #[case::processes(
     placed(1),
     change_workers(seen(WorkerState::Busy, with_workers(1)), |workers| {

@@ -175,6 +175,7 @@ mod tests {
                 looked_at: Some(at(looked_at)),
                 workers,
                 lost_tasks: Vec::new(),
+                more_lost_tasks: 0,
             }),
             ..Overview::default()
         }

@@ -8,6 +8,9 @@ use super::words::{Matter, command, looked, since};
 use crate::domain::worker::{TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 
+/// How many lost tasks are told one by one.
+const NAMED: usize = 20;
+
 /// What somebody has to look at.
 pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
     let silent = workers.workers.iter();
@@ -24,7 +27,7 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
             } @else { " Restart it." }
         },
     });
-    let lost = workers.lost_tasks.iter().map(|lost| Matter {
+    let lost = workers.lost_tasks.iter().take(NAMED).map(|lost| Matter {
         short: "a task is lost".to_owned(),
         full: html! {
             "No worker has had the task of job " a href={ "/jobs/" (lost.job_id) } { code { (lost.job_id) } }
@@ -40,7 +43,11 @@ pub(super) fn matters(workers: &Workers, now: Timestamp) -> Vec<Matter> {
             ". It has been told to stop; if it goes on, restart it."
         },
     });
-    silent.chain(lost).chain(in_vain).collect()
+    let more_lost = workers.more_lost(NAMED).map(|more| Matter {
+        short: "more tasks are lost".to_owned(),
+        full: html! { (more) ". " (command("omotes-orchestrator workers")) " names them." },
+    });
+    silent.chain(lost).chain(more_lost).chain(in_vain).collect()
 }
 
 pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {

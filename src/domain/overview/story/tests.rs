@@ -20,6 +20,7 @@ fn ended(outcome: Outcome) -> JobView {
         state: JobState::Ended(outcome),
         priority: None,
         task_id: Some("task".to_owned()),
+        queue: None,
         registered_at: Some(at(0)),
         submitted_at: Some(at(0)),
         running_at: Some(at(10)),

@@ -180,6 +180,7 @@ fn seen(state: WorkerState, overview: Overview) -> Overview {
             looked_at: Some(minute(NOW)),
             workers: vec![worker(state)],
             lost_tasks: Vec::new(),
+            more_lost_tasks: 0,
         }),
         ..overview
     }

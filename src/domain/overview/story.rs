@@ -346,9 +346,13 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
     let at = job.registered_at?;
     let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
     let at_once = rows.attempts.is_empty() && job.submitted_at == Some(at);
-    let what = match at_once {
-        true => format!("Submitted to `{workflow}`, and handed over at once"),
-        false => format!("Submitted to `{workflow}`"),
+    let what = match (at_once, &job.queue) {
+        (true, Some(queue)) => format!(
+            "Submitted to `{workflow}`, and handed over to `{}` at once",
+            one_line(queue)
+        ),
+        (true, None) => format!("Submitted to `{workflow}`, and handed over at once"),
+        (false, _) => format!("Submitted to `{workflow}`"),
     };
     let submission = submission(rows);
     let who = submission.map(|act| format!("by {}", by(act.by.as_ref())));
@@ -369,8 +373,9 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
 fn of_task<'r>(job: &'r JobView, rows: &'r Rows) -> impl Iterator<Item = StoryEvent> + use<'r> {
     let later = job.submitted_at.filter(|at| Some(*at) != job.registered_at);
     let handed_over = later.map(|at| {
-        let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
-        event(at, format!("Handed over to `{workflow}`"))
+        let queue = job.queue.as_deref().or(job.workflow.as_deref());
+        let queue = queue.map(one_line).unwrap_or_default();
+        event(at, format!("Handed over to `{queue}`"))
     });
     let starts = (0..rows.starts.len()).map(|number| of_start(job, rows, number));
     // In rows of earlier versions.

@@ -110,7 +110,8 @@ fn confirm_matching(
         pages::NAMED,
     )?;
     let digest = digest(&found.ids);
-    let shown = Shown { at, digest };
+    let ids = None;
+    let shown = Shown { at, digest, ids };
     Ok(pages::confirm_matching(
         frame, acting, whole, &found, &shown, notice,
     ))
@@ -280,7 +281,7 @@ fn perform(service: &Service, form: &Form, visit: &Visit, stop: &Signal) -> Resu
     Ok(Came::Done(lines))
 }
 
-/// Does so to all that match, if they are those that were shown.
+/// Does so to all that match, of those that were shown.
 fn to_all(
     service: &Service,
     visit: &Visit,
@@ -292,13 +293,20 @@ fn to_all(
     let ids = jobs::matching(&mut looking(service)?, filter, whole.turn(), at, 0)?.ids;
     if shown.is_none_or(|shown| shown.digest != digest(&ids)) {
         return Ok(Came::Others);
+    };
+    let Some(jobs::Meant { ids, others }) = still_meant(service, whole, filter, shown)? else {
+        return Ok(Came::Others);
+    };
+    if ids.is_empty() {
+        let nothing = std::iter::once(NOTHING_DONE.to_owned());
+        return Ok(Came::Done(nothing.chain(others).collect()));
     }
     let count = counted(ids.len(), "job");
     let Some(change) = whole.turn() else {
         jobs::ask_to_end(&service.config, &ids, &visit.origin())?;
         let each = ids.iter().map(|id| format!("job {id}"));
         let head = std::iter::once(format!("{count} asked to end"));
-        return Ok(Came::Done(head.chain(each).collect()));
+        return Ok(Came::Done(head.chain(others).chain(each).collect()));
     };
     let became = jobs::change_all_turns(&mut connection(service)?, &ids, change, &visit.origin())?;
     let done = became.iter().filter(|one| one.is_done).count();
@@ -311,7 +319,32 @@ fn to_all(
         Whole::Hold | Whole::Cancel => "held until they are released",
     };
     let head = std::iter::once(format!("{done} {what}"));
-    Ok(Came::Done(head.chain(lines(&became)).collect()))
+    let told = head.chain(others).chain(lines(&became));
+    Ok(Came::Done(told.collect()))
+}
+
+/// Those of the jobs that were shown to which it is still to be done; None if it is not known which were shown
+/// and there are others now.
+fn still_meant(
+    service: &Service,
+    whole: Whole,
+    filter: &Filter,
+    shown: &Shown,
+) -> Result<Option<jobs::Meant>, Failure> {
+    let mut connection = looking(service)?;
+    let matching = jobs::matching(&mut connection, filter, whole.turn(), shown.at, 0)?.ids;
+    if digest(&matching) == shown.digest {
+        let (ids, others) = (matching, Vec::new());
+        return Ok(Some(jobs::Meant { ids, others }));
+    }
+    // What a form says of them counts only if it is what they were.
+    let confirmed = shown
+        .ids
+        .as_ref()
+        .filter(|ids| digest(*ids) == shown.digest);
+    confirmed
+        .map(|confirmed| jobs::meant(&mut connection, confirmed, &matching))
+        .transpose()
 }
 
 fn lines(all: &[impl ToString]) -> Vec<String> {

@@ -228,6 +228,21 @@ impl Connection {
         jobs.map_err(StoreError::Transient)
     }
 
+    /// How many of these jobs have not ended.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn count_live(&mut self, ids: &[Uuid]) -> Result<usize, StoreError> {
+        let row = self.client.query_one(
+            "SELECT count(*) FROM job
+             WHERE job_id = ANY($1)
+               AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)",
+            &[&ids],
+        )?;
+        let count: i64 = row.get(0);
+        Ok(usize::try_from(count).unwrap_or_default())
+    }
+
     /// The ids of the jobs that match `filter`, have not ended, and were registered by then; whichever
     /// part of the list the filter is at. With `on_hold` only of those that wait for their turn, and
     /// are on hold or not.

@@ -13,7 +13,7 @@ use crate::actions::jobs::Matching;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
 use crate::domain::worker::{WorkerState, WorkerView};
-use crate::http::form::{Back, Shown, Whole};
+use crate::http::form::{Back, Shown, Whole, carried};
 use crate::http::submission::Filled;
 use crate::proto::WorkflowParameter;
 use crate::telemetry::report::{harmless, one_line, readable};
@@ -332,6 +332,7 @@ pub(in crate::http) fn confirm_matching(
         input type="hidden" name="do" value=(whole.verb());
         input type="hidden" name="shown" value=(shown.digest);
         input type="hidden" name="at" value=(shown.at.as_microsecond());
+        @if let Some(set) = carried(&found.ids) { input type="hidden" name="set" value=(set); }
     };
     let asked = Asked {
         whole,

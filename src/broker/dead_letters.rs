@@ -2,7 +2,7 @@
 
 use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
 use anyhow::Context;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::publisher::OpenChannel;
 use super::values::{amqp_to_json, without_copies};
@@ -18,7 +18,8 @@ pub struct DeadLetter {
     pub queue: String,
     pub reason: String,
     pub time: String,
-    /// The original message's properties, as far as they were set.
+    /// The original message's properties, as far as they were set; without what RabbitMQ changes at each
+    /// delivery.
     pub properties: Value,
     pub body: Vec<u8>,
     /// If the body was cut: how much of it is missing, and why.
@@ -35,22 +36,23 @@ pub enum Fate {
 }
 
 /// Goes once through the dead letters of a vhost and does with each what `fate` says. Returns why
-/// some could not be requeued, with their ids; these stay. Letters that somebody else is looking at
-/// are not among them.
+/// some could not be requeued, with their places among all, from 0; these stay. Letters that somebody else is
+/// looking at are not among them.
 ///
 /// # Errors
 /// The connection is lost. What was not requeued or dropped by then stays.
 pub fn go_through(
     link: &Link,
     mut fate: impl FnMut(&DeadLetter) -> Fate,
-) -> anyhow::Result<Vec<(String, String)>> {
+) -> anyhow::Result<Vec<(usize, String)>> {
     // As it was declared, possibly with other arguments.
     link.declare_dead_letters()?;
     let channel = link.channel()?;
     let queue = channel.queue_declare_passive(DEAD_LETTERS_QUEUE)?;
     let mut publishing: Option<OpenChannel> = None;
     let mut failed = Vec::new();
-    for _ in 0..queue.declared_message_count().unwrap_or_default() {
+    let count = queue.declared_message_count().unwrap_or_default();
+    for (place, _) in (0..count).enumerate() {
         let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? else {
             break;
         };
@@ -71,9 +73,7 @@ pub fn go_through(
                     link,
                 )? {
                     None => got.ack(&channel)?,
-                    Some(why) => {
-                        failed.push((letter.id, why));
-                    }
+                    Some(why) => failed.push((place, why)),
                 }
             }
         }
@@ -161,6 +161,34 @@ fn as_it_was(letter: AmqpProperties, mut headers: FieldTable) -> AmqpProperties 
         })
 }
 
+/// Properties as the letters that [`crate::wire::dead_letter`] writes have them.
+fn as_json(properties: &AmqpProperties) -> Value {
+    let texts = [
+        ("content_type", properties.content_type()),
+        ("content_encoding", properties.content_encoding()),
+        ("correlation_id", properties.correlation_id()),
+        ("reply_to", properties.reply_to()),
+        ("message_id", properties.message_id()),
+        ("type", properties.type_()),
+        ("app_id", properties.app_id()),
+    ];
+    let texts = texts.into_iter();
+    let mut all: Map<String, Value> = texts
+        .filter_map(|(name, text)| Some((name.to_owned(), Value::from(text.clone()?))))
+        .collect();
+    let numbers = [
+        ("priority", properties.priority().map(u64::from)),
+        ("timestamp", *properties.timestamp()),
+    ];
+    let numbers = numbers.into_iter();
+    all.extend(numbers.filter_map(|(name, number)| Some((name.to_owned(), number?.into()))));
+    if let Some(headers) = properties.headers() {
+        let headers = AmqpValue::FieldTable(headers.clone());
+        all.insert("headers".to_owned(), amqp_to_json(&headers));
+    }
+    Value::Object(all)
+}
+
 type With = fn(AmqpProperties, String) -> AmqpProperties;
 
 /// The beginnings of the headers that RabbitMQ adds to a message that it has dead-lettered.
@@ -194,7 +222,7 @@ impl DeadLetter {
                     reason => format!("given up by RabbitMQ ({reason})"),
                 },
                 time: String::new(),
-                properties: Value::Null,
+                properties: as_json(&original_properties(properties)),
                 body: body.to_vec(),
                 cut: String::new(),
             };

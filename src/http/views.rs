@@ -80,8 +80,8 @@ pub(super) fn respond(
 
 fn letters(service: &Service, visit: &Visit, frame: &Frame<'_>) -> Response {
     match acting::letters(service) {
-        Ok((first, ids)) => {
-            let sheet = page::letters(frame, &first, ids.len());
+        Ok((first, names)) => {
+            let sheet = page::letters(frame, &first, &names);
             html(200, frame.nonce, sheet.document(frame))
         }
         Err(failure) => refusal(visit.html, 503, &one_line(&failure.to_string())),

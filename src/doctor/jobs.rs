@@ -228,6 +228,7 @@ mod tests {
             on_hold: 1,
             waiting: 0,
             running: 0,
+            oldest_waiting: None,
             order: Vec::new(),
             seats: Vec::new(),
             is_paused_by_operator: by_operator,

@@ -243,6 +243,7 @@ mod tests {
             on_hold: 0,
             waiting: 0,
             running: 0,
+            oldest_waiting: None,
             seats: Vec::new(),
             is_paused_by_operator: false,
             acts: Default::default(),

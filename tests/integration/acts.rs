@@ -279,6 +279,15 @@ fn another_run_leaves_a_trace_and_is_the_same_owners() {
     );
     let unknown = format!("/jobs/{id}/compare/{}", Uuid::new_v4());
     Operator::at(&service, ANNA).get(&unknown).is(404, "");
+    let compared = format!("/api/jobs/{id}/compare/{again}");
+    let compared = Operator::at(&service, ANNA).get(&compared).is(200, "");
+    let lines: Value = serde_json::from_str(&compared.body).unwrap();
+    let line = json!({"what": "parameter price", "one": "1.5", "other": "2.0"});
+    assert!(lines.as_array().unwrap().contains(&line), "{lines}");
+    let unknown = format!("/api{unknown}");
+    Operator::at(&service, ANNA)
+        .get(&unknown)
+        .is(404, "is unknown");
     let table = scene.does(&["jobs", "compare", &id, &again]);
     let heading = table.lines().next().unwrap();
     assert!(

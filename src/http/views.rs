@@ -213,7 +213,7 @@ fn with_database(
         Route::Job(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
-                service.complete(&mut story);
+                service.complete_one(&mut story, true);
                 json_response(200, &json!(story))
             }
             None => unknown(*id),
@@ -319,7 +319,8 @@ fn sheet(
         return Ok(match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), frame.now);
-                service.complete(&mut story);
+                // Only a whole page has a script.
+                service.complete_one(&mut story, frame.nonce.is_some());
                 (200, page::job(frame, &story))
             }
             None => (404, page::unknown_job(frame, &id.to_string(), Some(*id))),

@@ -28,9 +28,9 @@ Usage: ./run.sh [COMMAND]
        --pooler        With a PgBouncer in transaction mode between the service and Postgres.
        --short         The main way of a job, crashes and the servers' failures alone.
   chaos [--jobs N] [--replicas R] [--minutes M] [--seed S] [--idle-clients N] [--figures README]
-        [--cluster] [--servers RABBITMQ,POSTGRES]
+        [--cluster] [--servers RABBITMQ,POSTGRES] [--dev]
                        Load on replicas while they and all around them fail; whether anything was
-                       lost.
+                       lost. With --dev the program that the tests run, not that of a release.
   bench [--only PART] [--compare REPORT] [--figures README]
                        Throughput, latency and cost, beside the least that anything could need.
   bench --soak MINUTES Moderate load, and whether anything grows meanwhile.
@@ -772,13 +772,18 @@ DRIVEN=(rabbitmq node-2/rabbitmq node-3/rabbitmq postgres standby/postgres)
 
 # What has to be there before a program drives replicas, also of the network; only its help for somebody
 # who asks for that.
+# Where it has been built is in BUILT, which a run of this script in networks of its own inherits.
 ready_to_drive() {
   local name=$1 server
   shift
   need rabbitmq-server postgresql
   say "building"
-  with_make cargo build --release --bin omotes-orchestrator --example "$name"
-  case " $* " in *" --help "* | *" -h "*) exec "target/release/examples/$name" --help ;; esac
+  export BUILT=target/release
+  case " $* " in
+    *" --dev "*) BUILT=target/debug; with_make cargo build --bin omotes-orchestrator --example "$name" ;;
+    *) with_make cargo build --release --bin omotes-orchestrator --example "$name" ;;
+  esac
+  case " $* " in *" --help "* | *" -h "*) exec "$BUILT/examples/$name" --help ;; esac
   # What a run has left that was killed. Its servers have gone with it if they had networks of their own:
   # their process ids are somebody else's by now.
   for server in "${DRIVEN[@]}"; do
@@ -945,8 +950,8 @@ chaos() {
   esac
   export TIMEOUT_JOB_HANDLER_RERUN_SEC=1 TIMEOUT_JOB_MANAGER_START_BUFFER_SEC=0 OUTCOME_LOST_SEC=60
   # In there the signal to end comes to this script alone.
-  ${networks:+run_child} target/release/examples/chaos --folder "$PWD/target/chaos" \
-    --program target/release/omotes-orchestrator "${networks[@]}" "$@" 2>target/chaos/chaos.log
+  ${networks:+run_child} "$BUILT/examples/chaos" --folder "$PWD/target/chaos" \
+    --program "$BUILT/omotes-orchestrator" "${networks[@]}" "$@" 2>target/chaos/chaos.log
 }
 
 # See examples/bench.
@@ -957,8 +962,7 @@ bench() {
     make_venvs || die "the Python environments could not be made" ;;
   esac
   drive bench
-  target/release/examples/bench --folder "$PWD/target/bench" \
-    --program target/release/omotes-orchestrator "$@"
+  "$BUILT/examples/bench" --folder "$PWD/target/bench" --program "$BUILT/omotes-orchestrator" "$@"
 }
 
 # See tests/containers. In the environment of the newest SDK, whose clients and workers it runs.

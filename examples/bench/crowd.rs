@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use amiquip::{Consumer, ConsumerMessage, ConsumerOptions, Delivery};
+use amiquip::{Consumer, ConsumerMessage, Delivery};
 use anyhow::bail;
 use omotes_orchestrator::broker::{Link, Publisher};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::threads::Calls;
 use uuid::Uuid;
 
-use crate::load::{CLIENTS, HELD, Kind, Load, open, submission_to, task_of};
+use crate::load::{CLIENTS, HELD, Kind, Load, open, submission_to, task_of, unacknowledged};
 use crate::site::Site;
 
 pub const SAMPLES: usize = 300;
@@ -52,7 +52,7 @@ fn submissions(config: &Config, jobs: &[Uuid]) -> anyhow::Result<Vec<Duration>> 
     let mut publisher = Publisher::new(&sdk, &calls);
     let mut clients = open(&config.sdk_rabbitmq)?;
     let channel = clients.open_channel(None)?;
-    let heard = channel.basic_consume(CLIENTS, consumer())?;
+    let heard = channel.basic_consume(CLIENTS, unacknowledged())?;
     let mut times = Vec::with_capacity(jobs.len());
     for job in jobs {
         let began = Instant::now();
@@ -70,7 +70,7 @@ fn starts(config: &Config, load: &Load) -> anyhow::Result<Vec<Duration>> {
     let mut publisher = Publisher::new(&task, &calls);
     let mut celery = open(&config.celery_rabbitmq)?;
     let channel = celery.open_channel(None)?;
-    let tasks = channel.basic_consume(HELD, consumer())?;
+    let tasks = channel.basic_consume(HELD, unacknowledged())?;
     let mut times = Vec::with_capacity(SAMPLES);
     let mut current = next(&tasks)?;
     for _ in 0..SAMPLES {
@@ -98,13 +98,6 @@ pub fn requests(address: &str) -> anyhow::Result<Vec<Duration>> {
         times.push(began.elapsed());
     }
     Ok(times)
-}
-
-fn consumer() -> ConsumerOptions {
-    ConsumerOptions {
-        no_ack: true,
-        ..ConsumerOptions::default()
-    }
 }
 
 fn next(consumer: &Consumer<'_>) -> anyhow::Result<Delivery> {

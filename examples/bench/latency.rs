@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{Channel, ConsumerMessage, ConsumerOptions};
+use amiquip::{Channel, ConsumerMessage};
 use anyhow::{Context, bail};
 use omotes_orchestrator::broker::{Link, Publisher};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::threads::Calls;
 use uuid::Uuid;
 
-use crate::load::{CLIENTS, Kind, Load, open, submission, submission_to, task_of};
+use crate::load::{CLIENTS, Kind, Load, open, submission, submission_to, task_of, unacknowledged};
 use crate::site::pause;
 
 const SAMPLES: usize = 500;
@@ -57,22 +57,10 @@ fn sample(
     let mut to_task = Publisher::new(&task, &calls);
     let mut celery = open(&config.celery_rabbitmq)?;
     let celery_channel = celery.open_channel(None)?;
-    let tasks = celery_channel.basic_consume(
-        workflow,
-        ConsumerOptions {
-            no_ack: true,
-            ..ConsumerOptions::default()
-        },
-    )?;
+    let tasks = celery_channel.basic_consume(workflow, unacknowledged())?;
     let mut clients = open(&config.sdk_rabbitmq)?;
     let clients_channel: Channel = clients.open_channel(None)?;
-    let heard = clients_channel.basic_consume(
-        CLIENTS,
-        ConsumerOptions {
-            no_ack: true,
-            ..ConsumerOptions::default()
-        },
-    )?;
+    let heard = clients_channel.basic_consume(CLIENTS, unacknowledged())?;
     let mut latencies = Latencies {
         submissions: Vec::new(),
         results: Vec::new(),

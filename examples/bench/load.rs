@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use amiquip::{
-    AmqpProperties, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning, FieldTable,
-    QueueDeclareOptions, QueueDeleteOptions,
+    AmqpProperties, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning,
+    ConsumerOptions, FieldTable, QueueDeclareOptions, QueueDeleteOptions,
 };
 use anyhow::{Context, bail, ensure};
 use omotes_orchestrator::broker::{Link, Publisher};
@@ -356,6 +356,14 @@ fn first(config: &RabbitMq, queue: &str) -> anyhow::Result<Sample> {
     channel.close()?;
     connection.close()?;
     Ok(sample)
+}
+
+/// For a consumer that RabbitMQ need not wait for.
+pub fn unacknowledged() -> ConsumerOptions {
+    ConsumerOptions {
+        no_ack: true,
+        ..ConsumerOptions::default()
+    }
 }
 
 /// # Errors

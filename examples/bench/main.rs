@@ -12,6 +12,7 @@ mod crowd;
 #[path = "../common/figures.rs"]
 mod figures;
 mod floor;
+mod flow;
 mod latency;
 mod load;
 mod report;
@@ -31,6 +32,7 @@ use crate::crew::Crew;
 use crate::load::{HELD, Kind, Load, SEATS, WORKFLOW};
 use crate::report::Report;
 use crate::site::Site;
+use crate::viewers::Viewers;
 
 #[derive(Parser)]
 struct Options {
@@ -72,6 +74,9 @@ const SIZES: [(&str, usize, usize); 4] = [
     ("1 MB", 1_000_000, 20),
     ("5 MB", 5_000_000, 100),
 ];
+
+/// Whose processor time is measured.
+const CPU_OF: [&str; 3] = ["the service", "RabbitMQ", "Postgres"];
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
@@ -255,10 +260,7 @@ impl Bench {
         let floor = floor::run(&self.config, jobs, &samples)?;
         self.report
             .rate(&format!("{what} per second"), measured.rate, floor);
-        for (whose, cpu) in ["the service", "RabbitMQ", "Postgres"]
-            .iter()
-            .zip(measured.cpu)
-        {
+        for (whose, cpu) in CPU_OF.iter().zip(measured.cpu) {
             self.report
                 .cost(&format!("{what}, CPU ms each of {whose}"), cpu);
         }
@@ -360,32 +362,34 @@ impl Bench {
 
     /// What open pages cost jobs, where there are many of these, and how long the list takes beside
     /// them.
-    fn pages(&mut self, messages: usize) -> anyhow::Result<()> {
+    fn pages(&mut self, jobs: usize) -> anyhow::Result<()> {
+        const ROUNDS: usize = 4;
+        const PAGES: usize = 200;
         let (live, finished) = (10_000, 1_000_000);
         self.site.fill_jobs(&self.config.postgres, live, finished)?;
-        // By turns, since a machine does not always do the same.
-        for (name, pages) in [
-            ("no page open", 0),
-            ("200 pages open", 200),
-            ("no page open again", 0),
-            ("200 pages open again", 200),
-        ] {
-            self.site.pages = pages;
-            let name = format!("2 kB, 10,000 live, {name}");
-            self.throughput(&name, 2_000, messages, 1)?;
-            let told = self.site.told();
-            if pages > 0 {
-                self.report.cost(&format!("{name}: told each, kB"), told);
+        self.site.start(1)?;
+        let (config, load) = (&self.config, &self.load);
+        let flows = flow::beside_pages(config, load, &self.site, (ROUNDS, jobs), PAGES)?;
+        for (pages, flow) in [0, PAGES].iter().zip(flows) {
+            let name = format!("10,000 live, {pages} pages open: jobs, start to end");
+            self.report
+                .bare_rate(&format!("{name}, per second"), flow.jobs / flow.seconds);
+            for (whose, cpu) in CPU_OF.iter().zip(flow.cpu) {
+                self.report
+                    .cost(&format!("{name}, CPU ms each of {whose}"), cpu / flow.jobs);
             }
         }
-        self.site.start(1)?;
-        let times = crowd::requests(&self.site.page()?)?;
+        let told = flows[1].bytes / flows[1].seconds / 1000.0;
+        self.report.cost("told each page, kB per second", told);
+        let viewers = Viewers::open(&self.site.page()?, PAGES)?;
+        let times = crowd::requests(&self.site.page()?);
+        drop(viewers);
         self.percentiles(
             "10,000 live, 1,000,000 in the history, 200 pages open: page",
-            times,
+            times?,
         );
         self.site.stop()?;
-        self.site.pages = 0;
+        self.load.purge()?;
         self.site.fill_jobs(&self.config.postgres, 0, 0)
     }
 

@@ -11,7 +11,6 @@ use omotes_orchestrator::config;
 use uuid::Uuid;
 
 use crate::load::HELD;
-use crate::viewers::Viewers;
 
 /// How long a process may take to be ready, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,11 +24,6 @@ pub struct Site {
     program: PathBuf,
     /// Beside those of this process.
     pub variables: Vec<(&'static str, &'static str)>,
-    /// So many pages are open while it runs.
-    pub pages: usize,
-    viewers: Option<Viewers>,
-    /// How many bytes each of them was told, in all since this was asked.
-    told: usize,
     replicas: Vec<Child>,
     /// Of all that have been stopped, in MiB.
     peak_memory: f64,
@@ -41,9 +35,6 @@ impl Site {
             folder: folder.to_owned(),
             program: program.to_owned(),
             variables: Vec::new(),
-            pages: 0,
-            viewers: None,
-            told: 0,
             replicas: Vec::new(),
             peak_memory: 0.0,
         }
@@ -68,18 +59,11 @@ impl Site {
             ensure!(Instant::now() < deadline, "not ready: {}", log.display());
             pause(Duration::from_millis(2));
         }
-        if self.pages > 0 {
-            self.viewers = Some(Viewers::open(&self.page()?, self.pages)?);
-        }
         Ok(())
     }
 
     /// Ends them in good order.
     pub fn stop(&mut self) -> anyhow::Result<()> {
-        if let Some(viewers) = self.viewers.take() {
-            ensure!(viewers.bytes() > 0, "no page was told anything");
-            self.told += viewers.bytes() / self.pages.max(1);
-        }
         self.peak_memory = self.peak_memory.max(self.status("VmHWM:"));
         for child in &mut self.replicas {
             let id = child.id().to_string();
@@ -138,12 +122,6 @@ impl Site {
     /// The most that a replica has had since this was asked, in MiB.
     pub fn peak_memory(&mut self) -> f64 {
         std::mem::take(&mut self.peak_memory)
-    }
-
-    /// How many kilobytes each open page was told since this was asked.
-    pub fn told(&mut self) -> f64 {
-        let told = u32::try_from(std::mem::take(&mut self.told)).unwrap_or(u32::MAX);
-        f64::from(told) / 1000.0
     }
 
     fn status(&self, field: &str) -> f64 {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use amiquip::{Consumer, ConsumerMessage, ConsumerOptions, Delivery, FieldTable};
+use amiquip::{Consumer, ConsumerMessage, Delivery, FieldTable};
 use anyhow::{Context, bail, ensure};
 use crossbeam_channel::RecvTimeoutError;
 use omotes_orchestrator::broker::{Link, Publisher};
@@ -15,7 +15,7 @@ use omotes_orchestrator::threads::Calls;
 use omotes_orchestrator::wire::{self, OMOTES_EXCHANGE};
 use uuid::Uuid;
 
-use crate::load::{CLIENTS, Kind, Load, WORKFLOW, open, submission, task_of};
+use crate::load::{CLIENTS, Kind, Load, WORKFLOW, open, submission, task_of, unacknowledged};
 use crate::site::{Site, pause};
 
 const JOBS_PER_SECOND: u32 = 20;
@@ -187,13 +187,6 @@ fn work(config: &Config, load: &Load, tally: &Tally) -> anyhow::Result<()> {
     }
     drop(tasks);
     Ok(connection.close()?)
-}
-
-fn unacknowledged() -> ConsumerOptions {
-    ConsumerOptions {
-        no_ack: true,
-        ..ConsumerOptions::default()
-    }
 }
 
 /// The next message, none when all is over.

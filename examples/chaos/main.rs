@@ -69,6 +69,9 @@ struct Options {
     /// Other versions of RabbitMQ and Postgres, such as 4.0,17, or `newest`: `run.sh` has started them.
     #[arg(long)]
     servers: Option<String>,
+    /// The program that tests run: `run.sh` has built it.
+    #[arg(long)]
+    dev: bool,
     /// Each server has a network of its own, as `run.sh` has made them.
     #[arg(long, hide = true)]
     networks: bool,
@@ -292,6 +295,7 @@ impl Summary {
             cluster,
             networks,
             servers,
+            dev,
             ..
         } = options;
         let (cluster, how) = match (cluster, networks) {
@@ -302,8 +306,10 @@ impl Summary {
         let servers = servers
             .as_deref()
             .map_or(String::new(), |versions| format!("--servers {versions} "));
-        let run =
-            format!("{cluster}{servers}--jobs {jobs} --replicas {replicas} --minutes {minutes}");
+        let dev = if *dev { "--dev " } else { "" };
+        let run = format!(
+            "{cluster}{servers}{dev}--jobs {jobs} --replicas {replicas} --minutes {minutes}"
+        );
         let seconds = time.as_secs();
         format!(
             "| `{run} --idle-clients {idle_clients} --seed {seed}`{how} | {faults} | {lost} | {contradictory} | \

@@ -1,9 +1,13 @@
 //! The dead letters of a vhost, for the operator who looks after them.
 
-use amiquip::{AmqpProperties, AmqpValue, Channel, Confirm, FieldTable, Publish};
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use amiquip::{AmqpProperties, AmqpValue, Confirm, Delivery, FieldTable, Publish};
 use anyhow::Context;
 use serde_json::{Map, Value};
 
+use super::link::give_back;
 use super::publisher::OpenChannel;
 use super::values::{amqp_to_json, without_copies};
 use super::{DEADLINE, Link};
@@ -48,84 +52,157 @@ pub fn go_through(
     // As it was declared, possibly with other arguments.
     link.declare_dead_letters()?;
     let channel = link.channel()?;
-    let queue = channel.queue_declare_passive(DEAD_LETTERS_QUEUE)?;
-    let mut publishing: Option<OpenChannel> = None;
+    let mut publishing = Publishing { link, open: None };
     let mut failed = Vec::new();
-    let count = queue.declared_message_count().unwrap_or_default();
-    for (place, _) in (0..count).enumerate() {
-        let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? else {
-            break;
-        };
-        let letter = DeadLetter::read(&got.delivery.properties, &got.delivery.body);
+    let mut places = 0..;
+    // Those that have been put at the end, where they are met once more.
+    let mut renewed: HashMap<Letter, usize> = HashMap::new();
+    // Not by the number that RabbitMQ tells: of a quorum queue it is that of a moment ago.
+    while let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? {
+        let delivery = &got.delivery;
+        let met = renewed.get_mut(&Letter::of(delivery));
+        if let Some(again) = met.filter(|count| **count > 0) {
+            *again -= 1;
+            continue;
+        }
+        let letter = DeadLetter::read(&delivery.properties, &delivery.body);
+        let place = places.next();
         match fate(&letter) {
-            // Unacked, it returns to its place when the channel is closed.
+            Fate::Leave if is_worn(&delivery.properties) => {
+                let fresh = unworn(&delivery.properties);
+                if publishing.renew(fresh, &delivery.body)? {
+                    *renewed.entry(Letter::of(delivery)).or_default() += 1;
+                    got.ack(&channel)?;
+                }
+            }
+            // It returns to its place.
             Fate::Leave => {}
             Fate::Drop => got.ack(&channel)?,
             Fate::Requeue => {
-                let open = match &mut publishing {
-                    Some(open) => open,
-                    none => none.insert(OpenChannel::new(link)?),
-                };
-                match requeue(
-                    &letter,
-                    &original_properties(&got.delivery.properties),
-                    open,
-                    link,
-                )? {
+                let original = original_properties(&delivery.properties);
+                match publishing.requeue(&letter, &original)? {
                     None => got.ack(&channel)?,
-                    Some(why) => failed.push((place, why)),
+                    Some(why) => failed.extend(place.map(|place| (place, why))),
                 }
             }
         }
     }
-    if let Some(open) = publishing {
+    if let Some(open) = publishing.open {
         open.channel.close()?;
     }
-    close(channel).map(|()| failed)
+    give_back(channel).context("going through the dead letters")?;
+    Ok(failed)
 }
 
-fn close(channel: Channel) -> anyhow::Result<()> {
-    channel.close().context("going through the dead letters")
+/// RabbitMQ gives a message of a quorum queue up after a number of deliveries, 20 unless it is told
+/// otherwise, and looking at it is one. After half as many a letter is put in the place of itself.
+const WORN: u64 = 10;
+const DELIVERIES: &str = "x-delivery-count";
+
+fn is_worn(properties: &AmqpProperties) -> bool {
+    let headers = properties.headers().as_ref();
+    let count = headers.and_then(|headers| headers.get(DELIVERIES));
+    count.and_then(|count| amqp_to_json(count).as_u64()) >= Some(WORN)
 }
 
-/// Publishes the original message. Returns why that is not possible.
-fn requeue(
-    letter: &DeadLetter,
-    properties: &AmqpProperties,
-    open: &OpenChannel,
-    link: &Link,
-) -> anyhow::Result<Option<String>> {
-    if letter.queue.is_empty() {
-        return Ok(Some("it does not say which queue it came from".to_owned()));
+fn unworn(properties: &AmqpProperties) -> AmqpProperties {
+    let mut headers = properties.headers().clone().unwrap_or_default();
+    headers.retain(|name, _| !COUNTS.contains(&name.as_str()));
+    properties.clone().with_headers(headers)
+}
+
+/// By which a letter is known again that has been put at the end.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Letter {
+    id: Option<String>,
+    bytes: usize,
+    body: u64,
+}
+
+impl Letter {
+    fn of(delivery: &Delivery) -> Letter {
+        let mut hasher = DefaultHasher::new();
+        delivery.body.hash(&mut hasher);
+        Letter {
+            id: delivery.properties.message_id().clone(),
+            bytes: delivery.body.len(),
+            body: hasher.finish(),
+        }
     }
-    if !letter.cut.is_empty() {
-        return Ok(Some(format!("it is not the whole message: {}", letter.cut)));
+}
+
+/// Publishes letters or what was in them, on a channel of its own, which is opened when it is needed.
+struct Publishing<'l> {
+    link: &'l Link,
+    open: Option<OpenChannel>,
+}
+
+impl Publishing<'_> {
+    /// Publishes this to a queue. Returns whether RabbitMQ has it, and whether there is no such queue.
+    fn publish(
+        &mut self,
+        queue: &str,
+        properties: AmqpProperties,
+        body: &[u8],
+    ) -> anyhow::Result<(bool, bool)> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => none.insert(OpenChannel::new(self.link)?),
+        };
+        let publish = Publish {
+            body,
+            routing_key: queue.to_owned(),
+            mandatory: true,
+            immediate: false,
+            properties,
+        };
+        open.channel.basic_publish("", publish)?;
+        let confirm = open.confirms.recv_timeout(DEADLINE).context("no confirm")?;
+        // A returned message arrives before its confirm.
+        let is_returned = open.returns.try_iter().next().is_some();
+        Ok((
+            matches!(confirm, Confirm::Ack(_)) && !is_returned,
+            is_returned,
+        ))
     }
-    let publish = Publish {
-        body: &letter.body,
-        routing_key: letter.queue.clone(),
-        mandatory: true,
-        immediate: false,
-        properties: properties.clone(),
-    };
-    open.channel.basic_publish("", publish)?;
-    let confirm = open.confirms.recv_timeout(DEADLINE).context("no confirm")?;
-    // A returned message arrives before its confirm.
-    let queue = &letter.queue;
-    let otherwise = match (confirm, open.returns.try_iter().next()) {
-        (Confirm::Ack(_), None) => return Ok(None),
-        (Confirm::Ack(_), Some(_)) => format!("there is no queue {queue:?} on this vhost any more"),
-        (Confirm::Nack(_), _) => format!("the queue {queue:?} takes nothing more"),
-    };
-    let unavailable = link.look_for(&[queue])?[0].why_unavailable();
-    let unavailable = unavailable.map(|why| format!("the queue {queue:?}: {why}"));
-    Ok(Some(unavailable.unwrap_or(otherwise)))
+
+    /// Puts a letter at the end of the others. Returns whether it is there.
+    fn renew(&mut self, properties: AmqpProperties, body: &[u8]) -> anyhow::Result<bool> {
+        let (is_there, _) = self.publish(DEAD_LETTERS_QUEUE, properties, body)?;
+        Ok(is_there)
+    }
+
+    /// Publishes the original message. Returns why that is not possible.
+    fn requeue(
+        &mut self,
+        letter: &DeadLetter,
+        properties: &AmqpProperties,
+    ) -> anyhow::Result<Option<String>> {
+        let queue = &letter.queue;
+        if queue.is_empty() {
+            return Ok(Some("it does not say which queue it came from".to_owned()));
+        }
+        if !letter.cut.is_empty() {
+            return Ok(Some(format!("it is not the whole message: {}", letter.cut)));
+        }
+        let otherwise = match self.publish(queue, properties.clone(), &letter.body)? {
+            (true, _) => return Ok(None),
+            (false, true) => format!("there is no queue {queue:?} on this vhost any more"),
+            (false, false) => format!("the queue {queue:?} takes nothing more"),
+        };
+        let unavailable = self.link.look_for(&[queue])?[0].why_unavailable();
+        let unavailable = unavailable.map(|why| format!("the queue {queue:?}: {why}"));
+        Ok(Some(unavailable.unwrap_or(otherwise)))
+    }
 }
 
 /// The properties of a message that RabbitMQ has put among the dead letters, without what it has added and
 /// without a past expiration.
 fn as_it_was(letter: AmqpProperties, mut headers: FieldTable) -> AmqpProperties {
-    headers.retain(|name, _| !ADDED.iter().any(|added| name.starts_with(added)));
+    headers.retain(|name, _| {
+        let is_added = ADDED.iter().any(|added| name.starts_with(added));
+        !is_added && !COUNTS.contains(&name.as_str())
+    });
     let texts: [(Option<String>, With); 7] = [
         (
             letter.content_type().clone(),
@@ -192,13 +269,9 @@ fn as_json(properties: &AmqpProperties) -> Value {
 type With = fn(AmqpProperties, String) -> AmqpProperties;
 
 /// The beginnings of the headers that RabbitMQ adds to a message that it has dead-lettered.
-const ADDED: [&str; 5] = [
-    "x-death",
-    "x-first-death-",
-    "x-last-death-",
-    "x-delivery-count",
-    "x-acquired-count",
-];
+const ADDED: [&str; 3] = ["x-death", "x-first-death-", "x-last-death-"];
+/// And those that it adds to a message of a quorum queue that it has delivered.
+const COUNTS: [&str; 2] = [DELIVERIES, "x-acquired-count"];
 const FIRST_QUEUE: &str = "x-first-death-queue";
 const FIRST_REASON: &str = "x-first-death-reason";
 

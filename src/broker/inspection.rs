@@ -7,6 +7,7 @@ use anyhow::Context;
 use uuid::Uuid;
 
 use super::Link;
+use super::link::give_back;
 use super::presence::depth;
 pub use super::refusals::is_replicated_by;
 use super::refusals::{NOT_FOUND, PRECONDITION_FAILED, closed};
@@ -73,12 +74,12 @@ impl Link {
         }
         let channel = self.channel()?;
         if !tasks && declared.messages == 0 {
-            // A message that arrived meanwhile returns with the channel.
+            // A message that arrived meanwhile returns.
             if let Err(error) = channel.basic_get(queue, false) {
                 return inspected(error);
             }
         }
-        channel.close().context("looking at a queue")?;
+        give_back(channel).context("looking at a queue")?;
         Ok(Inspected::Good(declared))
     }
 

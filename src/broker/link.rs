@@ -219,6 +219,13 @@ fn open(
     })
 }
 
+/// Closes a channel, and has what was taken on it and not acknowledged return to its place: said so, that is
+/// no delivery for a quorum queue of RabbitMQ 4.3; otherwise it is one of the few that it allows.
+pub(super) fn give_back(channel: Channel) -> amiquip::Result<()> {
+    channel.nack_all(true)?;
+    channel.close()
+}
+
 fn suspects() -> MutexGuard<'static, BTreeMap<SocketAddr, Instant>> {
     SUSPECTS.lock().unwrap_or_else(PoisonError::into_inner)
 }

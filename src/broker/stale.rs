@@ -3,6 +3,7 @@
 use anyhow::Context;
 
 use super::Link;
+use super::link::give_back;
 
 /// Messages that are looked at.
 const MOST: u32 = 100_000;
@@ -19,19 +20,17 @@ pub fn drop_some(
     mut stale: impl FnMut(&[u8]) -> anyhow::Result<bool>,
 ) -> anyhow::Result<usize> {
     let channel = link.channel()?;
-    let declared = channel.queue_declare_passive(queue)?;
-    let count = declared.declared_message_count().unwrap_or_default();
     let mut dropped = 0;
-    for _ in 0..count.min(MOST) {
+    for _ in 0..MOST {
         let Some(got) = channel.basic_get(queue, false)? else {
             break;
         };
-        // Unacked, the others return to their places when the channel is closed.
+        // The others return to their places.
         if stale(&got.delivery.body)? {
             got.ack(&channel)?;
             dropped += 1;
         }
     }
-    channel.close().context("going through a queue")?;
+    give_back(channel).context("going through a queue")?;
     Ok(dropped)
 }

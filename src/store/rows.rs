@@ -8,6 +8,15 @@ use postgres::Row;
 use super::starts;
 use crate::domain::job::{Ended, Ending, Job, JobStatus, Outcome, Priority, Progress, State};
 
+/// Those of `job_history AS ended` that are successes of a workflow that is `wanted`, and in which order the
+/// newest come first. Nothing but the index of these can tell it so, whatever Postgres believes of how many
+/// a workflow has had: for one without any it went through all that ever ended.
+pub(super) const SUCCEEDED: &str = "
+    (ended.workflow_type, ended.finished_at) >= (wanted.workflow_type, '-infinity')
+    AND (ended.workflow_type, ended.finished_at) <= (wanted.workflow_type, 'infinity')
+    AND outcome = 'SUCCEEDED'";
+pub(super) const NEWEST_FIRST: &str = "ORDER BY ended.workflow_type DESC, ended.finished_at DESC";
+
 /// Whether a job's row is unchanged, apart from the progress.
 pub(super) fn same_row(before: &Job, after: &Job) -> bool {
     let Job {

@@ -11,7 +11,7 @@ use postgres::Row;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::rows::{named, seconds};
+use super::rows::{NEWEST_FIRST, SUCCEEDED, named, seconds};
 use super::turns::{self, TurnChanges};
 use super::{Connection, StoreError, Transaction};
 use crate::domain::estimate;
@@ -294,15 +294,14 @@ impl Connection {
         &mut self,
         workflows: &[String],
     ) -> Result<Vec<(String, usize, Vec<Duration>)>, StoreError> {
-        let rows = self.client.query(
-            "SELECT workflow_type, number, array_agg(seconds) AS seconds
+        let sql = format!(
+            "SELECT wanted.workflow_type, number, array_agg(seconds) AS seconds
              FROM unnest($1::varchar[]) AS wanted (workflow_type)
              JOIN LATERAL (
                  SELECT job_id FROM job_history AS ended
-                 WHERE ended.workflow_type = wanted.workflow_type AND outcome = 'SUCCEEDED'
-                   -- As a rule there are none at all.
-                   AND EXISTS (SELECT FROM job_step)
-                 ORDER BY finished_at DESC LIMIT $2
+                 -- As a rule there are none at all.
+                 WHERE {SUCCEEDED} AND EXISTS (SELECT FROM job_step)
+                 {NEWEST_FIRST} LIMIT $2
              ) AS ended ON true
              JOIN LATERAL (
                  SELECT number, extract(epoch FROM finished_at - started_at)::float8 AS seconds
@@ -310,9 +309,11 @@ impl Connection {
                  WHERE job_step.job_id = ended.job_id AND outcome = 'SUCCEEDED'
                    AND started_at IS NOT NULL
              ) AS runs ON true
-             GROUP BY workflow_type, number",
-            &[&workflows, &estimate::MAX_RUNS],
-        )?;
+             GROUP BY wanted.workflow_type, number"
+        );
+        let rows = self
+            .client
+            .query(&sql, &[&workflows, &estimate::MAX_RUNS])?;
         rows.iter()
             .map(|row| {
                 let number: i16 = row.try_get("number")?;

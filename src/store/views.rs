@@ -7,7 +7,7 @@ use postgres::Row;
 use uuid::Uuid;
 
 use super::alerts::is_mark;
-use super::rows::{named, progress, seconds};
+use super::rows::{NEWEST_FIRST, SUCCEEDED, named, progress, seconds};
 use super::{Connection, StoreError, steps, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
@@ -314,19 +314,18 @@ impl Connection {
             workflows.entry(name.clone()).or_default();
         }
         let names: Vec<_> = workflows.keys().cloned().collect();
-        let rows = self.client.query(
+        let sql = format!(
             "SELECT wanted.workflow_type, array_agg(runs.seconds) AS seconds
              FROM unnest($1::varchar[]) AS wanted (workflow_type)
              JOIN LATERAL (
                  SELECT extract(epoch FROM finished_at - running_at)::float8 AS seconds
                  FROM job_history AS ended
-                 WHERE ended.workflow_type = wanted.workflow_type AND outcome = 'SUCCEEDED'
-                   AND running_at IS NOT NULL
-                 ORDER BY finished_at DESC LIMIT $2
+                 WHERE {SUCCEEDED} AND running_at IS NOT NULL
+                 {NEWEST_FIRST} LIMIT $2
              ) AS runs ON true
-             GROUP BY wanted.workflow_type",
-            &[&names, &estimate::MAX_RUNS],
-        )?;
+             GROUP BY wanted.workflow_type"
+        );
+        let rows = self.client.query(&sql, &[&names, &estimate::MAX_RUNS])?;
         for row in &rows {
             let name: String = row.try_get("workflow_type")?;
             let seconds = seconds(row.try_get("seconds")?);

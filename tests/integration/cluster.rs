@@ -161,8 +161,10 @@ enum Loss {
 fn start_on(cluster: &Cluster, node: &Deployment, variables: &[(&str, &str)]) -> Service {
     loop {
         let service = cluster.one.start_with(variables);
-        let of_service = "length(rabbit_networking:connections_local()).";
-        if node.rabbitmqctl(&["eval", of_service]).trim() != "0" {
+        let name = node.rabbitmqctl(&["eval", "node()."]);
+        let name = format!("<{}.", name.trim().trim_matches('\''));
+        let connections = ["list_connections", "--quiet", "--no-table-headers", "pid"];
+        if node.rabbitmqctl(&connections).contains(&name) {
             return service;
         }
         assert!(service.stop().success());

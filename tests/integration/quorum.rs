@@ -150,3 +150,43 @@ fn restarts_on_one_message_use_up_no_delivery_of_the_others(#[case] end: End) {
     assert!(requeued.status.success(), "{said}");
     assert_eq!(worker.take().job, first);
 }
+
+/// Looking at one is a delivery, of which RabbitMQ 4 allows 20.
+#[test]
+fn looking_at_dead_letters_loses_none() {
+    const LETTERS: u32 = 3;
+    let deployment = Deployment::new();
+    replicate(&deployment);
+    let policy = json!({
+        "pattern": "^omotes_dead_letters$",
+        "apply-to": "queues",
+        "definition": {"delivery-limit": 20},
+    });
+    let vhost = deployment.sdk_vhost();
+    management("PUT", &format!("policies/{vhost}/letters"), Some(policy));
+    let _service = deployment.start();
+    let client = Client::new(&deployment);
+    for _ in 0..LETTERS {
+        client.peer.send("job_submissions", b"\xff");
+    }
+    let there = || client.peer.queue_length(DEAD_LETTERS_QUEUE) == LETTERS;
+    eventually("all are there", || there().then_some(()));
+    let list = || {
+        let output = deployment.command(&["dead-letters", "list"]).output();
+        let output = output.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let first = list();
+    assert_eq!(first.matches("job_submissions").count(), LETTERS as usize);
+    for _ in 0..25 {
+        assert_eq!(list(), first);
+    }
+    eventually("all have returned", || there().then_some(()));
+    let drop = ["dead-letters", "drop", "--all", "--yes"];
+    assert!(deployment.command(&drop).status().unwrap().success());
+    eventually("all are dropped", || {
+        (client.peer.queue_length(DEAD_LETTERS_QUEUE) == 0).then_some(())
+    });
+}

@@ -116,17 +116,20 @@ fn unworn(properties: &AmqpProperties) -> AmqpProperties {
 struct Letter {
     id: Option<String>,
     bytes: usize,
-    body: u64,
+    content: u64,
 }
 
 impl Letter {
     fn of(delivery: &Delivery) -> Letter {
         let mut hasher = DefaultHasher::new();
         delivery.body.hash(&mut hasher);
+        // Several may have one id and one body.
+        let properties = as_json(&unworn(&delivery.properties)).to_string();
+        properties.hash(&mut hasher);
         Letter {
             id: delivery.properties.message_id().clone(),
             bytes: delivery.body.len(),
-            body: hasher.finish(),
+            content: hasher.finish(),
         }
     }
 }

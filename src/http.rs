@@ -58,7 +58,8 @@ const DONE_LATE: &str = "This takes longer than anybody waits for it. Whether it
 const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
-const PATHS: &str = "/, /jobs/<id>, /jobs/<id>/compare/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, /api/overview, /api/workers, \
+const PATHS: &str = "/, /jobs/<id>, /jobs/<id>/compare/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, \
+                     /api/jobs/<id>/compare/<id>, /api/overview, /api/workers, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -119,6 +120,7 @@ impl<T> Lanes<T> {
             | Route::Page(_)
             | Route::SubmitForm(_)
             | Route::Compare(..)
+            | Route::Comparison(..)
             | Route::NamedJob(_)
             | Route::JobPage(_) => &self.pages,
         }
@@ -273,6 +275,8 @@ enum Route {
     JobPage(Uuid),
     /// Two jobs beside each other.
     Compare(Uuid, Uuid),
+    /// The same as JSON.
+    Comparison(Uuid, Uuid),
     /// Of a job that is named by something else than its id, such as the beginning of that.
     NamedJob(String),
     /// What could not be handled.
@@ -322,10 +326,13 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
         _ => {
             let below = |folder| path.strip_prefix(folder);
             match (below("/api/jobs/"), below("/jobs/"), below("/events/jobs/")) {
-                (Some(rest), ..) => match rest.strip_suffix("/result") {
-                    Some(id) => Route::Result(job(id)?),
-                    None => Route::Job(job(rest)?),
-                },
+                (Some(rest), ..) => {
+                    match (rest.strip_suffix("/result"), rest.split_once("/compare/")) {
+                        (Some(id), _) => Route::Result(job(id)?),
+                        (None, Some((one, other))) => Route::Comparison(job(one)?, job(other)?),
+                        (None, None) => Route::Job(job(rest)?),
+                    }
+                }
                 (_, Some(name), _) => match (name.parse(), name.split_once("/compare/")) {
                     (Ok(id), _) => Route::JobPage(id),
                     (Err(_), Some((one, other))) => Route::Compare(job(one)?, job(other)?),

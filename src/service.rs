@@ -2,6 +2,7 @@
 //! the databases.
 
 pub mod alerts;
+pub mod clients;
 pub mod database;
 pub mod handler;
 pub mod inquiry;

@@ -1,5 +1,6 @@
 //! Cancelling jobs, and changing those that wait for their turn.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context, bail};
@@ -176,6 +177,47 @@ pub fn matching(
         some => connection.live_jobs(some)?,
     };
     Ok(Matching { ids, first })
+}
+
+/// Jobs that somebody has agreed to do something to, and that are still such.
+#[derive(Debug)]
+pub struct Meant {
+    pub ids: Vec<Uuid>,
+    /// What has become of the others, in lines for whoever has agreed.
+    pub others: Vec<String>,
+}
+
+/// Those of the `confirmed` jobs that are among the `matching` ones.
+///
+/// # Errors
+/// Postgres is not there.
+pub fn meant(
+    connection: &mut Connection,
+    confirmed: &[Uuid],
+    matching: &[Uuid],
+) -> Result<Meant, Failure> {
+    let confirmed: BTreeSet<Uuid> = confirmed.iter().copied().collect();
+    let matching: BTreeSet<Uuid> = matching.iter().copied().collect();
+    let left: Vec<Uuid> = confirmed.difference(&matching).copied().collect();
+    let live = connection.count_live(&left)?;
+    let more = matching.difference(&confirmed).count();
+    let of_all = confirmed.len();
+    let told = [
+        (left.len() - live, "had ended meanwhile"),
+        (live, "had been changed meanwhile, and no longer match"),
+    ];
+    let told = told.into_iter().filter(|(count, _)| *count > 0);
+    let mut others: Vec<_> = told
+        .map(|(count, what)| format!("{count} of the {of_all} that were shown {what}"))
+        .collect();
+    if more > 0 {
+        let new = counted(more, "job");
+        others.push(format!(
+            "left alone: {new} that had come to match meanwhile"
+        ));
+    }
+    let ids = confirmed.intersection(&matching).copied().collect();
+    Ok(Meant { ids, others })
 }
 
 fn check_live(filter: &Filter) -> Result<(), Failure> {

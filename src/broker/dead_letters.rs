@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use amiquip::{AmqpProperties, AmqpValue, Confirm, Delivery, FieldTable, Publish};
 use anyhow::Context;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::link::give_back;
 use super::publisher::OpenChannel;
@@ -22,7 +22,8 @@ pub struct DeadLetter {
     pub queue: String,
     pub reason: String,
     pub time: String,
-    /// The original message's properties, as far as they were set.
+    /// The original message's properties, as far as they were set; without what RabbitMQ changes at each
+    /// delivery.
     pub properties: Value,
     pub body: Vec<u8>,
     /// If the body was cut: how much of it is missing, and why.
@@ -39,20 +40,21 @@ pub enum Fate {
 }
 
 /// Goes once through the dead letters of a vhost and does with each what `fate` says. Returns why
-/// some could not be requeued, with their ids; these stay. Letters that somebody else is looking at
-/// are not among them.
+/// some could not be requeued, with their places among all, from 0; these stay. Letters that somebody else is
+/// looking at are not among them.
 ///
 /// # Errors
 /// The connection is lost. What was not requeued or dropped by then stays.
 pub fn go_through(
     link: &Link,
     mut fate: impl FnMut(&DeadLetter) -> Fate,
-) -> anyhow::Result<Vec<(String, String)>> {
+) -> anyhow::Result<Vec<(usize, String)>> {
     // As it was declared, possibly with other arguments.
     link.declare_dead_letters()?;
     let channel = link.channel()?;
     let mut publishing = Publishing { link, open: None };
     let mut failed = Vec::new();
+    let mut places = 0..;
     // Those that have been put at the end, where they are met once more.
     let mut renewed: HashMap<Letter, usize> = HashMap::new();
     // Not by the number that RabbitMQ tells: of a quorum queue it is that of a moment ago.
@@ -64,6 +66,7 @@ pub fn go_through(
             continue;
         }
         let letter = DeadLetter::read(&delivery.properties, &delivery.body);
+        let place = places.next();
         match fate(&letter) {
             Fate::Leave if is_worn(&delivery.properties) => {
                 let fresh = unworn(&delivery.properties);
@@ -79,9 +82,7 @@ pub fn go_through(
                 let original = original_properties(&delivery.properties);
                 match publishing.requeue(&letter, &original)? {
                     None => got.ack(&channel)?,
-                    Some(why) => {
-                        failed.push((letter.id, why));
-                    }
+                    Some(why) => failed.extend(place.map(|place| (place, why))),
                 }
             }
         }
@@ -115,17 +116,20 @@ fn unworn(properties: &AmqpProperties) -> AmqpProperties {
 struct Letter {
     id: Option<String>,
     bytes: usize,
-    body: u64,
+    content: u64,
 }
 
 impl Letter {
     fn of(delivery: &Delivery) -> Letter {
         let mut hasher = DefaultHasher::new();
         delivery.body.hash(&mut hasher);
+        // Several may have one id and one body.
+        let properties = as_json(&unworn(&delivery.properties)).to_string();
+        properties.hash(&mut hasher);
         Letter {
             id: delivery.properties.message_id().clone(),
             bytes: delivery.body.len(),
-            body: hasher.finish(),
+            content: hasher.finish(),
         }
     }
 }
@@ -237,6 +241,34 @@ fn as_it_was(letter: AmqpProperties, mut headers: FieldTable) -> AmqpProperties 
         })
 }
 
+/// Properties as the letters that [`crate::wire::dead_letter`] writes have them.
+fn as_json(properties: &AmqpProperties) -> Value {
+    let texts = [
+        ("content_type", properties.content_type()),
+        ("content_encoding", properties.content_encoding()),
+        ("correlation_id", properties.correlation_id()),
+        ("reply_to", properties.reply_to()),
+        ("message_id", properties.message_id()),
+        ("type", properties.type_()),
+        ("app_id", properties.app_id()),
+    ];
+    let texts = texts.into_iter();
+    let mut all: Map<String, Value> = texts
+        .filter_map(|(name, text)| Some((name.to_owned(), Value::from(text.clone()?))))
+        .collect();
+    let numbers = [
+        ("priority", properties.priority().map(u64::from)),
+        ("timestamp", *properties.timestamp()),
+    ];
+    let numbers = numbers.into_iter();
+    all.extend(numbers.filter_map(|(name, number)| Some((name.to_owned(), number?.into()))));
+    if let Some(headers) = properties.headers() {
+        let headers = AmqpValue::FieldTable(headers.clone());
+        all.insert("headers".to_owned(), amqp_to_json(&headers));
+    }
+    Value::Object(all)
+}
+
 type With = fn(AmqpProperties, String) -> AmqpProperties;
 
 /// The beginnings of the headers that RabbitMQ adds to a message that it has dead-lettered.
@@ -266,7 +298,7 @@ impl DeadLetter {
                     reason => format!("given up by RabbitMQ ({reason})"),
                 },
                 time: String::new(),
-                properties: Value::Null,
+                properties: as_json(&original_properties(properties)),
                 body: body.to_vec(),
                 cut: String::new(),
             };

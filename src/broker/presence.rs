@@ -12,7 +12,9 @@ use anyhow::Context;
 use crossbeam_channel::{Receiver, RecvTimeoutError, after, bounded};
 
 use super::link::Link;
-use super::refusals::{NOT_FOUND, NOT_OURS, PublishError, closed, is_missing, unavailable};
+use super::refusals::{
+    NOT_FOUND, NOT_OURS, PublishError, RESOURCE_LOCKED, closed, is_missing, unavailable,
+};
 use crate::domain::overview::{ClientQueue, Depth};
 
 /// How long an answer is waited for: less than what a stop leaves a handler.
@@ -178,7 +180,8 @@ const LOOKS: [Duration; 4] = [
 ];
 
 impl Link {
-    /// What is in the queue of a client's, as far as RabbitMQ tells soon.
+    /// What is in the queue of a client's, as far as RabbitMQ tells soon. It creates none and takes nothing out
+    /// of it; but a queue that goes when nobody uses it for a time stays for that time from now on.
     ///
     /// # Errors
     /// The connection is lost.
@@ -189,10 +192,12 @@ impl Link {
             Ok(depth(&declared))
         })?;
         Ok(match asked.answer() {
-            Ok(depth) if depth.messages > 0 => Some(ClientQueue::Full),
+            Ok(Depth { messages: 1.., .. }) => Some(ClientQueue::Full),
+            Ok(Depth { consumers: 1.., .. }) => Some(ClientQueue::Heard),
             Ok(_) => Some(ClientQueue::Empty),
             Err(Unanswered::Silent) => None,
             Err(Unanswered::Error(error)) => match closed(&error) {
+                Some((RESOURCE_LOCKED, _)) => Some(ClientQueue::Locked),
                 Some((code, message)) => {
                     let is_gone = found(code, message) == Found::Missing;
                     is_gone.then_some(ClientQueue::Gone)

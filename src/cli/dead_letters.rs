@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use comfy_table::{Cell, CellAlignment, ColumnConstraint};
 use omotes_orchestrator::actions::counted;
-use omotes_orchestrator::actions::letters::{self, Letters};
+use omotes_orchestrator::actions::letters::{self, Letters, Names};
 use omotes_orchestrator::broker::dead_letters::{DeadLetter, Fate};
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::domain::text::to_the_second;
@@ -74,32 +74,37 @@ pub(super) fn run(config: &Config, action: &Action) -> anyhow::Result<ExitCode> 
         Action::Requeue(which) | Action::Drop { which, .. } => which.all,
         Action::Show { .. } => false,
     };
-    if is_about_all && known.is_empty() {
+    if is_about_all && known.all.is_empty() {
         say_aside(format_args!("there are no dead letters"));
     }
-    if unasked && !known.is_empty() {
-        would_delete(known.len());
+    if unasked && !known.all.is_empty() {
+        would_delete(known.all.len());
         return Ok(ExitCode::FAILURE);
     }
     let code = match action {
         Action::List => ExitCode::SUCCESS,
         Action::Show { id, body } => {
-            let id = letters::named(id, &known)?;
-            show(&letters, &id, body.as_deref())?;
+            let name = letters::named(id, &known.all)?;
+            show(&letters, &name, body.as_deref())?;
             ExitCode::SUCCESS
         }
-        Action::Requeue(which) => settle(&letters, &which.resolve(known)?, Fate::Requeue)?,
-        Action::Drop { which, .. } => settle(&letters, &which.resolve(known)?, Fate::Drop)?,
+        Action::Requeue(which) => settle(&letters, (which, &known), Fate::Requeue)?,
+        Action::Drop { which, .. } => settle(&letters, (which, &known), Fate::Drop)?,
     };
     letters.close()?;
     Ok(code)
 }
 
 /// Does it with these, and says what became of each. Exits with 1 if one stays.
-fn settle(letters: &Letters, ids: &[String], fate: Fate) -> anyhow::Result<ExitCode> {
+fn settle(
+    letters: &Letters,
+    (which, known): (&Which, &Names),
+    fate: Fate,
+) -> anyhow::Result<ExitCode> {
+    let names = which.resolve(&known.all)?;
     let mut code = ExitCode::SUCCESS;
     let mut settled = Vec::new();
-    let outcome = letters.settle(ids, fate, &mut settled);
+    let outcome = letters.settle(&names, known, fate, &mut settled);
     for letter in settled {
         match letter.failure {
             None => say(format_args!("{letter}"))?,
@@ -113,14 +118,22 @@ fn settle(letters: &Letters, ids: &[String], fate: Fate) -> anyhow::Result<ExitC
     Ok(code)
 }
 
-fn show(letters: &Letters, id: &str, body: Option<&Path>) -> anyhow::Result<()> {
+fn show(letters: &Letters, name: &str, body: Option<&Path>) -> anyhow::Result<()> {
     let mut shown = Ok(());
+    let mut count = 0;
     letters.look(|vhost, letter| {
-        if letter.id == id {
-            shown = show_letter(vhost, letter, body);
+        if letters::name(vhost, letter) == name {
+            count += 1;
+            if count == 1 {
+                shown = show_letter(vhost, letter, body);
+            }
         }
     })?;
-    shown
+    shown?;
+    match count {
+        0 | 1 => Ok(()),
+        more => say(format_args!("copies:     {more}, alike in all")),
+    }
 }
 
 fn would_delete(letters: usize) {
@@ -128,17 +141,16 @@ fn would_delete(letters: usize) {
     say_aside(format_args!("this would delete {letters}; {NOTHING_DONE}"));
 }
 
-/// The ids of all dead letters; they are printed if they are to be listed.
-fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Vec<String>> {
+/// The names of all dead letters; they are printed if they are to be listed.
+fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Names> {
     let mut known = Vec::new();
-    let mut table = table(&["id", "time", "connection", "queue", "bytes", "reason"]);
+    let mut rows = Vec::new();
     let mut has_undecodable = false;
     letters.look(|vhost, letter| {
-        known.push(letter.id.clone());
+        known.push(letters::name(vhost, letter));
         let reason = one_line(&letter.reason);
         has_undecodable |= reason.contains(UNDECODABLE);
-        table.add_row([
-            Cell::new(one_line(&letter.id)),
+        rows.push([
             Cell::new(to_the_second(&letter.time)),
             Cell::new(vhost.name()),
             Cell::new(one_line(&letter.queue)),
@@ -146,7 +158,13 @@ fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Vec<String>>
             Cell::new(reason),
         ]);
     })?;
-    if listed && !known.is_empty() {
+    let known = Names::new(known);
+    if listed && !known.all.is_empty() {
+        let mut table = table(&["id", "time", "connection", "queue", "bytes", "reason"]);
+        for (name, cells) in known.all.iter().zip(rows) {
+            let id = Cell::new(one_line(known.shown(name)));
+            table.add_row(std::iter::once(id).chain(cells));
+        }
         // Ids are copied.
         if let Some(ids) = table.column_mut(0) {
             ids.set_constraint(ColumnConstraint::ContentWidth);
@@ -161,11 +179,11 @@ fn known_letters(letters: &Letters, listed: bool) -> anyhow::Result<Vec<String>>
 
 impl Which {
     /// The selected letters among the known ones.
-    fn resolve(&self, known: Vec<String>) -> anyhow::Result<Vec<String>> {
+    fn resolve(&self, known: &[String]) -> anyhow::Result<Vec<String>> {
         if self.all {
-            return Ok(known);
+            return Ok(known.to_vec());
         }
-        Ok(letters::all_named(&self.ids, &known, letters::named)?)
+        Ok(letters::all_named(&self.ids, known, letters::named)?)
     }
 }
 

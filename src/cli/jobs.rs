@@ -233,6 +233,7 @@ fn show(config: &Config, name: &JobName, json: bool) -> anyhow::Result<ExitCode>
     let of = story.runs_again.map(|of| of.to_string());
     for (name, told) in [
         ("output", story.whereabouts.clone()),
+        ("client", story.client.clone()),
         ("runs again", of),
         ("run again as", Some(runs)),
     ] {
@@ -251,7 +252,7 @@ fn show(config: &Config, name: &JobName, json: bool) -> anyhow::Result<ExitCode>
 /// Says where its output is; RabbitMQ is asked where that may say more.
 fn tell_whereabouts(config: &Config, story: &mut Story) {
     let id = story.job.id;
-    let is_asked = story.may_be_in_its_queue();
+    let is_asked = story.asks_its_queue();
     let queue = is_asked.then(|| told_of("RabbitMQ", || jobs::client_queue(config, id)));
     story.tell_whereabouts(config.keep_results, queue.flatten());
 }

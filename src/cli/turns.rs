@@ -6,12 +6,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use clap_complete::ArgValueCandidates;
+use jiff::{SignedDuration, Timestamp};
 use omotes_orchestrator::actions::jobs::{self, Became};
 use omotes_orchestrator::actions::names::resolve;
 use omotes_orchestrator::actions::queues;
 use omotes_orchestrator::config::{self, Config};
 use omotes_orchestrator::domain::job::Priority;
-use omotes_orchestrator::domain::overview::JobName;
+use omotes_orchestrator::domain::overview::{JobName, spoken};
 use omotes_orchestrator::store::{LimitChange, QueueChange, TurnChange};
 use omotes_orchestrator::telemetry::report::one_line;
 
@@ -93,16 +94,21 @@ pub(super) fn limits(config: &Config) -> anyhow::Result<ExitCode> {
         "task queue",
         "limits",
         "changed",
+        "oldest waits",
         "held",
         "on hold",
         "waiting",
         "running",
     ]);
+    let now = Timestamp::now();
     for queue in queues {
+        let oldest = queue.oldest_waiting;
+        let oldest = oldest.map(|at| spoken(now.duration_since(at).max(SignedDuration::ZERO)));
         table.add_row([
             one_line(&queue.name),
             queue.limit.to_string(),
             queue.changes().join("; "),
+            oldest.unwrap_or_default(),
             queue.held.to_string(),
             queue.on_hold.to_string(),
             queue.waiting.to_string(),

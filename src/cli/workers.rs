@@ -138,6 +138,9 @@ fn text(workers: &Workers, now: Timestamp) -> String {
             }
         );
     }
+    if let Some(more) = workers.more_lost(usize::MAX) {
+        text += &format!("{more}\n");
+    }
     for in_vain in workers.in_vain() {
         text += &format!("{}; if it goes on, restart it\n", in_vain.in_words(now));
     }

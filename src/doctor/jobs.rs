@@ -156,6 +156,15 @@ fn judge_workers(workers: &Workers, now: Timestamp, findings: &mut Findings) {
              submit it again.",
         );
     }
+    if let Some(more) = workers.more_lost(NAMED) {
+        findings.add(
+            PART,
+            Severity::Warning,
+            more,
+            "`workers` names them, of each queue the oldest ones. Something has taken them from RabbitMQ, as a purge \
+             of a queue does: cancel them, and submit them again. With TASK_LOST_SEC the service ends them itself.",
+        );
+    }
 }
 
 fn judge_silent(worker: &WorkerView, now: Timestamp, findings: &mut Findings) {
@@ -219,6 +228,7 @@ mod tests {
             on_hold: 1,
             waiting: 0,
             running: 0,
+            oldest_waiting: None,
             order: Vec::new(),
             seats: Vec::new(),
             is_paused_by_operator: by_operator,

@@ -104,6 +104,8 @@ pub struct Job {
     /// What it was submitted with, as JSON, if that may be kept; None as loaded, for nothing is decided by
     /// it.
     pub parameters: Option<String>,
+    /// On which queue its task was put, if it has no course; None as loaded, for the same reason.
+    pub task_queue: Option<String>,
 }
 
 /// A task's progress.
@@ -305,6 +307,7 @@ impl Job {
             progress: None,
             course: None,
             parameters: None,
+            task_queue: None,
         }
     }
 

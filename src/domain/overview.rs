@@ -224,6 +224,9 @@ pub struct JobView {
     #[serde(serialize_with = "priority")]
     pub priority: Option<Priority>,
     pub task_id: Option<String>,
+    /// On which queue its task was put, of a workflow of one plain step, as far as that is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue: Option<String>,
     pub registered_at: Option<Timestamp>,
     pub submitted_at: Option<Timestamp>,
     /// When a worker first started it.

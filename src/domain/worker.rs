@@ -208,6 +208,8 @@ pub struct Seen {
     /// Tasks of jobs that wait, of those queues in which there is nothing, and those that nobody had
     /// before.
     pub waiting: Vec<WaitingTask>,
+    /// How many more wait than are among those, by their queues.
+    pub more_waiting: BTreeMap<String, i64>,
     /// The jobs of tasks that workers have though those do not run, as far as the database knows them.
     pub others: BTreeMap<String, Uuid>,
     /// Of the queues of tasks that nobody has.
@@ -221,6 +223,8 @@ pub struct Look {
     /// Workers that are forgotten.
     pub forgotten: Vec<String>,
     pub absences: Vec<Absence>,
+    /// How many more tasks are as absent as those of their queues of which somebody is told.
+    pub more_absent: i64,
     pub news: Vec<News>,
     /// Queues that workers are to take tasks from again.
     pub restored: Vec<(String, String)>,
@@ -331,6 +335,7 @@ pub fn look(known: BTreeMap<String, Worker>, before: &[Absence], seen: &Seen) ->
             since: absence.since,
         })
     }));
+    look.more_absent = absence::more(&look.workers, &absences, seen);
     look.absences = absences;
     look
 }

@@ -18,7 +18,7 @@ use super::page::acting::{self as pages, Acting, Letter};
 use super::server::Response;
 use super::submission::{self, Filled};
 use super::{html, json_response, refusal};
-use crate::actions::letters::{Letters, all_named, exactly};
+use crate::actions::letters::{self, Letters, Names, all_named, exactly};
 use crate::actions::{Failure, TOLD, again, bounded, counted, derived_id, digest, jobs, queues};
 use crate::broker::dead_letters::Fate;
 use crate::domain::job::Origin;
@@ -110,25 +110,27 @@ fn confirm_matching(
         pages::NAMED,
     )?;
     let digest = digest(&found.ids);
-    let shown = Shown { at, digest };
+    let ids = None;
+    let shown = Shown { at, digest, ids };
     Ok(pages::confirm_matching(
         frame, acting, whole, &found, &shown, notice,
     ))
 }
 
-/// The first of the dead letters, and the ids of all.
+/// The first of the dead letters, and the names of all.
 ///
 /// # Errors
 /// RabbitMQ is not there.
-pub(super) fn letters(service: &Service) -> Result<(Vec<Letter>, Vec<String>), Failure> {
+pub(super) fn letters(service: &Service) -> Result<(Vec<Letter>, Names), Failure> {
     let letters = Letters::open(&service.config, LETTERS_PATIENCE)?;
     let mut first = Vec::new();
-    let mut ids = Vec::new();
+    let mut names = Vec::new();
     letters.look(|vhost, letter| {
-        ids.push(letter.id.clone());
+        let name = letters::name(vhost, letter);
+        names.push(name.clone());
         if first.len() < pages::NAMED {
             first.push(Letter {
-                id: letter.id.clone(),
+                name,
                 time: letter.time.clone(),
                 vhost,
                 queue: letter.queue.clone(),
@@ -138,7 +140,7 @@ pub(super) fn letters(service: &Service) -> Result<(Vec<Letter>, Vec<String>), F
         }
     })?;
     letters.close()?;
-    Ok((first, ids))
+    Ok((first, Names::new(names)))
 }
 
 fn confirm_requeue(
@@ -147,10 +149,10 @@ fn confirm_requeue(
     acting: &Acting,
     notice: Option<&str>,
 ) -> Result<String, Failure> {
-    let (first, ids) = letters(service)?;
-    let digest = digest(&ids);
+    let (first, names) = letters(service)?;
+    let digest = digest(&names.all);
     Ok(pages::confirm_requeue(
-        frame, acting, &first, &ids, &digest, notice,
+        frame, acting, &first, &names, &digest, notice,
     ))
 }
 
@@ -280,7 +282,7 @@ fn perform(service: &Service, form: &Form, visit: &Visit, stop: &Signal) -> Resu
     Ok(Came::Done(lines))
 }
 
-/// Does so to all that match, if they are those that were shown.
+/// Does so to all that match, of those that were shown.
 fn to_all(
     service: &Service,
     visit: &Visit,
@@ -288,17 +290,22 @@ fn to_all(
     filter: &Filter,
     shown: Option<&Shown>,
 ) -> Result<Came, Failure> {
-    let at = shown.map_or(Timestamp::now(), |shown| shown.at);
-    let ids = jobs::matching(&mut looking(service)?, filter, whole.turn(), at, 0)?.ids;
-    if shown.is_none_or(|shown| shown.digest != digest(&ids)) {
+    let Some(shown) = shown else {
         return Ok(Came::Others);
+    };
+    let Some(jobs::Meant { ids, others }) = still_meant(service, whole, filter, shown)? else {
+        return Ok(Came::Others);
+    };
+    if ids.is_empty() {
+        let nothing = std::iter::once(NOTHING_DONE.to_owned());
+        return Ok(Came::Done(nothing.chain(others).collect()));
     }
     let count = counted(ids.len(), "job");
     let Some(change) = whole.turn() else {
         jobs::ask_to_end(&service.config, &ids, &visit.origin())?;
         let each = ids.iter().map(|id| format!("job {id}"));
         let head = std::iter::once(format!("{count} asked to end"));
-        return Ok(Came::Done(head.chain(each).collect()));
+        return Ok(Came::Done(head.chain(others).chain(each).collect()));
     };
     let became = jobs::change_all_turns(&mut connection(service)?, &ids, change, &visit.origin())?;
     let done = became.iter().filter(|one| one.is_done).count();
@@ -311,7 +318,32 @@ fn to_all(
         Whole::Hold | Whole::Cancel => "held until they are released",
     };
     let head = std::iter::once(format!("{done} {what}"));
-    Ok(Came::Done(head.chain(lines(&became)).collect()))
+    let told = head.chain(others).chain(lines(&became));
+    Ok(Came::Done(told.collect()))
+}
+
+/// Those of the jobs that were shown to which it is still to be done; None if it is not known which were shown
+/// and there are others now.
+fn still_meant(
+    service: &Service,
+    whole: Whole,
+    filter: &Filter,
+    shown: &Shown,
+) -> Result<Option<jobs::Meant>, Failure> {
+    let mut connection = looking(service)?;
+    let matching = jobs::matching(&mut connection, filter, whole.turn(), shown.at, 0)?.ids;
+    if digest(&matching) == shown.digest {
+        let (ids, others) = (matching, Vec::new());
+        return Ok(Some(jobs::Meant { ids, others }));
+    }
+    // What a form says of them counts only if it is what they were.
+    let confirmed = shown
+        .ids
+        .as_ref()
+        .filter(|ids| digest(*ids) == shown.digest);
+    confirmed
+        .map(|confirmed| jobs::meant(&mut connection, confirmed, &matching))
+        .transpose()
 }
 
 fn lines(all: &[impl ToString]) -> Vec<String> {
@@ -427,16 +459,17 @@ fn requeue(
     let letters = Letters::open(&service.config, LETTERS_PATIENCE)
         .map_err(|error| error.context("nothing was requeued"))?;
     let mut known = Vec::new();
-    letters.look(|_, letter| known.push(letter.id.clone()))?;
-    let ids = match which {
-        Some(ids) => all_named(ids, &known, exactly)?,
-        None if shown.is_none_or(|shown| shown != digest(&known)) => {
+    letters.look(|vhost, letter| known.push(letters::name(vhost, letter)))?;
+    let known = Names::new(known);
+    let names = match which {
+        Some(which) => all_named(which, &known.all, exactly)?,
+        None if shown.is_none_or(|shown| shown != digest(&known.all)) => {
             return Ok(Came::Others);
         }
-        None => known,
+        None => known.all.clone(),
     };
     let mut settled = Vec::new();
-    let outcome = letters.settle(&ids, Fate::Requeue, &mut settled);
+    let outcome = letters.settle(&names, &known, Fate::Requeue, &mut settled);
     let told = lines(&settled);
     if let Err(error) = outcome {
         let so_far = match told.is_empty() {
@@ -448,8 +481,8 @@ fn requeue(
     // What is confirmed stays so.
     let _ = letters.close();
     let requeued = settled.iter().filter(|one| one.failure.is_none()).count();
-    let all = counted(ids.len(), "dead letter");
-    let head = match requeued == ids.len() {
+    let all = counted(names.len(), "dead letter");
+    let head = match requeued == names.len() {
         true => format!("{all} requeued"),
         false => format!("{requeued} of {all} requeued"),
     };

@@ -1,5 +1,7 @@
 //! What forms ask for: fields to actions. Pure.
 
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use jiff::Timestamp;
 use uuid::Uuid;
 
@@ -70,6 +72,30 @@ pub(super) struct Shown {
     pub(super) at: Timestamp,
     /// Of their ids, see [`crate::actions::digest`].
     pub(super) digest: String,
+    /// The ids themselves, if the form had room for them.
+    pub(super) ids: Option<Vec<Uuid>>,
+}
+
+/// Jobs that match, whose ids a form carries along: about as many as a form may be long for.
+const MAX_CARRIED: usize = 2500;
+/// Bytes of an id.
+const ID: usize = 16;
+
+/// Ids as a form carries them, unless there are too many.
+pub(super) fn carried(ids: &[Uuid]) -> Option<String> {
+    let bytes = || ids.iter().flat_map(|id| *id.as_bytes());
+    let fits = (1..=MAX_CARRIED).contains(&ids.len());
+    fits.then(|| BASE64_URL_SAFE_NO_PAD.encode(bytes().collect::<Vec<u8>>()))
+}
+
+/// What a form carries along.
+fn ids_of(carried: &str) -> Option<Vec<Uuid>> {
+    let bytes = BASE64_URL_SAFE_NO_PAD.decode(carried).ok()?;
+    let ids = bytes.chunks_exact(ID);
+    if !ids.remainder().is_empty() {
+        return None;
+    }
+    ids.map(|id| Uuid::from_slice(id).ok()).collect()
 }
 
 /// Which page the operator comes from, and goes back to.
@@ -112,6 +138,7 @@ struct Fields {
     max_running: Option<String>,
     worker: Option<String>,
     shown: Option<String>,
+    set: Option<String>,
     at: Option<String>,
     ids: Vec<String>,
     letters: Vec<String>,
@@ -148,6 +175,7 @@ impl Fields {
                 "max_running" => &mut fields.max_running,
                 "worker" => &mut fields.worker,
                 "shown" => &mut fields.shown,
+                "set" => &mut fields.set,
                 "at" => &mut fields.at,
                 _ => return Err(format!("{} is not known here", one_line(&name))),
             };
@@ -182,8 +210,13 @@ impl Fields {
         let at = required("at", &self.at)?;
         let parsed = at.parse().ok();
         let parsed = parsed.and_then(|at| Timestamp::from_microsecond(at).ok());
+        let ids = self.set.as_deref().map(|set| {
+            let faulty = || "set: expected ids as this service writes them".to_owned();
+            ids_of(set).ok_or_else(faulty)
+        });
+        let ids = ids.transpose()?;
         match parsed {
-            Some(at) => Ok(Some(Shown { at, digest })),
+            Some(at) => Ok(Some(Shown { at, digest, ids })),
             None => Err(format!("at={}: expected microseconds", one_line(&at))),
         }
     }
@@ -299,6 +332,7 @@ impl Form {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::server::MAX_BODY;
     use crate::store::QueueChange;
     use proptest::prelude::*;
     use rstest::rstest;
@@ -316,7 +350,20 @@ mod tests {
         Action::Matching(
             Whole::Cancel,
             Filter { workflow: Some("a&b".to_owned()), ..Filter::default() },
-            Some(Shown { at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned() }),
+            Some(Shown {
+                at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned(), ids: None,
+            }),
+        )
+    )]
+    #[case(
+        "do=hold-all&shown=x&at=7&set=AAAAAAAAAAAAAAAAAAAAAQAAAAAAAAAAAAAAAAAAAAE",
+        Action::Matching(
+            Whole::Hold,
+            Filter::default(),
+            Some(Shown {
+                at: Timestamp::from_microsecond(7).unwrap(), digest: "x".to_owned(),
+                ids: Some(vec![id(), id()]),
+            }),
         )
     )]
     #[case("do=again&id=ID&at=7", Action::Again(vec![id()], "7".to_owned(), Vec::new()))]
@@ -384,6 +431,8 @@ mod tests {
         "job=https://evil: expected a job's id"
     )]
     #[case("do=cancel-all&shown=x", "at is missing")]
+    #[case("do=cancel-all&shown=x&at=7&set=AAAA", "set: expected ids")]
+    #[case("do=cancel-all&shown=x&at=7&set=%20", "set: expected ids")]
     #[case("do=cancel-all&shown=x&at=soon", "at=soon: expected microseconds")]
     #[case(
         "do=cancel-all&shown=x&at=9223372036854775807",
@@ -427,6 +476,16 @@ mod tests {
                 prop_assert!(form.back.path().bytes().all(|byte| byte.is_ascii_graphic()));
             }
         }
+    }
+
+    #[test]
+    fn a_form_carries_as_many_ids_as_it_may_be_long_for() {
+        let ids: Vec<_> = (1..=2500).map(Uuid::from_u128).collect();
+        let text = carried(&ids).unwrap();
+        assert!(text.len() < MAX_BODY - 8192, "{}", text.len());
+        assert_eq!(ids_of(&text), Some(ids.clone()));
+        assert_eq!(carried(&[&ids[..], &ids[..1]].concat()), None);
+        assert_eq!(carried(&[]), None);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::page::{self, Frame, Sheet};
 use super::server::Response;
 use super::streams::{Seen, Topic};
 use super::{Endpoint, Question, Route, acting, html, json_response, refusal, submitting};
-use crate::domain::overview::{Filter, JobName, MAX_LIMIT, Overview, compare};
+use crate::domain::overview::{Filter, JobName, Line, MAX_LIMIT, Overview, Story, compare};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
@@ -80,8 +80,8 @@ pub(super) fn respond(
 
 fn letters(service: &Service, visit: &Visit, frame: &Frame<'_>) -> Response {
     match acting::letters(service) {
-        Ok((first, ids)) => {
-            let sheet = page::letters(frame, &first, ids.len());
+        Ok((first, names)) => {
+            let sheet = page::letters(frame, &first, &names);
             html(200, frame.nonce, sheet.document(frame))
         }
         Err(failure) => refusal(visit.html, 503, &one_line(&failure.to_string())),
@@ -161,6 +161,7 @@ fn instead(
         | Route::Workers
         | Route::Jobs(_)
         | Route::Result(_)
+        | Route::Comparison(..)
         | Route::Job(_) => json_response(503, &json!({"error": why})),
     }
 }
@@ -212,15 +213,57 @@ fn with_database(
         Route::Job(id) => match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), now);
-                service.complete(&mut story);
+                service.complete_one(&mut story, true);
                 json_response(200, &json!(story))
             }
-            None => json_response(404, &json!({"error": format!("job {id} is unknown")})),
+            None => unknown(*id),
         },
+        Route::Comparison(one, other) => {
+            match compared(service, connection, &overview, (*one, *other), now)? {
+                Ok(compared) => json_response(200, &json!(compared.lines)),
+                Err(id) => unknown(id),
+            }
+        }
         Route::Page(_) | Route::JobPage(_) | Route::Compare(..) => {
             let (status, sheet) = sheet((endpoint, service), connection, &overview, route, frame)?;
             html(status, frame.nonce, sheet.document(frame))
         }
+    })
+}
+
+fn unknown(id: Uuid) -> Response {
+    json_response(404, &json!({"error": format!("job {id} is unknown")}))
+}
+
+/// Two jobs, and what they have of each thing.
+struct Compared {
+    stories: [Story; 2],
+    lines: Vec<Line>,
+}
+
+/// Compares two jobs, unless one is not known: that one.
+fn compared(
+    service: &Service,
+    connection: &mut Connection,
+    overview: &Overview,
+    (one, other): (Uuid, Uuid),
+    now: Timestamp,
+) -> Result<Result<Compared, Uuid>, StoreError> {
+    let mut story = |id| -> Result<_, StoreError> {
+        let Some(mut story) = connection.story(id)? else {
+            return Ok(Err(id));
+        };
+        overview.explain(std::slice::from_mut(&mut story.job), now);
+        service.complete(&mut story);
+        Ok(Ok(story))
+    };
+    Ok(match (story(one)?, story(other)?) {
+        (Ok(one), Ok(other)) => {
+            let lines = compare(&one, &other, now);
+            let stories = [one, other];
+            Ok(Compared { stories, lines })
+        }
+        (Err(id), _) | (_, Err(id)) => Err(id),
     })
 }
 
@@ -276,27 +319,18 @@ fn sheet(
         return Ok(match connection.story(*id)? {
             Some(mut story) => {
                 overview.explain(std::slice::from_mut(&mut story.job), frame.now);
-                service.complete(&mut story);
+                // Only a whole page has a script.
+                service.complete_one(&mut story, frame.nonce.is_some());
                 (200, page::job(frame, &story))
             }
             None => (404, page::unknown_job(frame, &id.to_string(), Some(*id))),
         });
     }
     if let Route::Compare(one, other) = route {
-        let [one, other] = [*one, *other].map(|id| -> Result<_, StoreError> {
-            let Some(mut story) = connection.story(id)? else {
-                return Ok(Err(id));
-            };
-            overview.explain(std::slice::from_mut(&mut story.job), frame.now);
-            service.complete(&mut story);
-            Ok(Ok(story))
-        });
-        return Ok(match (one?, other?) {
-            (Ok(one), Ok(other)) => {
-                let lines = compare(&one, &other, frame.now);
-                (200, page::compare(frame, (&one, &other), &lines))
-            }
-            (Err(id), _) | (_, Err(id)) => {
+        let compared = compared(service, connection, overview, (*one, *other), frame.now)?;
+        return Ok(match compared {
+            Ok(Compared { stories, lines }) => (200, page::compare(frame, &stories, &lines)),
+            Err(id) => {
                 let page = page::unknown_job(frame, &id.to_string(), Some(id));
                 (404, page)
             }

@@ -336,6 +336,15 @@ fn look_at_workers(workers: &Workers, now: Timestamp, seen: &mut Seen) {
         let trouble = found(Alert::TasksLost, &lost.job_id.to_string(), lost.since, what);
         seen.troubles.push(trouble);
     }
+    if let (Some(more), Some(first)) = (workers.more_lost(usize::MAX), workers.lost_tasks.first()) {
+        let trouble = found(
+            Alert::TasksLost,
+            "more jobs",
+            first.since,
+            format!("{more}."),
+        );
+        seen.troubles.push(trouble);
+    }
     for one in workers.in_vain() {
         let what = format!("The {}.", one.in_words(now));
         let subject = format!("{} {}", one.worker.host, one.job_id);

@@ -195,8 +195,8 @@ fn past(service: &Service) -> Result<Past, StoreError> {
         oldest: BTreeMap::new(),
     };
     for queued in connection.queued()? {
-        let queue = match (queued.step, tasks.get(&queued.workflow).map(Vec::as_slice)) {
-            (Some((_, task)), _) => task,
+        let queue = match (queued.queue, tasks.get(&queued.workflow).map(Vec::as_slice)) {
+            (Some(queue), _) => queue,
             (None, Some([task])) => task.clone(),
             (None, _) => queued.workflow,
         };

@@ -15,6 +15,7 @@ use crate::domain::job::Rules;
 use crate::domain::overview::{Filter, Outage, Overview, Page, Queues, Story};
 use crate::domain::turns::{self, CurrentLimits, Limits};
 use crate::domain::workflow::{Catalogue, CurrentCatalogue};
+use crate::service::clients::ClientLooks;
 use crate::service::looks::Looks;
 use crate::store::{Connection, Store, StoreError, Upkeep};
 use crate::telemetry::health::{Health, Part, PartView};
@@ -48,6 +49,8 @@ pub struct Service {
     overviews: Looks<(Vec<String>, Limits), Overview>,
     /// Pages of jobs, as last seen.
     pages: Looks<Filter, Page>,
+    /// What clients do whose jobs are looked at.
+    clients: ClientLooks,
     /// This replica's name.
     pub host: String,
     pub celery_sender: celery::Sender,
@@ -92,6 +95,7 @@ impl Service {
             queues: Mutex::default(),
             overviews: Looks::default(),
             pages: Looks::default(),
+            clients: ClientLooks::default(),
             host: host.clone(),
             celery_sender: celery::Sender {
                 origin: format!("gen{}@{host}", process::id()),
@@ -122,6 +126,24 @@ impl Service {
         if let Some(definition) = workflow.and_then(|name| catalogue.definition(name)) {
             story.name_parameters(&definition.parameters);
         }
+    }
+
+    /// The same, and says what its client does. RabbitMQ is asked when somebody comes to look at this job; who goes
+    /// on looking is told what was known then.
+    pub fn complete_one(&self, story: &mut Story, comes: bool) {
+        self.complete(story);
+        if !story.asks_its_queue() {
+            return;
+        }
+        let which = (story.job.id, story.job.ends.is_told);
+        let (_, parts) = self.health.parts(Timestamp::now());
+        let mut faults = parts.iter().filter(|part| part.why.is_some());
+        let is_there = !faults.any(|part| part.part == Part::Broker);
+        let queue = match comes && is_there {
+            true => self.clients.ask(&self.config.sdk_rabbitmq, which),
+            false => self.clients.last(which).filter(|_| is_there),
+        };
+        story.tell_whereabouts(self.config.keep_results, queue);
     }
 
     /// Reads what is allowed at task queues.

@@ -119,11 +119,15 @@ fn look(
     let queues = Queues(service.catalogue.get().tasks_by_workflow());
     let running = queues.of_running(running);
     let depths = depths(link, &running, &answers, &queues, &queued)?;
+    let waiting = waiting(
+        service, &queues, &queued, &depths, &before, &answers, asked_at,
+    )?;
     let seen = Seen {
         asked_at,
         now,
         connected: connected(link, &known, &answers)?,
-        waiting: waiting(service, &queues, &queued, &depths, &before)?,
+        waiting: waiting.tasks,
+        more_waiting: waiting.more,
         others: others(service, &answers, &running)?,
         depths,
         answers,
@@ -135,6 +139,7 @@ fn look(
     let workers = connection.workers()?;
     drop(connection);
     tell(&look);
+    tell_more(&look);
     restore(service, link, &look, stop)?;
     revokes.look(service, link, &workers, stop)
 }
@@ -194,10 +199,10 @@ fn messages(
 struct Queues(BTreeMap<String, Vec<String>>);
 
 impl Queues {
-    /// Where the task of a job is put, or that of its step.
-    fn of<'a>(&'a self, workflow: &'a str, step_task: Option<&'a str>) -> &'a str {
-        match (step_task, self.0.get(workflow).map(Vec::as_slice)) {
-            (Some(task), _) => task,
+    /// Where the task of a job is: where it was put, if that is kept.
+    fn of<'a>(&'a self, workflow: &'a str, kept: Option<&'a str>) -> &'a str {
+        match (kept, self.0.get(workflow).map(Vec::as_slice)) {
+            (Some(queue), _) => queue,
             (None, Some([task])) => task,
             (None, _) => workflow,
         }
@@ -206,58 +211,82 @@ impl Queues {
     fn of_running(&self, running: Vec<Running>) -> Vec<RunningTask> {
         let task = |running: Running| RunningTask {
             queue: self
-                .of(&running.workflow, running.step_task.as_deref())
+                .of(&running.workflow, running.queue.as_deref())
                 .to_owned(),
             ..running.task
         };
         running.into_iter().map(task).collect()
     }
 
-    fn of_queued<'a>(&'a self, queued: &'a [Queued]) -> BTreeSet<&'a str> {
-        let queue = |one: &'a Queued| {
-            let task = one.step.as_ref().map(|(_, task)| task.as_str());
-            self.of(&one.workflow, task)
-        };
-        queued.iter().map(queue).collect()
+    fn of_queued<'a>(&'a self, queued: &'a Queued) -> &'a str {
+        self.of(&queued.workflow, queued.queue.as_deref())
     }
 }
 
 /// Tasks that should be in queues in which there is nothing, and those that nobody had before.
+#[derive(Default)]
+struct OfEmptyQueues {
+    tasks: Vec<WaitingTask>,
+    /// How many more should be there than `tasks` has, by their queues.
+    more: BTreeMap<String, i64>,
+}
+
 fn waiting(
     service: &Service,
     queues: &Queues,
     queued: &[Queued],
     depths: &Depths,
     before: &[Absence],
-) -> anyhow::Result<Vec<WaitingTask>> {
+    answers: &BTreeMap<String, Answer>,
+    asked_at: Timestamp,
+) -> anyhow::Result<OfEmptyQueues> {
     let is_empty = |queue: &str| depths.get(queue).is_some_and(|depth| depth.messages == 0);
-    let of_empty: Vec<_> = queued
-        .iter()
-        .filter(|one| {
-            queues
-                .of_queued(std::slice::from_ref(one))
-                .into_iter()
-                .all(is_empty)
-        })
-        .collect();
-    if of_empty.is_empty() && before.is_empty() {
-        return Ok(Vec::new());
+    let of_empty = queued.iter().filter(|one| is_empty(queues.of_queued(one)));
+    let (kept, derived): (Vec<_>, Vec<_>) = of_empty.partition(|one| one.queue.is_some());
+    if kept.is_empty() && derived.is_empty() && before.is_empty() {
+        return Ok(OfEmptyQueues::default());
     }
-    let steps = of_empty.iter().filter_map(|one| one.step.as_ref());
-    let tasks: Vec<_> = steps.map(|(_, task)| task.as_str()).collect();
-    let plain = of_empty.iter().filter(|one| one.step.is_none());
-    let workflows: Vec<_> = plain.map(|one| one.workflow.as_str()).collect();
+    let kept: Vec<_> = kept.iter().filter_map(|one| one.queue.as_deref()).collect();
+    let derived: Vec<_> = derived.iter().map(|one| one.workflow.as_str()).collect();
     let absent: Vec<_> = before.iter().map(|one| one.task_id.as_str()).collect();
+    let with_workers = with_workers(answers);
+    let begun: Vec<_> = with_workers.iter().copied().collect();
     let mut connection = service.store.connection()?;
-    let waiting = connection.waiting_tasks(&tasks, &workflows, &absent)?;
-    let task = |waiting: Waiting| WaitingTask {
-        queue_is_kept: waiting.step_task.is_some(),
-        queue: queues
-            .of(&waiting.workflow, waiting.step_task.as_deref())
-            .to_owned(),
-        ..waiting.task
-    };
-    Ok(waiting.into_iter().map(task).collect())
+    let rows = connection.waiting_tasks(&kept, &derived, &absent, &begun, asked_at)?;
+    let mut found = OfEmptyQueues::default();
+    let mut counts: BTreeMap<(Option<String>, String), i64> = BTreeMap::new();
+    for (waiting, count) in rows {
+        let Waiting {
+            workflow,
+            queue: kept,
+            task,
+        } = waiting;
+        let queue = queues.of(&workflow, kept.as_deref()).to_owned();
+        let queue_is_kept = kept.is_some();
+        let is_begun = with_workers.contains(task.task_id.as_str());
+        let is_counted = task.submitted_at < asked_at && !is_begun;
+        let left = counts
+            .entry((kept.is_none().then_some(workflow), queue.clone()))
+            .or_insert(count);
+        *left -= i64::from(is_counted);
+        found.tasks.push(WaitingTask {
+            queue,
+            queue_is_kept,
+            ..task
+        });
+    }
+    for ((_, queue), left) in counts {
+        if left > 0 && is_empty(&queue) {
+            *found.more.entry(queue).or_default() += left;
+        }
+    }
+    Ok(found)
+}
+
+/// The tasks that workers say they have.
+fn with_workers(answers: &BTreeMap<String, Answer>) -> BTreeSet<&str> {
+    let tasks = answers.values().filter_map(|answer| answer.tasks.as_ref());
+    tasks.flatten().map(|task| task.id.as_str()).collect()
 }
 
 /// The jobs of tasks that workers have though those do not run, without those of other orchestrators.
@@ -304,13 +333,13 @@ fn depths(
     all: &Queues,
     queued: &[Queued],
 ) -> anyhow::Result<Depths> {
-    let tasks = answers.values().filter_map(|answer| answer.tasks.as_ref());
-    let with_workers: BTreeSet<&str> = tasks.flatten().map(|task| task.id.as_str()).collect();
+    let with_workers = with_workers(answers);
     let absent = running
         .iter()
         .filter(|task| !with_workers.contains(task.task_id.as_str()));
     let queues: BTreeSet<&str> = absent.map(|task| task.queue.as_str()).collect();
-    let queues: Vec<&str> = queues.union(&all.of_queued(queued)).copied().collect();
+    let of_queued = queued.iter().map(|one| all.of_queued(one)).collect();
+    let queues: Vec<&str> = queues.union(&of_queued).copied().collect();
     if queues.is_empty() {
         return Ok(Depths::new());
     }
@@ -325,8 +354,8 @@ fn depths(
     // What waited in a queue that somebody has deleted went with it. One that is known by the definitions alone
     // may never have been there.
     let kept = |queue: &str| {
-        let mut steps = queued.iter().filter_map(|one| one.step.as_ref());
-        steps.any(|(_, task)| task == queue)
+        let mut kept = queued.iter().filter_map(|one| one.queue.as_deref());
+        kept.any(|kept| kept == queue)
     };
     let unknown = unknown.into_iter().map(|(queue, _)| *queue);
     let unknown: Vec<_> = unknown.filter(|queue| kept(queue)).collect();
@@ -370,6 +399,17 @@ fn tell(look: &Look) {
                 one_line(task_id)
             ),
         }
+    }
+}
+
+/// How many more there are of those that were told of one by one just now.
+fn tell_more(look: &Look) {
+    let is_absence = |news: &News| matches!(news, News::Absent { .. });
+    if look.more_absent > 0 && look.news.iter().any(is_absence) {
+        warn!(
+            "{} more jobs have tasks that no worker has, nor do they wait in their queues",
+            look.more_absent
+        );
     }
 }
 

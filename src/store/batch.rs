@@ -283,15 +283,16 @@ impl Transaction<'_> {
         self.execute(
             "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at,
                               submitted_at, running_at, timeout_after_ms, job_reference, priority,
-                              parameters)
+                              parameters, task_queue)
              SELECT job_id, celery_id, workflow_type, status::jobstatus, registered_at,
-                    submitted_at, running_at, timeout_after_ms, job_reference, priority, parameters
+                    submitted_at, running_at, timeout_after_ms, job_reference, priority, parameters,
+                    task_queue
              FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::text[], $5::timestamptz[],
                          $6::timestamptz[], $7::timestamptz[], $8::bigint[], $9::varchar[],
-                         $10::varchar[], $11::text[])
+                         $10::varchar[], $11::text[], $12::varchar[])
                   AS new (job_id, celery_id, workflow_type, status, registered_at,
                           submitted_at, running_at, timeout_after_ms, job_reference, priority,
-                          parameters)",
+                          parameters, task_queue)",
             &[
                 &columns.ids,
                 &columns.tasks,
@@ -304,6 +305,7 @@ impl Transaction<'_> {
                 &columns.references,
                 &columns.priorities,
                 &columns.parameters,
+                &columns.queues,
             ],
         )?;
         Ok(())
@@ -350,12 +352,15 @@ impl Transaction<'_> {
                  progress = new.progress, progress_message = new.message, progress_at = new.at,
                  marks = CASE WHEN new.mark IS NULL OR octet_length(job.marks) > $13 THEN job.marks
                               ELSE concat(job.marks, new.mark, chr(10)) END,
-                 parameters = coalesce(new.parameters, job.parameters)
+                 parameters = coalesce(new.parameters, job.parameters),
+                 task_queue = coalesce(new.task_queue, job.task_queue)
              FROM unnest($1::uuid[], $2::text[], $3::text[], $4::varchar[], $5::timestamptz[],
                          $6::timestamptz[], $7::bigint[], $8::varchar[], $9::float8[],
-                         $10::varchar[], $11::timestamptz[], $12::text[], $14::text[])
+                         $10::varchar[], $11::timestamptz[], $12::text[], $14::text[],
+                         $15::varchar[])
                   AS new (job_id, old_status, status, celery_id, submitted_at, running_at,
-                          timeout_after_ms, priority, progress, message, at, mark, parameters)
+                          timeout_after_ms, priority, progress, message, at, mark, parameters,
+                          task_queue)
              WHERE job.job_id = new.job_id AND job.status = new.old_status::jobstatus",
             &[
                 &columns.ids,
@@ -372,6 +377,7 @@ impl Transaction<'_> {
                 &progress.marks,
                 &MAX_MARKS,
                 &columns.parameters,
+                &columns.queues,
             ],
         )?;
         expect_rows("updating jobs", rows, jobs.len())
@@ -398,11 +404,11 @@ impl Transaction<'_> {
              ), story AS (
                  INSERT INTO job_story AS before (
                      job_id, priority, timeout_ms, parameters, progress, progress_message,
-                     progress_at, marks, starts, ended_by, logs, esdl_messages, delivery)
+                     progress_at, marks, starts, ended_by, logs, esdl_messages, task_queue, delivery)
                  SELECT new.job_id, job.priority, job.timeout_after_ms, job.parameters,
                         job.progress, CASE WHEN keeps_progress THEN job.progress_message END,
                         job.progress_at, CASE WHEN keeps_progress THEN job.marks END,
-                        new.told_starts, new.ended_by, new.logs, new.esdl_messages,
+                        new.told_starts, new.ended_by, new.logs, new.esdl_messages, job.task_queue,
                         -- Unless it is found to be otherwise before the job is settled.
                         'QUEUED'
                  FROM new LEFT JOIN LATERAL (
@@ -413,7 +419,8 @@ impl Transaction<'_> {
                      parameters = excluded.parameters, progress = excluded.progress,
                      progress_message = excluded.progress_message,
                      progress_at = excluded.progress_at, marks = excluded.marks,
-                     starts = excluded.starts, delivery = excluded.delivery,
+                     starts = excluded.starts, task_queue = excluded.task_queue,
+                     delivery = excluded.delivery,
                      ended_by = coalesce(excluded.ended_by, before.ended_by),
                      -- Of an end that could not be told the worker's logs are nowhere else.
                      logs = coalesce(excluded.logs, before.logs),
@@ -571,6 +578,7 @@ struct JobColumns<'a> {
     timeouts: Vec<Option<i64>>,
     priorities: Vec<Option<&'static str>>,
     parameters: Vec<Option<&'a str>>,
+    queues: Vec<Option<&'a str>>,
 }
 
 impl<'a> JobColumns<'a> {
@@ -588,6 +596,7 @@ impl<'a> JobColumns<'a> {
                 timeout_ms,
                 priority,
                 parameters,
+                task_queue,
                 // They have rows of their own.
                 starts: _,
                 course: _,
@@ -605,6 +614,7 @@ impl<'a> JobColumns<'a> {
             columns.timeouts.push(*timeout_ms);
             columns.priorities.push(priority.map(Priority::name));
             columns.parameters.push(parameters.as_deref());
+            columns.queues.push(task_queue.as_deref());
         }
         columns
     }

@@ -30,8 +30,9 @@ pub(super) fn same_row(before: &Job, after: &Job) -> bool {
         running_at,
         timeout_ms,
         priority,
-        // It changes with the status alone.
+        // They change with the status alone.
         parameters: _,
+        task_queue: _,
         // They have rows of their own.
         starts: _,
         course: _,
@@ -78,6 +79,7 @@ fn job(row: &Row) -> anyhow::Result<Option<Job>> {
         // It is read with a statement of its own.
         course: None,
         parameters: None,
+        task_queue: None,
     }))
 }
 
@@ -173,6 +175,7 @@ mod tests {
             progress: None,
             course: None,
             parameters: None,
+            task_queue: None,
         };
         let mut after = before.clone();
         change(&mut after);

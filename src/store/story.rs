@@ -94,15 +94,16 @@ impl Connection {
             runs: self.runs(job_id)?,
             ..rows(&row, self.attempts(job_id)?).map_err(StoreError::Transient)?
         };
-        let (priority, timeout) = of_end(&row).map_err(StoreError::Transient)?;
+        let (priority, timeout, queue) = of_end(&row).map_err(StoreError::Transient)?;
         job.priority = job.priority.or(priority);
         job.timeout_ms = job.timeout_ms.or(timeout);
+        job.queue = job.queue.or(queue);
         Ok(Some(Story::new(job, rows)))
     }
 }
 
 const STORY: &str = "
-    SELECT told.priority, told.timeout_ms, told.starts, told.hosts, told.ended_by, told.logs,
+    SELECT told.priority, told.timeout_ms, told.task_queue, told.starts, told.hosts, told.ended_by, told.logs,
            told.esdl_messages, coalesce(told.parameters, job.parameters) AS parameters,
            coalesce(told.marks, job.marks) AS marks, told.progress, told.progress_message,
            told.progress_at,
@@ -181,8 +182,12 @@ fn starts(row: &Row) -> anyhow::Result<Vec<(Timestamp, Verdict)>> {
 }
 
 /// What the history has of a job that is no longer in its own row.
-fn of_end(row: &Row) -> anyhow::Result<(Option<Priority>, Option<i64>)> {
+fn of_end(row: &Row) -> anyhow::Result<(Option<Priority>, Option<i64>, Option<String>)> {
     let priority: Option<&str> = row.try_get("priority")?;
     let priority = priority.map(|name| named(Priority::ALL, Priority::name, name));
-    Ok((priority.transpose()?, row.try_get("timeout_ms")?))
+    Ok((
+        priority.transpose()?,
+        row.try_get("timeout_ms")?,
+        row.try_get("task_queue")?,
+    ))
 }

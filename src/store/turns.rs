@@ -438,7 +438,7 @@ impl Connection {
 
     /// Counts what has reached a queue with limits without waiting for its turn: before it had
     /// limits, or from another service. What somebody is working on is left for the next time.
-    /// `plain` are the workflows whose one plain task it is.
+    /// `plain` are the workflows whose one plain task it is, for jobs whose queue is not kept.
     ///
     /// # Errors
     /// The connection is lost.
@@ -447,7 +447,8 @@ impl Connection {
         let rows = transaction.query(
             "SELECT job_id FROM (
                  SELECT job_id FROM job
-                 WHERE workflow_type = ANY($2) AND status IN ('SUBMITTED', 'RUNNING')
+                 WHERE coalesce(task_queue = $1, workflow_type = ANY($2))
+                   AND status IN ('SUBMITTED', 'RUNNING')
                    AND NOT EXISTS (SELECT FROM job_input AS input
                                    WHERE input.job_id = job.job_id)
                  UNION ALL
@@ -471,7 +472,7 @@ impl Connection {
              SELECT job_id, $1, '', coalesce(priority, 'MEDIUM'), at, at, celery_id::uuid
              FROM (
                  SELECT job_id, priority, submitted_at AS at, celery_id FROM job
-                 WHERE job_id = ANY($3) AND workflow_type = ANY($2)
+                 WHERE job_id = ANY($3) AND coalesce(task_queue = $1, workflow_type = ANY($2))
                    AND status IN ('SUBMITTED', 'RUNNING')
                    AND NOT EXISTS (SELECT FROM job_input AS input
                                    WHERE input.job_id = job.job_id)

@@ -313,6 +313,7 @@ impl Connection {
                        (SELECT queue FROM job_turn WHERE job_turn.job_id = job.job_id),
                        (SELECT task FROM job_step
                         WHERE job_step.job_id = job.job_id AND finished_at IS NULL),
+                       job.task_queue,
                        (SELECT task FROM plain WHERE workflow = job.workflow_type),
                        job.workflow_type
                    ) AS queue) AS its
@@ -329,6 +330,7 @@ impl Connection {
                    AND NOT EXISTS (
                        SELECT FROM job AS later
                        WHERE later.workflow_type = job.workflow_type AND status = 'SUBMITTED'
+                         AND later.task_queue IS NOT DISTINCT FROM job.task_queue
                          AND later.priority IS NOT DISTINCT FROM job.priority
                          AND later.submitted_at > job.submitted_at + interval '1 min'
                          AND later.running_at IS NOT NULL
@@ -340,11 +342,13 @@ impl Connection {
                                  WHERE task = its.queue AND job_step.started_at > since.at)
                       OR EXISTS (SELECT FROM job AS other
                                      LEFT JOIN plain ON workflow = other.workflow_type
-                                 WHERE coalesce(task, other.workflow_type) = its.queue
+                                 WHERE coalesce(other.task_queue, task, other.workflow_type) = its.queue
                                    AND other.running_at > since.at)
                       OR EXISTS (SELECT FROM job_history AS ended
                                      LEFT JOIN plain ON workflow = ended.workflow_type
-                                 WHERE coalesce(task, ended.workflow_type) = its.queue
+                                 WHERE coalesce((SELECT task_queue FROM job_story AS told
+                                                 WHERE told.job_id = ended.job_id),
+                                                task, ended.workflow_type) = its.queue
                                    AND ended.finished_at > since.at
                                    AND ended.running_at > since.at)
                    )

@@ -31,7 +31,7 @@ const LIVE: &str = "
                    AND ($6::uuid[] IS NULL OR job.job_id = ANY($6)) AS is_wanted,
                CASE WHEN queue.waits THEN
                    row_number() OVER (
-                       PARTITION BY coalesce(step.task, workflow_type), queue.waits
+                       PARTITION BY coalesce(step.task, task_queue, workflow_type), queue.waits
                        ORDER BY CASE priority WHEN 'HIGH' THEN 0 WHEN 'LOW' THEN 2 ELSE 1 END,
                                 coalesce(step.submitted_at, job.submitted_at), job.job_id)
                END AS position
@@ -84,7 +84,7 @@ const LIVE: &str = "
          OFFSET greatest($5 - (SELECT total FROM counted) - (SELECT count(*) FROM placed), 0))
     )
     SELECT job.job_id, workflow_type, left(job_reference, 300) AS job_reference,
-           status::text AS status, job.priority, job.celery_id, job.registered_at,
+           status::text AS status, job.priority, job.celery_id, job.task_queue, job.registered_at,
            job.submitted_at,
            job.running_at, timeout_after_ms, progress, progress_message, progress_at,
            step.number AS step_number, step.attempt AS step_attempt, step.title AS step_title,
@@ -135,7 +135,7 @@ const FINISHED: &str = "
     )
     SELECT page.job_id, left(workflow_type, 300) AS workflow_type,
            left(job_reference, 300) AS job_reference, NULL AS status, NULL AS priority,
-           page.celery_id, registered_at, page.submitted_at, running_at,
+           page.celery_id, NULL AS task_queue, registered_at, page.submitted_at, running_at,
            NULL::bigint AS timeout_after_ms, NULL::float8 AS progress, NULL AS progress_message,
            NULL::timestamptz AS progress_at, NULL AS steps, NULL AS turn_queue,
            NULL::bigint AS position,
@@ -226,6 +226,21 @@ impl Connection {
         )?;
         let jobs: anyhow::Result<Vec<_>> = rows.iter().map(view).collect();
         jobs.map_err(StoreError::Transient)
+    }
+
+    /// How many of these jobs have not ended.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn count_live(&mut self, ids: &[Uuid]) -> Result<usize, StoreError> {
+        let row = self.client.query_one(
+            "SELECT count(*) FROM job
+             WHERE job_id = ANY($1)
+               AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)",
+            &[&ids],
+        )?;
+        let count: i64 = row.get(0);
+        Ok(usize::try_from(count).unwrap_or_default())
     }
 
     /// The ids of the jobs that match `filter`, have not ended, and were registered by then; whichever
@@ -349,7 +364,8 @@ impl Connection {
     /// The connection is lost.
     pub fn queued(&mut self) -> Result<Vec<Queued>, StoreError> {
         let rows = self.client.query(
-            "SELECT workflow_type, step.number, step.task, count(*) AS waiting,
+            "SELECT workflow_type, step.number, coalesce(step.task, task_queue) AS queue,
+                    count(*) AS waiting,
                     min(coalesce(step.submitted_at, job.submitted_at, registered_at)) AS oldest
              FROM job LEFT JOIN job_step AS step
                  ON step.job_id = job.job_id AND step.celery_id = job.celery_id
@@ -357,17 +373,15 @@ impl Connection {
                AND CASE WHEN step.job_id IS NULL THEN status = 'SUBMITTED'
                         ELSE step.started_at IS NULL AND step.finished_at IS NULL END
                AND NOT EXISTS (SELECT FROM job_history AS ended WHERE ended.job_id = job.job_id)
-             GROUP BY workflow_type, step.number, step.task
-             ORDER BY workflow_type, step.number, step.task",
+             GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
             &[],
         )?;
         let queued = rows.iter().map(|row| {
             let number: Option<i16> = row.try_get("number")?;
-            let task: Option<String> = row.try_get("task")?;
-            let number = number.and_then(|number| usize::try_from(number).ok());
             Ok(Queued {
                 workflow: row.try_get("workflow_type")?,
-                step: number.zip(task),
+                step: number.and_then(|number| usize::try_from(number).ok()),
+                queue: row.try_get("queue")?,
                 waiting: row.try_get("waiting")?,
                 oldest: row.try_get("oldest")?,
             })
@@ -391,7 +405,7 @@ impl Connection {
     }
 
     /// Jobs that wait for a worker of this task and whose clients have not been told so, at most
-    /// `limit`. `plain` are the workflows whose only step it is.
+    /// `limit`. `plain` are the workflows whose only step it is, for jobs whose queue is not kept.
     ///
     /// # Errors
     /// The connection is lost.
@@ -403,7 +417,8 @@ impl Connection {
     ) -> Result<Vec<Uuid>, StoreError> {
         let rows = self.client.query(
             "SELECT job_id FROM job
-             WHERE workflow_type = ANY($2) AND status = 'SUBMITTED' AND progress IS NULL
+             WHERE coalesce(task_queue = $1, workflow_type = ANY($2))
+               AND status = 'SUBMITTED' AND progress IS NULL
                AND NOT EXISTS (SELECT FROM job_input WHERE job_input.job_id = job.job_id)
              UNION ALL
              SELECT job_id FROM job_step JOIN job USING (job_id)
@@ -447,6 +462,7 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
             .map(|name| named(Priority::ALL, Priority::name, name))
             .transpose()?,
         task_id: row.try_get("celery_id")?,
+        queue: row.try_get("task_queue")?,
         registered_at: row.try_get("registered_at")?,
         submitted_at: row.try_get("submitted_at")?,
         running_at: row.try_get("running_at")?,

@@ -26,24 +26,24 @@ pub struct Known {
 /// Tasks of a job, each with a worker that was seen with it, that its story keeps.
 const MAX_SEEN: i64 = 10;
 
-/// The task of a running job, in its workflow's terms.
+/// The task of a running job.
 #[derive(Debug)]
 pub struct Running {
     pub workflow: String,
-    /// Its queue is the task of its step, or else that of the workflow.
-    pub step_task: Option<String>,
+    /// Its queue, if that was kept; otherwise it is the one of the workflow.
+    pub queue: Option<String>,
     pub task: RunningTask,
 }
 
-/// The task of a job that waits, in the same terms.
+/// The task of a job that waits.
 #[derive(Debug)]
 pub struct Waiting {
     pub workflow: String,
-    pub step_task: Option<String>,
+    pub queue: Option<String>,
     pub task: WaitingTask,
 }
 
-/// Tasks that wait, of which it is asked at a time whether they are nowhere.
+/// Tasks that wait in one queue, of which it is asked at a time whether they are nowhere.
 const MAX_WAITING: i64 = 1000;
 
 impl Connection {
@@ -95,7 +95,7 @@ impl Connection {
         let row = self.client.query_one("SELECT clock_timestamp()", &[])?;
         let now = row.try_get(0)?;
         let rows = self.client.query(
-            "SELECT job.job_id, workflow_type, job.celery_id, step.task,
+            "SELECT job.job_id, workflow_type, job.celery_id, coalesce(step.task, task_queue) AS queue,
                     CASE priority WHEN 'HIGH' THEN 0 WHEN 'LOW' THEN 2 ELSE 1 END AS rank,
                     coalesce(step.submitted_at, job.submitted_at, registered_at) AS submitted_at,
                     coalesce((SELECT max(job_starts.started_at) FROM job_starts
@@ -115,7 +115,8 @@ impl Connection {
     }
 
     /// Tasks that wait in queues, as far as the database knows: of these queues and of workflows that have
-    /// theirs there, and those that nobody had before; the oldest ones.
+    /// theirs there where it is not kept, and those that nobody had before; the oldest ones of each queue. Beside
+    /// each how many wait in its queue by then, other than those in `begun`.
     ///
     /// # Errors
     /// The connection is lost.
@@ -124,28 +125,45 @@ impl Connection {
         queues: &[&str],
         workflows: &[&str],
         absent: &[&str],
-    ) -> Result<Vec<Waiting>, StoreError> {
+        begun: &[&str],
+        until: Timestamp,
+    ) -> Result<Vec<(Waiting, i64)>, StoreError> {
         let rows = self.client.query(
-            "SELECT job.job_id, workflow_type, job.celery_id, step.task,
-                    coalesce(step.submitted_at, job.submitted_at, registered_at) AS submitted_at
-             FROM job LEFT JOIN job_step AS step
-                 ON step.job_id = job.job_id AND step.celery_id = job.celery_id
-             WHERE job.celery_id IS NOT NULL
-               AND CASE WHEN step.job_id IS NULL THEN status = 'SUBMITTED'
-                        ELSE step.started_at IS NULL AND step.finished_at IS NULL END
-               AND (CASE WHEN step.job_id IS NULL THEN workflow_type = ANY($2)
-                         ELSE step.task = ANY($1) END
-                    OR job.celery_id = ANY($3))
-               AND NOT EXISTS (SELECT FROM job_history AS ended
-                               WHERE ended.job_id = job.job_id AND outcome <> 'LOST')
-             ORDER BY 5, 1 LIMIT $4",
-            &[&queues, &workflows, &absent, &MAX_WAITING],
+            "SELECT * FROM (
+                 SELECT *, row_number() OVER (PARTITION BY workflow, queue
+                                              ORDER BY submitted_at, job_id) AS place,
+                        count(*) FILTER (WHERE submitted_at < $5 AND celery_id <> ALL($4))
+                            OVER (PARTITION BY workflow, queue) AS waiting
+                 FROM (
+                     SELECT job.job_id, workflow_type, job.celery_id,
+                            coalesce(step.task, task_queue) AS queue,
+                            -- Of those whose queue is kept it does not matter.
+                            CASE WHEN coalesce(step.task, task_queue) IS NULL
+                                 THEN workflow_type END AS workflow,
+                            coalesce(step.submitted_at, job.submitted_at, registered_at)
+                                AS submitted_at
+                     FROM job LEFT JOIN job_step AS step
+                         ON step.job_id = job.job_id AND step.celery_id = job.celery_id
+                     WHERE job.celery_id IS NOT NULL
+                       AND CASE WHEN step.job_id IS NULL THEN status = 'SUBMITTED'
+                                ELSE step.started_at IS NULL AND step.finished_at IS NULL END
+                       AND (coalesce(step.task, task_queue) = ANY($1)
+                            OR coalesce(step.task, task_queue) IS NULL
+                               AND workflow_type = ANY($2)
+                            OR job.celery_id = ANY($3))
+                       AND NOT EXISTS (SELECT FROM job_history AS ended
+                                       WHERE ended.job_id = job.job_id AND outcome <> 'LOST')
+                 ) AS waiting
+             ) AS placed
+             WHERE place <= $6 OR celery_id = ANY($3)
+             ORDER BY submitted_at, job_id",
+            &[&queues, &workflows, &absent, &begun, &until, &MAX_WAITING],
         )?;
         rows.iter()
             .map(|row| {
-                Ok(Waiting {
+                let waiting = Waiting {
                     workflow: row.try_get("workflow_type")?,
-                    step_task: row.try_get("task")?,
+                    queue: row.try_get("queue")?,
                     task: WaitingTask {
                         queue_is_kept: false,
                         job_id: row.try_get("job_id")?,
@@ -153,7 +171,8 @@ impl Connection {
                         queue: String::new(),
                         submitted_at: row.try_get("submitted_at")?,
                     },
-                })
+                };
+                Ok((waiting, row.try_get("waiting")?))
             })
             .collect()
     }
@@ -179,9 +198,10 @@ impl Connection {
         let mut transaction = self.transaction()?;
         // One after the other, should two replicas look at once.
         transaction.execute(
-            "INSERT INTO worker_look (looked_at) VALUES ($1)
-             ON CONFLICT (singleton) DO UPDATE SET looked_at = excluded.looked_at",
-            &[&now],
+            "INSERT INTO worker_look (looked_at, more_absent) VALUES ($1, $2)
+             ON CONFLICT (singleton) DO UPDATE
+             SET looked_at = excluded.looked_at, more_absent = excluded.more_absent",
+            &[&now, &look.more_absent],
         )?;
         transaction.keep_workers(&look.workers)?;
         transaction.keep_tasks(&look.workers, now)?;
@@ -210,8 +230,10 @@ impl Connection {
     pub fn workers(&mut self) -> Result<Workers, StoreError> {
         let rows = self
             .client
-            .query("SELECT looked_at FROM worker_look", &[])?;
-        let looked_at = rows.first().map(|row| row.get(0));
+            .query("SELECT looked_at, more_absent FROM worker_look", &[])?;
+        let row = rows.first();
+        let looked_at = row.map(|row| row.get(0));
+        let more_lost_tasks = row.and_then(|row| row.get(1));
         let known = self.known_workers()?;
         let mut tasks = self.tasks_of_workers()?;
         let mut ended = self.ended_tasks()?;
@@ -224,6 +246,7 @@ impl Connection {
             looked_at,
             workers: views.collect(),
             lost_tasks: self.told_losses()?,
+            more_lost_tasks: more_lost_tasks.unwrap_or(0),
         })
     }
 
@@ -504,7 +527,7 @@ fn absence(row: &Row) -> Result<Absence, postgres::Error> {
 fn running(row: &Row) -> Result<Running, postgres::Error> {
     Ok(Running {
         workflow: row.try_get("workflow_type")?,
-        step_task: row.try_get("task")?,
+        queue: row.try_get("queue")?,
         task: RunningTask {
             job_id: row.try_get("job_id")?,
             task_id: row.try_get("celery_id")?,

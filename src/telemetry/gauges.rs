@@ -160,7 +160,7 @@ impl Gauges {
             "lost_tasks",
             "Tasks of jobs that no worker has had for a minute, and that are in no queue",
             None,
-            [(vec![], workers.lost_tasks.len() as f64)],
+            [(vec![], workers.count_lost() as f64)],
         );
         self.add(
             "tasks_in_vain",

@@ -1,6 +1,6 @@
 //! Who has done what: kept with the job, and with the task queue.
 
-use amiquip::{AmqpProperties, Exchange, Publish};
+use amiquip::{AmqpProperties, Exchange, Publish, QueueDeclareOptions};
 use omotes_orchestrator::wire::{self, job_result::ResultType};
 use prost::Message;
 use serde_json::{Value, json};
@@ -279,6 +279,15 @@ fn another_run_leaves_a_trace_and_is_the_same_owners() {
     );
     let unknown = format!("/jobs/{id}/compare/{}", Uuid::new_v4());
     Operator::at(&service, ANNA).get(&unknown).is(404, "");
+    let compared = format!("/api/jobs/{id}/compare/{again}");
+    let compared = Operator::at(&service, ANNA).get(&compared).is(200, "");
+    let lines: Value = serde_json::from_str(&compared.body).unwrap();
+    let line = json!({"what": "parameter price", "one": "1.5", "other": "2.0"});
+    assert!(lines.as_array().unwrap().contains(&line), "{lines}");
+    let unknown = format!("/api{unknown}");
+    Operator::at(&service, ANNA)
+        .get(&unknown)
+        .is(404, "is unknown");
     let table = scene.does(&["jobs", "compare", &id, &again]);
     let heading = table.lines().next().unwrap();
     assert!(
@@ -442,12 +451,11 @@ fn it_is_told_where_an_output_is_as_far_as_is_known() {
     scene.worker.succeed(&task, "<e id='out'/>");
     scene.deployment.no_jobs_left();
 
-    let known = story(&service, job)["whereabouts"].to_string();
-    assert!(known.contains("put into its client's queue at "), "{known}");
-    assert!(known.contains("is not known here"), "{known}");
-    let page = Operator::at(&service, ANNA).get(&format!("/jobs/{id}"));
-    page.is(200, "whether its client has taken it");
     let waits = "nobody has taken it";
+    let known = story(&service, job)["whereabouts"].to_string();
+    assert!(known.contains(waits), "{known}");
+    let page = Operator::at(&service, ANNA).get(&format!("/jobs/{id}"));
+    page.is(200, waits);
     assert!(scene.does(&["jobs", "show", &id]).contains(waits));
     let said = refusal(&id);
     assert!(
@@ -468,6 +476,47 @@ fn it_is_told_where_an_output_is_as_far_as_is_known() {
             .does(&["jobs", "show", &id])
             .contains("is gone by now")
     );
+
+    // What its client does is said of other ends, and before the end.
+    let failing = scene.submit(1)[0];
+    let client = |job| story(&service, job)["client"].clone();
+    let away = "It does not listen just now: the result will wait in its queue.";
+    assert_eq!(client(failing), away);
+    let shown = scene.does(&["jobs", "show", &failing.to_string()]);
+    assert!(shown.contains(away), "{shown}");
+    let task = scene.runs();
+    scene.worker.fail(&task);
+    scene.deployment.no_jobs_left();
+    let waits = client(failing);
+    let waits = waits.as_str().unwrap();
+    assert!(waits.starts_with("It has not taken the result"), "{waits}");
+    let page = Operator::at(&service, ANNA).get(&format!("/jobs/{failing}"));
+    page.is(200, waits);
+    assert_eq!(scene.client.outcome(failing).0, ResultType::Error);
+    eventually("it is known to be taken", || {
+        (client(failing) == "It has taken the result from its queue.").then_some(())
+    });
+    // One that is a connection's alone lets nobody look.
+    let alone = scene.submit(1)[0];
+    let queue = format!("jobs.{alone}.result");
+    scene.client.peer.delete_queue(&queue);
+    let exclusive = QueueDeclareOptions {
+        exclusive: true,
+        ..QueueDeclareOptions::default()
+    };
+    let channel = &scene.client.peer.channel;
+    channel.queue_declare(queue.as_str(), exclusive).unwrap();
+    assert_eq!(
+        client(alone),
+        "It is connected: nobody else may look into its queue."
+    );
+    let nobodys = scene.submit(1)[0];
+    let queue = format!("jobs.{nobodys}.result");
+    scene.client.peer.delete_queue(&queue);
+    let nobody = "It has no queue for the result: nobody waits for that.";
+    assert_eq!(client(nobodys), nobody);
+    // Looking has made none.
+    assert_eq!(client(nobodys), nobody);
 
     // A row of an earlier version says nothing.
     let mut sql = scene.deployment.sql();

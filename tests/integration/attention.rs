@@ -1,7 +1,7 @@
 //! What somebody has to look at though nothing has failed: workers that go on with what has ended, or that do
 //! not answer, tasks that are in no queue, and queues that nobody takes.
 
-use std::fs::File;
+use std::fs::{self, File};
 
 use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobStatus};
 use rstest::rstest;
@@ -185,22 +185,36 @@ fn absent_for_long(deployment: &Deployment) {
     });
 }
 
+#[derive(Clone, Copy, PartialEq)]
+enum Lost {
+    /// A plain job's task.
+    Plain,
+    /// One that was handed over by an earlier version, which has not kept on which queue.
+    Earlier,
+    /// One that had its turn.
+    WithTurn,
+}
+
 #[rstest]
-#[case::and_told(false)]
-#[case::and_ends_its_job(true)]
-fn a_task_that_is_in_no_queue_before_a_worker_has_begun_it_is_noticed(#[case] ends: bool) {
+#[case::and_told(Lost::Plain, false)]
+#[case::and_ends_its_job(Lost::Plain, true)]
+#[case::and_told_of_an_earlier_version(Lost::Earlier, true)]
+#[case::and_ends_its_job_after_its_turn(Lost::WithTurn, true)]
+fn a_task_that_is_in_no_queue_before_a_worker_has_begun_it_is_noticed(
+    #[case] kind: Lost,
+    #[case] may_end: bool,
+) {
     let deployment = Deployment::new();
     let often = [
         ("TIMEOUT_JOB_HANDLER_RERUN_SEC", "1"),
         ("TIMEOUT_JOB_MANAGER_START_BUFFER_SEC", "0"),
     ];
     let lost = [("TASK_LOST_SEC", "60")];
-    let variables = [&often[..], if ends { &lost } else { &[] }].concat();
+    let variables = [&often[..], if may_end { &lost } else { &[] }].concat();
     let service = start(&deployment, "5", &variables);
     let client = Client::new(&deployment);
     let worker = Worker::new(&deployment, "steerable");
-    if ends {
-        // Of a job whose task has a turn it is kept on which queue it was put.
+    if kind == Lost::WithTurn {
         let limit = ["workflows", "limit", "steerable", "--max-running", "5"];
         let file = format!("{PYTHON}/workflows.json");
         let mut limit = deployment.command(&limit);
@@ -209,12 +223,17 @@ fn a_task_that_is_in_no_queue_before_a_worker_has_begun_it_is_noticed(#[case] en
     }
     let job = client.submit("steerable");
     assert_eq!(client.status(job), JobStatus::Enqueued);
+    if kind == Lost::Earlier {
+        let forget = "UPDATE job SET task_queue = NULL";
+        deployment.sql().execute(forget, &[]).unwrap();
+    }
     // As an operator's purge does.
     worker.take_message();
-    let certain = format!("SELECT count(*) FROM absent_task WHERE may_wait <> {ends}");
-    deployment.comes_to(1, &certain);
+    let is_doubtful = kind == Lost::Earlier;
+    let found = format!("SELECT count(*) FROM absent_task WHERE may_wait = {is_doubtful}");
+    deployment.comes_to(1, &found);
     absent_for_long(&deployment);
-    if ends {
+    if may_end && !is_doubtful {
         let (result, logs) = client.outcome(job);
         assert_eq!(result, ResultType::Error);
         assert!(logs.contains("lost before a worker began it"), "{logs}");
@@ -243,6 +262,85 @@ fn a_task_that_is_in_no_queue_before_a_worker_has_begun_it_is_noticed(#[case] en
         metrics.contains("omotes_orchestrator_lost_tasks{} 1.0"),
         "{metrics}"
     );
+}
+
+/// The definitions may say something else by the time that somebody looks for a task.
+#[test]
+fn a_task_is_where_it_was_put_whatever_the_definitions_say_by_now() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let [before, _after] = ["steerable", "other"].map(|task| Worker::new(&deployment, task));
+    let file = deployment.folder.join("definitions.json");
+    let variables = [
+        ("WORKFLOW_CONFIG_PATH", file.to_str().unwrap()),
+        ("WORKERS_PERIOD_SEC", "5"),
+    ];
+    let defined = |task: &str| {
+        let workflow = json!([{
+            "workflow_type_name": "design", "workflow_type_description_name": "",
+            "steps": [{"task": task}],
+        }]);
+        fs::write(&file, workflow.to_string()).unwrap();
+        deployment.start_with(&variables)
+    };
+    let service = defined("steerable");
+    let job = client.submit("design");
+    assert_eq!(client.status(job), JobStatus::Enqueued);
+    service.stop();
+    let service = defined("other");
+    // The queue of which the definitions say that it is there is empty.
+    let looks = "SELECT coalesce(max(extract(epoch FROM looked_at)), 0)::bigint FROM worker_look";
+    let first = eventually("a look", || {
+        Some(deployment.count(looks)).filter(|at| *at > 0)
+    });
+    eventually("three looks", || {
+        (deployment.count(looks) > first + 10).then_some(())
+    });
+    assert_eq!(deployment.count("SELECT count(*) FROM absent_task"), 0);
+    let told = says(&service, job, "Waits: ");
+    let evidence = told["why"]["evidence"].to_string();
+    assert!(evidence.contains("in the queue steerable since "), "{told}");
+    let begin = "Submitted to `design`, and handed over to `steerable` at once";
+    assert_eq!(told["events"][0]["what"], begin);
+    assert_eq!(told["queue"], "steerable");
+    // Nor is anything else made of it when it has ended.
+    before.succeed(&before.take(), "<output>");
+    assert_eq!(client.outcome(job).0, ResultType::Succeeded);
+    deployment.no_jobs_left();
+    let told = json(&service, &format!("/api/jobs/{job}"));
+    assert_eq!(told["events"][0]["what"], begin);
+    let (_, shown) = command(&deployment, &["jobs", "show", &job.to_string()]);
+    assert!(shown.contains(begin), "{shown}");
+}
+
+/// Each look goes through the oldest thousand of a queue: of the others it is told how many they are.
+#[test]
+fn more_lost_tasks_than_are_looked_at_are_counted() {
+    let deployment = Deployment::new();
+    let service = start(&deployment, "5", &[]);
+    let _client = Client::new(&deployment);
+    let _worker = Worker::new(&deployment, "steerable");
+    let planted = "INSERT INTO job (job_id, celery_id, workflow_type, status, registered_at, submitted_at,
+                                    job_reference)
+                   SELECT gen_random_uuid(), gen_random_uuid()::text, 'steerable', 'SUBMITTED', at, at, ''
+                   FROM (SELECT now() - interval '5 min' AS at FROM generate_series(1, 1003)) AS since";
+    deployment.sql().execute(planted, &[]).unwrap();
+    deployment.comes_to(1000, "SELECT count(*) FROM absent_task");
+    absent_for_long(&deployment);
+    let metrics = eventually("all are counted", || {
+        let metrics = service.get("/metrics")?.1;
+        let all = metrics.contains("omotes_orchestrator_lost_tasks{} 1003.0");
+        all.then_some(metrics)
+    });
+    assert!(metrics.contains("omotes_orchestrator_lost_tasks"));
+    page_says(&service, "983 more tasks are lost: no worker has them");
+    let (_, said) = command(&deployment, &["workers"]);
+    let more = "3 more tasks are lost: no worker has them, and they are in no queue";
+    assert!(said.contains(more), "{said}");
+    let workers = json(&service, "/api/workers");
+    assert_eq!(workers["lost_tasks"].as_array().unwrap().len(), 1000);
+    assert_eq!(workers["more_lost_tasks"], 3);
+    service.logged("3 more jobs have tasks that no worker has");
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::process::Output;
 use amiquip::{AmqpProperties, AmqpValue, Exchange, FieldTable, Publish, QueueDeclareOptions};
 use omotes_orchestrator::wire::DEAD_LETTERS_QUEUE;
 
+use crate::acting::{ACCOUNTS, ANNA};
 use crate::harness::deployment::{Deployment, eventually};
+use crate::harness::operator::Operator;
 use crate::harness::peers::{Client, Worker};
 
 fn run(deployment: &Deployment, arguments: &[&str]) -> Output {
@@ -199,4 +201,73 @@ fn a_letter_whose_queue_is_gone_or_full_stays() {
         "{fault}"
     );
     list(&deployment, 3);
+}
+
+/// What RabbitMQ has given up has the id that its sender has chosen.
+#[test]
+fn letters_with_one_id_are_not_taken_for_each_other() {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let service = deployment.start_with(&ACCOUNTS);
+    list(&deployment, 0);
+    let letter = |body: &[u8], priority| {
+        let header =
+            |name: &str, text: &str| (name.to_owned(), AmqpValue::LongString(text.to_owned()));
+        let headers = FieldTable::from([
+            header("x-first-death-queue", "a queue"),
+            header("x-first-death-reason", "delivery_limit"),
+        ]);
+        let properties = AmqpProperties::default()
+            .with_message_id("twin".to_owned())
+            .with_priority(priority)
+            .with_headers(headers);
+        let publish = Publish::with_properties(body, DEAD_LETTERS_QUEUE, properties);
+        let exchange = Exchange::direct(&client.peer.channel);
+        exchange.publish(publish).unwrap();
+    };
+    letter(b"one", 1);
+    letter(b"other", 1);
+    // Alike but for what it is sent with.
+    letter(b"other", 2);
+    letter(b"other", 2);
+    let lines = list(&deployment, 4);
+    let names: Vec<_> = lines
+        .iter()
+        .map(|line| line.split(' ').next().unwrap())
+        .collect();
+    assert!(
+        names.iter().all(|name| name.starts_with("twin#")),
+        "{names:?}"
+    );
+    assert_eq!(names[2], names[3]);
+    for action in ["drop", "requeue", "show"] {
+        let fault = fault(&deployment, &[action, "twin"]);
+        assert!(
+            fault.contains("3 dead letters that differ have the id \"twin\""),
+            "{fault}"
+        );
+        assert!(fault.contains(names[1]), "{fault}");
+    }
+    let anna = Operator::at(&service, ANNA);
+    let sent = anna.send(&[("do", "requeue"), ("letter", "twin")]);
+    sent.is(400, "3 dead letters that differ have the id");
+    anna.get("/confirm?do=requeue")
+        .is(200, "Requeue the 2 that are alike");
+    list(&deployment, 4);
+    let shown = said(&deployment, &["show", names[0]]);
+    assert!(shown.contains("3 bytes: one"), "{shown}");
+    let shown = said(&deployment, &["show", names[2]]);
+    assert!(shown.contains("copies:     2, alike in all"), "{shown}");
+    let dropped = said(&deployment, &["drop", names[1]]);
+    assert_eq!(dropped, format!("{}: dropped\n", names[1]));
+    let left = list(&deployment, 3);
+    assert_eq!([&lines[..1], &lines[2..]].concat(), left);
+    // What cannot go back stays, and is told of the right one.
+    let stays = fault(&deployment, &["requeue", names[0]]);
+    let expected = format!("{}: it stays, for there is no queue", names[0]);
+    assert!(stays.contains(&expected), "{stays}");
+    said(&deployment, &["drop", names[2]]);
+    let left = list(&deployment, 1);
+    assert!(left[0].starts_with("twin "), "{left:?}");
+    assert!(said(&deployment, &["drop", "tw"]).ends_with("twin: dropped\n"));
 }

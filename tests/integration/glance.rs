@@ -47,6 +47,8 @@ fn what_needs_a_look_is_said_first_and_by_name() {
         "3 h 10 min",
         "Limits in force",
         "title=\"KEEP_RESULTS_SEC\"",
+        "title=\"TIMEOUT_JOB_HANDLER_RERUN_SEC\"",
+        "title=\"WORKERS_PERIOD_SEC\"",
         "<dd>2 h</dd>",
         "Table <code>job_history</code>",
         ", tables at revision ",

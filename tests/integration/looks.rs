@@ -1,4 +1,4 @@
-//! How the page looks and whom it serves: ten situations in a real browser, light, dark and on a phone, each
+//! How the page looks and whom it serves: twelve situations in a real browser, light, dark and on a phone, each
 //! held against axe's rules.
 
 use std::path::Path;
@@ -74,8 +74,14 @@ fn scene() -> Scene {
 #[case::light("light", 1400, 900, false)]
 #[case::dark("dark", 1400, 900, true)]
 #[case::phone("phone", 390, 844, true)]
-fn ten_situations(#[case] kind: &str, #[case] width: u32, #[case] height: u32, #[case] dark: bool) {
+fn twelve_situations(
+    #[case] kind: &str,
+    #[case] width: u32,
+    #[case] height: u32,
+    #[case] dark: bool,
+) {
     let scene = scene();
+    let client = Client::new(&scene.deployment);
     let browser = Browser::new(width, height, dark);
     let page = |account: &str, path: &str| {
         browser.open(&format!("http://{account}@{}{path}", scene.service.http()));
@@ -120,6 +126,15 @@ fn ten_situations(#[case] kind: &str, #[case] width: u32, #[case] height: u32, #
     page(ANNA, "/submit?workflow=simulator");
     browser.shows("Pipe classes at most");
     look("submit");
+    client.peer.send("job_deletions", b"\xff");
+    eventually("a dead letter", || {
+        page(ANNA, "/dead-letters");
+        browser.text().contains("1 dead letter").then_some(())
+    });
+    look("dead-letters");
+    page(ANNA, "/confirm?do=requeue");
+    browser.shows("Requeue 1 dead letter?");
+    look("requeue");
     page(ANNA, "/nothing");
     browser.shows("There is no such page");
     look("refused");

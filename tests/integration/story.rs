@@ -159,7 +159,7 @@ fn it_is_known_who_cancelled_a_job(#[case] by: By, #[case] last: &str, #[case] o
     let events = events(&service, job);
     assert_eq!(
         events[0],
-        format!("Submitted to `{TASK}`, and handed over at once")
+        format!("Submitted to `{TASK}`, and handed over to `{TASK}` at once")
     );
     assert_eq!(events[1], "Started");
     assert!(events[2].starts_with(last), "{events:?}");
@@ -288,7 +288,7 @@ fn a_story_has_progress_parameters_messages_and_logs() {
     assert_eq!(scene.client.outcome(job).0, ResultType::Error);
     scene.deployment.no_jobs_left();
     let expected = [
-        "Submitted to `workflow_1`, and handed over at once",
+        "Submitted to `workflow_1`, and handed over to `workflow_1` at once",
         "Started",
         "10 %: begins",
         "60 %: <script>\"&'\\u{202e}\\u{1b}[31m\\nof another line",

@@ -202,7 +202,13 @@ fn a_paused_queue_keeps_all_until_it_is_resumed() {
     service.kill();
     let service = scene.start();
     assert_eq!(scene.worker.waiting(), 0);
+    let sql = "UPDATE job_turn SET held_at = held_at - interval '3 hours' WHERE job_id = $1";
+    scene.deployment.sql().execute(sql, &[&jobs[1]]).unwrap();
     let shown = scene.does(&["workflows", "limits"]);
+    assert!(
+        shown.contains("OLDEST WAITS") && shown.contains("  3 h"),
+        "{shown}"
+    );
     // By whom, and since when, follows.
     let line = shown
         .lines()

@@ -77,6 +77,7 @@ fn submitted(second: i64) -> State {
         progress: None,
         course: None,
         parameters: None,
+        task_queue: None,
     })
 }
 

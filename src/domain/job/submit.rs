@@ -129,6 +129,8 @@ fn accept<'a>(
         status: JobStatus::Submitted,
         task_id: Some(task_id.to_string()),
         submitted_at: Some(context.now),
+        // The definitions may say something else before a worker has begun it.
+        task_queue: course.is_none().then(|| queue.clone()),
         course,
         ..job
     };

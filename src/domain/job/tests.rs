@@ -86,6 +86,7 @@ fn job(status: JobStatus) -> Job {
         progress: None,
         course: None,
         parameters: None,
+        task_queue: None,
     }
 }
 
@@ -438,6 +439,7 @@ fn a_submission_becomes_its_row_and_its_task() {
         progress: None,
         course: None,
         parameters: Some("{}".to_owned()),
+        task_queue: Some("simulator".to_owned()),
     };
     assert_eq!(decision.next, Some(State::Live(expected)));
 }

@@ -185,6 +185,7 @@ mod tests {
                 looked_at: Some(at(looked_at)),
                 workers,
                 lost_tasks: Vec::new(),
+                more_lost_tasks: 0,
             }),
             ..Overview::default()
         }
@@ -252,6 +253,7 @@ mod tests {
             on_hold: 0,
             waiting: 0,
             running: 0,
+            oldest_waiting: None,
             seats: Vec::new(),
             is_paused_by_operator: false,
             acts: Default::default(),

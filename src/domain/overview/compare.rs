@@ -173,6 +173,7 @@ mod tests {
             state: JobState::Ended(Outcome::Failed),
             priority: Some(Priority::High),
             task_id: None,
+            queue: None,
             registered_at: Some(at(0)),
             submitted_at: Some(at(0)),
             running_at: Some(at(10)),

@@ -11,8 +11,10 @@ use crate::domain::text::one_line;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Queued {
     pub workflow: String,
-    /// The step's number, from 1, and its task.
-    pub step: Option<(usize, String)>,
+    /// The step's number, from 1.
+    pub step: Option<usize>,
+    /// Where they wait, if that was kept: always of a step.
+    pub queue: Option<String>,
     pub waiting: i64,
     /// When the one that has waited longest was put there.
     pub oldest: Timestamp,
@@ -37,8 +39,8 @@ pub struct LonelyQueue {
 impl Overview {
     /// Where the tasks of one kind wait.
     fn queue_of_kind<'a>(&'a self, queued: &'a Queued) -> &'a str {
-        match &queued.step {
-            Some((_, task)) => task,
+        match &queued.queue {
+            Some(queue) => queue,
             None => self.queue_of(&queued.workflow),
         }
     }
@@ -53,8 +55,8 @@ impl Overview {
             let of_it: Vec<_> = of_it
                 .filter(|one| self.queue_of_kind(one) == queue)
                 .collect();
-            let name = |one: &&Queued| match &one.step {
-                Some((number, _)) => format!("{}, step {number}", one_line(&one.workflow)),
+            let name = |one: &&Queued| match one.step {
+                Some(number) => format!("{}, step {number}", one_line(&one.workflow)),
                 None => one_line(&one.workflow),
             };
             let mut of: Vec<_> = of_it.iter().map(name).collect();
@@ -137,7 +139,8 @@ mod tests {
     fn queued(workflow: &str, step: Option<(usize, &str)>, waiting: i64, oldest: i64) -> Queued {
         Queued {
             workflow: workflow.to_owned(),
-            step: step.map(|(number, task)| (number, task.to_owned())),
+            step: step.map(|(number, _)| number),
+            queue: step.map(|(_, task)| task.to_owned()),
             waiting,
             oldest: at(oldest),
         }

@@ -85,6 +85,8 @@ pub struct Story {
     pub kept_result: Option<i64>,
     /// Where its output ESDL is, in a sentence, as far as is known; see [`Story::tell_whereabouts`].
     pub whereabouts: Option<String>,
+    /// Whether its client listens, or has the result, in a sentence, as far as is known.
+    pub client: Option<String>,
     #[serde(skip)]
     known_whereabouts: Whereabouts,
     /// Whether what its client submitted is kept, for another run.
@@ -147,6 +149,7 @@ impl Story {
             logs: rows.logs,
             kept_result: rows.whereabouts.kept.map(|kept| kept.bytes),
             whereabouts: None,
+            client: None,
             known_whereabouts: rows.whereabouts,
             can_run_again: rows.can_run_again,
             esdl_messages: messages.map(MessageView::new).collect(),
@@ -154,17 +157,21 @@ impl Story {
         }
     }
 
-    /// Says where its output is, where outputs are kept for this time, and its client's queue has been
-    /// looked at or not.
+    /// Says where its output is, where outputs are kept for this time, and what its client does, where that one's
+    /// queue has been looked at or not.
     pub fn tell_whereabouts(&mut self, keeps: Duration, queue: Option<ClientQueue>) {
-        self.whereabouts = self.known_whereabouts.sentence(&self.job, keeps, queue);
+        let known = self.known_whereabouts;
+        self.whereabouts = known.sentence(&self.job, keeps, queue);
+        self.client = queue.and_then(|queue| queue.sentence(&self.job, known.delivery));
     }
 
     /// Whether a look at its client's queue says more.
-    pub fn may_be_in_its_queue(&self) -> bool {
+    pub fn asks_its_queue(&self) -> bool {
         let Whereabouts { delivery, kept } = self.known_whereabouts;
-        let is_there = delivery == Some(Delivery::Queued) && kept.is_none();
-        is_there && self.job.state == JobState::Ended(Outcome::Succeeded)
+        match self.job.state {
+            JobState::Live(_) => true,
+            JobState::Ended(_) => delivery == Some(Delivery::Queued) && kept.is_none(),
+        }
     }
 
     /// Calls its parameters as its workflow's definition does, and puts them into its order.
@@ -346,9 +353,13 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
     let at = job.registered_at?;
     let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
     let at_once = rows.attempts.is_empty() && job.submitted_at == Some(at);
-    let what = match at_once {
-        true => format!("Submitted to `{workflow}`, and handed over at once"),
-        false => format!("Submitted to `{workflow}`"),
+    let what = match (at_once, &job.queue) {
+        (true, Some(queue)) => format!(
+            "Submitted to `{workflow}`, and handed over to `{}` at once",
+            one_line(queue)
+        ),
+        (true, None) => format!("Submitted to `{workflow}`, and handed over at once"),
+        (false, _) => format!("Submitted to `{workflow}`"),
     };
     let submission = submission(rows);
     let who = submission.map(|act| format!("by {}", by(act.by.as_ref())));
@@ -369,8 +380,9 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
 fn of_task<'r>(job: &'r JobView, rows: &'r Rows) -> impl Iterator<Item = StoryEvent> + use<'r> {
     let later = job.submitted_at.filter(|at| Some(*at) != job.registered_at);
     let handed_over = later.map(|at| {
-        let workflow = job.workflow.as_deref().map(one_line).unwrap_or_default();
-        event(at, format!("Handed over to `{workflow}`"))
+        let queue = job.queue.as_deref().or(job.workflow.as_deref());
+        let queue = queue.map(one_line).unwrap_or_default();
+        event(at, format!("Handed over to `{queue}`"))
     });
     let starts = (0..rows.starts.len()).map(|number| of_start(job, rows, number));
     // In rows of earlier versions.

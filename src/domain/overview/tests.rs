@@ -65,6 +65,7 @@ pub(super) fn waiting(position: i64) -> JobView {
         state: JobState::Live(JobStatus::Submitted),
         priority: None,
         task_id: None,
+        queue: None,
         registered_at: None,
         submitted_at: None,
         running_at: None,

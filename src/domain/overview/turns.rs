@@ -27,6 +27,8 @@ pub struct QueueView {
     pub waiting: i64,
     /// Those that have been started and have not ended.
     pub running: i64,
+    /// Since when the one waits that has waited longest to be started, unless somebody does not let it go.
+    pub oldest_waiting: Option<Timestamp>,
     /// The jobs that are next with their owners, in their order, at most [`TOLD`].
     #[serde(skip)]
     pub order: Vec<(Uuid, String)>,

@@ -60,9 +60,52 @@ impl Delivery {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClientQueue {
     Gone,
+    /// It is one connection's alone, which is there.
+    Locked,
     Empty,
+    /// Empty, and somebody takes what comes.
+    Heard,
     /// The result is in it.
     Full,
+}
+
+impl ClientQueue {
+    /// What it says of the client of a job: whether it listens or, of a job that has ended, has the result. Of
+    /// one that has succeeded [`Whereabouts::sentence`] says that.
+    pub(super) fn sentence(self, job: &JobView, delivery: Option<Delivery>) -> Option<String> {
+        let is_told = job.ends.is_told && delivery == Some(Delivery::Queued);
+        let sentence = match (job.state, self) {
+            (JobState::Live(_), ClientQueue::Heard) => "It listens for the result.",
+            (JobState::Live(_), ClientQueue::Locked) => {
+                "It is connected: nobody else may look into its queue."
+            }
+            (JobState::Live(_), ClientQueue::Empty) => {
+                "It does not listen just now: the result will wait in its queue."
+            }
+            (JobState::Live(_), ClientQueue::Full) => {
+                "It has not taken what is in its queue already."
+            }
+            (JobState::Live(_), ClientQueue::Gone) => {
+                "It has no queue for the result: nobody waits for that."
+            }
+            (JobState::Ended(Outcome::Succeeded), _) => return None,
+            (JobState::Ended(_), _) if !is_told => return None,
+            (JobState::Ended(_), ClientQueue::Full) => {
+                let since = job.finished_at?;
+                return Some(format!(
+                    "It has not taken the result, which waits in its queue since {since:.0}."
+                ));
+            }
+            (JobState::Ended(_), ClientQueue::Empty | ClientQueue::Heard) => {
+                "It has taken the result from its queue."
+            }
+            (JobState::Ended(_), ClientQueue::Gone) => {
+                "Its queue is gone by now, as a rule because it has the result."
+            }
+            (JobState::Ended(_), ClientQueue::Locked) => return None,
+        };
+        Some(sentence.to_owned())
+    }
 }
 
 /// An output ESDL that is kept here.
@@ -115,7 +158,7 @@ impl Whereabouts {
             Some(ClientQueue::Full) => format!(
                 "It has waited in RabbitMQ, in its client's queue, since {since:.0}: nobody has taken it."
             ),
-            Some(ClientQueue::Empty) => {
+            Some(ClientQueue::Empty | ClientQueue::Heard) => {
                 format!(
                     "Its client has taken it from its queue, into which it was put at {since:.0}."
                 )
@@ -124,7 +167,7 @@ impl Whereabouts {
                 "It was put into its client's queue at {since:.0}, and that is gone by now, as a rule \
                  because its client has it."
             ),
-            None => format!(
+            Some(ClientQueue::Locked) | None => format!(
                 "It was put into its client's queue at {since:.0}; whether its client has taken it from \
                  there is not known here."
             ),
@@ -231,6 +274,39 @@ mod tests {
         let whereabouts = Whereabouts { delivery, kept };
         let sentence = whereabouts.sentence(&succeeded(), keeps, queue);
         assert_eq!(sentence.as_deref(), expected);
+    }
+
+    #[rstest]
+    #[case::listens(ClientQueue::Heard, "It listens", None)]
+    #[case::is_away(
+        ClientQueue::Empty,
+        "It does not listen just now",
+        Some("It has taken the result")
+    )]
+    #[case::has_taken_nothing(
+        ClientQueue::Full,
+        "It has not taken what",
+        Some("It has not taken the result")
+    )]
+    #[case::is_nowhere(ClientQueue::Gone, "It has no queue", Some("Its queue is gone by now"))]
+    #[case::lets_nobody_look(ClientQueue::Locked, "It is connected", None)]
+    fn a_clients_queue_says_whether_it_listens(
+        #[case] queue: ClientQueue,
+        #[case] live: &str,
+        #[case] ended: Option<&str>,
+    ) {
+        let sentence = queue.sentence(&waiting(1), None).unwrap();
+        assert!(sentence.starts_with(live), "{sentence}");
+        let mut failed = succeeded();
+        assert_eq!(queue.sentence(&failed, Some(Delivery::Queued)), None);
+        failed.state = JobState::Ended(Outcome::Failed);
+        if let Some(ended) = ended {
+            let sentence = queue.sentence(&failed, Some(Delivery::Queued)).unwrap();
+            assert!(sentence.starts_with(ended), "{sentence}");
+        }
+        // It was told nothing that could be there.
+        assert_eq!(queue.sentence(&failed, Some(Delivery::NoQueue)), None);
+        assert_eq!(queue.sentence(&failed, None), None);
     }
 
     #[test]

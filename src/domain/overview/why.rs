@@ -164,7 +164,9 @@ impl Telling {
             (JobStatus::Running, Some(since), _) => telling.running(job, since, overview, now),
             (JobStatus::Running, None, _) => telling.say("Runs"),
             (JobStatus::Submitted, _, Some(since)) => {
-                let queue = overview.queue_of(job.workflow.as_deref().unwrap_or_default());
+                let workflow = job.workflow.as_deref().unwrap_or_default();
+                let queue = job.queue.as_deref();
+                let queue = queue.unwrap_or_else(|| overview.queue_of(workflow));
                 telling.waiting(job, queue, since, overview, now)
             }
             (JobStatus::Submitted, _, None) => telling.say("Waits for a worker"),

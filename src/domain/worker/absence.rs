@@ -1,7 +1,7 @@
 //! Tasks of jobs that no worker has, and that are in no queue. Each doubt is in favour of the task: a worker that does not
 //! answer may be computing it, and so may one that nothing is known of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
@@ -80,6 +80,20 @@ pub(super) fn find(workers: &[Worker], before: &[Absence], seen: &Seen) -> Vec<A
         .collect();
     found.extend(left);
     found
+}
+
+/// How many more tasks are as absent as those of their queues of which somebody is told.
+pub(super) fn more(workers: &[Worker], absences: &[Absence], seen: &Seen) -> i64 {
+    let told = absences.iter().filter(|one| one.is_told);
+    let told: BTreeSet<&str> = told.map(|one| one.task_id.as_str()).collect();
+    let waiting = seen.waiting.iter();
+    let of_told = waiting.filter(|task| told.contains(task.task_id.as_str()));
+    let queues: BTreeSet<&str> = of_told.map(|task| task.queue.as_str()).collect();
+    let more = seen.more_waiting.iter();
+    more.filter(|(queue, _)| queues.contains(queue.as_str()))
+        .filter(|(queue, _)| is_nowhere(queue, workers, seen).is_some())
+        .map(|(_, more)| more)
+        .sum()
 }
 
 /// Whether it still is the task of its job, which nobody has begun since.

@@ -61,6 +61,7 @@ struct Looks {
     connected: BTreeSet<String>,
     running: Vec<RunningTask>,
     waiting: Vec<WaitingTask>,
+    more_waiting: BTreeMap<String, i64>,
     others: BTreeMap<String, Uuid>,
     depths: Depths,
 }
@@ -77,6 +78,7 @@ impl Looks {
             connected: self.connected.clone(),
             running: self.running.clone(),
             waiting: self.waiting.clone(),
+            more_waiting: self.more_waiting.clone(),
             others: self.others.clone(),
             depths: self.depths.clone(),
         };
@@ -419,6 +421,36 @@ fn a_task_that_no_worker_has_begun_and_no_queue_has_is_absent() {
     // By the definitions it should have been there.
     let elsewhere = in_no_queue(|looks, _| looks.waiting[0].queue_is_kept = false);
     assert_eq!(elsewhere.absences, [doubtful]);
+}
+
+/// As many as are not looked at one by one are told where one of the same queue is.
+#[test]
+fn what_is_as_absent_is_counted() {
+    let of = |queue: &str| BTreeMap::from([(queue.to_owned(), 7)]);
+    let more = |look: Look| look.more_absent;
+    assert_eq!(
+        more(in_no_queue(|looks, _| looks.more_waiting = of("q"))),
+        7
+    );
+    assert_eq!(
+        more(in_no_queue(|looks, _| looks.more_waiting = of("r"))),
+        0
+    );
+    let told_later = in_no_queue(|looks, _| {
+        looks.more_waiting = of("q");
+        looks.absences.clear();
+    });
+    assert_eq!(more(told_later), 0);
+    // A worker that computes one may hold all others.
+    let held = in_no_queue(|looks, answers| {
+        looks.more_waiting = of("q");
+        if looks.absences.iter().any(|one| one.is_told) {
+            answers[0].1 = answer(10, &["u"], &["q"]);
+            answers[0].1.stats.as_mut().unwrap().prefetch = Some(0);
+        }
+    });
+    assert!(held.absences[0].is_told);
+    assert_eq!(held.more_absent, 0);
 }
 
 #[rstest]

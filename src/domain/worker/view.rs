@@ -21,6 +21,8 @@ pub struct Workers {
     pub workers: Vec<WorkerView>,
     /// Tasks of jobs that no worker has had for a minute, and that are in no queue.
     pub lost_tasks: Vec<LostTask>,
+    /// How many more are as lost, but are not looked at one by one: those are the oldest ones of a queue.
+    pub more_lost_tasks: i64,
 }
 
 /// A task of a job that no worker has, and that is in no queue.
@@ -224,6 +226,25 @@ impl Workers {
                 end,
             })
         })
+    }
+
+    /// How many tasks are lost.
+    pub fn count_lost(&self) -> i64 {
+        let told = i64::try_from(self.lost_tasks.len()).unwrap_or(i64::MAX);
+        told.saturating_add(self.more_lost_tasks)
+    }
+
+    /// Of how many lost tasks nothing is said where the first `named` are told one by one:
+    /// `12 more tasks are lost: no worker has them, and they are in no queue`.
+    pub fn more_lost(&self, named: usize) -> Option<String> {
+        let named = i64::try_from(named.min(self.lost_tasks.len())).unwrap_or(i64::MAX);
+        match self.count_lost() - named {
+            ..=0 => None,
+            1 => Some("1 more task is lost: no worker has it, and it is in no queue".to_owned()),
+            more => Some(format!(
+                "{more} more tasks are lost: no worker has them, and they are in no queue"
+            )),
+        }
     }
 
     /// How many tasks they compute, as far as they say so.

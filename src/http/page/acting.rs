@@ -10,10 +10,11 @@ use super::letters;
 pub(in crate::http) use super::letters::Letter;
 use super::submit::{field, is_faulty};
 use crate::actions::jobs::Matching;
+use crate::actions::letters::Names;
 use crate::actions::{TOLD, counted};
 use crate::domain::overview::{Filter, JobState, JobView, Overview, QueueView};
 use crate::domain::worker::{WorkerState, WorkerView};
-use crate::http::form::{Back, Shown, Whole};
+use crate::http::form::{Back, Shown, Whole, carried};
 use crate::http::submission::Filled;
 use crate::proto::WorkflowParameter;
 use crate::telemetry::report::{harmless, one_line, readable};
@@ -332,6 +333,7 @@ pub(in crate::http) fn confirm_matching(
         input type="hidden" name="do" value=(whole.verb());
         input type="hidden" name="shown" value=(shown.digest);
         input type="hidden" name="at" value=(shown.at.as_microsecond());
+        @if let Some(set) = carried(&found.ids) { input type="hidden" name="set" value=(set); }
     };
     let asked = Asked {
         whole,
@@ -348,30 +350,34 @@ pub(in crate::http) fn confirm_requeue(
     frame: &Frame<'_>,
     acting: &Acting,
     first: &[Letter],
-    ids: &[String],
+    names: &Names,
     digest: &str,
     notice: Option<&str>,
 ) -> String {
-    let count = ids.len();
+    let count = names.all.len();
     let what = counted(count, "dead letter");
     let requeue = |letter: &Letter| {
-        let same = ids.iter().filter(|id| **id == letter.id).count();
-        let text = match same {
+        let alike = names
+            .all
+            .iter()
+            .filter(|name| **name == letter.name)
+            .count();
+        let text = match alike {
             1 => "Requeue this one".to_owned(),
-            same => format!("Requeue the {same} with this id"),
+            alike => format!("Requeue the {alike} that are alike"),
         };
-        html! { @if !letter.id.is_empty() { (acting.form(html! {
-            input type="hidden" name="letter" value=(letter.id);
+        acting.form(html! {
+            input type="hidden" name="letter" value=(letter.name);
             button name="do" value="requeue"
-                aria-label={ (text) ": " (one_line(&letter.id)) } { (text) }
-        })) } }
+                aria-label={ (text) ": " (one_line(names.shown(&letter.name))) } { (text) }
+        })
     };
     let content = html! {
         @if let Some(notice) = notice { p.alarm role="alert" { (notice) } }
         h1 { "Requeue " (what) "?" }
         p { "They go back to the queues they came from, as they were, and are handled again." }
         @if count == 0 { p { "There is none, or somebody else is looking at them now." } } @else {
-            (letters::table(first, count, Some(&requeue)))
+            (letters::table(first, names, Some(&requeue)))
             (acting.form(html! {
                 input type="hidden" name="shown" value=(digest);
                 button name="do" value="requeue" { "Requeue " (what) }

@@ -9,7 +9,7 @@ use crate::domain::overview::{Line, Story};
 /// What two jobs have in common, and what differs.
 pub(in crate::http) fn compare(
     frame: &Frame<'_>,
-    (one, other): (&Story, &Story),
+    [one, other]: &[Story; 2],
     lines: &[Line],
 ) -> Sheet {
     let differing = lines.iter().filter(|line| line.one != line.other).count();

@@ -105,6 +105,7 @@ fn facts(story: &Story, now: Timestamp) -> Markup {
             dt { "Starts" } dd { (job.starts) }
             @if let Some(bytes) = job.result_bytes { dt { "Size of the result" } dd { (bytes) " bytes" } }
             @if let Some(whereabouts) = &story.whereabouts { dt { "Output ESDL" } dd { (whereabouts) } }
+            @if let Some(client) = &story.client { dt { "Client" } dd { (client) } }
             dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (harmless(id)) }, None => span.dim { "–" } } }
         } }
     }

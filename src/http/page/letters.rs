@@ -4,13 +4,15 @@ use maud::{Markup, html};
 
 use super::layout::{Frame, Sheet, troubles};
 use crate::actions::counted;
+use crate::actions::letters::Names;
 use crate::domain::text::to_the_second;
 use crate::domain::vhost::Vhost;
 use crate::telemetry::report::one_line;
 
 /// A dead letter, as pages show it.
 pub(in crate::http) struct Letter {
-    pub(in crate::http) id: String,
+    /// See [`crate::actions::letters::name`].
+    pub(in crate::http) name: String,
     pub(in crate::http) time: String,
     pub(in crate::http) vhost: Vhost,
     pub(in crate::http) queue: String,
@@ -22,8 +24,9 @@ pub(in crate::http) struct Letter {
 const ONCE_MORE: &str = "What could not be read comes straight back here if it is requeued; what could not be done \
                          for another reason may succeed now.";
 
-/// The first of all that there are.
-pub(in crate::http) fn letters(frame: &Frame<'_>, first: &[Letter], count: usize) -> Sheet {
+/// The first of all that there are, which have these names.
+pub(in crate::http) fn letters(frame: &Frame<'_>, first: &[Letter], names: &Names) -> Sheet {
+    let count = names.all.len();
     let content = html! {
         (troubles(frame, &[]))
         nav aria-label="Back" { a href="/" { "← all jobs" } }
@@ -32,7 +35,7 @@ pub(in crate::http) fn letters(frame: &Frame<'_>, first: &[Letter], count: usize
             div.empty { p { "There is none, or somebody else is looking at them now." } }
         } @else {
             p { "Messages that could not be handled, as they came. " (ONCE_MORE) }
-            (table(first, count, None))
+            (table(first, names, None))
             @if let Some(acting) = frame.acting { div.actions { (acting.letters()) } }
         }
     };
@@ -42,7 +45,7 @@ pub(in crate::http) fn letters(frame: &Frame<'_>, first: &[Letter], count: usize
 /// With what is to be done about each, if anything is.
 pub(super) fn table(
     first: &[Letter],
-    count: usize,
+    names: &Names,
     act: Option<&dyn Fn(&Letter) -> Markup>,
 ) -> Markup {
     html! {
@@ -57,10 +60,10 @@ pub(super) fn table(
                 td.nowrap { (to_the_second(&letter.time)) }
                 td.number { (letter.bytes) }
                 td.message { (one_line(&letter.reason)) }
-                td { code { (one_line(&letter.id)) } }
+                td { code { (one_line(names.shown(&letter.name))) } }
                 @if let Some(act) = act { td { (act(letter)) } }
             } } }
         } }
-        @if count > first.len() { p.dim { "and " (count - first.len()) " more" } }
+        @if names.all.len() > first.len() { p.dim { "and " (names.all.len() - first.len()) " more" } }
     }
 }

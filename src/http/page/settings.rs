@@ -42,6 +42,10 @@ fn limits(config: &Config) -> Vec<(&'static str, &'static str, String)> {
         Some(time) => format!("when no worker has had its task for {}", long(time)),
         None => "never for that".to_owned(),
     };
+    let asked = match config.workers_period {
+        Some(period) => format!("every {}", long(period)),
+        None => "never".to_owned(),
+    };
     let faulty = match config.reject_invalid_params {
         true => "refused",
         false => "run, with a warning in the log",
@@ -58,7 +62,7 @@ fn limits(config: &Config) -> Vec<(&'static str, &'static str, String)> {
         ),
         (
             "TIMEOUT_JOB_HANDLER_RERUN_SEC",
-            "They are looked for each",
+            "Timeouts are checked every",
             long(config.timeout_check_period),
         ),
         (
@@ -67,6 +71,11 @@ fn limits(config: &Config) -> Vec<(&'static str, &'static str, String)> {
             starts,
         ),
         ("TASK_LOST_SEC", "A job ends", lost),
+        (
+            "WORKERS_PERIOD_SEC",
+            "Workers are asked what they do",
+            asked,
+        ),
         (
             "JOB_RETENTION_SEC",
             "A job may take, in all",

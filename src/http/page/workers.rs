@@ -9,6 +9,9 @@ use crate::domain::overview::JobView;
 use crate::domain::worker::{LostTask, TaskView, WorkerState, WorkerView, Workers};
 use crate::telemetry::report::{harmless, one_line};
 
+/// How many lost tasks are told one by one.
+const NAMED: usize = 20;
+
 /// What somebody has to look at; `jobs` are those that are known by their names.
 pub(super) fn matters(workers: &Workers, jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
     let silent = workers.workers.iter();
@@ -31,7 +34,7 @@ pub(super) fn matters(workers: &Workers, jobs: &[JobView], now: Timestamp) -> Ve
             @match known { Some(job) => (name(job)), None => code { (lost.job_id) } }
         } }
     };
-    let lost = workers.lost_tasks.iter().map(|lost| Matter {
+    let lost = workers.lost_tasks.iter().take(NAMED).map(|lost| Matter {
         short: "a task is lost".to_owned(),
         full: html! {
             "No worker has had the task of job " (job(lost)) " for " (since(lost.since, now))
@@ -46,7 +49,11 @@ pub(super) fn matters(workers: &Workers, jobs: &[JobView], now: Timestamp) -> Ve
             ". It has been told to stop; if it goes on, restart it."
         },
     });
-    silent.chain(lost).chain(in_vain).collect()
+    let more_lost = workers.more_lost(NAMED).map(|more| Matter {
+        short: "more tasks are lost".to_owned(),
+        full: html! { (more) ". " (command("omotes-orchestrator workers")) " names them." },
+    });
+    silent.chain(lost).chain(more_lost).chain(in_vain).collect()
 }
 
 pub(super) fn table(workers: &Workers, now: Timestamp, acting: Option<&Acting>) -> Markup {

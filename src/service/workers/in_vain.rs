@@ -124,6 +124,7 @@ mod tests {
             looked_at: Some(at(0) + SignedDuration::from_secs(100)),
             workers: vec![worker],
             lost_tasks: Vec::new(),
+            more_lost_tasks: 0,
         }
     }
 

@@ -25,7 +25,7 @@ impl Connection {
     ) -> Result<Vec<QueueView>, StoreError> {
         let statement = concat!(
             "WITH granted AS (
-                 SELECT queue, job_id, granted_at, ",
+                 SELECT queue, job_id, held_at, granted_at, ",
             is_started!(),
             " AS started
                  FROM job_turn AS turn
@@ -34,11 +34,13 @@ impl Connection {
                         WHERE ended.job_id = turn.job_id) IS NOT TRUE
              ), held AS (
                  SELECT queue, count(*) FILTER (WHERE NOT on_hold) AS held,
-                        count(*) FILTER (WHERE on_hold) AS on_hold
+                        count(*) FILTER (WHERE on_hold) AS on_hold,
+                        min(held_at) FILTER (WHERE NOT on_hold) AS oldest_held
                  FROM job_turn WHERE granted_at IS NULL GROUP BY queue
              ), handed_over AS (
                  SELECT queue, count(*) FILTER (WHERE NOT started) AS waiting,
                         count(*) FILTER (WHERE started) AS running,
+                        min(held_at) FILTER (WHERE NOT started) AS oldest_handed_over,
                         (array_agg(job_id ORDER BY granted_at, job_id)
                              FILTER (WHERE started IS NOT NULL))[1:$2] AS seats
                  FROM granted GROUP BY queue
@@ -46,6 +48,7 @@ impl Connection {
              SELECT queue, coalesce(held, 0) AS held, coalesce(on_hold, 0) AS on_hold,
                     coalesce(waiting, 0) AS waiting, coalesce(running, 0) AS running,
                     coalesce(seats, '{}') AS seats,
+                    least(oldest_held, oldest_handed_over) AS oldest_waiting,
                     coalesce(paused, false) AS is_operators, acts, changed_at
              FROM (unnest($1::varchar[]) AS limited (queue)
                    FULL JOIN held USING (queue) FULL JOIN handed_over USING (queue)) AS shown
@@ -63,6 +66,7 @@ impl Connection {
                 on_hold: row.try_get("on_hold")?,
                 waiting: row.try_get("waiting")?,
                 running: row.try_get("running")?,
+                oldest_waiting: row.try_get("oldest_waiting")?,
                 seats: row.try_get("seats")?,
                 is_paused_by_operator: row.try_get("is_operators")?,
                 acts: acts(row)?,

@@ -20,6 +20,7 @@ fn ended(outcome: Outcome) -> JobView {
         state: JobState::Ended(outcome),
         priority: None,
         task_id: Some("task".to_owned()),
+        queue: None,
         registered_at: Some(at(0)),
         submitted_at: Some(at(0)),
         running_at: Some(at(10)),
@@ -380,6 +381,10 @@ fn a_job_that_was_held_tells_since_when() {
 
 #[rstest]
 #[case::waiting(waiting(), "0 Submitted to `simulator`, and handed over at once")]
+#[case::at_a_queue_that_is_kept(
+    JobView { queue: Some("two\nlines".to_owned()), ..waiting() },
+    "0 Submitted to `simulator`, and handed over to `two\\nlines` at once"
+)]
 #[case::left_by_the_python_service(
     JobView { submitted_at: None, ..waiting() },
     "0 Submitted to `simulator`"

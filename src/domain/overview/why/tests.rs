@@ -180,6 +180,7 @@ fn seen(state: WorkerState, overview: Overview) -> Overview {
             looked_at: Some(minute(NOW)),
             workers: vec![worker(state)],
             lost_tasks: Vec::new(),
+            more_lost_tasks: 0,
         }),
         ..overview
     }
@@ -243,6 +244,7 @@ fn limited(limit: QueueLimit) -> QueueView {
         on_hold: 0,
         waiting: 0,
         running: 1,
+        oldest_waiting: None,
         order: Vec::new(),
         seats: vec![id(0x1234_abcd)],
         is_paused_by_operator: true,

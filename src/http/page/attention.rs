@@ -48,11 +48,20 @@ pub(super) fn verdict(matters: &[Matter]) -> String {
     let Some((first, others)) = matters.split_first() else {
         return "All is well.".to_owned();
     };
-    let said = others.iter().take(SAID - 1);
-    let mut text = said.fold(first.short.clone(), |text, one| {
-        format!("{text}; {}", one.short)
+    // Those that are said alike are said once.
+    let mut said = vec![(first.short.as_str(), 1)];
+    for Matter { short, .. } in others {
+        match said.iter_mut().find(|(one, _)| one == short) {
+            Some((_, count)) => *count += 1,
+            None => said.push((short, 1)),
+        }
+    }
+    let texts = said.iter().take(SAID).map(|(short, count)| match count {
+        1 => (*short).to_owned(),
+        several => format!("{short} ({several} times)"),
     });
-    if let Some(more @ 1..) = matters.len().checked_sub(SAID) {
+    let mut text = texts.collect::<Vec<_>>().join("; ");
+    if let Some(more @ 1..) = said.len().checked_sub(SAID) {
         text = format!("{text}; and {more} more");
     }
     let mut letters = text.chars();
@@ -137,5 +146,22 @@ fn dead_letters(count: u32, frame: &Frame<'_>) -> Matter {
                 a.button href=(super::LETTERS) { @if one { "See what it is" } @else { "See what they are" } }
             } @else { (command("omotes-orchestrator dead-letters list")) }
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_alike_is_said_once() {
+        let matter = |short: &str| Matter {
+            short: short.to_owned(),
+            full: html! {},
+        };
+        let all = ["a task is lost", "x", "a task is lost", "y", "z"].map(matter);
+        assert_eq!(verdict(&all), "A task is lost (2 times); x; y; and 1 more.");
+        assert_eq!(verdict(&all[1..2]), "X.");
+        assert_eq!(verdict(&[]), "All is well.");
     }
 }

@@ -728,14 +728,18 @@ use_servers() {
   local rabbitmq=${1%,*} postgres=${1#*,} rabbitmq_tree postgres_tree
   # shellcheck source=tests/servers/trees.sh
   . tests/servers/trees.sh
-  release_with rabbitmq-server "$rabbitmq" >/dev/null && release_with postgresql "$postgres" >/dev/null \
-    || die "--servers $1: expected such as 4.0,17, or newest; see ./run.sh --help"
+  if ! { release_with rabbitmq-server "$rabbitmq" && release_with postgresql "$postgres"; } >/dev/null; then
+    die "--servers $1: expected such as 4.0,17, or newest; see ./run.sh --help"
+  fi
   if ! is_root || ! command -v apt-get >/dev/null || ! command -v unshare >/dev/null; then
     say "left out: $1: only root on a Debian can make trees of others"
     return 1
   fi
-  (need debootstrap) && rabbitmq_tree=$(tree_with rabbitmq-server "$rabbitmq") && postgres_tree=$(tree_with postgresql "$postgres") \
-    || { say "left out: $1"; return 1; }
+  if ! { (need debootstrap) && rabbitmq_tree=$(tree_with rabbitmq-server "$rabbitmq") \
+    && postgres_tree=$(tree_with postgresql "$postgres"); }; then
+    say "left out: $1"
+    return 1
+  fi
   export OMOTES_RABBITMQ_TREE=$rabbitmq_tree OMOTES_POSTGRES_TREE=$postgres_tree
   say "RabbitMQ $(version_in "$rabbitmq_tree" rabbitmq-server), Postgres $(version_in "$postgres_tree" postgresql)"
 }

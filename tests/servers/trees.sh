@@ -27,6 +27,8 @@ debian_mirror() {
 # version_in TREE PACKAGE: the beginning of its version that names its series.
 version_in() {
   local version
+  # dpkg-query's own.
+  # shellcheck disable=SC2016
   version=$(chroot "$1" dpkg-query -W -f '${Version}' "$2") || return 1
   case $2 in
     rabbitmq-server) cut -d . -f 1,2 <<<"$version" ;;

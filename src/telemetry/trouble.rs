@@ -144,6 +144,9 @@ fn says(cause: Part, why: &str) -> (&'static str, &'static str) {
     }
 }
 
+const FAULTY: &str = "Postgres does not do what is needed of it";
+const FULL: &str = "Postgres has no room on its disk";
+
 /// What the fault has in it, in lower case, of a Postgres in which somebody holds a lock.
 const LOCKED: &[&str] = &["locked the tables", "lock timeout"];
 /// And of one that has no room.
@@ -214,10 +217,13 @@ const ABSENT: &[&str] = &[
 /// What is wrong with Postgres, and what to do. Its own words may be in any language: for those that are
 /// not understood there is what helps as a rule.
 fn of_postgres(why: &str) -> (&'static str, &'static str) {
-    const FAULTY: &str = "Postgres does not do what is needed of it";
     let has = |signs: &[&str]| says_one_of(why, signs);
-    if let Some((_, remedy)) = REMEDIES.iter().find(|(signs, _)| has(signs)) {
-        return (FAULTY, remedy);
+    if let Some((signs, remedy)) = REMEDIES.iter().find(|(signs, _)| has(signs)) {
+        let what = match *signs == NO_ROOM {
+            true => FULL,
+            false => FAULTY,
+        };
+        return (what, remedy);
     }
     match has(ABSENT) {
         true => (
@@ -240,10 +246,8 @@ impl Trouble {
             _ if self.why == STARTING => None,
             Part::Broker => Some("RabbitMQ does not answer"),
             Part::Publishing => Some("RabbitMQ takes no messages"),
-            Part::Postgres if says_one_of(&self.why, NO_ROOM) => {
-                Some("Postgres has no room on its disk")
-            }
-            Part::Postgres => Some("Postgres does not do what is needed of it"),
+            Part::Postgres if says_one_of(&self.why, NO_ROOM) => Some(FULL),
+            Part::Postgres => Some(FAULTY),
             Part::Handling | Part::Revisions => None,
         }
     }
@@ -340,51 +344,63 @@ mod tests {
     #[rstest]
     #[case::killed(
         "error connecting to server: Connection refused (os error 111)",
-        "not answer",
+        "does not answer",
         "it runs"
     )]
-    #[case::silent("no answer for 21s", "not answer", "it runs")]
-    #[case::stopping("FATAL: the database system is shutting down", "not answer", "it runs")]
+    #[case::silent("no answer for 21s", "does not answer", "it runs")]
+    #[case::stopping(
+        "FATAL: the database system is shutting down",
+        "does not answer",
+        "it runs"
+    )]
     #[case::killed_meanwhile(
         "db error: FATAL: terminating connection due to unexpected postmaster exit",
-        "not answer",
+        "does not answer",
         "it runs"
     )]
     #[case::crashed(
         "db error: WARNING: terminating connection because of crash of another server process",
-        "not answer",
+        "does not answer",
         "it runs"
     )]
     #[case::password(
         "FATAL: password authentication failed for user \"omotes\"",
-        "not do",
+        "does not do",
         "PASSWORD"
     )]
-    #[case::connections("FATAL: sorry, too many clients already", "not do", "max_connections")]
+    #[case::connections(
+        "FATAL: sorry, too many clients already",
+        "does not do",
+        "max_connections"
+    )]
     #[case::slots(
         "FATAL: remaining connection slots are reserved",
-        "not do",
+        "does not do",
         "max_connections"
     )]
     #[case::read_only(
         "db/omotes is read-only: default_transaction_read_only is on",
-        "not do",
+        "does not do",
         "_HOST"
     )]
-    #[case::standby("db/omotes is a standby and takes no writes", "not do", "_HOST")]
+    #[case::standby("db/omotes is a standby and takes no writes", "does not do", "_HOST")]
     #[case::full(
         "could not extend file \"base/1\": No space left on device",
-        "not do",
+        "has no room",
         "room"
     )]
-    #[case::locked("somebody has locked the tables: lock timeout", "not do", "pg_locks")]
-    #[case::foreign("FATAL: etwas anderes", "not do", "below")]
+    #[case::locked(
+        "somebody has locked the tables: lock timeout",
+        "does not do",
+        "pg_locks"
+    )]
+    #[case::foreign("FATAL: etwas anderes", "does not do", "below")]
     fn what_to_do_is_by_the_fault(#[case] why: &str, #[case] what: &str, #[case] remedy: &str) {
         let mut parts = parts(&[Part::Postgres]);
         parts[2].why = Some(why.to_owned());
         let trouble = trouble(&parts).unwrap();
         assert!(
-            trouble.what.starts_with(&format!("Postgres does {what}")),
+            trouble.what.starts_with(&format!("Postgres {what}")),
             "{}",
             trouble.what
         );
@@ -425,19 +441,12 @@ mod tests {
         parts[3].why = Some("could not extend file \"base/1\": No space left on device".to_owned());
         let trouble = trouble(&parts).unwrap();
         assert_eq!(trouble.cause, Part::Postgres);
-        assert!(
-            trouble.what.starts_with("Postgres does not do"),
-            "{}",
-            trouble.what
-        );
+        assert_eq!(trouble.what, "Postgres has no room on its disk");
+        assert_eq!(trouble.of_all_jobs(), Some(trouble.what));
         assert!(
             trouble.remedy.starts_with("Give it room"),
             "{}",
             trouble.remedy
-        );
-        assert_eq!(
-            trouble.of_all_jobs(),
-            Some("Postgres has no room on its disk")
         );
     }
 

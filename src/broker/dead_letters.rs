@@ -58,7 +58,10 @@ pub fn go_through(
     // Those that have been put at the end, where they are met once more.
     let mut renewed: HashMap<Letter, usize> = HashMap::new();
     // Not by the number that RabbitMQ tells: of a quorum queue it is that of a moment ago.
-    while let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? {
+    for _ in 0..MOST {
+        let Some(got) = channel.basic_get(DEAD_LETTERS_QUEUE, false)? else {
+            break;
+        };
         let delivery = &got.delivery;
         let met = renewed.get_mut(&Letter::of(delivery));
         if let Some(again) = met.filter(|count| **count > 0) {
@@ -70,7 +73,7 @@ pub fn go_through(
         match fate(&letter) {
             Fate::Leave if is_worn(&delivery.properties) => {
                 let fresh = unworn(&delivery.properties);
-                if publishing.renew(fresh, &delivery.body)? {
+                if publishing.renew(fresh, &delivery.body) {
                     *renewed.entry(Letter::of(delivery)).or_default() += 1;
                     got.ack(&channel)?;
                 }
@@ -94,6 +97,9 @@ pub fn go_through(
     Ok(failed)
 }
 
+/// Letters that are looked at, if they come faster than that.
+const MOST: u32 = 1_000_000;
+
 /// RabbitMQ gives a message of a quorum queue up after a number of deliveries, 20 unless it is told
 /// otherwise, and looking at it is one. After half as many a letter is put in the place of itself.
 const WORN: u64 = 10;
@@ -108,7 +114,7 @@ fn is_worn(properties: &AmqpProperties) -> bool {
 fn unworn(properties: &AmqpProperties) -> AmqpProperties {
     let mut headers = properties.headers().clone().unwrap_or_default();
     headers.retain(|name, _| !COUNTS.contains(&name.as_str()));
-    properties.clone().with_headers(headers)
+    copied(properties, headers)
 }
 
 /// By which a letter is known again that has been put at the end.
@@ -169,10 +175,15 @@ impl Publishing<'_> {
         ))
     }
 
-    /// Puts a letter at the end of the others. Returns whether it is there.
-    fn renew(&mut self, properties: AmqpProperties, body: &[u8]) -> anyhow::Result<bool> {
-        let (is_there, _) = self.publish(DEAD_LETTERS_QUEUE, properties, body)?;
-        Ok(is_there)
+    /// Puts a letter at the end of the others. Returns whether it is there; what is refused stays.
+    fn renew(&mut self, properties: AmqpProperties, body: &[u8]) -> bool {
+        match self.publish(DEAD_LETTERS_QUEUE, properties, body) {
+            Ok((is_there, _)) => is_there,
+            Err(_) => {
+                self.open = None;
+                false
+            }
+        }
     }
 
     /// Publishes the original message. Returns why that is not possible.
@@ -206,6 +217,12 @@ fn as_it_was(letter: AmqpProperties, mut headers: FieldTable) -> AmqpProperties 
         let is_added = ADDED.iter().any(|added| name.starts_with(added));
         !is_added && !COUNTS.contains(&name.as_str())
     });
+    copied(&letter, headers)
+}
+
+/// Properties of a message that is published in place of another, without that one's user id, which RabbitMQ
+/// takes from that user alone, and without the copies that its sender has asked for.
+fn copied(letter: &AmqpProperties, headers: FieldTable) -> AmqpProperties {
     let texts: [(Option<String>, With); 7] = [
         (
             letter.content_type().clone(),
@@ -366,4 +383,29 @@ fn original_properties(letter: &AmqpProperties) -> AmqpProperties {
             Some(text) => with(properties, text),
             None => properties,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RabbitMQ takes a user id from that user alone, and delivers copies to whoever they name.
+    #[test]
+    fn what_is_put_in_the_place_of_a_letter_is_as_we_may_publish_it() {
+        let mut headers = FieldTable::new();
+        for name in ["CC", FIRST_QUEUE, DELIVERIES, "x-acquired-count"] {
+            headers.insert(name.to_owned(), AmqpValue::LongLongInt(12));
+        }
+        let worn = AmqpProperties::default()
+            .with_user_id("anna".to_owned())
+            .with_message_id("an id".to_owned())
+            .with_headers(headers);
+        assert!(is_worn(&worn));
+        let fresh = unworn(&worn);
+        assert!(!is_worn(&fresh));
+        assert_eq!(*fresh.user_id(), None);
+        assert_eq!(fresh.message_id().as_deref(), Some("an id"));
+        let names = fresh.headers().as_ref().unwrap().keys();
+        assert_eq!(names.collect::<Vec<_>>(), [FIRST_QUEUE]);
+    }
 }

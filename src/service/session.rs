@@ -458,12 +458,16 @@ impl Shared<'_> {
         }
     }
 
-    /// Whether RabbitMQ has worker events that nobody has been given.
+    /// Whether RabbitMQ may have worker events that nobody has been given. A quorum queue without a leader is
+    /// told to be empty and without consumers, of which this session is one.
     fn has_events_to_come(&self) -> bool {
         let config = &self.common.service.config;
         let (results, progress) = (&config.task_result_queue, &config.task_progress_queue);
         match self.links.task_in.depths(&[results, progress]) {
-            Ok(depths) => depths.iter().flatten().any(|depth| depth.messages > 0),
+            Ok(depths) => depths.iter().any(|depth| {
+                let known = depth.as_ref();
+                known.is_none_or(|depth| depth.messages > 0 || depth.consumers == 0)
+            }),
             // Then the session is ending.
             Err(_) => true,
         }

@@ -114,7 +114,9 @@ fn counted(
     let mut known = before.iter();
     let known = known.find(|one| one.task_id == task_id && one.since >= from);
     let fresh = known.filter(|one| seen.now.duration_since(one.confirmed_at) <= LAST_LOOK);
-    let since = fresh.map_or(seen.now, |one| one.since);
+    // What may have waited was not absent as surely as what cannot.
+    let sure = fresh.filter(|one| may_wait || !one.may_wait);
+    let since = sure.map_or(seen.now, |one| one.since);
     Absence {
         job_id,
         task_id: task_id.to_owned(),

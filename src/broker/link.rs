@@ -119,6 +119,24 @@ impl Link {
         Ok(Link::of(config, node, opened, purpose, intake))
     }
 
+    /// Connects to one of the servers, if it is there: each step takes `patience` at the most.
+    ///
+    /// # Errors
+    /// None resolves, or this one does not answer in time, or does not take the user and the vhost.
+    pub fn open_soon(
+        config: &config::RabbitMq,
+        patience: Duration,
+        purpose: &str,
+    ) -> anyhow::Result<Link> {
+        let (mut nodes, faults) = resolved(config);
+        nodes.sort_by_key(Node::is_suspect);
+        match (nodes.first(), faults.into_iter().next()) {
+            (Some(node), _) => Link::open_on(config, node, patience, purpose),
+            (None, Some(fault)) => Err(fault),
+            (None, None) => Err(anyhow!("no server is configured")),
+        }
+    }
+
     /// Connects to this node alone, each step within `patience`.
     ///
     /// # Errors

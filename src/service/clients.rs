@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// nobody asks again.
 const FRESH: Duration = Duration::from_secs(2);
 const UNANSWERED: Duration = Duration::from_secs(30);
+/// How long each step of the connection may take: other pages wait meanwhile.
+const STEP: Duration = Duration::from_millis(700);
 /// For how long whoever follows a page is told what was known when it was opened, and of how many jobs.
 const KEPT: Duration = Duration::from_mins(2);
 const MOST: usize = 1000;
@@ -50,11 +52,14 @@ impl ClientLooks {
         }
         drop(known);
         let (id, _) = which;
-        let answer = look(rabbitmq, id).unwrap_or_else(|error| {
+        let looked = look(rabbitmq, id);
+        let mut known = self.lock();
+        known.unanswered = looked.is_err().then(Instant::now);
+        let answer = looked.unwrap_or_else(|error| {
             debug!("the queue of the client of job {id} cannot be looked at: {error:#}");
             None
         });
-        self.lock().note(which, answer);
+        known.note(which, answer);
         answer
     }
 
@@ -73,7 +78,6 @@ impl ClientLooks {
 impl Known {
     fn note(&mut self, which: Which, answer: Option<ClientQueue>) {
         let now = Instant::now();
-        self.unanswered = answer.is_none().then_some(now);
         self.queues.retain(|_, (at, _)| at.elapsed() < KEPT);
         match answer {
             Some(queue) if self.queues.len() < MOST => {
@@ -87,7 +91,7 @@ impl Known {
 }
 
 fn look(rabbitmq: &RabbitMq, id: Uuid) -> anyhow::Result<Option<ClientQueue>> {
-    let link = Link::open(rabbitmq, "looking at clients' queues")?;
+    let link = Link::open_soon(rabbitmq, STEP, "looking at clients' queues")?;
     let queue = wire::result_queue(id);
     let answer = within_deadline(PATIENCE, || link.kill(), || link.client_queue(&queue));
     // What is known stays so.

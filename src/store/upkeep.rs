@@ -329,8 +329,9 @@ impl Connection {
                    -- Its task is lost if one that was put on the queue after it was taken from it.
                    AND NOT EXISTS (
                        SELECT FROM job AS later
-                       WHERE later.workflow_type = job.workflow_type AND status = 'SUBMITTED'
-                         AND later.task_queue IS NOT DISTINCT FROM job.task_queue
+                       WHERE later.workflow_type = job.workflow_type AND job.status = 'SUBMITTED'
+                         -- Another service may not have written it.
+                         AND coalesce(later.task_queue = job.task_queue, true)
                          AND later.priority IS NOT DISTINCT FROM job.priority
                          AND later.submitted_at > job.submitted_at + interval '1 min'
                          AND later.running_at IS NOT NULL

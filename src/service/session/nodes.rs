@@ -39,10 +39,10 @@ impl Nodes {
             (&config.sdk_rabbitmq, OMOTES_EXCHANGE),
             (&config.celery_rabbitmq, REPLIES_EXCHANGE),
         ] {
-            if config.servers.len() == 1 {
+            let all = Node::all_of(config);
+            if all.len() < 2 {
                 continue;
             }
-            let all = Node::all_of(config);
             for node in links.all().map(Link::node) {
                 if !all.contains(node) || watched.iter().any(|one| one.node == *node) {
                     continue;
@@ -70,7 +70,7 @@ impl Nodes {
     /// One has no majority with it, and another one has.
     pub(super) fn run(&mut self, stop: &Signal) -> anyhow::Result<()> {
         while !stop.comes_within(PERIOD) {
-            for watched in &mut self.0 {
+            for watched in self.0.iter_mut().take_while(|_| !stop.is_given()) {
                 watched.look(stop)?;
             }
         }
@@ -124,6 +124,9 @@ impl Watched {
             );
             return Ok(());
         };
+        if stop.is_given() {
+            return Ok(());
+        }
         // Once more: it may be able to answer since the other one is.
         match self.ask(&self.node) {
             Heard::Answer(majority) => self.majority = Some(majority),

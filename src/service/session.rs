@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, never, unbounded};
 use jiff::Timestamp;
 use log::{info, warn};
 
@@ -391,7 +391,14 @@ fn start_turns<'scope>(
     let service = shared.common.service;
     let store = service.store.watched_by(&shared.turns.postgres);
     let stop = recruits.stop.clone();
-    let (news, operators) = bounded(1);
+    let is_pooled = service.config.postgres.is_pooled;
+    let (news, heard) = bounded(1);
+    // Through a pooler nothing can be heard, and the thread looks by itself. A channel that nobody has the
+    // other end of would wake it all the time.
+    let operators = match is_pooled {
+        true => never(),
+        false => heard,
+    };
     recruits.start("turns", move || {
         let turns = Turns {
             service,
@@ -407,8 +414,7 @@ fn start_turns<'scope>(
         });
         Ok(())
     })?;
-    if service.config.postgres.is_pooled {
-        // Through a pooler nothing can be heard, and the thread looks by itself.
+    if is_pooled {
         return Ok(());
     }
     let (store, stop) = (service.store.clone(), recruits.stop.clone());

@@ -226,8 +226,8 @@ impl Turns<'_> {
         connection: &mut Connection,
     ) -> Result<(), StoreError> {
         let lost = connection.lost_grants(HAND_OVER, MAX_FINDINGS.into())?;
-        let before = std::mem::take(&mut memory.suspects);
         if lost.is_empty() {
+            memory.suspects.clear();
             return Ok(());
         }
         let (lost, new): (Vec<_>, Vec<_>) = lost.into_iter().partition(|lost| lost.is_taken);
@@ -237,7 +237,7 @@ impl Turns<'_> {
         if lost.is_empty() || !self.calm.holds() {
             return Ok(());
         }
-        memory.suspects = self.not_there(&lost);
+        let before = std::mem::replace(&mut memory.suspects, self.not_there(&lost));
         let again: Vec<_> = memory.suspects.intersection(&before).copied().collect();
         let taken = take_on(connection, &again)?;
         for (job_id, at) in taken {

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::crashes::Held;
 use crate::harness::deployment::{Deployment, Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker};
+use crate::harness::pooler::Pooler;
 
 pub const TASK: &str = "workflow_1";
 
@@ -359,6 +360,26 @@ fn a_turn_survives_a_kill(#[case] point: &str, #[case] replicas: usize) {
     assert_eq!(task.job, jobs[0]);
     scene.worker.start(&task);
     scene.both_go_through(&task, jobs[1]);
+}
+
+/// Through a pooler replicas are told nothing, and look each second.
+#[test]
+fn a_turn_survives_a_kill_behind_a_pooler() {
+    let scene = Scene::new(&json!({"max_running": 1}));
+    let pooler = Pooler::before(&scene.deployment, 20);
+    let through_it = pooler.variables();
+    let through_it = through_it
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()));
+    let variables: Vec<_> = scene.variables().into_iter().chain(through_it).collect();
+    let held = Held::at("after commit", &scene.deployment, &variables);
+    let job = scene.client.submit(TASK);
+    held.reached();
+    held.kill();
+    let _next = scene.deployment.start_with(&variables);
+    let task = scene.runs();
+    assert_eq!(task.job, job);
+    scene.ends(&task);
 }
 
 /// There is room when it comes, and so its turn is granted with its submission.

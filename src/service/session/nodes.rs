@@ -39,10 +39,11 @@ impl Nodes {
             (&config.sdk_rabbitmq, OMOTES_EXCHANGE),
             (&config.celery_rabbitmq, REPLIES_EXCHANGE),
         ] {
-            let all = Node::all_of(config);
-            if all.len() < 2 {
+            // Several addresses of one name are as a rule those of one node, such as localhost's.
+            if config.servers.len() == 1 {
                 continue;
             }
+            let all = Node::all_of(config);
             for node in links.all().map(Link::node) {
                 if !all.contains(node) || watched.iter().any(|one| one.node == *node) {
                     continue;

@@ -34,6 +34,21 @@ pub enum Deed {
     },
 }
 
+impl Deed {
+    /// The other job, of one that was submitted once more.
+    pub fn ran_again(&self) -> Option<Uuid> {
+        match self {
+            Deed::RanAgain(other) => Some(*other),
+            Deed::Submitted
+            | Deed::Held
+            | Deed::Released
+            | Deed::LetGo
+            | Deed::MovedFirst
+            | Deed::Prioritised { .. } => None,
+        }
+    }
+}
+
 /// By whom something was done, and when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {

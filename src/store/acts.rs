@@ -92,15 +92,7 @@ impl Transaction<'_> {
             };
             was.push(before.map(Priority::name));
             priorities.push(after.map(Priority::name));
-            others.push(match deed {
-                Deed::RanAgain(other) => Some(*other),
-                Deed::Submitted
-                | Deed::Held
-                | Deed::Released
-                | Deed::LetGo
-                | Deed::MovedFirst
-                | Deed::Prioritised { .. } => None,
-            });
+            others.push(deed.ran_again());
         }
         self.execute(
             "INSERT INTO job_act (job_id, number, at, act, origin, was, priority, other)

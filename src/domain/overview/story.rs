@@ -126,7 +126,7 @@ impl Story {
     pub fn new(job: JobView, rows: Rows) -> Story {
         let events = bounded(events(&job, &rows));
         let (submitted_by, runs_again) = match submission(&rows) {
-            Some(act) => (act.by.clone(), runs_again(act)),
+            Some(act) => (act.by.clone(), act.deed.ran_again()),
             None => (None, None),
         };
         let parameters = rows.parameters.unwrap_or_default().into_iter();
@@ -286,18 +286,6 @@ fn submission(rows: &Rows) -> Option<&Act> {
     rows.acts.first().filter(is_submission)
 }
 
-fn runs_again(submission: &Act) -> Option<Uuid> {
-    match submission.deed {
-        Deed::RanAgain(of) => Some(of),
-        Deed::Submitted
-        | Deed::Held
-        | Deed::Released
-        | Deed::LetGo
-        | Deed::MovedFirst
-        | Deed::Prioritised { .. } => None,
-    }
-}
-
 /// What somebody has done to it since its submission.
 fn of_acts(rows: &Rows) -> Vec<StoryEvent> {
     let told = |act: &Act| {
@@ -363,7 +351,7 @@ fn beginning(job: &JobView, rows: &Rows) -> Option<StoryEvent> {
     };
     let submission = submission(rows);
     let who = submission.map(|act| format!("by {}", by(act.by.as_ref())));
-    let again = submission.and_then(runs_again);
+    let again = submission.and_then(|act| act.deed.ran_again());
     let again = again.map(|of| format!("runs again what job {of} was"));
     let priority = first_priority(job, rows);
     let priority = priority.map(|priority| format!("its priority is {}", level(priority)));

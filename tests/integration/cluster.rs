@@ -9,7 +9,7 @@ use omotes_orchestrator::wire::{
 use rstest::rstest;
 
 use crate::harness::cluster::Cluster;
-use crate::harness::deployment::{Deployment, Server, Service, eventually};
+use crate::harness::deployment::{Server, Service, eventually};
 use crate::harness::peers::{Client, Task, Worker, running_job};
 
 const OUTPUT: &str = "<e id='out-1'/>";
@@ -165,14 +165,13 @@ fn told(nodes: &[(String, String)]) -> Vec<(&str, &str)> {
         .collect()
 }
 
-/// Services, until one of them has a connection to that node: each has chosen at random.
-fn start_on(cluster: &Cluster, node: &Deployment, variables: &[(&str, &str)]) -> Service {
+/// Services, until one of them has its session with the other node: each has chosen at random.
+fn start_on_other(cluster: &Cluster) -> Service {
+    let variables = cluster.all_nodes();
+    let vhost = cluster.one.sdk_vhost();
     loop {
-        let service = cluster.one.start_with(variables);
-        let name = node.rabbitmqctl(&["eval", "node()."]);
-        let name = format!("<{}.", name.trim().trim_matches('\''));
-        let connections = ["list_connections", "--quiet", "--no-table-headers", "pid"];
-        if node.rabbitmqctl(&connections).contains(&name) {
+        let service = cluster.one.start_with(&told(&variables));
+        if cluster.is_consumed_on(&cluster.other, &vhost, "job_submissions") {
             return service;
         }
         assert!(service.stop().success());
@@ -183,12 +182,11 @@ fn start_on(cluster: &Cluster, node: &Deployment, variables: &[(&str, &str)]) ->
 #[case(Loss::Dies)]
 #[case(Loss::Hangs)]
 fn a_service_moves_to_another_node_of_the_cluster(#[case] loss: Loss) {
-    let cluster = Cluster::start();
+    // With Mnesia nothing can be declared before a node that hangs is taken for gone.
+    let cluster = Cluster::start_impatient();
     let client = Client::new(&cluster.one);
     let worker = Worker::new(&cluster.one, "workflow_1");
-    let variables = cluster.all_nodes();
-    let variables = told(&variables);
-    let service = start_on(&cluster, &cluster.other, &variables);
+    let service = start_on_other(&cluster);
     let running = running_job(&client, &worker, None);
     match loss {
         Loss::Dies => cluster.other.kill_server(Server::RabbitMq),
@@ -350,15 +348,7 @@ fn the_example_of_a_cluster_lives_through_the_loss_of_each_node() {
 fn an_idle_service_leaves_a_node_that_is_cut_off() {
     let cluster = Cluster::of_three(&example_configuration());
     import_example(&cluster);
-    let variables = cluster.all_nodes();
-    let vhost = cluster.one.sdk_vhost();
-    let service = loop {
-        let service = cluster.one.start_with(&told(&variables));
-        if cluster.is_consumed_on(&cluster.other, &vhost, "job_submissions") {
-            break service;
-        }
-        assert!(service.stop().success());
-    };
+    let service = start_on_other(&cluster);
     let client = Client::of_existing(&cluster.one);
     let worker = Worker::of_existing(&cluster.one, "workflow_1");
     cluster.cut_off_other();

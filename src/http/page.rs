@@ -21,6 +21,7 @@ mod job;
 mod layout;
 mod letters;
 mod list;
+mod prose;
 mod settings;
 mod story;
 mod submit;
@@ -33,6 +34,7 @@ pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
 pub(super) use letters::letters;
+use prose::prose;
 pub(super) use submit::submit;
 use words::{Matter, command, looked, since};
 
@@ -297,7 +299,7 @@ fn turns_table(queues: &[QueueView], acting: Option<&Acting>) -> Markup {
                 tbody { @for queue in queues { tr id={ "turns-" (queue.name) } {
                     th scope="row" { (harmless(&queue.name)) }
                     td class=[queue.limit.is_paused.then_some("warn")] { (queue.limit)
-                        @for change in queue.changes() { div.dim { (change) } } }
+                        @for change in queue.changes() { div.dim { (prose(&change)) } } }
                     td.number { (queue.held) }
                     td.number { (queue.on_hold) }
                     td.number { (queue.waiting) }

@@ -10,6 +10,7 @@ use crate::domain::job::JobStatus;
 use crate::domain::overview::{
     Filter, JobState, JobView, Overview, Page, QueueView, Queues, Tone, WorkflowRows, WorkflowView,
 };
+use crate::domain::switch::Remark;
 use crate::telemetry::report::{harmless, one_line};
 use crate::telemetry::trouble::trouble;
 
@@ -47,7 +48,8 @@ pub(super) fn overview(
     // Those that come first of all that have not ended.
     first: &[JobView],
     activity: Option<&Activity>,
-    (config, sizes): (&Config, Option<&Sizes>),
+    // What holds here, and what is in the way of another service's taking this place.
+    (config, sizes, way_back): (&Config, Option<&Sizes>, Option<&[Remark]>),
 ) -> Sheet {
     let now = frame.now;
     let workflows = overview.workflows();
@@ -72,6 +74,7 @@ pub(super) fn overview(
         @if let Some(all) = &overview.workers { (workers::table(all, now, frame.acting)) }
         @if let Some(queues) = &overview.queues { (queue_table(queues, now)) }
         (settings::section(config, sizes))
+        @if let Some(remarks) = way_back { (settings::way_back(frame, remarks)) }
     };
     Sheet::new("OMOTES jobs", content).live(events(filter))
 }

@@ -494,7 +494,10 @@ fn it_is_told_where_an_output_is_as_far_as_is_known() {
     // Since when, in its reader's own time zone.
     let (said, since) = waits.split_once(" since ").unwrap();
     let since = since.trim_end_matches('.');
-    page.is(200, &format!("{said} since <time class=\"at\" datetime=\"{since}\">"));
+    page.is(
+        200,
+        &format!("{said} since <time class=\"at\" datetime=\"{since}\">"),
+    );
     assert_eq!(scene.client.outcome(failing).0, ResultType::Error);
     eventually("it is known to be taken", || {
         (client(failing) == "It has taken the result from its queue.").then_some(())

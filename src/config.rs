@@ -22,6 +22,8 @@ mod reader;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
+    /// Which variables are set.
+    pub variables: Vec<String>,
     /// The vhost of the SDK clients.
     pub sdk_rabbitmq: RabbitMq,
     /// The vhost of the workers' events.
@@ -255,6 +257,11 @@ impl fmt::Display for Faults {
 }
 
 impl Config {
+    /// How many servers each connection to RabbitMQ has.
+    pub fn servers(&self) -> [(Vhost, usize); 3] {
+        Vhost::ALL.map(|vhost| (vhost, self.rabbitmq(vhost).servers.len()))
+    }
+
     /// One of the three connections.
     pub fn rabbitmq(&self, vhost: Vhost) -> &RabbitMq {
         match vhost {
@@ -271,7 +278,9 @@ impl Config {
     /// All faults, each with the variable, its value and what was expected.
     pub fn read(variable: &dyn Fn(&str) -> Option<String>) -> Result<Config, Faults> {
         let mut reader = Reader::new(variable);
-        let config = reader.config();
+        let mut config = reader.config();
+        let given = reader.settings.iter().filter(|one| one.is_given);
+        config.variables = given.map(|one| one.name.clone()).collect();
         if reader.faults.is_empty() {
             Ok(config)
         } else {

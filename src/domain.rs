@@ -10,6 +10,7 @@ pub mod estimate;
 pub mod job;
 pub mod overview;
 pub mod parameters;
+pub mod switch;
 pub mod text;
 pub mod time_series;
 pub mod turns;

@@ -16,6 +16,7 @@ use crate::VERSION;
 use crate::config::Config;
 use crate::domain::activity::{Activity, Sizes};
 use crate::domain::overview::Filter;
+use crate::domain::switch::InFlight;
 use crate::service::shared::Service;
 use crate::telemetry::report::one_line;
 use crate::telemetry::trouble::trouble;
@@ -68,6 +69,7 @@ pub struct Endpoint {
     accounts: Accounts,
     figures: Figures<Activity>,
     sizes: Figures<Sizes>,
+    in_flight: Figures<InFlight>,
     uploads: Uploads,
 }
 
@@ -145,6 +147,7 @@ impl Endpoint {
             accounts,
             figures: Figures::default(),
             sizes: Figures::default(),
+            in_flight: Figures::default(),
             uploads: Uploads::default(),
         }))
     }

@@ -217,7 +217,10 @@ fn show(config: &Config, name: &JobName, json: bool) -> anyhow::Result<ExitCode>
         return Ok(ExitCode::SUCCESS);
     }
     let mut text = format!("{:<19}{id}\n", "job");
-    if let Some(Why { sentence, evidence }) = &story.job.why {
+    if let Some(Why {
+        sentence, evidence, ..
+    }) = &story.job.why
+    {
         let _ = writeln!(text, "{:<19}{sentence}", "why");
         for fact in evidence {
             let _ = writeln!(text, "{:<19}- {fact}", "");

@@ -83,6 +83,7 @@ impl<'a> Reader<'a> {
     pub(super) fn config(&mut self) -> Config {
         let reader = self;
         let config = Config {
+            variables: Vec::new(),
             sdk_rabbitmq: reader.rabbitmq(Vhost::Sdk),
             task_rabbitmq: reader.rabbitmq(Vhost::Task),
             celery_rabbitmq: reader.rabbitmq(Vhost::Celery),

@@ -8,9 +8,10 @@ use super::{Finding, Findings, Role, Severity};
 use crate::broker::Link;
 use crate::broker::inspection::Inspected;
 use crate::config::Config;
+use crate::domain::switch::{self, InFlight, Remark};
 use crate::domain::vhost::Vhost;
-use crate::domain::workflow::{Catalogue, Definition};
-use crate::store::inspection::{InFlight, Inspection};
+use crate::domain::workflow::Catalogue;
+use crate::store::inspection::Inspection;
 use crate::store::migrate::{self, ALEMBIC_HEAD, REVISIONS};
 use crate::store::{Store, StoreError};
 use crate::telemetry::report::one_line;
@@ -59,21 +60,35 @@ pub(super) fn examine(switch: &Switch, scene: &Scene<'_>, findings: &mut Finding
 
 /// What matters on the way to the Python service alone.
 fn examine_back(
-    switch: &Switch,
+    asked: &Switch,
     scene: &Scene<'_>,
     in_flight: Option<&InFlight>,
     findings: &mut Findings,
 ) {
     if let Some(in_flight) = in_flight {
-        judge_jobs_back(in_flight, scene.catalogue, findings);
+        add(switch::of_jobs(in_flight, scene.catalogue), findings);
     }
     if let Some(catalogue) = scene.catalogue {
-        judge_definitions(catalogue, findings);
+        add(switch::of_definitions(catalogue), findings);
     }
     dead_letters(scene.seen, findings);
     requests(scene, findings);
-    judge_servers(scene.config, findings);
-    judge_variables(&switch.variables, findings);
+    add(switch::of_servers(&scene.config.servers()), findings);
+    add(switch::of_variables(&asked.variables), findings);
+}
+
+/// Adds what matters on the way to the Python service alone.
+fn add(remarks: impl IntoIterator<Item = Remark>, findings: &mut Findings) {
+    for remark in remarks {
+        let severity = match remark.hinders {
+            Some(_) => Severity::Warning,
+            None => Severity::Note,
+        };
+        findings.add(BACK, severity, remark.found, remark.remedy);
+        if let Some(why) = remark.hinders {
+            findings.hinders(why);
+        }
+    }
 }
 
 /// Says first whether the switch may be made, of each that is asked for.
@@ -85,20 +100,18 @@ fn verdicts(switch: &Switch, findings: &mut Findings) {
         let mut reasons: Vec<_> = reasons.flat_map(reasons_of).collect();
         let mut told = BTreeSet::new();
         reasons.retain(|reason| told.insert(reason.clone()));
-        let (severity, found) = match (reasons.is_empty(), is_back) {
-            (false, false) => (Severity::Warning, "Not yet to this service: "),
-            (false, true) => (Severity::Warning, "Not yet back to the Python service: "),
-            (true, false) => (
-                Severity::Ok,
-                "Safe to come to this service: it goes on where the Python service has stopped.",
-            ),
-            (true, true) => (
-                Severity::Ok,
-                "Safe to go back: the Python service goes on where this one has stopped.",
-            ),
+        let severity = match reasons.is_empty() {
+            true => Severity::Ok,
+            false => Severity::Warning,
         };
-        let end = if reasons.is_empty() { "" } else { "." };
-        let found = format!("{found}{}{end}", reasons.join("; "));
+        let found = match (reasons.as_slice(), is_back) {
+            (reasons, true) => switch::verdict_back(reasons),
+            ([], false) => {
+                "Safe to come to this service: it goes on where the Python service has stopped."
+                    .to_owned()
+            }
+            (reasons, false) => format!("Not yet to this service: {}.", reasons.join("; ")),
+        };
         let part = if is_back { BACK } else { PART };
         findings.add(part, severity, found, "");
         if let Some(verdict) = findings.0.last_mut() {
@@ -262,122 +275,6 @@ fn judge_jobs(in_flight: &InFlight, switch: &Switch, findings: &mut Findings) {
     }
 }
 
-fn judge_jobs_back(in_flight: &InFlight, catalogue: Option<&Catalogue>, findings: &mut Findings) {
-    let of_steps = catalogue
-        .map(Catalogue::tasks_by_workflow)
-        .unwrap_or_default();
-    let by_workflow = in_flight.by_workflow.iter();
-    // Of one with a single task of another name nothing is kept, and it is the file that knows.
-    let mut jobs: Vec<_> = by_workflow
-        .filter(|(workflow, _)| of_steps.contains_key(*workflow))
-        .map(|(workflow, jobs)| (workflow, *jobs))
-        .collect();
-    let kept = in_flight.with_steps.iter();
-    jobs.extend(
-        kept.filter(|(workflow, _)| !of_steps.contains_key(*workflow))
-            .map(|(workflow, jobs)| (workflow, *jobs)),
-    );
-    if !jobs.is_empty() {
-        let jobs: Vec<_> = jobs
-            .iter()
-            .map(|(workflow, jobs)| format!("{jobs} of {}", one_line(workflow)))
-            .collect();
-        findings.add(
-            BACK,
-            Severity::Warning,
-            format!(
-                "jobs of steps are in flight, {}: the Python service takes the result of the current step \
-                 for that of the job, or drops it where that task is no workflow of its own",
-                jobs.join(", ")
-            ),
-            "Let them end first (`jobs list --workflow NAME`), or cancel them.",
-        );
-        findings.hinders("jobs of several steps are in flight");
-    }
-    if in_flight.held > 0 {
-        findings.add(
-            BACK,
-            Severity::Warning,
-            format!(
-                "{} in Postgres, where the Python service would leave {} for ever",
-                match in_flight.held {
-                    1 => "1 job waits for its turn".to_owned(),
-                    more => format!("{more} jobs wait for their turn"),
-                },
-                if in_flight.held == 1 { "it" } else { "them" }
-            ),
-            "Hand them over while this service runs: `jobs release --all --yes`. Lift the limits of their \
-             queues first (`workflows limits`), so that no more have to wait.",
-        );
-        findings.hinders(match in_flight.held {
-            1 => "1 job waits for its turn".to_owned(),
-            more => format!("{more} jobs wait for their turn"),
-        });
-    }
-    if in_flight.untold > 0 {
-        findings.add(
-            BACK,
-            Severity::Note,
-            format!(
-                "{} not told: the Python service does not know how, and decides anew",
-                match in_flight.untold {
-                    1 => "1 job has ended and its client is".to_owned(),
-                    more => format!("{more} jobs have ended and their clients are"),
-                }
-            ),
-            "Let this service run until they are told, where it matters that the history says the same.",
-        );
-    }
-}
-
-fn judge_definitions(catalogue: &Catalogue, findings: &mut Findings) {
-    let of_steps = catalogue.tasks_by_workflow();
-    let mut names = catalogue.names();
-    names.sort_unstable();
-    let listed = |names: Vec<&String>| {
-        let names: Vec<_> = names.into_iter().map(|name| one_line(name)).collect();
-        names.join(", ")
-    };
-    if !of_steps.is_empty() {
-        findings.add(
-            BACK,
-            Severity::Warning,
-            format!(
-                "of steps: {}. The Python service sends their jobs to queues of these names, where no worker \
-                 may be",
-                listed(of_steps.keys().collect())
-            ),
-            "Take them out of the file that the Python service reads, so that it refuses their jobs.",
-        );
-        findings.hinders("the definition file has workflows of steps");
-    }
-    let ignored: Vec<_> = names
-        .iter()
-        .filter(|name| !of_steps.contains_key(*name))
-        .filter(|name| catalogue.definition(name).is_some_and(says_more))
-        .collect();
-    if !ignored.is_empty() {
-        findings.add(
-            BACK,
-            Severity::Note,
-            format!(
-                "with a limit, a timeout or a retry of their own, which the Python service ignores: {}",
-                listed(ignored)
-            ),
-            "Nothing has to be done for it to start; their jobs run without these there.",
-        );
-    }
-}
-
-/// Whether a workflow of one task says something that the Python service does not read.
-fn says_more(definition: &Definition) -> bool {
-    let limits = &definition.limits;
-    limits.delivery_limit.is_some()
-        || limits.default_timeout_ms.is_some()
-        || definition.steps.all().iter().any(|step| step.limit.holds())
-        || definition.steps.plain().is_none()
-}
-
 fn dead_letters(seen: &Seen, findings: &mut Findings) {
     let letters = seen.iter().any(|((_, queue), standing)| {
         queue == DEAD_LETTERS_QUEUE
@@ -432,110 +329,11 @@ fn requests(scene: &Scene<'_>, findings: &mut Findings) {
     }
 }
 
-fn judge_servers(config: &Config, findings: &mut Findings) {
-    let several = Vhost::ALL
-        .into_iter()
-        .filter(|vhost| config.rabbitmq(*vhost).servers.len() > 1);
-    let several: Vec<_> = several
-        .map(|vhost| format!("{}_RABBITMQ_HOSTNAME", vhost.name()))
-        .collect();
-    if !several.is_empty() {
-        findings.add(
-            BACK,
-            Severity::Warning,
-            format!(
-                "several hosts in {}: the Python service takes them for one name",
-                several.join(", ")
-            ),
-            "Give the Python service one of them.",
-        );
-        findings.hinders("several hosts are set for one name");
-    }
-}
-
-/// What is of no interest: what the Python service reads too, without what follows a connection's
-/// prefix.
-const OF_PYTHON: [&str; 9] = [
-    "TASK_RESULT_QUEUE_NAME",
-    "TASK_PROGRESS_QUEUE_NAME",
-    "JOB_RETENTION_SEC",
-    "TIMEOUT_JOB_MANAGER_START_BUFFER_SEC",
-    "TIMEOUT_JOB_HANDLER_RERUN_SEC",
-    "DELIVERY_LIMIT_THRESHOLD_PER_JOB",
-    "LOG_LEVEL",
-    // This program's image sets these two; the Python service's has the file at the same place, and no page.
-    "WORKFLOW_CONFIG_PATH",
-    "HTTP_BIND",
-];
-const OF_PYTHONS_CONNECTIONS: [&str; 7] = [
-    "_HOSTNAME",
-    "_HOST",
-    "_PORT",
-    "_USERNAME",
-    "_PASSWORD",
-    "_VIRTUALHOST",
-    "_DATABASE",
-];
-
-fn judge_variables(variables: &[String], findings: &mut Findings) {
-    let is_of_python = |name: &&String| {
-        OF_PYTHON.contains(&name.as_str())
-            || OF_PYTHONS_CONNECTIONS.iter().any(|end| name.ends_with(end))
-    };
-    let ours: Vec<_> = variables
-        .iter()
-        .filter(|name| !is_of_python(name))
-        .collect();
-    // Without these it does not reach its servers.
-    let is_vital =
-        |name: &&&String| name.ends_with("_PASSWORD_FILE") || name.ends_with("_RABBITMQ_TLS");
-    let (vital, others): (Vec<_>, Vec<_>) = ours.iter().partition(|name| is_vital(name));
-    let listed = |names: Vec<&&String>| {
-        let names: Vec<_> = names.into_iter().map(|name| name.as_str()).collect();
-        names.join(", ")
-    };
-    if !vital.is_empty() {
-        findings.add(
-            BACK,
-            Severity::Warning,
-            format!("the Python service does not read {}", listed(vital)),
-            "Give it the passwords in variables, and servers that it reaches without TLS.",
-        );
-        findings.hinders("passwords or TLS are set in a way that it does not read");
-    }
-    if !others.is_empty() {
-        findings.add(
-            BACK,
-            Severity::Note,
-            format!("the Python service does not read {}", listed(others)),
-            "Nothing has to be done for it to start; what they set has no effect there.",
-        );
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rstest::rstest;
 
     use super::*;
-
-    #[rstest]
-    #[case::its_own("SDK_RABBITMQ_PORT", None)]
-    #[case::a_shared_one("JOB_RETENTION_SEC", None)]
-    #[case::a_password("POSTGRESQL_PASSWORD_FILE", Some(Severity::Warning))]
-    #[case::tls("TASK_RABBITMQ_TLS", Some(Severity::Warning))]
-    #[case::a_file_of_tls("TASK_RABBITMQ_TLS_CA_FILE", Some(Severity::Note))]
-    #[case::the_images("HTTP_BIND", None)]
-    #[case::one_of_ours("HANDLER_THREADS", Some(Severity::Note))]
-    fn a_variable_of_this_service_alone_is_told(
-        #[case] name: &str,
-        #[case] severity: Option<Severity>,
-    ) {
-        let mut findings = Findings::default();
-        judge_variables(&[name.to_owned()], &mut findings);
-        let found = findings.0.first().map(|finding| finding.severity);
-        assert_eq!(found, severity);
-    }
 
     /// What the verdicts say after their first words, of each direction; empty where it is safe.
     #[rstest]

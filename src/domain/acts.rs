@@ -90,7 +90,9 @@ impl Origin {
     /// Who it is in a word or two; harmless.
     pub fn name(&self) -> String {
         match (&self.who, self.via) {
-            (Some(who), _) => one_line(who),
+            // The name by which it is connected to RabbitMQ, and nobody's own.
+            (Some(who), Via::Client) => format!("client {}", one_line(who)),
+            (Some(who), Via::Page | Via::CommandLine) => one_line(who),
             (None, Via::Client) => "a client".to_owned(),
             (None, Via::Page) => "somebody at the status page".to_owned(),
             (None, Via::CommandLine) => "somebody at the command line".to_owned(),
@@ -159,6 +161,7 @@ mod tests {
         let origin = |via, who| Origin::new(via, who, None);
         assert_eq!(origin(Via::Page, Some("an\nna")).name(), "an\\nna");
         assert_eq!(origin(Via::Client, None).name(), "a client");
+        assert_eq!(origin(Via::Client, Some("omotes")).name(), "client omotes");
         let nobody = origin(Via::CommandLine, None);
         assert_eq!(nobody.name(), "somebody at the command line");
         assert_eq!(by(Some(&nobody)), "somebody, by the command line");

@@ -10,7 +10,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::domain::estimate::{MIN_RUNS, Runs, Span};
-use crate::domain::job::{JobStatus, Outcome, Priority, Progress};
+use crate::domain::job::{JobStatus, Origin, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
 
@@ -22,7 +22,7 @@ pub use self::steps::{AttemptView, StepEnd, StepView, shares};
 pub use self::story::{MessageView, ParameterView, Rows, Seen, Story, StoryEvent};
 pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
 pub use self::whereabouts::{ClientQueue, Delivery, Kept, Whereabouts};
-pub use self::why::Why;
+pub use self::why::{Moment, Why};
 
 mod capacity;
 mod compare;
@@ -281,6 +281,8 @@ pub struct End {
     pub why: Option<String>,
     /// The attempt that ended last, if its workflow has more than one plain step.
     pub step: Option<StepEnd>,
+    /// Who cancelled it, if that is known.
+    pub cancelled_by: Option<Origin>,
 }
 
 fn priority<S: serde::Serializer>(

@@ -10,6 +10,7 @@ use crate::domain::job::JobStatus;
 use crate::domain::overview::{
     Filter, JobState, JobView, Overview, Page, QueueView, Queues, Tone, WorkflowRows, WorkflowView,
 };
+use crate::domain::switch::Remark;
 use crate::telemetry::report::{harmless, one_line};
 use crate::telemetry::trouble::trouble;
 
@@ -21,6 +22,7 @@ mod job;
 mod layout;
 mod letters;
 mod list;
+mod prose;
 mod settings;
 mod story;
 mod submit;
@@ -33,6 +35,7 @@ pub(super) use job::job;
 pub(super) use layout::{Frame, Sheet, refused};
 use layout::{parts, troubles};
 pub(super) use letters::letters;
+use prose::prose;
 pub(super) use submit::submit;
 use words::{Matter, command, looked, since};
 
@@ -45,7 +48,8 @@ pub(super) fn overview(
     // Those that come first of all that have not ended.
     first: &[JobView],
     activity: Option<&Activity>,
-    (config, sizes): (&Config, Option<&Sizes>),
+    // What holds here, and what is in the way of another service's taking this place.
+    (config, sizes, way_back): (&Config, Option<&Sizes>, Option<&[Remark]>),
 ) -> Sheet {
     let now = frame.now;
     let workflows = overview.workflows();
@@ -70,6 +74,7 @@ pub(super) fn overview(
         @if let Some(all) = &overview.workers { (workers::table(all, now, frame.acting)) }
         @if let Some(queues) = &overview.queues { (queue_table(queues, now)) }
         (settings::section(config, sizes))
+        @if let Some(remarks) = way_back { (settings::way_back(frame, remarks)) }
     };
     Sheet::new("OMOTES jobs", content).live(events(filter))
 }
@@ -297,7 +302,7 @@ fn turns_table(queues: &[QueueView], acting: Option<&Acting>) -> Markup {
                 tbody { @for queue in queues { tr id={ "turns-" (queue.name) } {
                     th scope="row" { (harmless(&queue.name)) }
                     td class=[queue.limit.is_paused.then_some("warn")] { (queue.limit)
-                        @for change in queue.changes() { div.dim { (change) } } }
+                        @for change in queue.changes() { div.dim { (prose(&change)) } } }
                     td.number { (queue.held) }
                     td.number { (queue.on_hold) }
                     td.number { (queue.waiting) }

@@ -15,6 +15,7 @@ use super::server::Response;
 use super::streams::{Seen, Topic};
 use super::{Endpoint, Question, Route, acting, html, json_response, refusal, submitting};
 use crate::domain::overview::{Filter, JobName, Line, MAX_LIMIT, Overview, Story, compare};
+use crate::domain::switch::{self, Remark};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
@@ -359,6 +360,7 @@ fn sheet(
     let activity = endpoint.figures.get(|| connection.activity(frame.now));
     let activity = activity.as_deref();
     let sizes = endpoint.sizes.get(|| connection.sizes());
+    let way_back = way_back((endpoint, service), connection);
     Ok((
         200,
         page::overview(
@@ -368,9 +370,20 @@ fn sheet(
             &page,
             &first,
             activity,
-            (&service.config, sizes.as_deref()),
+            (&service.config, sizes.as_deref(), way_back.as_deref()),
         ),
     ))
+}
+
+/// What the next service would find; None as long as that is not counted.
+fn way_back(
+    (endpoint, service): (&Endpoint, &Service),
+    connection: &mut Connection,
+) -> Option<Vec<Remark>> {
+    let in_flight = endpoint.in_flight.get(|| connection.in_flight())?;
+    let (config, catalogue) = (&service.config, service.catalogue.get());
+    let (servers, variables) = (config.servers(), &config.variables);
+    Some(switch::back(&in_flight, &catalogue, &servers, variables))
 }
 
 /// What whoever follows a page is shown now.

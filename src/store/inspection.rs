@@ -8,6 +8,7 @@ use super::connect::unwritable;
 use super::migrate::{self, REVISIONS};
 use super::rights::{self, Lack};
 use super::{Connection, Sign, StoreError};
+use crate::domain::switch::InFlight;
 
 /// What is known of a database.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -52,23 +53,6 @@ pub struct WaitingJobs {
     pub count: i64,
     /// Since when the oldest does.
     pub since: Timestamp,
-}
-
-/// What another service finds when it starts on this database.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct InFlight {
-    /// How many jobs have not ended, by their state in a word.
-    pub by_state: BTreeMap<String, i64>,
-    /// The same by workflow.
-    pub by_workflow: BTreeMap<String, i64>,
-    /// Those of which something is kept for later steps, by workflow.
-    pub with_steps: BTreeMap<String, i64>,
-    /// How many wait for their turn at a task queue with limits.
-    pub held: i64,
-    /// How many have no task, and do not wait for the turn of their first one either.
-    pub without_task: i64,
-    /// How many have an outcome that their client has not been told.
-    pub untold: i64,
 }
 
 /// Settings of the server, role or database that may matter.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::rows::{named, progress};
 use super::steps::{messages_from_text, messages_to_text};
 use super::{Connection, StoreError};
-use crate::domain::job::{Ended, Priority, Start, Verdict};
+use crate::domain::job::{Ended, Origin, Priority, Start, Verdict};
 use crate::domain::overview::{
     AttemptView, Delivery, Filter, Kept, Rows, Seen, Story, Whereabouts,
 };
@@ -65,6 +65,11 @@ fn from_json<T: DeserializeOwned + Default>(row: &Row, column: &str) -> anyhow::
     let text: Option<&str> = row.try_get(column)?;
     let value = text.and_then(|text| serde_json::from_str(text).ok());
     Ok(value.unwrap_or_default())
+}
+
+/// Who has cancelled it, in a row of a job that has ended.
+pub(super) fn cancelled_by(row: &Row) -> anyhow::Result<Option<Origin>> {
+    from_json(row, "cancelled_by")
 }
 
 impl Connection {

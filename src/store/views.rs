@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::alerts::is_mark;
 use super::rows::{NEWEST_FIRST, SUCCEEDED, named, progress, seconds};
-use super::{Connection, StoreError, steps, turns};
+use super::{Connection, StoreError, steps, story, turns};
 use crate::domain::estimate::{self, Runs};
 use crate::domain::job::{JobStatus, Outcome, Priority};
 use crate::domain::overview::{
@@ -96,6 +96,7 @@ const LIVE: &str = "
            (SELECT steps FROM job_input WHERE job_input.job_id = page.job_id) AS steps,
            turn.queue AS turn_queue, turn.owner AS turn_owner, turn.held_at, turn.on_hold,
            turn.granted_at, hold.at AS hold_at, hold.origin AS hold_origin, ended.outcome, ended.finished_at, ended.result_bytes, ended.why,
+           ended.cancelled_by,
            true AS is_live, last_end.number AS ended_number, last_end.title AS ended_title,
            last_end.outcome AS ended_outcome, last_end.why AS ended_why, last_end.starts AS ended_starts
     -- Each looked up for itself: these are few, whatever Postgres believes.
@@ -111,7 +112,10 @@ const LIVE: &str = "
              ORDER BY number DESC, attempt DESC LIMIT 1
          ) AS last_end ON true
          LEFT JOIN LATERAL (
-             SELECT outcome, finished_at, result_bytes, job_history.why FROM job_history
+             SELECT outcome, finished_at, result_bytes, job_history.why,
+                    (SELECT ended_by FROM job_story WHERE job_story.job_id = page.job_id
+                     AND job_history.outcome = 'CANCELLED') AS cancelled_by
+             FROM job_history
              WHERE job_history.job_id = page.job_id LIMIT 1
          ) AS ended ON true
          LEFT JOIN LATERAL (
@@ -141,7 +145,10 @@ const FINISHED: &str = "
            NULL::bigint AS position,
            (SELECT count(*) FROM (SELECT FROM wanted LIMIT $6) AS counted) AS total,
            page.starts::bigint AS starts, page.outcome, page.finished_at, page.result_bytes,
-           page.why, false AS is_live, last_end.number AS ended_number,
+           page.why,
+           (SELECT ended_by FROM job_story WHERE job_story.job_id = page.job_id
+            AND page.outcome = 'CANCELLED') AS cancelled_by,
+           false AS is_live, last_end.number AS ended_number,
            last_end.title AS ended_title, last_end.outcome AS ended_outcome,
            last_end.why AS ended_why, last_end.starts AS ended_starts
     FROM (
@@ -481,6 +488,7 @@ fn view(row: &Row) -> anyhow::Result<JobView> {
             is_told: !row.try_get::<_, bool>("is_live")?,
             why: row.try_get("why")?,
             step: steps::last_end(row)?,
+            cancelled_by: story::cancelled_by(row)?,
         },
         granted_at: turns::granted_at(row)?,
         why: None,

@@ -491,7 +491,13 @@ fn it_is_told_where_an_output_is_as_far_as_is_known() {
     let waits = waits.as_str().unwrap();
     assert!(waits.starts_with("It has not taken the result"), "{waits}");
     let page = Operator::at(&service, ANNA).get(&format!("/jobs/{failing}"));
-    page.is(200, waits);
+    // Since when, in its reader's own time zone.
+    let (said, since) = waits.split_once(" since ").unwrap();
+    let since = since.trim_end_matches('.');
+    page.is(
+        200,
+        &format!("{said} since <time class=\"at\" datetime=\"{since}\">"),
+    );
     assert_eq!(scene.client.outcome(failing).0, ResultType::Error);
     eventually("it is known to be taken", || {
         (client(failing) == "It has taken the result from its queue.").then_some(())

@@ -65,6 +65,32 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     }
 }
 
+/// As `doctor` says it, but for what only a look at RabbitMQ tells: the one that says it runs.
+#[test]
+fn whether_one_may_go_back_is_said_as_doctor_says_it() {
+    let (service, deployment) = planted();
+    let mut command = deployment.command(&["doctor", "--before-switch=back"]);
+    command.env("WORKFLOW_CONFIG_PATH", workflows(&deployment));
+    let said = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    let verdict = said.lines().next().unwrap();
+    let expected = "Not yet back to the Python service: jobs of several steps are in flight; \
+                    3 jobs wait for their turn; the definition file has workflows of steps.";
+    assert_eq!(verdict.replace("an orchestrator runs; ", ""), expected);
+    let nobody = Operator::at(&service, "");
+    let page = eventually("the jobs are counted", || {
+        let page = nobody.get("/?finished=true");
+        page.body.contains("not yet, 3 reasons").then_some(page)
+    });
+    for what in [
+        expected,
+        "jobs of steps are in flight, 1 of optimise_and_simulate: ",
+        "<code>jobs release --all --yes</code>",
+        "omotes-orchestrator doctor --before-switch=back",
+    ] {
+        assert!(page.body.contains(what), "{what}: {}", page.body);
+    }
+}
+
 /// What is lost for good before what only takes long, and by the names of the jobs.
 #[test]
 fn what_has_to_be_done_something_about_is_said_first() {

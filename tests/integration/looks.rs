@@ -152,19 +152,26 @@ fn twelve_situations(
 #[case::wide(1680)]
 #[case::usual(1440)]
 #[case::narrow(1280)]
+#[case::smaller(1200)]
 #[case::small(1024)]
 fn the_list_is_whole(#[case] width: u32) {
     let scene = scene();
     let mut sql = scene.deployment.sql();
     plant(&mut sql);
     plant_workers(&mut sql);
+    sql.batch_execute("UPDATE worker SET state = 'silent' WHERE host = 'worker-simulator@a1'")
+        .unwrap();
     let browser = Browser::new(width, 900, false);
     browser.open(&format!("http://{ANNA}@{}/", scene.service.http()));
     browser.shows("Rotterdam harbour, phase 2");
-    let cut = "return [...document.querySelectorAll('.jobs .second, .jobs .first, .jobs .does *')] \
+    browser.shows("as far as its delivery limit allows");
+    browser.shows("no estimate");
+    let cut = "const inside = (one) => getComputedStyle(one).display === 'inline' \
+                   || one.scrollHeight <= one.clientHeight + 1; \
+               return [...document.querySelectorAll('.jobs .second, .jobs .why *, .jobs .does *')] \
                .filter((one) => !one.closest('.icon, .label, [type=hidden]') && one.type !== 'hidden') \
                .filter((one) => one.offsetParent === null \
-                   || (one.matches('.first') && one.scrollHeight > one.clientHeight + 1) \
+                   || (one.matches('.why *, .time .second') && !inside(one)) \
                    || one.getBoundingClientRect().right > document.querySelector('.card').getBoundingClientRect().right) \
                .map((one) => one.outerHTML)";
     assert_eq!(browser.run(cut), serde_json::json!([]));
@@ -180,6 +187,60 @@ fn the_list_is_whole(#[case] width: u32) {
     if let Ok(folder) = env::var("OMOTES_SCREENSHOTS") {
         let path = Path::new(&folder).join(format!("operator-{width}.png"));
         fs::write(path, browser.screenshot("png")).unwrap();
+    }
+}
+
+/// What is pressed on a phone leaves the line above it alone.
+#[rstest]
+#[case::phone(390)]
+#[case::small(320)]
+fn a_button_in_a_sentence_touches_no_line(#[case] width: u32) {
+    let deployment = Deployment::new();
+    let client = Client::new(&deployment);
+    let service = deployment.start_with(&ACCOUNTS);
+    for _ in 0..20 {
+        client.peer.send("job_deletions", b"\xff");
+    }
+    let browser = Browser::new(width, 844, false);
+    browser.open(&format!("http://{ANNA}@{}/", service.http()));
+    browser.shows("20 messages could not be handled.");
+    let gaps = "const button = document.querySelector('.trouble a.button'); \
+                const text = document.createRange(); \
+                text.selectNodeContents(button.closest('li')); text.setEndBefore(button); \
+                const top = button.getBoundingClientRect().top; \
+                return [...text.getClientRects()].map((line) => top - line.bottom).filter((gap) => gap > -8)";
+    let gaps = browser.run(gaps);
+    let gaps: Vec<_> = gaps.as_array().unwrap().iter().map(Value::as_f64).collect();
+    assert!(
+        !gaps.is_empty() && gaps.iter().all(|gap| *gap >= Some(2.0)),
+        "{gaps:?}"
+    );
+}
+
+/// All times of a job's page, wherever in it they are told.
+#[test]
+fn times_in_sentences_are_the_readers_own() {
+    let scene = scene();
+    let mut sql = scene.deployment.sql();
+    plant(&mut sql);
+    let held = "SELECT job_id::text FROM job WHERE job_reference = 'anna/district 1'";
+    let held: String = sql.query_one(held, &[]).unwrap().get(0);
+    let browser = Browser::new(1400, 900, false);
+    browser.in_zone("Asia/Kathmandu");
+    for (path, count) in [(held.as_str(), 1), (FAILED, 1)] {
+        browser.open(&format!(
+            "http://{ANNA}@{}/jobs/{path}",
+            scene.service.http()
+        ));
+        let times = "return [...document.querySelectorAll('ul.why time')].map((time) => { \
+                     const form = time.matches('.at') ? {dateStyle: 'medium', timeStyle: 'medium'} : {timeStyle: 'short'}; \
+                     const own = new Intl.DateTimeFormat(undefined, {...form, timeZone: 'Asia/Kathmandu'}); \
+                     return time.textContent === own.format(new Date(time.dateTime)); })";
+        let expected = vec![Value::Bool(true); count];
+        assert_eq!(browser.run(times), Value::Array(expected), "{path}");
+        let text = browser.run("return document.querySelector('main').innerText");
+        let text = text.as_str().unwrap();
+        assert!(!text.contains("UTC") && !text.contains("Z\n"), "{text}");
     }
 }
 

@@ -92,6 +92,13 @@ fn nothing_stands_in_the_way_of_a_quiet_deployment() {
         said("--before-switch=here"),
         "Not yet to this service: an orchestrator runs."
     );
+    let (_, page) = service.get("/").unwrap();
+    for what in [
+        "nothing is in the way",
+        "Safe to go back: the Python service goes on where",
+    ] {
+        assert!(page.contains(what), "{what}: {page}");
+    }
     assert!(service.stop().success());
     are(&back(&deployment), &[quiet, as_they_are, no_job]);
     assert!(said("--before-switch=back").starts_with("Safe to go back: "));

@@ -6,7 +6,9 @@ use omotes_orchestrator::wire::{job_result::ResultType, job_status_update::JobSt
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::acting::{ACCOUNTS, ANNA};
 use crate::harness::deployment::{Deployment, Service, eventually};
+use crate::harness::operator::Operator;
 use crate::harness::peers::{Client, Peer, Worker, running_job};
 use crate::turns::Scene;
 
@@ -47,24 +49,22 @@ fn a_held_job_names_what_holds_it() {
     let facts = why["evidence"].as_array().unwrap();
     let owner = |fact: &Value| fact == "its owner is owner";
     assert!(facts.iter().any(owner), "{facts:?}");
-    says(&service, jobs[2], &format!("{seat}; 1 job goes first"));
+    let before_it = format!("{seat}; 1 job goes first ({})", &jobs[1].to_string()[..8]);
+    let why = says(&service, jobs[2], &before_it);
+    let facts = why["evidence"].as_array().unwrap();
+    let named = format!("before it: {}", jobs[1]);
+    assert!(facts.iter().any(|fact| *fact == named), "{facts:?}");
     for arguments in [
         &["jobs", "list"][..],
         &["jobs", "show", &jobs[2].to_string()],
     ] {
         let said = scene.does(arguments);
-        assert!(
-            said.contains(&format!("{seat}; 1 job goes first")),
-            "{said}"
-        );
+        assert!(said.contains(&before_it), "{said}");
     }
     for path in ["/".to_owned(), format!("/jobs/{}", jobs[2])] {
         let (_, page) = service.get(&path).unwrap();
         let page = page.replace("<code>", "`").replace("</code>", "`");
-        assert!(
-            page.contains(&format!("{seat}; 1 job goes first")),
-            "{page}"
-        );
+        assert!(page.contains(&before_it), "{page}");
     }
 
     let paused = "Held: `workflow_1` is paused by ";
@@ -168,11 +168,11 @@ fn a_job_that_did_not_end_by_itself_tells_what_ended_it() {
     let waiting = client.submit("workflow_1");
     assert_eq!(client.status(waiting), JobStatus::Enqueued);
     client.cancel(waiting);
-    says(&service, waiting, "Cancelled while it waited.");
+    says(&service, waiting, "Cancelled by a client while it waited.");
     worker.take();
     let running = running_job(&client, &worker, None);
     client.cancel(running.job);
-    says(&service, running.job, "Cancelled after ");
+    says(&service, running.job, "Cancelled by a client after ");
     let slow = running_job(&client, &worker, Some(1));
     says(&service, slow.job, "Timed out after ");
     let deadly = running_job(&client, &worker, None);
@@ -182,6 +182,82 @@ fn a_job_that_did_not_end_by_itself_tells_what_ended_it() {
         deadly.job,
         "Lost its workers: they crashed, or were stopped; its task was started",
     );
+}
+
+/// In one look at those that have ended.
+#[test]
+fn a_cancelled_job_names_who_cancelled_it() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&ACCOUNTS);
+    let client = Client::new(&deployment);
+    let _worker = Worker::new(&deployment, "workflow_1");
+    let jobs = [(); 2].map(|()| client.submit("workflow_1").to_string());
+    deployment.comes_to(2, "SELECT count(*) FROM job WHERE status = 'SUBMITTED'");
+    let anna = Operator::at(&service, ANNA);
+    let sent = anna.send(&[("do", "cancel"), ("id", &jobs[0])]);
+    anna.done(&sent, "is asked to end");
+    let mut command = deployment.command(&["jobs", "cancel", &jobs[1]]);
+    command.env("USER", "ben").env_remove("SUDO_USER");
+    assert!(command.output().unwrap().status.success());
+    let are_told = |what: &str, text: &dyn Fn() -> String| {
+        for who in ["anna", "ben"] {
+            let sentence = format!("Cancelled by {who} while it waited.");
+            eventually(&format!("{what}: {sentence}"), || {
+                text().contains(&sentence).then_some(())
+            });
+        }
+    };
+    are_told("page", &|| anna.get("/?finished=true").body);
+    are_told("API", &|| anna.get("/api/jobs?finished=true").body);
+    are_told("command", &|| {
+        let output = deployment.command(&["jobs", "list", "--finished"]).output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    });
+}
+
+/// However many have ended, and whatever else is kept of them.
+#[test]
+fn who_cancelled_them_is_looked_up_of_those_on_the_page() {
+    let deployment = Deployment::new();
+    let service = deployment.start_with(&[("TIMEOUT_JOB_HANDLER_RERUN_SEC", "600")]);
+    let mut sql = deployment.sql();
+    sql.batch_execute(
+        r#"INSERT INTO job_history (job_id, workflow_type, registered_at, submitted_at, finished_at, starts,
+                                   outcome, result_bytes)
+           SELECT gen_random_uuid(), 'workflow_1', ended - interval '1 min', ended - interval '1 min', ended, 0,
+                  CASE number % 2 WHEN 0 THEN 'CANCELLED' ELSE 'EXPIRED' END, 0
+           FROM (SELECT number, now() - number * interval '1 ms' AS ended
+                 FROM generate_series(1, 100000) AS number) AS times;
+           INSERT INTO job_story (job_id, ended_by)
+           SELECT job_id, '{"via": "page", "who": "anna", "from": null}' FROM job_history"#,
+    )
+    .unwrap();
+    sql.batch_execute("VACUUM ANALYZE job_history, job_story")
+        .unwrap();
+    let looks = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'job_story'";
+    let read =
+        "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'job_story'";
+    let before = (deployment.count(looks), deployment.count(read));
+    for offset in [0, 50, 90_000] {
+        let page = json(
+            &service,
+            &format!("/api/jobs?finished=true&offset={offset}"),
+        )
+        .unwrap();
+        let jobs = page["jobs"].as_array().unwrap();
+        assert_eq!(jobs.len(), 50);
+        for job in jobs {
+            let expected = match job["state"].as_str().unwrap() {
+                "CANCELLED" => "Cancelled by anna while it waited.",
+                _ => "Given up.",
+            };
+            assert_eq!(job["why"]["sentence"], expected);
+        }
+    }
+    // Only of those that were cancelled.
+    deployment.at_least(before.0 + 75, looks);
+    let read = deployment.count(read) - before.1;
+    assert!(read < 500, "{read} rows looked up for three pages");
 }
 
 /// Only those on the page are looked up, and not all that wait for their turn.

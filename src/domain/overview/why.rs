@@ -8,18 +8,20 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
-use uuid::Uuid;
 
+use self::moments::clock;
+use self::turn::{before_it, firsts, obstacle, seats};
 use super::capacity::FRESH;
-use super::{
-    Concern, JobState, JobView, Outage, Overview, QueueView, StepEnd, StepView, TOLD, TurnView,
-    spoken,
-};
+use super::{Concern, JobState, JobView, Outage, Overview, StepEnd, StepView, TurnView, spoken};
 use crate::domain::estimate::{Runs, Span};
 use crate::domain::job::{JobStatus, Outcome};
 use crate::domain::text::{excerpt, harmless};
-use crate::domain::turns::QueueLimit;
 use crate::domain::worker::{LostTask, TaskView, WorkerState, WorkerView, Workers};
+
+mod moments;
+mod turn;
+
+pub use self::moments::Moment;
 
 /// Characters of a sentence, and of a fact.
 const MAX_SENTENCE: usize = 200;
@@ -37,6 +39,23 @@ pub struct Why {
     pub sentence: String,
     /// What it is drawn from, each as short.
     pub evidence: Vec<String>,
+    /// The points in time that the sentence names, and those of each piece of evidence.
+    #[serde(skip)]
+    pub moments: Vec<Vec<Moment>>,
+}
+
+impl Why {
+    /// What it is drawn from, each with the points in time that it names.
+    pub fn facts(&self) -> impl Iterator<Item = (&str, &[Moment])> {
+        let moments = self.moments.iter().skip(1).map(Vec::as_slice);
+        let moments = moments.chain(std::iter::repeat(&[][..]));
+        self.evidence.iter().map(String::as_str).zip(moments)
+    }
+
+    /// The points in time that the sentence names.
+    pub fn moments(&self) -> &[Moment] {
+        self.moments.first().map_or(&[], Vec::as_slice)
+    }
 }
 
 impl Overview {
@@ -129,15 +148,24 @@ impl Telling {
     }
 
     fn done(self) -> Why {
-        let bounded = |text: &str| excerpt(text, MAX_SENTENCE).into_owned();
-        let sentence = self.clauses.join("; ");
+        let sentence = joined(self.clauses);
         let stop = match sentence.ends_with(['.', '…']) {
             true => "",
             false => ".",
         };
+        let all = [sentence + stop].into_iter().chain(self.evidence);
+        let bounded = all.map(|told| {
+            let (text, mut moments) = moments::read(&told);
+            let shown = excerpt(&text, MAX_SENTENCE).into_owned();
+            let at = |text: &str, one: &Moment| text.get(one.place.clone()).map(str::to_owned);
+            moments.retain(|one| at(&shown, one) == at(&text, one));
+            (shown, moments)
+        });
+        let (mut texts, moments): (Vec<_>, _) = bounded.unzip();
         Why {
-            sentence: bounded(&(sentence + stop)),
-            evidence: self.evidence.iter().map(|fact| bounded(fact)).collect(),
+            sentence: texts.remove(0),
+            evidence: texts,
+            moments,
         }
     }
 
@@ -220,17 +248,29 @@ impl Telling {
                 view.held, view.waiting, view.running
             ))
             .may_show(seats(&view.seats))
-            .say(format!("Held: {}", obstacle(view, &shown, now)));
+            .may_show(firsts(job.id, view));
+        let obstacle = format!("Held: {}", obstacle(view, &shown, now));
         if view.limit.is_paused {
-            return telling;
+            return telling.say(obstacle);
         }
         let wait = job.estimate.and_then(|estimate| estimate.wait);
         let outage = overview.outage.as_ref();
-        telling
-            .may_say(outage.map(|outage| in_outage(outage, now)))
-            .may_say(before_it(job.id, owner, view))
-            .may_say(no_worker(queue, overview, now))
-            .may_say(wait.map(about))
+        let clauses = |is_named| {
+            let clauses = [
+                Some(obstacle.clone()),
+                outage.map(|outage| in_outage(outage, now)),
+                before_it(job.id, owner, view, is_named),
+                no_worker(queue, overview, now),
+                wait.map(about),
+            ];
+            clauses.into_iter().flatten().collect::<Vec<_>>()
+        };
+        let mut said = clauses(true);
+        // The names are among its facts too.
+        if moments::read(&said.join("; ")).0.chars().count() >= MAX_SENTENCE {
+            said = clauses(false);
+        }
+        said.into_iter().fold(telling, Telling::say)
     }
 
     /// In its queue, where a worker takes it.
@@ -409,6 +449,20 @@ impl Telling {
     }
 }
 
+/// As many clauses as there is room for, of which the first says most: none is cut off in its middle.
+fn joined(clauses: Vec<String>) -> String {
+    let length = |told: &str| moments::read(told).0.chars().count();
+    let mut clauses = clauses.into_iter();
+    let mut sentence = clauses.next().unwrap_or_default();
+    for clause in clauses {
+        let longer = format!("{sentence}; {clause}");
+        if length(&longer) < MAX_SENTENCE {
+            sentence = longer;
+        }
+    }
+    sentence
+}
+
 /// `Failed: no solution`; what says itself that it failed says it once.
 fn failed(place: &str, said: &str) -> String {
     let words = said.strip_prefix(": ").unwrap_or_default();
@@ -421,82 +475,6 @@ fn failed(place: &str, said: &str) -> String {
         ("", Some(rest)) => format!("Failed{rest}"),
         _ => format!("Failed{place}{said}"),
     }
-}
-
-/// What keeps a queue from handing over more.
-fn obstacle(view: &QueueView, shown: &str, now: Timestamp) -> String {
-    let QueueLimit {
-        window,
-        max_running,
-        is_paused,
-    } = view.limit;
-    let is_full = |limit: Option<u32>, used: i64| limit.filter(|most| used >= i64::from(*most));
-    if is_paused {
-        return match (view.paused_by(), view.is_paused_by_operator) {
-            (Some(pause), _) => {
-                let (who, since) = (name(&pause.by.name()), clock(pause.at, now));
-                format!("`{shown}` is paused by {who} since {since}")
-            }
-            (None, true) => format!("`{shown}` is paused by an operator"),
-            (None, false) => format!("`{shown}` is paused by its definition"),
-        };
-    }
-    if let Some(most) = is_full(max_running, view.waiting.saturating_add(view.running)) {
-        return format!(
-            "`max_running` {most} of `{shown}` is used{}",
-            by(&view.seats, view.waiting.saturating_add(view.running))
-        );
-    }
-    match is_full(window, view.waiting) {
-        Some(most) => format!("`window` {most} of `{shown}` is full"),
-        None => format!("waits for its turn at `{shown}`"),
-    }
-}
-
-/// ` by job 1234abcd`, or by several of so many.
-fn by(seats: &[Uuid], used: i64) -> String {
-    let Some((first, further)) = seats.split_first() else {
-        return String::new();
-    };
-    let short = |id: &Uuid| id.to_string()[..8].to_owned();
-    let mut ids = short(first);
-    for id in further {
-        ids = ids + ", " + &short(id);
-    }
-    match (seats.len(), usize::try_from(used).unwrap_or_default()) {
-        (1, ..=1) => format!(" by job {ids}"),
-        (named, used) if named >= used => format!(" by jobs {ids}"),
-        _ => format!(" by jobs {ids} and others"),
-    }
-}
-
-/// The jobs that are named, in full.
-fn seats(seats: &[Uuid]) -> Option<String> {
-    let ids: Vec<_> = seats.iter().map(Uuid::to_string).collect();
-    (!ids.is_empty()).then(|| format!("handed over: {}", ids.join(", ")))
-}
-
-/// How many others are handed over before it.
-fn before_it(id: Uuid, owner: &str, view: &QueueView) -> Option<String> {
-    if view.order.is_empty() {
-        return None;
-    }
-    let Some(place) = view.order.iter().position(|(other, _)| *other == id) else {
-        // One that is not told of may also have come after all that are.
-        let are_all_told = view.order.len() < TOLD;
-        return (!are_all_told).then(|| format!("more than {TOLD} jobs go first"));
-    };
-    let others = view.order[..place]
-        .iter()
-        .filter(|(_, other)| other != owner);
-    Some(match (place, others.count()) {
-        (0, _) => "it is the next".to_owned(),
-        (1, 0) => "1 job goes first".to_owned(),
-        (1, _) => "1 job of another owner goes first".to_owned(),
-        (all, 0) => format!("{all} jobs go first"),
-        (all, others) if all == others => format!("{all} jobs of other owners go first"),
-        (all, others) => format!("{all} jobs go first, {others} of them of other owners"),
-    })
 }
 
 /// That nobody takes from a queue.
@@ -615,11 +593,14 @@ fn deadline(job: &JobView, since: Timestamp, now: Timestamp) -> Option<String> {
 }
 
 fn cancelled(job: &JobView, after: &str) -> String {
+    let who = job.ends.cancelled_by.as_ref();
+    let who = who.map(|who| format!(" by {}", name(&who.name())));
+    let who = who.unwrap_or_default();
     let was_submitted = job.submitted_at.is_some() || job.registered_at != job.finished_at;
     match (job.registered_at.filter(|_| was_submitted), job.running_at) {
-        (None, _) => "Cancelled before it was submitted".to_owned(),
-        (Some(_), None) => "Cancelled while it waited".to_owned(),
-        (Some(_), Some(_)) => format!("Cancelled{after}"),
+        (None, _) => format!("Cancelled{who} before it was submitted"),
+        (Some(_), None) => format!("Cancelled{who} while it waited"),
+        (Some(_), Some(_)) => format!("Cancelled{who}{after}"),
     }
 }
 
@@ -638,13 +619,6 @@ fn about(span: Span) -> String {
 
 fn ago(time: Timestamp, now: Timestamp) -> String {
     spoken(now.duration_since(time))
-}
-
-/// The time of day, with the day where that is not today's.
-fn clock(time: Timestamp, now: Timestamp) -> String {
-    let is_today = now.duration_since(time) < SignedDuration::from_hours(20);
-    let form = if is_today { "%H:%M" } else { "%Y-%m-%d %H:%M" };
-    time.strftime(form).to_string()
 }
 
 fn name(text: &str) -> String {

@@ -5,7 +5,8 @@ use maud::{Markup, html};
 
 use super::layout::{Frame, Sheet, troubles};
 use super::list::ESTIMATE;
-use super::words::{at, bar, name, or_dash, priority_text, prose, since, state, timeout, tone};
+use super::prose::{prose, said};
+use super::words::{at, bar, name, or_dash, priority_text, since, state, timeout, tone};
 use crate::domain::overview::{AttemptView, JobState, JobView, Story, spoken};
 use crate::telemetry::report::{harmless, one_line, readable};
 
@@ -25,8 +26,10 @@ pub(in crate::http) fn job(frame: &Frame<'_>, story: &Story) -> Sheet {
         p.dim { code { (job.id) } " "
             button.copy type="button" hidden data-copy=(job.id) aria-label="Copy the id" { "Copy" } }
         @if let Some(why) = &job.why {
-            p.why { b { (prose(&why.sentence)) } }
-            @if !why.evidence.is_empty() { ul.why.dim { @for fact in &why.evidence { li { (prose(fact)) } } } }
+            p.why { b { (said(&why.sentence, why.moments())) } }
+            @if !why.evidence.is_empty() {
+                ul.why.dim { @for (fact, moments) in why.facts() { li { (said(fact, moments)) } } }
+            }
         }
         @if let Some(progress) = &job.progress {
             @if matches!(job.state, JobState::Live(_)) {
@@ -104,8 +107,8 @@ fn facts(story: &Story, now: Timestamp) -> Markup {
             @if let Some(estimate) = job.expectation() { dt title=(ESTIMATE) { "Estimate" } dd { (estimate) } }
             dt { "Starts" } dd { (job.starts) }
             @if let Some(bytes) = job.result_bytes { dt { "Size of the result" } dd { (bytes) " bytes" } }
-            @if let Some(whereabouts) = &story.whereabouts { dt { "Output ESDL" } dd { (whereabouts) } }
-            @if let Some(client) = &story.client { dt { "Client" } dd { (client) } }
+            @if let Some(whereabouts) = &story.whereabouts { dt { "Output ESDL" } dd { (prose(whereabouts)) } }
+            @if let Some(client) = &story.client { dt { "Client" } dd { (prose(client)) } }
             dt { "Celery task" } dd { @match &job.task_id { Some(id) => code { (harmless(id)) }, None => span.dim { "–" } } }
         } }
     }

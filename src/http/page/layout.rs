@@ -3,7 +3,8 @@
 use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::words::{Matter, at, prose, since};
+use super::prose::prose;
+use super::words::{Matter, at, since};
 use crate::VERSION;
 use crate::http::form::Back;
 use crate::store::migrate::REVISIONS;

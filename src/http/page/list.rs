@@ -4,7 +4,8 @@ use jiff::Timestamp;
 use maud::{Markup, html};
 
 use super::acting::Acting;
-use super::words::{bar, command, link, plain, prose, since, state, timeout};
+use super::prose::said;
+use super::words::{bar, command, link, since, state, timeout};
 use crate::domain::overview::{Filter, JobState, JobView, MAX_COUNT, Page, spoken};
 use crate::telemetry::report::{harmless, readable};
 
@@ -176,7 +177,7 @@ fn starts(job: &JobView) -> Markup {
 fn why(job: &JobView) -> Markup {
     html! {
         td.why { @if let Some(why) = &job.why {
-            span.first title=(plain(&why.sentence)) { (prose(&why.sentence)) }
+            (said(&why.sentence, why.moments()))
         } }
     }
 }

@@ -75,6 +75,8 @@ function spoken(seconds) {
 }
 
 const local = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
+const dayAndClock = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
@@ -87,8 +89,10 @@ function count(root) {
 }
 
 function prepare(root) {
-  for (const time of root.querySelectorAll("time.at")) {
-    write(time, local.format(new Date(time.dateTime)));
+  for (const time of root.querySelectorAll("time.at, time.clock")) {
+    const { classList } = time;
+    const form = classList.contains("at") ? local : classList.contains("day") ? dayAndClock : clock;
+    write(time, form.format(new Date(time.dateTime)));
     time.title = time.dateTime;
   }
   for (const button of root.querySelectorAll("[data-copy]")) button.hidden = false;

@@ -5,9 +5,14 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use maud::{Markup, html};
 
+use super::layout::Frame;
+use super::prose::prose;
+use super::words::command;
+use crate::actions::counted;
 use crate::config::Config;
 use crate::domain::activity::Sizes;
 use crate::domain::overview::spoken;
+use crate::domain::switch::{Remark, verdict_back};
 
 /// Closed at first.
 pub(super) fn section(config: &Config, sizes: Option<&Sizes>) -> Markup {
@@ -24,6 +29,31 @@ pub(super) fn section(config: &Config, sizes: Option<&Sizes>) -> Markup {
                     dt { "Room left on its disk" } dd.dim { "Postgres does not say" }
                 }
             } }
+        }
+    }
+}
+
+/// Whether the place may be given back to the Python service now, as far as this service knows; closed at first,
+/// but for that.
+pub(super) fn way_back(frame: &Frame<'_>, remarks: &[Remark]) -> Markup {
+    let faulty = frame.parts.iter().filter(|part| part.why.is_some());
+    let faulty = faulty.map(|part| format!("{} is not in order", part.part.name()));
+    let known = remarks.iter().filter_map(|remark| remark.hinders.clone());
+    let reasons: Vec<_> = faulty.chain(known).collect();
+    let in_the_way = remarks.iter().filter(|remark| remark.hinders.is_some());
+    let short = match reasons.len() {
+        0 => "nothing is in the way".to_owned(),
+        _ => format!("not yet, {}", counted(reasons.len(), "reason")),
+    };
+    html! {
+        details.queues {
+            summary { "Back to the Python service " span.dim { (short) } }
+            p { (verdict_back(&reasons)) }
+            ul { @for remark in in_the_way {
+                li { (prose(&remark.found)) ". " span.dim { (prose(remark.remedy)) } }
+            } }
+            p.dim { "As far as this service knows. Before the switch stop it, and ask: "
+                (command("omotes-orchestrator doctor --before-switch=back")) }
         }
     }
 }

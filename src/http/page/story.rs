@@ -4,7 +4,8 @@ use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::layout::Frame;
-use super::words::{at, prose};
+use super::prose::prose;
+use super::words::at;
 use crate::domain::overview::Story;
 use crate::telemetry::report::{harmless, readable};
 

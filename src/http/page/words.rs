@@ -35,7 +35,7 @@ pub(super) fn at(time: Timestamp) -> Markup {
     html! { time.at datetime=(stamp(time)) { (time.strftime("%Y-%m-%d %H:%M:%S UTC")) } }
 }
 
-fn stamp(time: Timestamp) -> String {
+pub(super) fn stamp(time: Timestamp) -> String {
     format!("{time:.0}")
 }
 
@@ -204,25 +204,6 @@ pub(super) fn bar(job: &JobView, fraction: f64) -> Markup {
 pub(super) fn timeout(job: &JobView) -> Markup {
     let limit = job.timeout_ms.filter(|timeout| *timeout > 0);
     html! { @if let Some(limit) = limit { span.dim { " of " (spoken(SignedDuration::from_millis(limit))) } } }
-}
-
-/// A sentence, in which what is between backticks is shown as what it is: a name, or what is typed.
-pub(super) fn prose(text: &str) -> Markup {
-    let mut parts: Vec<&str> = text.split('`').collect();
-    if parts.len().is_multiple_of(2) {
-        // They do not belong together.
-        parts = vec![text];
-    }
-    html! {
-        @for (place, part) in parts.iter().enumerate() {
-            @if place % 2 == 1 { code { (part) } } @else { (part) }
-        }
-    }
-}
-
-/// The same where nothing but text can be.
-pub(super) fn plain(text: &str) -> String {
-    text.replace('`', "")
 }
 
 /// A command, with a button that copies it.

@@ -70,6 +70,14 @@ impl Browser {
         answer["value"].take()
     }
 
+    /// Where its visitor is.
+    pub fn in_zone(&self, zone: &str) {
+        self.devtools(
+            "Emulation.setTimezoneOverride",
+            &json!({"timezoneId": zone}),
+        );
+    }
+
     pub fn open(&self, url: &str) {
         post(&format!("{}/url", self.session), &json!({"url": url})).unwrap();
     }

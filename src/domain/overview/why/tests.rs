@@ -2,12 +2,14 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use rstest::rstest;
+use uuid::Uuid;
 
 use super::*;
 use crate::domain::acts::{Done, QueueActs};
 use crate::domain::job::{Origin, Progress, Via};
 use crate::domain::overview::tests::waiting as at_place;
-use crate::domain::overview::{Depth, End, Queue, Queues, WorkflowRows};
+use crate::domain::overview::{Depth, End, Queue, QueueView, Queues, WorkflowRows};
+use crate::domain::turns::QueueLimit;
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::{LostTask, Workers};
 
@@ -77,6 +79,7 @@ fn ended(outcome: Outcome, why: &str) -> JobView {
             is_told: true,
             why: (!why.is_empty()).then(|| why.to_owned()),
             step: None,
+            cancelled_by: None,
         },
         ..running()
     }
@@ -365,17 +368,32 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::window(held(), at_turn(window()), "Held: `window` 5 of `simulator` is full.")]
 #[case::room(
     held(), at_turn(after(&["anna"], seats(2))),
-    "Held: waits for its turn at `simulator`; 1 job goes first.")]
+    "Held: waits for its turn at `simulator`; 1 job goes first (00000064).")]
 #[case::others_first(
     held(), at_turn(after(&["bob", "bob"], seats(1))),
-    "Held: `max_running` 1 of `simulator` is used by job 1234abcd; 2 jobs of other owners go first.")]
+    "Held: `max_running` 1 of `simulator` is used by job 1234abcd; \
+     2 jobs of other owners go first (00000064, 00000065).")]
 #[case::own_and_others_first(
     held(), at_turn(after(&["anna", "bob"], window())),
-    "Held: `window` 5 of `simulator` is full; 2 jobs go first, 1 of them of other owners.")]
+    "Held: `window` 5 of `simulator` is full; 2 jobs go first (00000064, 00000065), 1 of them of other owners.")]
+#[case::many_first(
+    held(), at_turn(after(&["anna"; 12], window())),
+    "Held: `window` 5 of `simulator` is full; 12 jobs go first (00000064, 00000065, 00000066 and 9 more).")]
+#[case::no_room_for_names(
+    change(held(), |job| job.turn.as_mut().unwrap().queue = "q".repeat(60)),
+    Overview {
+        turns: vec![QueueView { name: "q".repeat(60), seats: vec![id(1), id(2)], running: 2, ..after(&["bob"; 12], seats(2)) }],
+        ..in_outage(nothing())
+    },
+    &format!(
+        "Held: `max_running` 2 of `{}` is used by jobs 00000001, 00000002; RabbitMQ does not answer (since 03:20); \
+         12 jobs of other owners go first.",
+        "q".repeat(60)
+    ))]
 #[case::beyond_what_is_told(
     held(),
     at_turn(QueueView { order: vec![(id(1), String::new()); 200], ..window() }),
-    "Held: `window` 5 of `simulator` is full; more than 200 jobs go first.")]
+    "Held: `window` 5 of `simulator` is full; more than 200 jobs go first (00000001, 00000001, 00000001 and others).")]
 #[case::beyond_all_that_are_told(
     held(), at_turn(QueueView { order: vec![(id(1), String::new()); 3], ..window() }),
     "Held: `window` 5 of `simulator` is full.")]
@@ -527,6 +545,15 @@ fn progress(at: i64) -> Option<Progress> {
     "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: restart it, and the task \
      goes to another, as far as its delivery limit allows."
 )]
+#[case::no_room_for_all(
+    change(in_step(2, running()), |job| {
+        (job.progress, job.starts) = (progress(193), 2);
+        job.step.as_mut().unwrap().timeout_ms = Some(40 * 60_000);
+    }),
+    seen(WorkerState::Silent, with_workers(1)),
+    "Runs step 2 of 2, Simulate on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: \
+     restart it, and the task goes to another, as far as its delivery limit allows; started 2 times."
+)]
 #[case::silent_without_estimate(
     running(),
     with_runs(2, seen(WorkerState::Silent, with_workers(1))),
@@ -638,6 +665,24 @@ fn progress(at: i64) -> Option<Progress> {
     change(ended(Outcome::Cancelled, ""), |job| job.running_at = None),
     nothing(), "Cancelled while it waited.")]
 #[case::cancelled(ended(Outcome::Cancelled, ""), nothing(), "Cancelled after 8 min.")]
+#[case::cancelled_by_somebody(
+    change(ended(Outcome::Cancelled, ""), |job| job.ends.cancelled_by = Some(done().by)),
+    nothing(), "Cancelled by anna after 8 min.")]
+#[case::cancelled_by_somebody_while_it_waited(
+    change(ended(Outcome::Cancelled, ""), |job| {
+        job.running_at = None;
+        job.ends.cancelled_by = Some(done().by);
+    }),
+    nothing(), "Cancelled by anna while it waited.")]
+#[case::cancelled_by_a_client_before_it_came(
+    change(ended(Outcome::Cancelled, ""), |job| {
+        (job.registered_at, job.running_at) = (None, None);
+        job.ends.cancelled_by = Some(Origin::new(Via::Client, None, None));
+    }),
+    nothing(), "Cancelled by a client before it was submitted.")]
+#[case::timed_out_and_then_cancelled(
+    change(ended(Outcome::TimedOut, ""), |job| job.ends.cancelled_by = Some(done().by)),
+    nothing(), "Timed out after 8 min.")]
 #[case::crashed(
     change(ended(Outcome::CrashLoop, "Job cannot be processed"), |job| job.starts = 3), nothing(),
     "Lost its workers: they crashed, or were stopped; its task was started 3 times.")]
@@ -753,8 +798,16 @@ fn it_says_what_it_is_drawn_from() {
             "held at simulator since 03:00",
             "its owner is anna",
             "simulator: 3 held, 0 waiting in RabbitMQ, 1 running",
-            "handed over: 1234abcd-0000-0000-0000-000000000000"
+            "handed over: 1234abcd-0000-0000-0000-000000000000",
+            "before it: 00000064-0000-0000-0000-000000000000"
         ]
+    );
+    let overview = at_turn(after(&["bob"; 5], seats(1)));
+    let told = why(&held(), &overview, minute(NOW));
+    assert_eq!(
+        told.evidence.last().unwrap(),
+        "before it: 00000064-0000-0000-0000-000000000000, 00000065-0000-0000-0000-000000000000, \
+         00000066-0000-0000-0000-000000000000 and 2 more"
     );
     assert_eq!(
         why(&between(5), &nothing(), minute(NOW)).evidence,
@@ -769,6 +822,29 @@ fn it_says_what_it_is_drawn_from() {
             "no solution"
         ]
     );
+}
+
+/// A page shows them in the reader's own time.
+#[test]
+fn its_times_are_known_where_they_stand() {
+    let overview = in_outage(with_workers(1));
+    let why = why(&placed(1), &overview, minute(NOW));
+    assert_eq!(
+        why.sentence,
+        "Waits: RabbitMQ does not answer (since 03:20)."
+    );
+    let told = |text: &str, moments: &[Moment]| {
+        let told = moments.iter();
+        let told = told.map(|one| (text[one.place.clone()].to_owned(), one.at));
+        told.collect::<Vec<_>>()
+    };
+    assert_eq!(
+        told(&why.sentence, why.moments()),
+        [("03:20".to_owned(), minute(200))]
+    );
+    let facts: Vec<_> = why.facts().map(|(fact, at)| told(fact, at)).collect();
+    assert_eq!(why.evidence[0], "in the queue simulator since 03:00");
+    assert_eq!(facts, [vec![("03:00".to_owned(), minute(180))], Vec::new()]);
 }
 
 #[test]

@@ -59,7 +59,7 @@ const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /jobs/<id>/compare/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, \
-                     /api/jobs/<id>/compare/<id>, /api/overview, /api/workers, \
+                     /api/jobs/<id>/compare/<id>, /api/overview, /api/workers, /api/limits, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -113,6 +113,7 @@ impl<T> Lanes<T> {
             | Route::Form
             | Route::Upload
             | Route::Follow(_)
+            | Route::Limits
             | Route::Overview
             | Route::Workers
             | Route::Jobs(_)
@@ -176,6 +177,11 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
                     body["trouble"] = trouble.json();
                 }
                 return Reply::Now(json_response(if ready { 200 } else { 503 }, &body));
+            }
+            Route::Limits => {
+                let limits = service.config.limits();
+                let body = json!({"version": VERSION, "host": service.host, "limits": limits});
+                return Reply::Now(json_response(200, &body));
             }
             Route::Form => match admission::read_form(&endpoint.accounts, &visit, &request.body) {
                 Ok(form) => Route::Act(Box::new(form)),
@@ -265,6 +271,8 @@ enum Route {
     Live,
     Ready,
     Metrics,
+    /// What is in force, as JSON.
+    Limits,
     Overview,
     Workers,
     Jobs(Filter),
@@ -311,6 +319,7 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
         "/health/live" => Route::Live,
         "/health/ready" => Route::Ready,
         "/metrics" => Route::Metrics,
+        "/api/limits" => Route::Limits,
         "/api/overview" => Route::Overview,
         "/api/workers" => Route::Workers,
         "/api/jobs" => Route::Jobs(filter()?),

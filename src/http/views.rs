@@ -157,6 +157,7 @@ fn instead(
         | Route::Confirm(_)
         | Route::Act(_)
         | Route::Letters
+        | Route::Limits
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -198,6 +199,7 @@ fn with_database(
         | Route::Result(_)
         | Route::NamedJob(_)
         | Route::Letters
+        | Route::Limits
         | Route::Confirm(_)
         | Route::Act(_) => {
             unreachable!("answered before")

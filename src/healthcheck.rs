@@ -128,13 +128,18 @@ fn get(url: &str, account: Option<&Secret>) -> Result<(u16, String), ureq::Error
 /// # Errors
 /// It does not say; the text has why, and what helps.
 pub fn limits(bind: SocketAddr, account: Option<&Secret>) -> anyhow::Result<InForce> {
+    const NOBODY: &str =
+        "nobody listens there: ask where the service runs, or set HTTP_BIND as it has it";
     let url = at(bind, "/api/limits");
-    if bind.port() == 0 || !somebody_listens(bind) {
-        bail!(
-            "{url}: nobody listens there: ask where the service runs, or set HTTP_BIND as it has it"
-        );
+    if bind.port() == 0 {
+        bail!("{url}: {NOBODY}");
     }
-    let (status, text) = get(&url, account).with_context(|| url.clone())?;
+    let (status, text) = match get(&url, account) {
+        Ok(answer) => answer,
+        // As above.
+        Err(_) if !somebody_listens(bind) => bail!("{url}: {NOBODY}"),
+        Err(error) => bail!("{url}: {}", one_line(&error.to_string())),
+    };
     match (status, account) {
         (200, _) => {
             let other = || format!("{url}: no orchestrator answers, but: {}", one_line(&text));
@@ -225,6 +230,10 @@ mod tests {
 
     /// What comes of asking somebody who answers this.
     fn asked(status: &'static str, body: String) -> anyhow::Result<()> {
+        answered(status, body, check)
+    }
+
+    fn answered<T>(status: &'static str, body: String, ask: impl FnOnce(SocketAddr) -> T) -> T {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let server = thread::spawn(move || {
@@ -237,9 +246,9 @@ mod tests {
             )
             .unwrap();
         });
-        let checked = check(address);
+        let came = ask(address);
         server.join().unwrap();
-        checked
+        came
     }
 
     #[test]
@@ -288,6 +297,27 @@ mod tests {
                 assert!(why.contains(expected), "{why}");
             }
         }
+    }
+
+    #[rstest]
+    #[case::an_earlier_version("404 No", r#"{"error": "there are /"}"#, "an earlier version")]
+    #[case::an_account("401 No", r#"{"error": "Who are you?"}"#, "set HTTP_READONLY_AUTH")]
+    #[case::many_guesses(
+        "429 No",
+        r#"{"error": "Too many guesses."}"#,
+        "429: Too many guesses."
+    )]
+    #[case::somebody_else("200 OK", "<html>", "no orchestrator answers, but: <html>")]
+    #[case::a_proxy("502 Bad", "<html>", "502: <html>")]
+    fn why_the_limits_are_not_known_is_said(
+        #[case] status: &'static str,
+        #[case] body: &str,
+        #[case] expected: &str,
+    ) {
+        let why = answered(status, body.to_owned(), |bind| {
+            limits(bind, None).unwrap_err()
+        });
+        assert!(format!("{why:#}").contains(expected), "{why:#}");
     }
 
     /// The same in a process that has a proxy set, which nobody is.

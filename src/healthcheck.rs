@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::config::Secret;
 use crate::config::limits::Limit;
 use crate::domain::text::one_line;
+use crate::domain::turns;
 
 /// How long an answer may take, which comes from memory.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -63,6 +64,8 @@ pub struct InForce {
     pub version: String,
     pub host: String,
     pub limits: Vec<Limit>,
+    /// Those of task queues.
+    pub queues: turns::Limits,
 }
 
 /// Where a service that listens at `bind` answers on this machine.

@@ -178,11 +178,7 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
                 }
                 return Reply::Now(json_response(if ready { 200 } else { 503 }, &body));
             }
-            Route::Limits => {
-                let limits = service.config.limits();
-                let body = json!({"version": VERSION, "host": service.host, "limits": limits});
-                return Reply::Now(json_response(200, &body));
-            }
+            Route::Limits => return Reply::Now(json_response(200, &in_force(service))),
             Route::Form => match admission::read_form(&endpoint.accounts, &visit, &request.body) {
                 Ok(form) => Route::Act(Box::new(form)),
                 Err(refusal) => return Reply::Now(refusal),
@@ -217,6 +213,16 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
     if let Err(error) = endpoint.server.serve(admit, answer) {
         error!("the HTTP endpoint has ended: {error}");
     }
+}
+
+/// The limits of this replica's environment, and those of task queues.
+fn in_force(service: &Service) -> Value {
+    json!({
+        "version": VERSION,
+        "host": service.host,
+        "limits": service.config.limits(),
+        "queues": *service.limits.get(),
+    })
 }
 
 /// Tells a page's reader of its changes from now on.

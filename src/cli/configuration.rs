@@ -93,16 +93,21 @@ fn running(config: &Config, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 fn as_table(service: &InForce) -> String {
-    let mut table = table(&["variable", "value", "what it limits", "in words"]);
+    let mut limits = table(&["variable", "value", "what it limits", "in words"]);
     for limit in &service.limits {
         let row = [&limit.name, &limit.value, &limit.what, &limit.in_words];
-        table.add_row(row.map(|text| Cell::new(harmless(text))));
+        limits.add_row(row.map(|text| Cell::new(harmless(text))));
+    }
+    let mut text = format!("{}\n", limits.trim_fmt());
+    if !service.queues.is_empty() {
+        let mut queues = table(&["task queue", "limits"]);
+        for (name, limit) in &service.queues {
+            queues.add_row([harmless(name), limit.to_string()]);
+        }
+        text += &format!("\n{}\n", queues.trim_fmt());
     }
     let (host, version) = (harmless(&service.host), harmless(&service.version));
-    format!(
-        "{}\nin force at the service on {host}, version {version}\n",
-        table.trim_fmt()
-    )
+    text + &format!("\nin force at the service on {host}, version {version}\n")
 }
 
 /// Each with its value here where that is another one.
@@ -114,5 +119,10 @@ fn as_json(service: &InForce, differing: &[(&Limit, Option<&str>)]) -> serde_jso
         }
         row
     });
-    json!({"version": service.version, "host": service.host, "limits": limits.collect::<Vec<_>>()})
+    json!({
+        "version": service.version,
+        "host": service.host,
+        "limits": limits.collect::<Vec<_>>(),
+        "queues": service.queues,
+    })
 }

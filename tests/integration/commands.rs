@@ -302,6 +302,12 @@ fn empty_lists_say_so_beside_standard_output() {
 #[test]
 fn the_limits_of_the_running_service_are_told_and_those_that_differ() {
     let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let (code, _, said) = run(
+        &deployment,
+        &["workflows", "limit", "workflow_1", "--window", "7"],
+    );
+    assert_eq!(code, Some(0), "{said}");
     let service = deployment.start_with(&[
         ("JOB_RETENTION_SEC", "7200"),
         ("HTTP_BASIC_AUTH", "anna:hunter2"),
@@ -341,7 +347,13 @@ fn the_limits_of_the_running_service_are_told_and_those_that_differ() {
         cells,
         ["JOB_RETENTION_SEC", "7200", "A job may take, in all", "2 h"]
     );
-    assert!(shown.contains("\nin force at the service on "), "{shown}");
+    assert!(shown.contains("\n\nin force at the service on "), "{shown}");
+    let queue = shown.lines().find(|line| line.contains("workflow_1"));
+    let at_most = "at most 7 waiting in RabbitMQ";
+    assert!(
+        queue.is_some_and(|line| line.trim_end().ends_with(at_most)),
+        "{shown}"
+    );
     let differs = "warning: JOB_RETENTION_SEC is 7200 at the service, and 172800 here\n";
     assert_eq!(said, differs);
     let (_, shown, _) = ask(&["--json"], &[("HTTP_BASIC_AUTH", "anna:hunter2")]);
@@ -353,6 +365,7 @@ fn the_limits_of_the_running_service_are_told_and_those_that_differ() {
         .collect();
     assert_eq!(others.len(), 1, "{shown}");
     assert_eq!(others[0]["here"], "172800");
+    assert_eq!(answer["queues"]["workflow_1"]["window"], 7);
     let (_, _, said) = ask(&[], &[ben, ("JOB_RETENTION_SEC", "7200")]);
     assert_eq!(said, "here they are the same\n");
 

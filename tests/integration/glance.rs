@@ -62,7 +62,7 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     let mut doctor = deployment.command(&["doctor"]);
     doctor.env(
         "WORKFLOW_CONFIG_PATH",
-        deployment.folder.join("workflows.json"),
+        deployment.folder.join("planted.json"),
     );
     let said = String::from_utf8(doctor.output().unwrap().stdout).unwrap();
     for (what, why) in [

@@ -3,6 +3,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::cause::Kind;
 use super::{Findings, Severity};
 use crate::config::{Config, QUEUE_AGE};
 use crate::domain::job::JobStatus;
@@ -34,15 +35,28 @@ pub(super) fn examine(
     findings: &mut Findings,
 ) {
     let now = inspection.clock.unwrap_or_else(Timestamp::now);
-    if let Err(error) = look(config, catalogue, now, connection, findings) {
-        let error = one_line(&format!("{:#}", anyhow::Error::from(error)));
-        let found = format!("what they wait for is not known: {error}");
-        findings.add(
-            PART,
-            Severity::Error,
-            found,
-            "See Postgres's log, and try again.",
-        );
+    let why = |error| one_line(&format!("{:#}", anyhow::Error::from(error)));
+    const REMEDY: &str = "See Postgres's log, and try again.";
+    let known = match look(config, catalogue, now, connection, findings) {
+        Ok(known) => known,
+        Err(error) => {
+            let found = format!("what they wait for is not known: {}", why(error));
+            findings.add(PART, Severity::Error, found, REMEDY);
+            return;
+        }
+    };
+    match running(known, now, connection) {
+        Ok(jobs) => {
+            for kind in Ambers::among(&jobs, now) {
+                judge_running(&kind, findings);
+            }
+        }
+        Err(error) => {
+            // As where somebody has locked what was not needed so far, which is told.
+            let found = format!("which are overdue or silent is not known: {}", why(error));
+            findings.add(PART, Severity::Note, found, REMEDY);
+            findings.is(Kind::NotLookedAt);
+        }
     }
 }
 
@@ -52,7 +66,7 @@ fn look(
     now: Timestamp,
     connection: &mut Connection,
     findings: &mut Findings,
-) -> Result<(), StoreError> {
+) -> Result<Overview, StoreError> {
     let defined = catalogue.map(Catalogue::queue_limits).unwrap_or_default();
     let limits = connection.queue_limits(defined)?;
     let turns = connection.turns(&limits, config.priority_aging)?;
@@ -74,25 +88,21 @@ fn look(
     if let Some(workers) = &workers {
         judge_workers(workers, now, findings);
     }
-    let known = Overview {
+    Ok(Overview {
         has_rows: true,
-        rows: connection.workflows(&[])?,
         turns,
         workers,
         ..Overview::default()
-    };
-    for job in Ambers::among(&running(&known, now, connection)?, now) {
-        judge_running(&job, findings);
-    }
-    Ok(())
+    })
 }
 
 /// Those that run, with what is to be expected of them, as lists of jobs have it.
 fn running(
-    known: &Overview,
+    mut known: Overview,
     now: Timestamp,
     connection: &mut Connection,
 ) -> Result<Vec<JobView>, StoreError> {
+    known.rows = connection.workflows(&[])?;
     let filter = Filter {
         state: Some(JobState::Live(JobStatus::Running)),
         limit: MAX_LIMIT,

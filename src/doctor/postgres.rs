@@ -49,10 +49,10 @@ pub(super) fn examine(
             judge_rights(&inspection, findings);
             judge_settings(&inspection, config.handler_threads, findings);
             let may_write = inspection.is_usable && inspection.lacks_to_work.is_empty();
-            if may_write && inspection.unwritable.is_none() {
-                try_writing(&mut connection, findings);
-            }
-            if inspection.is_usable {
+            let may_write = may_write && inspection.unwritable.is_none();
+            let is_locked = may_write && !try_writing(&mut connection, findings);
+            // Whoever looks at a table's size waits for its locks, too.
+            if inspection.is_usable && !is_locked {
                 judge_sizes(connection.sizes(), findings);
             }
             Some((inspection, connection))
@@ -60,11 +60,12 @@ pub(super) fn examine(
     }
 }
 
-fn try_writing(connection: &mut Connection, findings: &mut Findings) {
+/// Returns whether the tables can be got at.
+fn try_writing(connection: &mut Connection, findings: &mut Findings) -> bool {
     const PART: &str = "Postgres";
     let Err(error) = connection.try_writing() else {
         findings.ok(PART, "it takes what is written");
-        return;
+        return true;
     };
     let is_locked = matches!(error, StoreError::Locked(_));
     let why = one_line(&format!("{:#}", anyhow::Error::from(error)));
@@ -82,6 +83,7 @@ fn try_writing(connection: &mut Connection, findings: &mut Findings) {
     let found = format!("it does not take what is written: {why}");
     findings.add(PART, Severity::Error, found, remedy);
     findings.is(Kind::Needed);
+    !is_locked
 }
 
 /// In the words of the status page.
@@ -102,6 +104,7 @@ fn judge_sizes(sizes: Result<Sizes, StoreError>, findings: &mut Findings) {
             let why = one_line(&format!("{:#}", anyhow::Error::from(error)));
             let found = format!("how much room this database takes is not known: {why}");
             findings.add(PART, Severity::Note, found, "See its log, and try again.");
+            findings.is(Kind::NotLookedAt);
         }
     }
 }

@@ -80,26 +80,26 @@ fn twelve_situations(
     #[case] height: u32,
     #[case] dark: bool,
 ) {
-    let scene = scene();
-    let client = Client::new(&scene.deployment);
     let browser = Browser::new(width, height, dark);
-    let page = |account: &str, path: &str| {
+    let open = |scene: &Scene, account: &str, path: &str| {
         browser.open(&format!("http://{account}@{}{path}", scene.service.http()));
     };
     let look = |name: &str| looked_at(&browser, &format!("{name}-{kind}"));
-    page("ben:look", "/");
+    let empty = scene();
+    open(&empty, "ben:look", "/");
     browser.shows("Nothing waits and nothing runs.");
     look("empty");
+    // What its service has counted for the charts is kept for minutes where that took long.
+    drop(empty);
+    let scene = scene();
+    let client = Client::new(&scene.deployment);
+    let page = |account: &str, path: &str| open(&scene, account, path);
     let mut sql = scene.deployment.sql();
     plant(&mut sql);
     plant_workers(&mut sql);
     page("ben:look", "/");
     browser.shows("Rotterdam harbour, phase 2");
-    // Charts are counted anew every twenty seconds only.
-    eventually("the charts", || {
-        page("ben:look", "/");
-        (!browser.text().contains("none has ended")).then_some(())
-    });
+    assert!(!browser.text().contains("none has ended"));
     plant_workers(&mut sql);
     page("ben:look", "/");
     browser.shows("silent");

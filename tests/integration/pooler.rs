@@ -1,8 +1,10 @@
 //! Postgres behind a PgBouncer that pools transactions: each of them is in another session.
 
+use std::collections::HashSet;
+
 use omotes_orchestrator::wire::job_result::ResultType;
 
-use crate::harness::deployment::{self, Deployment, Service};
+use crate::harness::deployment::{self, Deployment, Server, Service};
 use crate::harness::peers::{Client, Worker, kept_its_session, running_job};
 use crate::harness::pooler::Pooler;
 
@@ -105,4 +107,23 @@ fn settings_hold_for_each_transaction_through_a_pooler() {
         _ => None,
     });
     assert_eq!(left, Some("0"));
+}
+
+/// PgBouncer lets whoever asks wait meanwhile, longer than a session's threads have without one.
+#[test]
+fn a_killed_postgres_behind_a_pooler_ends_no_process() {
+    let deployment = Deployment::with_own_servers();
+    let pooler = Pooler::that_waits(&deployment, 20, 8);
+    let haste = ("OMOTES_FAULT_HASTE", "1");
+    let service = start(&deployment, &pooler, &[haste, ("HANDLER_THREADS", "4")]);
+    let client = Client::new(&deployment);
+    let worker = Worker::new(&deployment, "workflow_1");
+    deployment.kill_server(Server::Postgres);
+    let jobs: HashSet<_> = (0..20).map(|_| client.submit("workflow_1")).collect();
+    service.logged("the session with RabbitMQ has ended, for want of Postgres");
+    deployment.start_server(Server::Postgres);
+    let tasks: HashSet<_> = jobs.iter().map(|_| worker.take().job).collect();
+    assert_eq!(tasks, jobs);
+    service.wait_until_ready();
+    assert!(service.stop().success());
 }

@@ -56,7 +56,7 @@ fn launch_that_waits(deployment: &Deployment) -> Service {
     let now: String = now.get(0);
     let service = deployment.launch(&[CLUSTER]);
     let waiting = "SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid)
-                   WHERE NOT granted AND datname = current_database() AND backend_start > $1::text::timestamptz";
+                   WHERE NOT granted AND datname = current_database() AND query_start > $1::text::timestamptz";
     eventually("it waits for the lock", || {
         sql.query(waiting, &[&now]).unwrap().pop()
     });

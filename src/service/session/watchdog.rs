@@ -31,6 +31,9 @@ const LOST_IN_THOUGHT: Duration = Duration::from_secs(2 * 60);
 /// How long the threads of a failed session may take to end. Whatever they wait for is freed at
 /// once, and no step of theirs takes long.
 const END_DEADLINE: Duration = Duration::from_secs(60);
+/// The same behind a pooler: without a Postgres, PgBouncer keeps what it is asked for 120 seconds
+/// (`query_wait_timeout`) before it ends the connection.
+const END_DEADLINE_POOLED: Duration = Duration::from_secs(240);
 /// No statement takes this long while Postgres works: it ends each of them after 35 seconds.
 const STUCK: Duration = Duration::from_secs(6 * 60);
 
@@ -135,7 +138,11 @@ impl Watchdog<'_> {
 
     fn stop_threads(&mut self) {
         if self.crew.stop.take().is_some() {
-            self.too_late = after(fault_point::patience(END_DEADLINE));
+            let deadline = match self.shared.common.service.config.postgres.is_pooled {
+                true => END_DEADLINE_POOLED,
+                false => END_DEADLINE,
+            };
+            self.too_late = after(fault_point::patience(deadline));
         }
     }
 

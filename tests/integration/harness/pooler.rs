@@ -15,6 +15,12 @@ pub struct Pooler {
 impl Pooler {
     /// Gives each transaction another session, as far as there are several.
     pub fn before(deployment: &Deployment, sessions: usize) -> Pooler {
+        // What tests wait for comes earlier.
+        Pooler::that_waits(deployment, sessions, 100)
+    }
+
+    /// Keeps what it is asked for so many seconds while there is no Postgres.
+    pub fn that_waits(deployment: &Deployment, sessions: usize, seconds: u32) -> Pooler {
         let port = free_port();
         let user = setting("POSTGRES_USER");
         let users = deployment.folder.join("pgbouncer.users");
@@ -33,7 +39,8 @@ impl Pooler {
              pool_mode = transaction\n\
              default_pool_size = {sessions}\n\
              server_round_robin = 1\n\
-             server_login_retry = 1\n",
+             server_login_retry = 1\n\
+             query_wait_timeout = {seconds}\n",
             deployment.postgres_port(),
             users.display(),
         );

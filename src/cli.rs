@@ -82,11 +82,12 @@ enum Command {
     ///
     /// Checks each connection and its rights, whether an orchestrator runs and how it says that it is, whether
     /// Postgres takes what is written, mixed-up vhosts, queues declared otherwise, workflows without a worker,
-    /// paused queues that jobs wait for, jobs that wait for long, that are overdue or silent, silent workers, tasks
-    /// that nobody has or wants, how much room the database takes, limits of RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB, and dead letters.
-    /// The service is asked at HTTP_BIND: best run this where one runs. What is wrong comes first, and before all
-    /// what several findings follow from; the last line sums it up. Without --fix it changes nothing that lasts.
-    /// Exits with 1 when there is a warning or an error.
+    /// paused queues that jobs wait for, jobs that wait for long, that are overdue or silent, silent workers,
+    /// tasks that nobody has or wants, how much room the database takes, limits of RabbitMQ, the workflow
+    /// definitions, the tables, clocks, InfluxDB, and dead letters. The service is asked at HTTP_BIND: best run
+    /// this where one runs. What is wrong comes first, and before all what several findings follow from; the last
+    /// line sums it up. Without --fix it changes nothing that lasts. Exits with 1 when there is a warning or an
+    /// error.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator doctor\n  \
         omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \

@@ -71,17 +71,23 @@ enum Command {
     Workers(workers::Command),
     /// Show the configuration in force and where each value comes from; passwords are not shown.
     ///
-    /// Exits with 1 when it is faulty, and says why.
+    /// Exits with 1 when it is faulty, and says why. It is that of this shell: --running asks the service that runs
+    /// for the limits that it has, and says which are other ones here.
+    #[command(after_help = "Examples:\n  \
+        omotes-orchestrator config\n  \
+        omotes-orchestrator config --running\n  \
+        docker compose exec orchestrator omotes-orchestrator config --running")]
     Config(configuration::Configuration),
     /// Check the deployment: what is wrong with it, and what to do about it.
     ///
     /// Checks each connection and its rights, whether an orchestrator runs and how it says that it is, whether
     /// Postgres takes what is written, mixed-up vhosts, queues declared otherwise, workflows without a worker,
-    /// paused queues that jobs wait for, jobs that wait for long, silent workers, tasks that nobody has or
-    /// wants, limits of RabbitMQ, the workflow definitions, the tables, clocks, InfluxDB, and dead letters.
-    /// The service is asked at HTTP_BIND: best run this where one runs. What several findings follow from comes
-    /// first. Without --fix it changes nothing that lasts. Exits with 1
-    /// when there is a warning or an error.
+    /// paused queues that jobs wait for, jobs that wait for long, that are overdue or silent, silent workers,
+    /// tasks that nobody has or wants, how much room the database takes, limits of RabbitMQ, the workflow
+    /// definitions, the tables, clocks, InfluxDB, and dead letters. The service is asked at HTTP_BIND: best run
+    /// this where one runs. What is wrong comes first, and before all what several findings follow from; the last
+    /// line sums it up. Without --fix it changes nothing that lasts. Exits with 1 when there is a warning or an
+    /// error.
     #[command(after_help = "Examples:\n  \
         omotes-orchestrator doctor\n  \
         omotes-orchestrator doctor --rabbitmqctl \"docker compose exec -T rabbitmq rabbitmqctl\"\n  \

@@ -18,6 +18,7 @@ use crate::domain::workflow::Catalogue;
 use crate::text_file;
 use crate::tls::{Roots, Tls};
 
+pub mod limits;
 mod reader;
 
 #[derive(Debug, Clone, PartialEq)]

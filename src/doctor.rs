@@ -21,11 +21,13 @@ mod orchestrator;
 mod postgres;
 mod rabbitmq;
 mod service;
+mod summary;
 mod switch;
 
 use self::cause::Kind;
 pub use self::cause::Role;
 pub use self::fix::Fix;
+pub use self::summary::{sorted, summary};
 pub use self::switch::Switch;
 
 /// The size of the trial message, unless the history has a larger result.

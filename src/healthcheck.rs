@@ -1,13 +1,19 @@
-//! Asks a running service how it is, as `/health/ready` says it.
+//! Asks a running service how it is, as `/health/ready` says it, and which limits are in force there.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::Deserialize;
 use serde_json::Value;
 
+use crate::config::Secret;
+use crate::config::limits::Limit;
 use crate::domain::text::one_line;
+use crate::domain::turns;
 
 /// How long an answer may take, which comes from memory.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -52,9 +58,23 @@ impl fmt::Display for Trouble {
     }
 }
 
+/// What is in force at a service, as `/api/limits` has it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct InForce {
+    pub version: String,
+    pub host: String,
+    pub limits: Vec<Limit>,
+    /// Those of task queues.
+    pub queues: turns::Limits,
+}
+
 /// Where a service that listens at `bind` answers on this machine.
 pub fn url(bind: SocketAddr) -> String {
-    format!("http://{}/health/ready", reached(bind))
+    at(bind, "/health/ready")
+}
+
+fn at(bind: SocketAddr, path: &str) -> String {
+    format!("http://{}{path}", reached(bind))
 }
 
 fn reached(bind: SocketAddr) -> SocketAddr {
@@ -73,18 +93,7 @@ pub fn ask(bind: SocketAddr) -> Answer {
     if bind.port() == 0 {
         return Answer::Nobody;
     }
-    let called = ureq::get(url(bind))
-        .config()
-        // A proxy of the environment's would be asked for a service on its own machine.
-        .proxy(None)
-        .timeout_global(Some(PATIENCE))
-        .http_status_as_error(false)
-        .build()
-        .call();
-    let read = called.and_then(|mut response| {
-        let is_ready = response.status() == 200;
-        Ok((is_ready, response.body_mut().read_to_string()?))
-    });
+    let read = get(&url(bind), None).map(|(status, text)| (status == 200, text));
     match read {
         // Whether anybody is there its errors do not tell.
         Err(_) if !somebody_listens(bind) => Answer::Nobody,
@@ -95,6 +104,65 @@ pub fn ask(bind: SocketAddr) -> Answer {
             None => Answer::Stranger(one_line(&text)),
         },
     }
+}
+
+/// The status and the body of an answer.
+fn get(url: &str, account: Option<&Secret>) -> Result<(u16, String), ureq::Error> {
+    let mut request = ureq::get(url);
+    if let Some(account) = account {
+        let account = BASE64_STANDARD.encode(account.reveal());
+        request = request.header("Authorization", format!("Basic {account}"));
+    }
+    let mut response = request
+        .config()
+        // A proxy of the environment's would be asked for a service on its own machine.
+        .proxy(None)
+        .timeout_global(Some(PATIENCE))
+        .http_status_as_error(false)
+        .build()
+        .call()?;
+    let status = response.status().as_u16();
+    Ok((status, response.body_mut().read_to_string()?))
+}
+
+/// Asks the service that listens at `bind` which limits are in force there, with an account that may look if it
+/// wants one.
+///
+/// # Errors
+/// It does not say; the text has why, and what helps.
+pub fn limits(bind: SocketAddr, account: Option<&Secret>) -> anyhow::Result<InForce> {
+    const NOBODY: &str =
+        "nobody listens there: ask where the service runs, or set HTTP_BIND as it has it";
+    let url = at(bind, "/api/limits");
+    if bind.port() == 0 {
+        bail!("{url}: {NOBODY}");
+    }
+    let (status, text) = match get(&url, account) {
+        Ok(answer) => answer,
+        // As above.
+        Err(_) if !somebody_listens(bind) => bail!("{url}: {NOBODY}"),
+        Err(error) => bail!("{url}: {}", one_line(&error.to_string())),
+    };
+    match (status, account) {
+        (200, _) => {
+            let other = || format!("{url}: no orchestrator answers, but: {}", one_line(&text));
+            serde_json::from_str(&text).with_context(other)
+        }
+        (401, None) => bail!(
+            "{url}: it wants an account: set HTTP_READONLY_AUTH, or HTTP_BASIC_AUTH, as the service has it"
+        ),
+        (404, _) => {
+            bail!("{url}: it does not say: it is of an earlier version, or no orchestrator")
+        }
+        (status, _) => bail!("{url}: {status}: {}", said(&text)),
+    }
+}
+
+/// Why a service has refused, as it says.
+fn said(text: &str) -> String {
+    let body: Option<Value> = serde_json::from_str(text).ok();
+    let error = body.as_ref().and_then(|body| body.get("error")?.as_str());
+    one_line(error.unwrap_or(text))
 }
 
 fn somebody_listens(bind: SocketAddr) -> bool {
@@ -165,6 +233,10 @@ mod tests {
 
     /// What comes of asking somebody who answers this.
     fn asked(status: &'static str, body: String) -> anyhow::Result<()> {
+        answered(status, body, check)
+    }
+
+    fn answered<T>(status: &'static str, body: String, ask: impl FnOnce(SocketAddr) -> T) -> T {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let server = thread::spawn(move || {
@@ -177,9 +249,9 @@ mod tests {
             )
             .unwrap();
         });
-        let checked = check(address);
+        let came = ask(address);
         server.join().unwrap();
-        checked
+        came
     }
 
     #[test]
@@ -228,6 +300,27 @@ mod tests {
                 assert!(why.contains(expected), "{why}");
             }
         }
+    }
+
+    #[rstest]
+    #[case::an_earlier_version("404 No", r#"{"error": "there are /"}"#, "an earlier version")]
+    #[case::an_account("401 No", r#"{"error": "Who are you?"}"#, "set HTTP_READONLY_AUTH")]
+    #[case::many_guesses(
+        "429 No",
+        r#"{"error": "Too many guesses."}"#,
+        "429: Too many guesses."
+    )]
+    #[case::somebody_else("200 OK", "<html>", "no orchestrator answers, but: <html>")]
+    #[case::a_proxy("502 Bad", "<html>", "502: <html>")]
+    fn why_the_limits_are_not_known_is_said(
+        #[case] status: &'static str,
+        #[case] body: &str,
+        #[case] expected: &str,
+    ) {
+        let why = answered(status, body.to_owned(), |bind| {
+            limits(bind, None).unwrap_err()
+        });
+        assert!(format!("{why:#}").contains(expected), "{why:#}");
     }
 
     /// The same in a process that has a proxy set, which nobody is.

@@ -60,7 +60,7 @@ const JSON: &str = "application/json";
 const EVENTS: &str = "text/event-stream";
 const HTML: &str = "text/html; charset=utf-8";
 const PATHS: &str = "/, /jobs/<id>, /jobs/<id>/compare/<id>, /submit, /dead-letters, /api/jobs, /api/jobs/<id>, /api/jobs/<id>/result, \
-                     /api/jobs/<id>/compare/<id>, /api/overview, /api/workers, \
+                     /api/jobs/<id>/compare/<id>, /api/overview, /api/workers, /api/limits, \
                      /metrics, /health/live and /health/ready";
 
 /// The server, and who may do what there.
@@ -115,6 +115,7 @@ impl<T> Lanes<T> {
             | Route::Form
             | Route::Upload
             | Route::Follow(_)
+            | Route::Limits
             | Route::Overview
             | Route::Workers
             | Route::Jobs(_)
@@ -180,6 +181,7 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
                 }
                 return Reply::Now(json_response(if ready { 200 } else { 503 }, &body));
             }
+            Route::Limits => return Reply::Now(json_response(200, &in_force(service))),
             Route::Form => match admission::read_form(&endpoint.accounts, &visit, &request.body) {
                 Ok(form) => Route::Act(Box::new(form)),
                 Err(refusal) => return Reply::Now(refusal),
@@ -214,6 +216,16 @@ pub fn serve(endpoint: &Endpoint, service: &Service, lanes: &Lanes<Sender<Questi
     if let Err(error) = endpoint.server.serve(admit, answer) {
         error!("the HTTP endpoint has ended: {error}");
     }
+}
+
+/// The limits of this replica's environment, and those of task queues.
+fn in_force(service: &Service) -> Value {
+    json!({
+        "version": VERSION,
+        "host": service.host,
+        "limits": service.config.limits(),
+        "queues": *service.limits.get(),
+    })
 }
 
 /// Tells a page's reader of its changes from now on.
@@ -268,6 +280,8 @@ enum Route {
     Live,
     Ready,
     Metrics,
+    /// What is in force, as JSON.
+    Limits,
     Overview,
     Workers,
     Jobs(Filter),
@@ -314,6 +328,7 @@ fn route(path: &str, query: &str) -> Result<Route, (u16, String)> {
         "/health/live" => Route::Live,
         "/health/ready" => Route::Ready,
         "/metrics" => Route::Metrics,
+        "/api/limits" => Route::Limits,
         "/api/overview" => Route::Overview,
         "/api/workers" => Route::Workers,
         "/api/jobs" => Route::Jobs(filter()?),

@@ -10,7 +10,7 @@ use console::{Style, Term};
 use omotes_orchestrator::actions::counted;
 use omotes_orchestrator::config::Config;
 use omotes_orchestrator::config::environment::Environment;
-use omotes_orchestrator::doctor::{Finding, Role, Severity, Switch, examine};
+use omotes_orchestrator::doctor::{Finding, Role, Severity, Switch, examine, sorted, summary};
 use omotes_orchestrator::telemetry::report::one_line;
 
 use super::{NOTHING_DONE, print, say, say_aside, told_after_a_while};
@@ -83,36 +83,56 @@ pub(crate) fn run(
     })
 }
 
-/// A finding in each line or two; first the one from which others follow.
+/// A finding in each line or two: what is wrong, with what others follow from before all, and then what is
+/// well. The last line sums it up, for it is what somebody at a terminal sees.
 fn text(findings: &[Finding]) -> String {
     let mut text = String::new();
     let follow = findings.iter().filter(|one| one.role == Role::Follows);
     let follow = counted(follow.count(), "other finding");
-    for finding in findings {
-        let style = match finding.severity {
-            Severity::Ok => Style::new().green(),
-            Severity::Note => Style::new().cyan(),
-            Severity::Warning => Style::new().yellow(),
-            Severity::Error => Style::new().red(),
-        };
-        if finding.role == Role::Verdict {
-            let _ = writeln!(text, "{}", style.bold().apply_to(&finding.found));
-            continue;
-        }
+    let (wrong, right) = sorted(findings);
+    for finding in &wrong {
         if finding.role == Role::Cause {
             let _ = writeln!(text, "One cause, from which {follow} may follow:");
         }
-        let severity = style.apply_to(format!("{:<8}", finding.severity.name()));
-        let _ = writeln!(text, "{severity}{:<16}{}", finding.part, finding.found);
-        let remedy = match finding.role {
-            Role::Verdict | Role::Cause | Role::Own => finding.remedy.as_str(),
-            Role::Follows => "Follows from the first.",
-        };
-        if !remedy.is_empty() {
-            let _ = writeln!(text, "{:24}{remedy}", "");
-        }
+        add(&mut text, finding);
     }
+    if !wrong.is_empty() && !right.is_empty() {
+        text.push('\n');
+    }
+    for finding in &right {
+        add(&mut text, finding);
+    }
+    let counted = findings.iter().filter(|one| one.role != Role::Verdict);
+    let worst = counted.map(|one| one.severity).max();
+    let last = style(worst.unwrap_or(Severity::Ok)).bold();
+    let _ = writeln!(text, "\n{}", last.apply_to(summary(findings)));
     text
+}
+
+fn add(text: &mut String, finding: &Finding) {
+    let style = style(finding.severity);
+    if finding.role == Role::Verdict {
+        let _ = writeln!(text, "{}", style.bold().apply_to(&finding.found));
+        return;
+    }
+    let severity = style.apply_to(format!("{:<8}", finding.severity.name()));
+    let _ = writeln!(text, "{severity}{:<16}{}", finding.part, finding.found);
+    let remedy = match finding.role {
+        Role::Verdict | Role::Cause | Role::Own => finding.remedy.as_str(),
+        Role::Follows => "Follows from the first.",
+    };
+    if !remedy.is_empty() {
+        let _ = writeln!(text, "{:24}{remedy}", "");
+    }
+}
+
+fn style(severity: Severity) -> Style {
+    match severity {
+        Severity::Ok => Style::new().green(),
+        Severity::Note => Style::new().cyan(),
+        Severity::Warning => Style::new().yellow(),
+        Severity::Error => Style::new().red(),
+    }
 }
 
 /// Says what can be put right, and does it where somebody agrees. Exits with 1 when nothing was done

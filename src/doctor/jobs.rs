@@ -1,11 +1,16 @@
-//! What jobs wait for that nobody looks after: paused queues, silent workers, tasks that nobody has.
+//! What jobs wait for that nobody looks after: paused queues, silent workers, tasks that nobody has; and which
+//! run for too long, or without a word.
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::cause::Kind;
 use super::{Findings, Severity};
 use crate::config::{Config, QUEUE_AGE};
-use crate::domain::overview::{QueueView, spoken};
-use crate::domain::text::counted;
+use crate::domain::job::JobStatus;
+use crate::domain::overview::{
+    Ambers, Filter, JobState, JobView, MAX_LIMIT, Overview, QueueView, spoken,
+};
+use crate::domain::text::{counted, harmless};
 use crate::domain::worker::{WorkerState, WorkerView, Workers};
 use crate::domain::workflow::Catalogue;
 use crate::store::inspection::{Inspection, WaitingJobs};
@@ -30,15 +35,28 @@ pub(super) fn examine(
     findings: &mut Findings,
 ) {
     let now = inspection.clock.unwrap_or_else(Timestamp::now);
-    if let Err(error) = look(config, catalogue, now, connection, findings) {
-        let error = one_line(&format!("{:#}", anyhow::Error::from(error)));
-        let found = format!("what they wait for is not known: {error}");
-        findings.add(
-            PART,
-            Severity::Error,
-            found,
-            "See Postgres's log, and try again.",
-        );
+    let why = |error| one_line(&format!("{:#}", anyhow::Error::from(error)));
+    const REMEDY: &str = "See Postgres's log, and try again.";
+    let known = match look(config, catalogue, now, connection, findings) {
+        Ok(known) => known,
+        Err(error) => {
+            let found = format!("what they wait for is not known: {}", why(error));
+            findings.add(PART, Severity::Error, found, REMEDY);
+            return;
+        }
+    };
+    match running(known, now, connection) {
+        Ok(jobs) => {
+            for kind in Ambers::among(&jobs, now) {
+                judge_running(&kind, findings);
+            }
+        }
+        Err(error) => {
+            // As where somebody has locked what was not needed so far, which is told.
+            let found = format!("which are overdue or silent is not known: {}", why(error));
+            findings.add(PART, Severity::Note, found, REMEDY);
+            findings.is(Kind::NotLookedAt);
+        }
     }
 }
 
@@ -48,11 +66,12 @@ fn look(
     now: Timestamp,
     connection: &mut Connection,
     findings: &mut Findings,
-) -> Result<(), StoreError> {
+) -> Result<Overview, StoreError> {
     let defined = catalogue.map(Catalogue::queue_limits).unwrap_or_default();
     let limits = connection.queue_limits(defined)?;
-    for queue in connection.turns(&limits, config.priority_aging)? {
-        judge_pause(&queue, findings);
+    let turns = connection.turns(&limits, config.priority_aging)?;
+    for queue in &turns {
+        judge_pause(queue, findings);
     }
     let age = config
         .alerts
@@ -62,10 +81,67 @@ fn look(
     for (workflow, waiting) in connection.waiting_jobs()? {
         judge_age(&workflow, waiting, age, now, findings);
     }
-    if config.workers_period.is_some() {
-        judge_workers(&connection.workers()?, now, findings);
+    let workers = match config.workers_period {
+        Some(_) => Some(connection.workers()?),
+        None => None,
+    };
+    if let Some(workers) = &workers {
+        judge_workers(workers, now, findings);
     }
-    Ok(())
+    Ok(Overview {
+        has_rows: true,
+        turns,
+        workers,
+        ..Overview::default()
+    })
+}
+
+/// Those that run, with what is to be expected of them, as lists of jobs have it.
+fn running(
+    mut known: Overview,
+    now: Timestamp,
+    connection: &mut Connection,
+) -> Result<Vec<JobView>, StoreError> {
+    known.rows = connection.workflows(&[])?;
+    let filter = Filter {
+        state: Some(JobState::Live(JobStatus::Running)),
+        limit: MAX_LIMIT,
+        ..Filter::default()
+    };
+    let mut jobs = connection.jobs(&filter, &known.turns)?.jobs;
+    known.explain(&mut jobs, now);
+    Ok(jobs)
+}
+
+/// In the words of the status page.
+fn judge_running(all: &Ambers<'_>, findings: &mut Findings) {
+    let (first, more) = all.named();
+    let name = |job: &&JobView| {
+        let id = job.id.to_string();
+        match job.reference.as_str() {
+            "" => id,
+            reference => format!("{} ({})", harmless(reference), &id[..8]),
+        }
+    };
+    let names: Vec<_> = first.iter().map(name).collect();
+    let more = match more {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    findings.add(
+        PART,
+        Severity::Warning,
+        format!(
+            "{} {}: {}{more}",
+            all.subject(),
+            all.amber.word(),
+            names.join(", ")
+        ),
+        &format!(
+            "{} `jobs show ID` says what is known of it. If it is stuck, cancel it: `jobs cancel ID`.",
+            all.meaning()
+        ),
+    );
 }
 
 fn jobs(count: i64) -> String {

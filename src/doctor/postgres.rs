@@ -5,6 +5,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::cause::Kind;
 use super::{Findings, Severity};
 use crate::config::Config;
+use crate::domain::activity::{Sizes, room};
 use crate::domain::overview::spoken;
 use crate::service::handler::MAX_BATCH_MESSAGES;
 use crate::store::inspection::Inspection;
@@ -48,19 +49,23 @@ pub(super) fn examine(
             judge_rights(&inspection, findings);
             judge_settings(&inspection, config.handler_threads, findings);
             let may_write = inspection.is_usable && inspection.lacks_to_work.is_empty();
-            if may_write && inspection.unwritable.is_none() {
-                try_writing(&mut connection, findings);
+            let may_write = may_write && inspection.unwritable.is_none();
+            let is_locked = may_write && !try_writing(&mut connection, findings);
+            // Whoever looks at a table's size waits for its locks, too.
+            if inspection.is_usable && !is_locked {
+                judge_sizes(connection.sizes(), findings);
             }
             Some((inspection, connection))
         }
     }
 }
 
-fn try_writing(connection: &mut Connection, findings: &mut Findings) {
+/// Returns whether the tables can be got at.
+fn try_writing(connection: &mut Connection, findings: &mut Findings) -> bool {
     const PART: &str = "Postgres";
     let Err(error) = connection.try_writing() else {
         findings.ok(PART, "it takes what is written");
-        return;
+        return true;
     };
     let is_locked = matches!(error, StoreError::Locked(_));
     let why = one_line(&format!("{:#}", anyhow::Error::from(error)));
@@ -78,6 +83,30 @@ fn try_writing(connection: &mut Connection, findings: &mut Findings) {
     let found = format!("it does not take what is written: {why}");
     findings.add(PART, Severity::Error, found, remedy);
     findings.is(Kind::Needed);
+    !is_locked
+}
+
+/// In the words of the status page.
+fn judge_sizes(sizes: Result<Sizes, StoreError>, findings: &mut Findings) {
+    const PART: &str = "Postgres";
+    match sizes {
+        Ok(sizes) => {
+            let tables = sizes.tables.iter();
+            let tables = tables.map(|(name, bytes)| format!("{} in {name}", room(*bytes)));
+            let tables = tables.collect::<Vec<_>>().join(", ");
+            let room = match tables.is_empty() {
+                true => sizes.total(),
+                false => format!("{}: {tables}", sizes.total()),
+            };
+            findings.ok(PART, room);
+        }
+        Err(error) => {
+            let why = one_line(&format!("{:#}", anyhow::Error::from(error)));
+            let found = format!("how much room this database takes is not known: {why}");
+            findings.add(PART, Severity::Note, found, "See its log, and try again.");
+            findings.is(Kind::NotLookedAt);
+        }
+    }
 }
 
 /// `before` and `after` are this machine's times before and after reading the database's clock.
@@ -239,5 +268,20 @@ mod tests {
         judge_database(&inspection, at(0), at(2), &mut findings);
         let skew = |finding: &Finding| finding.found.contains("clock");
         assert_eq!(findings.0.iter().any(skew), is_found);
+    }
+
+    #[test]
+    fn how_full_it_is_is_told_with_the_largest_tables() {
+        let mut findings = Findings::default();
+        let tables = [("job_history", 5 << 20), ("job", 20_000)];
+        let sizes = Sizes {
+            database: 9_133_000,
+            tables: tables.map(|(name, bytes)| (name.to_owned(), bytes)).into(),
+        };
+        judge_sizes(Ok(sizes), &mut findings);
+        judge_sizes(Ok(Sizes::default()), &mut findings);
+        let found: Vec<_> = findings.0.iter().map(|one| one.found.as_str()).collect();
+        let full = "8918 KiB in this database: 5120 KiB in job_history, 19 KiB in job";
+        assert_eq!(found, [full, "0 bytes in this database"]);
     }
 }

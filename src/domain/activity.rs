@@ -49,6 +49,24 @@ pub struct Sizes {
     pub tables: Vec<(String, i64)>,
 }
 
+impl Sizes {
+    /// `12 MiB in this database`.
+    pub fn total(&self) -> String {
+        format!("{} in this database", room(self.database))
+    }
+}
+
+/// `12 MiB`, as a number that somebody can hold in mind.
+pub fn room(bytes: i64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let (mut amount, mut unit) = (bytes, 0);
+    while amount >= 10_240 && unit + 1 < UNITS.len() {
+        amount /= 1024;
+        unit += 1;
+    }
+    format!("{amount} {}", UNITS[unit])
+}
+
 /// What the database counts in one of [`COUNT`] stretches, by its number; before the first one is -1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Counted {
@@ -172,5 +190,19 @@ mod tests {
         let activity = Activity::new(Timestamp::UNIX_EPOCH, &[(3, Counted::Waiting(-1))]);
         assert!(activity.day.stretches.iter().all(|one| one.waiting == 0));
         assert!(activity.ended.is_empty());
+    }
+
+    #[test]
+    fn sizes_are_short() {
+        let rooms = [0, 9_000, 10_239, 10_240, 50 << 20, 1 << 62].map(room);
+        let expected = [
+            "0 bytes",
+            "9000 bytes",
+            "10239 bytes",
+            "10 KiB",
+            "50 MiB",
+            "4194304 TiB",
+        ];
+        assert_eq!(rooms, expected);
     }
 }

@@ -14,6 +14,7 @@ use crate::domain::job::{JobStatus, Origin, Outcome, Priority, Progress};
 use crate::domain::vhost::Vhost;
 use crate::domain::worker::Workers;
 
+pub use self::amber::{Amber, Ambers};
 use self::capacity::Capacity;
 pub use self::compare::{Line, compare};
 pub use self::named::{JobName, short_ids};
@@ -24,6 +25,7 @@ pub use self::turns::{QueueView, SEATS, TOLD, TurnView};
 pub use self::whereabouts::{ClientQueue, Delivery, Kept, Whereabouts};
 pub use self::why::{Moment, Why};
 
+mod amber;
 mod capacity;
 mod compare;
 mod named;

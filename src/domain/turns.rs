@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::job::Priority;
@@ -27,7 +27,7 @@ pub const MAX_GRANTS: usize = 200;
 pub const NO_OWNER: &str = "";
 
 /// What an operator allows at a task queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct QueueLimit {
     /// How many tasks may be handed over and not started.
     pub window: Option<u32>,

@@ -158,6 +158,7 @@ fn instead(
         | Route::Confirm(_)
         | Route::Act(_)
         | Route::Letters
+        | Route::Limits
         | Route::Overview
         | Route::Workers
         | Route::Jobs(_)
@@ -199,6 +200,7 @@ fn with_database(
         | Route::Result(_)
         | Route::NamedJob(_)
         | Route::Letters
+        | Route::Limits
         | Route::Confirm(_)
         | Route::Act(_) => {
             unreachable!("answered before")

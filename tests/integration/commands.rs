@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use omotes_orchestrator::wire::job_result::ResultType;
 use rstest::rstest;
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::harness::deployment::{Deployment, eventually};
+use crate::harness::operator::Operator;
 use crate::harness::peers::{Client, Worker};
 
 const ESDL: &str = "<esdl:EnergySystem xmlns:esdl='e' id='in'/>";
@@ -295,6 +297,87 @@ fn empty_lists_say_so_beside_standard_output() {
         );
         assert!(said.contains(expected), "{arguments:?}: {said}");
     }
+}
+
+#[test]
+fn the_limits_of_the_running_service_are_told_and_those_that_differ() {
+    let deployment = Deployment::new();
+    assert!(deployment.start().stop().success());
+    let (code, _, said) = run(
+        &deployment,
+        &["workflows", "limit", "workflow_1", "--window", "7"],
+    );
+    assert_eq!(code, Some(0), "{said}");
+    let service = deployment.start_with(&[
+        ("JOB_RETENTION_SEC", "7200"),
+        ("HTTP_BASIC_AUTH", "anna:hunter2"),
+        ("HTTP_READONLY_AUTH", "ben:looks"),
+    ]);
+    let bind = service.http().to_string();
+    let ask = |arguments: &[&str], variables: &[(&str, &str)]| {
+        let mut command = deployment.command(&[&["config", "--running"], arguments].concat());
+        let variables = variables.iter().copied();
+        command.envs(variables).env("HTTP_BIND", &bind);
+        let (code, shown, said) = parts(command.output().unwrap());
+        for secret in ["hunter2", "looks", "guess"] {
+            assert!(
+                !shown.contains(secret) && !said.contains(secret),
+                "{shown}{said}"
+            );
+        }
+        (code, shown, said)
+    };
+    let (code, shown, said) = ask(&[], &[]);
+    assert_eq!((code, shown.as_str()), (Some(1), ""));
+    let account =
+        "it wants an account: set HTTP_READONLY_AUTH, or HTTP_BASIC_AUTH, as the service has it";
+    assert!(said.contains(account), "{said}");
+    let (code, _, said) = ask(&[], &[("HTTP_READONLY_AUTH", "ben:guess")]);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("/api/limits: 401: "), "{said}");
+
+    let ben = ("HTTP_READONLY_AUTH", "ben:looks");
+    let (code, shown, said) = ask(&[], &[ben]);
+    assert_eq!(code, Some(0), "{said}");
+    let mut rows = shown.lines().map(str::trim_start);
+    let row = rows.find(|line| line.starts_with("JOB_RETENTION_SEC"));
+    let cells: Vec<_> = row.unwrap().split("  ").map(str::trim).collect();
+    let cells: Vec<_> = cells.into_iter().filter(|one| !one.is_empty()).collect();
+    assert_eq!(
+        cells,
+        ["JOB_RETENTION_SEC", "7200", "A job may take, in all", "2 h"]
+    );
+    assert!(shown.contains("\n\nin force at the service on "), "{shown}");
+    let queue = shown.lines().find(|line| line.contains("workflow_1"));
+    let at_most = "at most 7 waiting in RabbitMQ";
+    assert!(
+        queue.is_some_and(|line| line.trim_end().ends_with(at_most)),
+        "{shown}"
+    );
+    let differs = "warning: JOB_RETENTION_SEC is 7200 at the service, and 172800 here\n";
+    assert_eq!(said, differs);
+    let (_, shown, _) = ask(&["--json"], &[("HTTP_BASIC_AUTH", "anna:hunter2")]);
+    let answer: Value = serde_json::from_str(&shown).unwrap();
+    let limits = answer["limits"].as_array().unwrap();
+    let others: Vec<_> = limits
+        .iter()
+        .filter(|one| one.get("here").is_some())
+        .collect();
+    assert_eq!(others.len(), 1, "{shown}");
+    assert_eq!(others[0]["here"], "172800");
+    assert_eq!(answer["queues"]["workflow_1"]["window"], 7);
+    let (_, _, said) = ask(&[], &[ben, ("JOB_RETENTION_SEC", "7200")]);
+    assert_eq!(said, "here they are the same\n");
+
+    // The page's list, of which the API says no more.
+    Operator::at(&service, "ben:looks")
+        .get("/api/limits")
+        .is(200, "\"2 h\"");
+    Operator::at(&service, "").get("/api/limits").is(401, "");
+    assert!(service.stop().success());
+    let (code, _, said) = ask(&[], &[ben]);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("nobody listens there"), "{said}");
 }
 
 /// Whoever reads takes a line, or nothing, and goes.

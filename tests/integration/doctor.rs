@@ -61,6 +61,11 @@ fn what_is_in_order_is_said_to_be() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(!text.contains('\u{1b}'), "{text:?}");
     assert!(text.contains("the tables are at revision"), "{text}");
+    assert!(text.contains(" KiB in this database: "), "{text}");
+    assert!(
+        text.ends_with("\n\n1 warning: Orchestrator: no orchestrator runs\n"),
+        "{text}"
+    );
 }
 
 #[rstest]
@@ -135,6 +140,20 @@ fn what_is_wrong_in_the_database_is_told() {
     assert!(two[0].starts_with(undefined), "{two:#?}");
     let lonely = "error CELERY RabbitMQ: 1 job waits for renamed";
     assert!(two[1].starts_with(lonely), "{two:#?}");
+    // For somebody at a terminal what is wrong is at the top, and at the end.
+    let said = text(&deployment, &[], &[]);
+    let severity = |line: &str| line.split_whitespace().next().map(str::to_owned);
+    let whole = said.lines().filter(|line| !line.starts_with(' '));
+    let order: Vec<_> = whole.filter_map(severity).collect();
+    assert_eq!(order[..3], ["error", "error", "warning"], "{said}");
+    assert!(
+        order[3..]
+            .iter()
+            .all(|one| one != "error" && one != "warning"),
+        "{said}"
+    );
+    let last = "2 errors, 1 warning; the first: CELERY RabbitMQ: 1 job waits for renamed, which has no worker";
+    assert!(said.contains(&format!("\n\n{last}\n")), "{said}");
     sql.batch_execute("DELETE FROM job").unwrap();
 
     // An hour ahead, as far as anybody who asks can tell.
@@ -440,8 +459,9 @@ fn the_service_that_runs_is_asked_how_it_is() {
         said.contains("is not ready: Postgres does not do what is needed of it: "),
         "{said}"
     );
-    // What is not known without --rabbitmqctl is of no interest now.
+    // What is not known without --rabbitmqctl, or for the lock, is of no interest now.
     assert!(!said.contains("consumer_timeout"), "{said}");
+    assert!(!said.contains("overdue or silent is not known"), "{said}");
     lock.rollback().unwrap();
     service.wait_until_ready();
 }
@@ -562,6 +582,8 @@ fn one_cause_leads_what_follows_from_it() {
     );
     assert!(lines[1].starts_with("error   SDK RabbitMQ"), "{said}");
     assert_eq!(said.matches("Follows from the first.").count(), 2, "{said}");
+    let sum = "\n\n3 errors; 2 may follow from the first: SDK RabbitMQ: ";
+    assert!(said.contains(sum), "{said}");
     let said = text(&deployment, &[], &[("POSTGRESQL_PORT", &port)]);
     assert!(
         said.starts_with("One cause, from which 1 other finding may follow:\n"),

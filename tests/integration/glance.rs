@@ -58,6 +58,28 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     let (_, shown) = page.body.split_once("<main").unwrap();
     let (shown, _) = shown.split_once("</main>").unwrap();
     assert!(!shown.contains('`'), "{shown}");
+    // The same for somebody at a terminal.
+    let mut doctor = deployment.command(&["doctor"]);
+    doctor.env(
+        "WORKFLOW_CONFIG_PATH",
+        deployment.folder.join("planted.json"),
+    );
+    let said = String::from_utf8(doctor.output().unwrap().stdout).unwrap();
+    for (what, why) in [
+        (
+            "warning Jobs            1 job is overdue: Zwolle (",
+            "It runs for longer than all of its workflow before it. `jobs show ID` ",
+        ),
+        (
+            "warning Jobs            1 job is silent: Groningen, all variants of the return temperature (",
+            "Its worker has reported no progress for more than ten minutes. `jobs show ID` ",
+        ),
+    ] {
+        let mut lines = said.lines();
+        assert!(lines.any(|line| line.starts_with(what)), "{what}: {said}");
+        let remedy = lines.next().unwrap().trim_start();
+        assert!(remedy.starts_with(why), "{said}");
+    }
     // Whatever is looked at.
     for path in ["/?finished=true", "/?workflow=optimiser"] {
         let other = nobody.get(path);

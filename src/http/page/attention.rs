@@ -5,16 +5,13 @@ use jiff::Timestamp;
 use maud::html;
 
 use super::layout::Frame;
-use super::words::{Amber, Matter, command, name, since};
+use super::words::{Matter, command, name, since};
 use super::workers;
-use crate::actions::counted;
-use crate::domain::overview::{JobView, LonelyQueue, Overview, QueueView};
+use crate::domain::overview::{Ambers, JobView, LonelyQueue, Overview, QueueView};
 use crate::telemetry::health::Part;
 use crate::telemetry::report::harmless;
 use crate::wire::DEAD_LETTERS_QUEUE;
 
-/// How many jobs of one kind are named.
-const NAMED: usize = 3;
 /// How many matters the line names.
 const SAID: usize = 3;
 
@@ -34,7 +31,7 @@ pub(super) fn matters(frame: &Frame<'_>, overview: &Overview, jobs: &[JobView]) 
     let paused = overview.turns.iter();
     let paused = paused.filter(|queue| queue.limit.is_paused && queue.held > 0);
     all.extend(paused.map(|queue| is_paused(queue, frame)));
-    all.extend(ambers(jobs, now));
+    all.extend(Ambers::among(jobs, now).iter().map(ambers));
     let queues = overview.queues.as_ref();
     let letters = queues.map_or(0, |queues| queues.messages_in(DEAD_LETTERS_QUEUE));
     if letters > 0 {
@@ -105,35 +102,19 @@ fn is_paused(queue: &QueueView, frame: &Frame<'_>) -> Matter {
     }
 }
 
-fn ambers(jobs: &[JobView], now: Timestamp) -> Vec<Matter> {
-    let mut kinds: Vec<(Amber, Vec<&JobView>)> = Vec::new();
-    for job in jobs {
-        let amber = match Amber::of(job, now) {
-            Some(amber @ (Amber::Overdue | Amber::Silent)) => amber,
-            // The workers' own matters have it.
-            Some(Amber::Of(_)) | None => continue,
-        };
-        match kinds.iter_mut().find(|(kind, _)| *kind == amber) {
-            Some((_, jobs)) => jobs.push(job),
-            None => kinds.push((amber, vec![job])),
-        }
+fn ambers(all: &Ambers<'_>) -> Matter {
+    let (first, more) = all.named();
+    Matter {
+        short: format!("{} {}", all.subject(), all.amber.word()),
+        full: html! {
+            (all.subject()) " " b { (all.amber.word()) } ": "
+            @for (place, job) in first.iter().enumerate() {
+                @if place > 0 { ", " } a href={ "/jobs/" (job.id) } { (name(job)) }
+            }
+            @if more > 0 { " and " (more) " more" }
+            ". " (all.meaning())
+        },
     }
-    let matter = |(amber, jobs): (Amber, Vec<&JobView>)| {
-        let more = jobs.len().saturating_sub(NAMED);
-        let is = if jobs.len() == 1 { "is" } else { "are" };
-        Matter {
-            short: format!("{} {is} {}", counted(jobs.len(), "job"), amber.word()),
-            full: html! {
-                (counted(jobs.len(), "job")) " " (is) " " b { (amber.word()) } ": "
-                @for (place, job) in jobs.iter().take(NAMED).enumerate() {
-                    @if place > 0 { ", " } a href={ "/jobs/" (job.id) } { (name(job)) }
-                }
-                @if more > 0 { " and " (more) " more" }
-                ". " (amber.meanings(jobs.len()))
-            },
-        }
-    };
-    kinds.into_iter().map(matter).collect()
 }
 
 fn dead_letters(count: u32, frame: &Frame<'_>) -> Matter {

@@ -4,11 +4,8 @@ use jiff::{SignedDuration, Timestamp};
 use maud::{Markup, html};
 
 use crate::domain::job::{JobStatus, Outcome, Priority};
-use crate::domain::overview::{Concern, JobState, JobView, Tone, spoken};
+use crate::domain::overview::{Amber, JobState, JobView, Tone, spoken};
 use crate::telemetry::report::{harmless, percent};
-
-/// A worker that computes says something now and then; one that has not for so long is looked at.
-const SILENCE: SignedDuration = SignedDuration::from_mins(10);
 
 /// What somebody has to look at, in a few words and in full.
 pub(super) struct Matter {
@@ -54,76 +51,8 @@ pub(super) fn link(job: &JobView) -> Markup {
     html! { a.name href={ "/jobs/" (job.id) } title={ (harmless(&job.reference)) " " (job.id) } { (name(job)) } }
 }
 
-/// What somebody should look at though nothing has failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Amber {
-    /// It runs for longer than all of its workflow before it.
-    Overdue,
-    /// Its worker has said nothing for long.
-    Silent,
-    /// What the workers say.
-    Of(Concern),
-}
-
-impl Amber {
-    pub(super) fn of(job: &JobView, now: Timestamp) -> Option<Amber> {
-        if let Some(concern) = job.concern {
-            return Some(Amber::Of(concern));
-        }
-        if job.state != JobState::Live(JobStatus::Running) {
-            return None;
-        }
-        let began = match &job.step {
-            Some(step) => step.started_at?,
-            None => job.running_at?,
-        };
-        let last_word = job
-            .progress
-            .as_ref()
-            .map_or(began, |said| said.at.max(began));
-        if now.duration_since(last_word) > SILENCE {
-            return Some(Amber::Silent);
-        }
-        let estimate = job.estimate?;
-        estimate.run.is_none().then_some(Amber::Overdue)
-    }
-
-    /// As its job is called for it.
-    pub(super) fn word(self) -> &'static str {
-        match self {
-            Amber::Overdue => "overdue",
-            Amber::Silent => "silent",
-            Amber::Of(Concern::WorkerSilent) => "worker silent",
-            Amber::Of(Concern::TaskLost) => "lost",
-        }
-    }
-
-    /// Of the job, or of several.
-    pub(super) fn meanings(self, jobs: usize) -> &'static str {
-        match (self, jobs) {
-            (_, ..=1) => self.meaning(),
-            (Amber::Overdue, _) => "They run for longer than all of their workflows before them.",
-            (Amber::Silent, _) => {
-                "Their workers have reported no progress for more than ten minutes."
-            }
-            (Amber::Of(_), _) => self.meaning(),
-        }
-    }
-
-    fn meaning(self) -> &'static str {
-        match self {
-            Amber::Overdue => "It runs for longer than all of its workflow before it.",
-            Amber::Silent => "Its worker has reported no progress for more than ten minutes.",
-            Amber::Of(Concern::WorkerSilent) => {
-                "Its worker does not answer, though it is connected to RabbitMQ."
-            }
-            Amber::Of(Concern::TaskLost) => "No worker has its task, and it is in no queue.",
-        }
-    }
-
-    pub(super) fn badge(self) -> Markup {
-        html! { " " span.badge title=(self.meaning()) { (self.word()) } }
-    }
+fn badge(amber: Amber) -> Markup {
+    html! { " " span.badge title=(amber.meaning()) { (amber.word()) } }
 }
 
 /// The name of a state's dot: its shape and its colour.
@@ -164,7 +93,7 @@ pub(super) fn state(job: &JobView, now: Timestamp) -> Markup {
                 @if let Some(position) = job.position { span.dim { " no. " (position) } }
                 @if let (JobState::Live(_), Some(priority @ (Priority::High | Priority::Low))) = (job.state, job.priority) {
                     span.dim { ", " (priority_text(priority)) } }
-                @if let Some(amber) = Amber::of(job, now) { (amber.badge()) }
+                @if let Some(amber) = Amber::of(job, now) { (badge(amber)) }
             }
         }
     }

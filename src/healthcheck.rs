@@ -151,6 +151,9 @@ pub fn limits(bind: SocketAddr, account: Option<&Secret>) -> anyhow::Result<InFo
         (401, None) => bail!(
             "{url}: it wants an account: set HTTP_READONLY_AUTH, or HTTP_BASIC_AUTH, as the service has it"
         ),
+        (401, Some(_)) => bail!(
+            "{url}: it does not take the account of HTTP_READONLY_AUTH, or without that of HTTP_BASIC_AUTH, as set here"
+        ),
         (404, _) => {
             bail!("{url}: it does not say: it is of an earlier version, or no orchestrator")
         }

@@ -56,9 +56,7 @@ pub(crate) fn run(
     doctor: &Doctor,
 ) -> anyhow::Result<ExitCode> {
     let near_misses = environment.near_misses();
-    let switch = doctor
-        .before_switch
-        .map(|direction| switch(direction, environment));
+    let switch = doctor.before_switch.map(switch);
     const NEWS: &str = "still looking: not all that is asked answers at once";
     let findings = told_after_a_while(NEWS, || {
         examine(
@@ -177,12 +175,9 @@ fn is_agreed() -> anyhow::Result<bool> {
 }
 
 /// What is asked of a switch this way, or either way.
-fn switch(direction: Option<Direction>, environment: &Environment) -> Switch {
-    let settings = Config::settings(&|name| environment.variable(name));
-    let given = settings.into_iter().filter(|setting| setting.is_given);
+fn switch(direction: Option<Direction>) -> Switch {
     Switch {
         may_be_here: !matches!(direction, Some(Direction::Back)),
         may_be_back: !matches!(direction, Some(Direction::Here)),
-        variables: given.map(|setting| setting.name).collect(),
     }
 }

@@ -45,6 +45,10 @@ pub(super) fn examine(
             return;
         }
     };
+    if inspection.replicas.is_empty() {
+        // Nobody hears what the workers report, and it waits.
+        return;
+    }
     match running(known, now, connection) {
         Ok(jobs) => {
             for kind in Ambers::among(&jobs, now) {
@@ -130,7 +134,8 @@ fn judge_running(all: &Ambers<'_>, findings: &mut Findings) {
     };
     findings.add(
         PART,
-        Severity::Warning,
+        // One in a few is, where all is well.
+        Severity::Note,
         format!(
             "{} {}: {}{more}",
             all.subject(),

@@ -92,7 +92,8 @@ fn judge_sizes(sizes: Result<Sizes, StoreError>, findings: &mut Findings) {
     match sizes {
         Ok(sizes) => {
             let tables = sizes.tables.iter();
-            let tables = tables.map(|(name, bytes)| format!("{} in {name}", room(*bytes)));
+            let tables =
+                tables.map(|(name, bytes)| format!("{} in {}", room(*bytes), one_line(name)));
             let tables = tables.collect::<Vec<_>>().join(", ");
             let room = match tables.is_empty() {
                 true => sizes.total(),

@@ -29,7 +29,7 @@ pub fn summary(findings: &[Finding]) -> String {
         .filter(|one| one.role != Role::Verdict)
         .collect();
     let Some(first) = wrong.first() else {
-        return "No error and no warning.".to_owned();
+        return "Nothing is wrong.".to_owned();
     };
     let named = [(Severity::Error, "error"), (Severity::Warning, "warning")];
     let counts = named.into_iter().filter_map(|(severity, noun)| {
@@ -74,8 +74,8 @@ mod tests {
     }
 
     #[rstest]
-    #[case::all_is_well(&["o1", "o2"], "| o1 o2", "No error and no warning.")]
-    #[case::notes_before_what_is_well(&["o1", "n1", "o2"], "| n1 o1 o2", "No error and no warning.")]
+    #[case::all_is_well(&["o1", "o2"], "| o1 o2", "Nothing is wrong.")]
+    #[case::notes_before_what_is_well(&["o1", "n1", "o2"], "| n1 o1 o2", "Nothing is wrong.")]
     #[case::errors_before_warnings(
         &["o1", "w1", "o2", "e1", "w2", "e2", "n1"],
         "e1 e2 w1 w2 | n1 o1 o2",

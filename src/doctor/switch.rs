@@ -29,8 +29,6 @@ pub struct Switch {
     /// Whether it may be one to this service, and one to the Python service.
     pub may_be_here: bool,
     pub may_be_back: bool,
-    /// The variables that are set.
-    pub variables: Vec<String>,
 }
 
 /// What the other checks have seen.
@@ -53,18 +51,13 @@ pub(super) fn examine(switch: &Switch, scene: &Scene<'_>, findings: &mut Finding
         None => findings.hinders("which jobs are in flight is not known"),
     }
     if switch.may_be_back {
-        examine_back(switch, scene, in_flight.as_ref(), findings);
+        examine_back(scene, in_flight.as_ref(), findings);
     }
     verdicts(switch, findings);
 }
 
 /// What matters on the way to the Python service alone.
-fn examine_back(
-    asked: &Switch,
-    scene: &Scene<'_>,
-    in_flight: Option<&InFlight>,
-    findings: &mut Findings,
-) {
+fn examine_back(scene: &Scene<'_>, in_flight: Option<&InFlight>, findings: &mut Findings) {
     if let Some(in_flight) = in_flight {
         add(switch::of_jobs(in_flight, scene.catalogue), findings);
     }
@@ -74,7 +67,7 @@ fn examine_back(
     dead_letters(scene.seen, findings);
     requests(scene, findings);
     add(switch::of_servers(&scene.config.servers()), findings);
-    add(switch::of_variables(&asked.variables), findings);
+    add(switch::of_variables(&scene.config.variables), findings);
 }
 
 /// Adds what matters on the way to the Python service alone.
@@ -375,7 +368,6 @@ mod tests {
         let switch = Switch {
             may_be_here: true,
             may_be_back: true,
-            variables: Vec::new(),
         };
         verdicts(&switch, &mut findings);
         let told = findings.0.iter().filter(|one| one.role == Role::Verdict);

@@ -334,7 +334,8 @@ fn the_limits_of_the_running_service_are_told_and_those_that_differ() {
     assert!(said.contains(account), "{said}");
     let (code, _, said) = ask(&[], &[("HTTP_READONLY_AUTH", "ben:guess")]);
     assert_eq!(code, Some(1));
-    assert!(said.contains("/api/limits: 401: "), "{said}");
+    let refused = "/api/limits: it does not take the account of HTTP_READONLY_AUTH";
+    assert!(said.contains(refused), "{said}");
 
     let ben = ("HTTP_READONLY_AUTH", "ben:looks");
     let (code, shown, said) = ask(&[], &[ben]);

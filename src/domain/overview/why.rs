@@ -385,11 +385,12 @@ impl Telling {
         let host = computing(job, overview, now).map(|(worker, _)| worker);
         let silent = host.filter(|worker| worker.state == WorkerState::Silent);
         let silent = silent.map(|worker| {
-            format!(
-                "its worker has not answered since {}: restart it, and the task goes to another, as far as \
-                 its delivery limit allows",
-                clock(worker.last_seen, now)
-            )
+            let since = clock(worker.last_seen, now);
+            format!("its worker has not answered since {since}")
+        });
+        let restart = silent.as_ref().map(|_| {
+            "restart it, and the task goes to another, as far as its delivery limit allows"
+                .to_owned()
         });
         let outage = overview.outage.as_ref();
         let outage = outage.map(|outage| {
@@ -402,6 +403,7 @@ impl Telling {
         telling
             .say(format!("Runs{what}{host} for {}", spoken(ran)))
             .may_say(silent)
+            .may_say(restart)
             .may_say(outage)
             .may_say(pace(job, ran, overview).filter(|_| is_known))
             .may_say(last_word(job, since, now))

@@ -542,7 +542,7 @@ fn progress(at: i64) -> Option<Progress> {
 #[case::silent(
     running(),
     seen(WorkerState::Silent, with_workers(1)),
-    "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: restart it, and the task \
+    "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12; restart it, and the task \
      goes to another, as far as its delivery limit allows."
 )]
 #[case::no_room_for_all(
@@ -551,13 +551,21 @@ fn progress(at: i64) -> Option<Progress> {
         job.step.as_mut().unwrap().timeout_ms = Some(40 * 60_000);
     }),
     seen(WorkerState::Silent, with_workers(1)),
-    "Runs step 2 of 2, Simulate on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: \
+    "Runs step 2 of 2, Simulate on worker-simulator@a1 for 14 min; its worker has not answered since 03:12; \
      restart it, and the task goes to another, as far as its delivery limit allows; started 2 times."
+)]
+#[case::little_room_for_a_silent_one(
+    change(in_step(2, running()), |job| {
+        job.step.as_mut().unwrap().title = "Simulate the heat network of a whole district".to_owned();
+    }),
+    seen(WorkerState::Silent, with_workers(1)),
+    "Runs step 2 of 2, Simulate the heat network of a whole district on worker-simulator@a1 for 14 min; its worker \
+     has not answered since 03:12."
 )]
 #[case::silent_without_estimate(
     running(),
     with_runs(2, seen(WorkerState::Silent, with_workers(1))),
-    "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12: restart it, and the task \
+    "Runs on worker-simulator@a1 for 14 min; its worker has not answered since 03:12; restart it, and the task \
      goes to another, as far as its delivery limit allows."
 )]
 #[case::in_an_outage(

@@ -16,7 +16,7 @@ use crate::domain::worker::Workers;
 
 pub use self::amber::{Amber, Ambers};
 use self::capacity::Capacity;
-pub use self::compare::{Line, compare};
+pub use self::compare::{Line, WHY, compare};
 pub use self::named::{JobName, short_ids};
 pub use self::queued::{LonelyQueue, Queued};
 pub use self::steps::{AttemptView, StepEnd, StepView, shares};

@@ -15,7 +15,7 @@ use super::server::Response;
 use super::streams::{Seen, Topic};
 use super::{Endpoint, Question, Route, acting, html, json_response, refusal, submitting};
 use crate::domain::overview::{Filter, JobName, Line, MAX_LIMIT, Overview, Story, compare};
-use crate::domain::switch::{self, Remark};
+use crate::domain::switch::{self, InFlight, Remark};
 use crate::service::shared::Service;
 use crate::store::{Connection, StoreError};
 use crate::telemetry::health::{Part, PartView};
@@ -362,7 +362,7 @@ fn sheet(
     let activity = endpoint.figures.get(|| connection.activity(frame.now));
     let activity = activity.as_deref();
     let sizes = endpoint.sizes.get(|| connection.sizes());
-    let way_back = way_back((endpoint, service), connection);
+    let way_back = way_back((endpoint, service), overview, connection);
     Ok((
         200,
         page::overview(
@@ -380,9 +380,19 @@ fn sheet(
 /// What the next service would find; None as long as that is not counted.
 fn way_back(
     (endpoint, service): (&Endpoint, &Service),
+    overview: &Overview,
     connection: &mut Connection,
 ) -> Option<Vec<Remark>> {
-    let in_flight = endpoint.in_flight.get(|| connection.in_flight())?;
+    let counted = endpoint.in_flight.get(|| connection.in_flight())?;
+    // What is let go now is on this page at once.
+    let held = overview
+        .turns
+        .iter()
+        .map(|turns| turns.held + turns.on_hold);
+    let in_flight = InFlight {
+        held: held.sum(),
+        ..(*counted).clone()
+    };
     let (config, catalogue) = (&service.config, service.catalogue.get());
     let (servers, variables) = (config.servers(), &config.variables);
     Some(switch::back(&in_flight, &catalogue, &servers, variables))

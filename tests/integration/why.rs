@@ -256,6 +256,7 @@ fn who_cancelled_them_is_looked_up_of_those_on_the_page() {
     }
     // Only of those that were cancelled.
     deployment.at_least(before.0 + 75, looks);
+    assert!(deployment.count(looks) - before.0 < 140);
     let read = deployment.count(read) - before.1;
     assert!(read < 500, "{read} rows looked up for three pages");
 }

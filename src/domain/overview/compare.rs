@@ -11,6 +11,9 @@ use crate::domain::text::one_line;
 /// Messages that only one of the two has, of which no more are named.
 const MAX_MESSAGES: usize = 50;
 
+/// The line with the sentences on how they are.
+pub const WHY: &str = "why";
+
 /// What two jobs have of one thing, each in one line that may be shown as it is.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Line {
@@ -50,7 +53,7 @@ fn facts(both: [&Story; 2], now: Timestamp) -> Vec<Line> {
         ),
         line("state", jobs.map(|job| Some(job.state.text().to_owned()))),
         line(
-            "why",
+            WHY,
             jobs.map(|job| job.why.as_ref().map(|why| why.sentence.clone())),
         ),
         line(

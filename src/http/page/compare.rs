@@ -3,8 +3,9 @@
 use maud::{Markup, html};
 
 use super::layout::{Frame, Sheet};
+use super::prose::said;
 use super::words::name;
-use crate::domain::overview::{Line, Story};
+use crate::domain::overview::{Line, Story, WHY};
 
 /// What two jobs have in common, and what differs.
 pub(in crate::http) fn compare(
@@ -29,13 +30,22 @@ pub(in crate::http) fn compare(
                 tr {
                     th scope="row" class=[differs.then_some("warn")] {
                         @if differs { span title="differs" { "≠ " } } (line.what) }
-                    td { (line.one.as_deref().unwrap_or("–")) }
-                    td { (line.other.as_deref().unwrap_or("–")) }
+                    td { (cell(line.what.as_str(), line.one.as_deref(), one)) }
+                    td { (cell(line.what.as_str(), line.other.as_deref(), other)) }
                 }
             } }
         } }
     };
     Sheet::new("Two jobs compared", content)
+}
+
+/// A value; the sentence of a job has names and times in it.
+fn cell(what: &str, value: Option<&str>, story: &Story) -> Markup {
+    let why = story.job.why.as_ref();
+    match why.filter(|why| what == WHY && value == Some(why.sentence.as_str())) {
+        Some(why) => said(&why.sentence, why.moments()),
+        None => html! { (value.unwrap_or("–")) },
+    }
 }
 
 fn heading(story: &Story) -> Markup {

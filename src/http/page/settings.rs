@@ -9,6 +9,7 @@ use crate::actions::counted;
 use crate::config::Config;
 use crate::domain::activity::{Sizes, room};
 use crate::domain::switch::{Remark, verdict_back};
+use crate::telemetry::trouble::trouble;
 
 /// Closed at first.
 pub(super) fn section(config: &Config, sizes: Option<&Sizes>) -> Markup {
@@ -32,10 +33,9 @@ pub(super) fn section(config: &Config, sizes: Option<&Sizes>) -> Markup {
 /// Whether the place may be given back to the Python service now, as far as this service knows; closed at first,
 /// but for that.
 pub(super) fn way_back(frame: &Frame<'_>, remarks: &[Remark]) -> Markup {
-    let faulty = frame.parts.iter().filter(|part| part.why.is_some());
-    let faulty = faulty.map(|part| format!("{} is not in order", part.part.name()));
+    let trouble = trouble(frame.parts).map(|trouble| trouble.what.to_owned());
     let known = remarks.iter().filter_map(|remark| remark.hinders.clone());
-    let reasons: Vec<_> = faulty.chain(known).collect();
+    let reasons: Vec<_> = trouble.into_iter().chain(known).collect();
     let in_the_way = remarks.iter().filter(|remark| remark.hinders.is_some());
     let short = match reasons.len() {
         0 => "nothing is in the way".to_owned(),
@@ -48,7 +48,8 @@ pub(super) fn way_back(frame: &Frame<'_>, remarks: &[Remark]) -> Markup {
             ul { @for remark in in_the_way {
                 li { (prose(&remark.found)) ". " span.dim { (prose(remark.remedy)) } }
             } }
-            p.dim { "As far as this service knows. Before the switch stop it, and ask: "
+            p.dim { "As far as this service knows, in part from a moment ago, or minutes where there are very many jobs. \
+                Before the switch stop it, and ask: "
                 (command("omotes-orchestrator doctor --before-switch=back")) }
         }
     }

@@ -59,19 +59,20 @@ fn what_needs_a_look_is_said_first_and_by_name() {
     let (shown, _) = shown.split_once("</main>").unwrap();
     assert!(!shown.contains('`'), "{shown}");
     // The same for somebody at a terminal.
-    let mut doctor = deployment.command(&["doctor"]);
-    doctor.env(
-        "WORKFLOW_CONFIG_PATH",
-        deployment.folder.join("planted.json"),
-    );
-    let said = String::from_utf8(doctor.output().unwrap().stdout).unwrap();
+    let doctor = || {
+        let mut doctor = deployment.command(&["doctor"]);
+        let definitions = deployment.folder.join("planted.json");
+        doctor.env("WORKFLOW_CONFIG_PATH", definitions);
+        String::from_utf8(doctor.output().unwrap().stdout).unwrap()
+    };
+    let said = doctor();
     for (what, why) in [
         (
-            "warning Jobs            1 job is overdue: Zwolle (",
+            "note    Jobs            1 job is overdue: Zwolle (",
             "It runs for longer than all of its workflow before it. `jobs show ID` ",
         ),
         (
-            "warning Jobs            1 job is silent: Groningen, all variants of the return temperature (",
+            "note    Jobs            1 job is silent: Groningen, all variants of the return temperature (",
             "Its worker has reported no progress for more than ten minutes. `jobs show ID` ",
         ),
     ] {
@@ -85,6 +86,13 @@ fn what_needs_a_look_is_said_first_and_by_name() {
         let other = nobody.get(path);
         assert_eq!(verdict(&other), verdict(&page), "{path}");
     }
+    // Nobody hears what workers report.
+    assert!(service.stop().success());
+    let said = doctor();
+    assert!(
+        !said.contains(" is silent") && !said.contains(" is overdue"),
+        "{said}"
+    );
 }
 
 /// As `doctor` says it, but for what only a look at RabbitMQ tells: the one that says it runs.

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use log::{debug, warn};
 use uuid::Uuid;
 
+use self::asking::Asking;
 pub use self::closed::ClosedQueues;
 use self::closed::Destination;
 pub use self::failure::ForWantOfPostgres;
@@ -27,6 +28,7 @@ use crate::telemetry::health::Part;
 use crate::threads::{Backoff, Signal};
 use crate::wire::Inbox;
 
+mod asking;
 mod closed;
 mod failure;
 mod item;
@@ -151,8 +153,8 @@ pub struct Handler<'s> {
     rejecting: HashSet<String>,
     /// The vhosts whose queue of dead letters has taken one and refused none since.
     letters_taken: HashSet<Vhost>,
-    /// Until when RabbitMQ is asked about no clients' queues.
-    unanswered_until: Instant,
+    /// About which clients' queues RabbitMQ is asked.
+    asking: Asking,
     /// Messages that stay unacknowledged until a queue takes something again.
     stalled: BTreeMap<Destination, Vec<Item>>,
     /// When some of them may next be returned to the end of their queue.
@@ -180,7 +182,7 @@ impl<'s> Handler<'s> {
             declared: HashSet::new(),
             rejecting: HashSet::new(),
             letters_taken: HashSet::new(),
-            unanswered_until: Instant::now(),
+            asking: Asking::default(),
             stalled: BTreeMap::new(),
             put_back_at: Instant::now(),
         }

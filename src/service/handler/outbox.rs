@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use jiff::Timestamp;
 use log::{info, warn};
@@ -44,10 +44,8 @@ impl Outbox {
     }
 }
 
-/// How many queues of clients RabbitMQ is asked about at once, and how long about none after it has
-/// not answered about one.
+/// How many queues of clients RabbitMQ is asked about at once.
 const ASKED_AT_ONCE: usize = 16;
-const UNANSWERED: Duration = Duration::from_secs(10);
 
 /// The queues of results that could not be told, because they are unavailable for now, and why one
 /// of them is.
@@ -349,7 +347,16 @@ impl<'s> Handler<'s> {
         let left = undelivered(results.iter().copied(), &outcome);
         let unroutable = left.unroutable.into_iter().map(|result| (result, false));
         let rejected = left.rejected.into_iter().map(|result| (result, true));
-        let mut left: Vec<_> = unroutable.chain(rejected).collect();
+        let now = Instant::now();
+        let (silent, mut left): (Vec<_>, Vec<_>) = unroutable
+            .chain(rejected)
+            .partition(|(result, _)| self.asking.is_silent(&result.routing_key, now));
+        for (result, _) in silent {
+            unavailable.add(
+                &result.routing_key,
+                &Found::Silent.why_unavailable().unwrap_or_default(),
+            );
+        }
         // Each has its turn if not all can be asked about.
         fastrand::shuffle(&mut left);
         let mut full = Vec::new();
@@ -358,14 +365,11 @@ impl<'s> Handler<'s> {
                 .iter()
                 .map(|(result, _)| result.routing_key.as_str())
                 .collect();
-            if Instant::now() < self.unanswered_until {
+            if !self.asking.may_ask(Instant::now()) {
                 unavailable.add_unasked(&queues);
                 continue;
             }
             let found = self.publishers.sdk.look_for(&queues)?;
-            if found.contains(&Found::Silent) {
-                self.unanswered_until = Instant::now() + UNANSWERED;
-            }
             for ((result, is_rejected), found) in some.iter().zip(&found) {
                 let queue = &result.routing_key;
                 match (found, is_rejected) {
@@ -378,6 +382,9 @@ impl<'s> Handler<'s> {
                         unavailable.gone.push((queue.clone(), Delivery::NoQueue));
                     }
                     (Found::Unavailable(_) | Found::Silent, _) => {
+                        if *found == Found::Silent {
+                            self.asking.is_not_answered(queue, Instant::now());
+                        }
                         unavailable.add(queue, &found.why_unavailable().unwrap_or_default());
                     }
                 }

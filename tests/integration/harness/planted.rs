@@ -4,9 +4,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use postgres::Client;
+use postgres::error::SqlState;
 use serde_json::json;
 
-use crate::harness::deployment::Deployment;
+use crate::harness::deployment::{Deployment, eventually};
 
 /// The running job of two steps, and a job that failed.
 pub const RUNNING: &str = "7d2f1c04-5a68-4f0e-9d1b-2f6a6a1f0001";
@@ -108,7 +109,7 @@ pub fn plant(sql: &mut Client) {
 
 /// Workers, as of now: until they are asked themselves, some of whom are not there.
 pub fn plant_workers(sql: &mut Client) {
-    sql.batch_execute(&format!(
+    let workers = format!(
         "DELETE FROM worker; DELETE FROM worker_task; DELETE FROM absent_task; DELETE FROM worker_look;
          INSERT INTO worker_look (looked_at) VALUES (now() - interval '8 s');
          INSERT INTO worker (host, state, state_since, first_seen, last_seen, misses, pool, pool_size, celery,
@@ -119,6 +120,13 @@ pub fn plant_workers(sql: &mut Client) {
                       ('worker-optimiser@b1', 'idle', 12, '[\"optimiser\"]'), ('worker-optimiser@b2', 'draining', 2, '[\"optimiser\"]'))
               AS workers (host, state, minutes, queues);
          INSERT INTO worker_task VALUES ('worker-simulator@a1', 't-1', 'simulator', '{RUNNING}', now() - interval '3 min', now(), true)"
-    ))
-    .unwrap();
+    );
+    // The service may write about workers at the same time, in another order.
+    eventually("workers are planted", || {
+        match sql.batch_execute(&workers) {
+            Ok(()) => Some(()),
+            Err(error) if error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => None,
+            Err(error) => panic!("{error:?}"),
+        }
+    });
 }
